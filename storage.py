@@ -1,0 +1,237 @@
+"""One root URL and the places under it: written whole or not at all, on this machine or in an object store.
+
+`pipeline` and `runner` both write under the same root and know nothing of each other; what they share is this file.
+A root is a folder (``outputs``) or an fsspec URL (``s3://bucket/prefix``). Places under it are named by a relative
+path with forward slashes. Credentials and endpoints come from the usual ``AWS_*`` variables.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent
+
+
+class LeaseHeld(RuntimeError):
+    """Somebody else holds the lease and did not let go of it in time."""
+
+
+class Root:
+    """A root in an object store, through fsspec. One PUT makes an object appear whole."""
+
+    def __init__(self, url: str, fs, prefix: str):
+        self.url, self._fs, self._prefix = url, fs, prefix
+
+    @staticmethod
+    def at(url: "str | Path | Root") -> "Root":
+        """The root at `url`; a relative path is relative to the project, whatever the working folder."""
+        if isinstance(url, Root):
+            return url
+        url = str(url)
+        if "://" not in url or url.startswith("file://"):
+            return LocalRoot(PROJECT / url.removeprefix("file://"))
+        import fsspec
+
+        fs, prefix = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        return Root(url.rstrip("/"), fs, prefix.rstrip("/"))
+
+    def url_of(self, rel: str) -> str:
+        """The full URL of a place, for deltalake and Polars."""
+        return f"{self.url}/{rel}"
+
+    @property
+    def storage_options(self) -> dict[str, str]:
+        """What deltalake and Polars need besides the URL. They do not read every variable that botocore does."""
+        options = {k: v for k, v in os.environ.items() if k.startswith("AWS_") and v}
+        if options.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+            options["AWS_ALLOW_HTTP"] = "true"
+        return options
+
+    def _path(self, rel: str) -> str:
+        return f"{self._prefix}/{rel}"
+
+    def read(self, rel: str) -> bytes:
+        """The bytes of a place. Raises FileNotFoundError."""
+        return self._fs.cat_file(self._path(rel))
+
+    def write(self, rel: str, data: bytes) -> None:
+        """Put `data` there, whole or not at all; a reader sees the old bytes or the new ones."""
+        self._fs.pipe_file(self._path(rel), data)
+
+    def create(self, rel: str, data: bytes) -> bool:
+        """Put `data` there unless something is there already; of two racing writers one gets True."""
+        try:
+            self._fs.pipe_file(self._path(rel), data, mode="create")  # If-None-Match on S3
+        except FileExistsError:
+            return False
+        return True
+
+    def exists(self, rel: str) -> bool:
+        return self._fs.exists(self._path(rel))
+
+    def size(self, rel: str) -> int:
+        """Bytes. Raises FileNotFoundError."""
+        return int(self._fs.info(self._path(rel))["size"])
+
+    def list(self, rel: str) -> list[str]:
+        """The names directly under a place, sorted; none when there is no such folder."""
+        try:
+            found = self._fs.ls(self._path(rel), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(name for path in found if (name := path.rstrip("/").rsplit("/", 1)[-1]))
+
+    def move(self, source: str, target: str) -> None:
+        """Move a file. One that is there already and gone from `source` was moved before: fine."""
+        try:
+            self._fs.mv(self._path(source), self._path(target))
+        except FileNotFoundError:
+            if not self.exists(target):
+                raise
+
+    def remove(self, rel: str) -> None:
+        """Remove a file; one that is missing is fine."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(rel))
+
+    def remove_tree(self, rel: str) -> None:
+        """Remove a folder and all in it; one that is missing is fine."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm(self._path(rel), recursive=True)
+
+    @contextlib.contextmanager
+    def lease(self, rel: str, holder: str, ttl_s: float = 300, wait_s: float = 30) -> Iterator[None]:
+        """Hold the lease at `rel` for the length of the block; at most one holder at a time.
+
+        A holder that died is replaced `ttl_s` seconds after it began, so a block must be shorter than that.
+        Raises LeaseHeld when the lease is not free within `wait_s` seconds.
+        """
+        deadline = time.monotonic() + wait_s
+        while not self._take(rel, holder, ttl_s):
+            if time.monotonic() > deadline:
+                raise LeaseHeld(f"{self.url_of(rel)} is held by {json.loads(self.read(rel))['holder']}")
+            time.sleep(0.2)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                if json.loads(self.read(rel))["holder"] == holder:
+                    self.remove(rel)
+
+    def _take(self, rel: str, holder: str, ttl_s: float) -> bool:
+        mine = json.dumps({"holder": holder, "until": time.time() + ttl_s}).encode()
+        if self.create(rel, mine):
+            return True
+        try:
+            etag = self._fs.info(self._path(rel)).get("ETag")
+            if json.loads(self.read(rel))["until"] > time.time():
+                return False
+            self._fs.pipe_file(self._path(rel), mine, **({"IfMatch": etag} if etag else {}))
+        except OSError:  # released or taken over by another in the meantime: try again
+            return False
+        return True
+
+
+class LocalRoot(Root):
+    """A root on this machine: files appear by rename, and are on the disk before they do."""
+
+    def __init__(self, folder: Path):
+        self.url = os.path.abspath(folder)
+
+    @property
+    def storage_options(self) -> dict[str, str]:
+        return {}
+
+    def _path(self, rel: str) -> str:
+        return f"{self.url}/{rel}"
+
+    def read(self, rel: str) -> bytes:
+        return Path(self._path(rel)).read_bytes()
+
+    def _staged(self, path: str, data: bytes) -> str:
+        folder = os.path.dirname(path)
+        os.makedirs(folder, exist_ok=True)
+        # the leading dot keeps a half-written file out of every listing
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".part", delete=False) as file:
+            os.fchmod(file.fileno(), 0o644)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return file.name
+
+    def write(self, rel: str, data: bytes) -> None:
+        staged = self._staged(self._path(rel), data)
+        os.replace(staged, self._path(rel))
+        _sync_folder(os.path.dirname(self._path(rel)))
+
+    def create(self, rel: str, data: bytes) -> bool:
+        staged = self._staged(self._path(rel), data)
+        try:
+            os.link(staged, self._path(rel))  # unlike a rename, refuses to replace
+        except FileExistsError:
+            return False
+        finally:
+            os.unlink(staged)
+        _sync_folder(os.path.dirname(self._path(rel)))
+        return True
+
+    def exists(self, rel: str) -> bool:
+        return os.path.exists(self._path(rel))
+
+    def size(self, rel: str) -> int:
+        return os.stat(self._path(rel)).st_size
+
+    def list(self, rel: str) -> list[str]:
+        try:
+            return sorted(name for name in os.listdir(self._path(rel)) if not name.startswith("."))
+        except FileNotFoundError:
+            return []
+
+    def move(self, source: str, target: str) -> None:
+        os.makedirs(os.path.dirname(self._path(target)), exist_ok=True)
+        try:
+            os.replace(self._path(source), self._path(target))
+        except FileNotFoundError:
+            if not self.exists(target):
+                raise
+
+    def remove(self, rel: str) -> None:
+        Path(self._path(rel)).unlink(missing_ok=True)
+
+    def remove_tree(self, rel: str) -> None:
+        shutil.rmtree(self._path(rel), ignore_errors=True)
+
+    @contextlib.contextmanager
+    def lease(self, rel: str, holder: str, ttl_s: float = 300, wait_s: float = 30) -> Iterator[None]:
+        """As in an object store, by flock: the kernel frees it the moment its holder dies."""
+        path, deadline = self._path(rel), time.monotonic() + wait_s
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "a+") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        file.seek(0)
+                        raise LeaseHeld(f"{path} is held by {file.read() or 'another process'}") from None
+                    time.sleep(0.05)
+            file.truncate(0)
+            file.write(holder)
+            file.flush()
+            yield
+
+
+def _sync_folder(path: str) -> None:
+    """Make a rename durable: the folder's own entry is on the disk too."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
