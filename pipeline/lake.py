@@ -1,0 +1,195 @@
+"""The lake: where its tables are, and every read and every write of them.
+
+Delta Lake has no transaction over several tables, so a batch is committed table by table and becomes visible at once
+by one small file: `lake/published.json` names the version of every table that belongs to the same batch. Readers open
+those versions and nothing else.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+from pipeline.tables import KEY, TABLES, TEXT
+from storage import Root
+
+if TYPE_CHECKING:
+    import pyarrow
+    from deltalake import DeltaTable
+
+PUBLISHED = "lake/published.json"
+WRITER = "lake/writer.lease"
+APP_ID = "preprocess"  # whose transactions number the batches
+QUARANTINE = {"batch": KEY, "table": TEXT, "file": TEXT, "line": KEY, "reason": TEXT, "raw": TEXT}
+COLUMNS = {name: table.columns for name, table in TABLES.items()} | {"quarantine": QUARANTINE}
+KEYS = {name: table.keys for name, table in TABLES.items()} | {"quarantine": ("batch", "table", "file", "line")}
+PROPERTIES = {
+    "delta.checkpointInterval": "20",
+    "delta.logRetentionDuration": "interval 7 days",
+    "delta.deletedFileRetentionDuration": "interval 24 hours",
+}
+
+
+class NothingPublished(LookupError):
+    """There is no snapshot yet: no batch has been published under this root."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One version of every table, all of the same batch. `as_of`: UTC, the newest order in it."""
+
+    root: str
+    batch: int
+    as_of: datetime
+    versions: dict[str, int]
+    run_id: str  # the run that published it
+
+    def frame(self, table: str, columns: list[str] | None = None) -> pl.LazyFrame:
+        """The table's rows, lazily; `columns` in that order, all of them when None."""
+        lazy = pl.scan_delta(self.table(table))
+        return lazy.select(columns or list(COLUMNS[table]))
+
+    def files(self, table: str) -> list[str]:
+        """The full URLs of the Parquet files that hold the table's rows."""
+        return self.table(table).file_uris()
+
+    def table(self, table: str) -> "DeltaTable":
+        return open_table(Root.at(self.root), table, self.versions[table])
+
+    def rows(self) -> pl.DataFrame:
+        """One row a table: table, version, rows, files, mb (counted from the log, no data is read)."""
+        lines = []
+        for name, version in self.versions.items():
+            sizes, rows = file_stats(self.table(name))
+            lines.append((name, version, rows, len(sizes), sum(sizes) / 1e6))
+        return pl.DataFrame(lines, schema=["table", "version", "rows", "files", "mb"], orient="row")
+
+
+def snapshot(root: str) -> Snapshot:
+    """The published snapshot: the one way to read the lake. Raises NothingPublished."""
+    place = Root.at(root)
+    published = read_published(place)
+    if published is None:
+        raise NothingPublished(f"nothing is published under {place.url} yet: run generate, then preprocess")
+    return Snapshot(
+        place.url,
+        published["batch"],
+        datetime.fromisoformat(published["as_of"]),
+        published["tables"],
+        published["run_id"],
+    )
+
+
+def is_published(root: str) -> bool:
+    """Whether there is a snapshot to read."""
+    return read_published(Root.at(root)) is not None
+
+
+def read_published(place: Root) -> dict | None:
+    """The pointer itself: batch, as_of, tables, run_id, published_at; None before the first batch."""
+    try:
+        return json.loads(place.read(PUBLISHED))
+    except FileNotFoundError:
+        return None
+
+
+def publish(place: Root, *, batch: int, as_of: str, versions: dict[str, int], run_id: str) -> None:
+    """Swap the pointer. Only inside `writing`, so that preprocess and compact do not lose each other's change."""
+    pointer = {
+        "batch": batch,
+        "as_of": as_of,
+        "tables": versions,
+        "run_id": run_id,
+        "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    place.write(PUBLISHED, json.dumps(pointer, indent=1).encode())
+
+
+@contextmanager
+def writing(place: Root, run_id: str) -> Iterator[None]:
+    """The one writer's lease on the lake. Raises storage.LeaseHeld."""
+    with place.lease(WRITER, run_id):
+        yield
+
+
+def create_tables(place: Root) -> None:
+    """Create the tables that are not there yet; safe to race."""
+    from deltalake import DeltaTable, Schema
+
+    for name in COLUMNS:
+        DeltaTable.create(
+            place.url_of(f"lake/{name}"),
+            Schema.from_arrow(arrow_schema(name)),
+            mode="ignore",
+            name=name,
+            configuration=PROPERTIES,
+            storage_options=place.storage_options,
+        )
+
+
+def append(place: Root, table: str, frame: pl.DataFrame, *, batch: int, run_id: str) -> int:
+    """Append a batch's rows exactly once; returns the version that holds them.
+
+    delta-rs does not deduplicate by itself, so the transaction is checked and written through one and the same handle:
+    of two writers with the same batch the second fails to commit, looks again, and finds it done.
+    """
+    from deltalake import CommitProperties, Transaction, write_deltalake
+    from deltalake.exceptions import CommitFailedError
+
+    data = frame.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(arrow_schema(table))
+    properties = CommitProperties(
+        custom_metadata={"run_id": run_id, "stage": "preprocess", "batch": str(batch)},
+        app_transactions=[Transaction(APP_ID, batch)],
+    )
+    while True:
+        handle = open_table(place, table)
+        if (handle.transaction_version(APP_ID) or 0) >= batch:
+            return handle.version()
+        try:
+            write_deltalake(handle, data, mode="append", commit_properties=properties)
+        except CommitFailedError:
+            continue
+        return open_table(place, table).version()
+
+
+def file_stats(handle: "DeltaTable") -> tuple[list[int], int]:
+    """The size in bytes of each live file of a table, and the number of rows in all of them."""
+    import pyarrow as pa
+
+    actions = pa.table(handle.get_add_actions(flatten=True))
+    return actions["size_bytes"].to_pylist(), sum(actions["num_records"].to_pylist())
+
+
+def arrow_schema(table: str) -> "pyarrow.Schema":
+    """The table's Arrow schema: keys are never null, every other column of TPC-H is not either."""
+    import pyarrow as pa
+
+    arrow = {
+        pl.Int64: pa.int64(),
+        pl.Int32: pa.int32(),
+        pl.String: pa.string(),
+        pl.Date: pa.date32(),
+        pl.Decimal: pa.decimal128(15, 2),
+        pl.Datetime: pa.timestamp("us", "UTC"),
+    }
+    return pa.schema(
+        [
+            pa.field(
+                column,
+                arrow[dtype if isinstance(dtype, type) else type(dtype)],
+                nullable=column not in KEYS[table],
+            )
+            for column, dtype in COLUMNS[table].items()
+        ]
+    )
+
+
+def open_table(place: Root, table: str, version: int | None = None) -> "DeltaTable":
+    """A handle on a table, at its newest version when `version` is None: for its writers, and for `Snapshot`."""
+    from deltalake import DeltaTable
+
+    return DeltaTable(place.url_of(f"lake/{table}"), version=version, storage_options=place.storage_options)

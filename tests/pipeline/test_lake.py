@@ -1,0 +1,58 @@
+"""The snapshot is the one way to read, and every commit says who made it."""
+
+import polars as pl
+import pytest
+from conftest import ingest_all
+from deltalake.exceptions import DeltaError, SchemaMismatchError
+
+from pipeline import lake
+from pipeline.tables import TABLES
+from storage import Root
+
+
+def test_before_the_first_batch_it_says_what_to_do(root):
+    assert not lake.is_published(root)
+    with pytest.raises(lake.NothingPublished, match="run generate, then preprocess"):
+        lake.snapshot(root)
+
+
+def test_a_snapshot_names_batch_time_and_versions(filled, made):
+    snapshot = lake.snapshot(filled)
+    assert snapshot.batch == 1
+    assert snapshot.as_of == max(frames["orders"]["o_order_time"].max() for frames in made.values())
+    assert set(snapshot.versions) == set(lake.COLUMNS)
+    assert snapshot.rows().filter(table="orders")["rows"][0] == snapshot.frame("orders").collect().height
+
+
+def test_a_snapshot_stays_as_it_was(filled):
+    before = lake.snapshot(filled)
+    height = before.frame("orders").collect().height
+    place = Root.at(filled)
+    lake.append(place, "orders", before.frame("orders").collect().head(1), batch=2, run_id="x")
+    assert before.frame("orders").collect().height == height
+    assert lake.snapshot(filled).frame("orders").collect().height == height
+
+
+def test_columns_are_read_in_the_order_asked(filled):
+    assert lake.snapshot(filled).frame("orders", ["o_custkey", "o_orderkey"]).collect().columns == [
+        "o_custkey",
+        "o_orderkey",
+    ]
+
+
+def test_every_commit_carries_run_and_stage(landed):
+    ingest_all(landed, "preprocess-20260301T120010-abc123")
+    for table in ("orders", "region"):
+        last = lake.open_table(Root.at(landed), table).history(1)[0]
+        assert (last["run_id"], last["stage"]) == ("preprocess-20260301T120010-abc123", "preprocess")
+
+
+def test_a_key_is_never_null(filled):
+    orders = lake.snapshot(filled).frame("orders").collect().head(1).with_columns(o_orderkey=pl.lit(None, pl.Int64))
+    with pytest.raises((DeltaError, SchemaMismatchError, ValueError)):
+        lake.append(Root.at(filled), "orders", orders, batch=2, run_id="x")
+
+
+def test_types_in_the_lake_are_those_of_the_tables(filled):
+    for table, spec in TABLES.items():
+        assert lake.snapshot(filled).frame(table).collect_schema() == pl.Schema(spec.columns)

@@ -1,0 +1,120 @@
+"""The stream is canonical TPC-H, cut into slices, and a tick is a pure function."""
+
+import subprocess
+import sys
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+
+from pipeline import source
+from pipeline.tables import STREAMED, TABLES
+from storage import Root
+
+
+@pytest.fixture(scope="module")
+def canonical(tmp_path_factory):
+    """tpchgen's own eight tables at scale 0.001, and where they are."""
+    folder = tmp_path_factory.mktemp("tpch")
+    generator = Path(sys.executable).with_name("tpchgen-cli")
+    subprocess.run([generator, "parquet", "--scale-factor=0.001", f"--output-dir={folder}"], check=True)
+    return {name: pl.read_parquet(folder / f"{name}.parquet") for name in TABLES}
+
+
+def test_all_slices_together_are_tpch_row_by_row(canonical):
+    stream = source.Stream(0.001, 4, "2026-03-01T00:00:00+00:00")
+    made = source.make_ticks(stream, range(4))
+    for name, expected in canonical.items():
+        parts = [frames[name] for frames in made.values() if name in frames]
+        assert len(parts) == (4 if name in STREAMED else 1)
+        assert_frame_equal(pl.concat(parts).select(expected.columns), expected)
+
+
+def test_a_tick_made_twice_is_the_same_bytes(stream, made, tmp_path):
+    again = source.make_ticks(stream, range(1, 3))
+    source.land(str(tmp_path / "a"), stream, made)
+    source.land(str(tmp_path / "b"), stream, again)
+    for tick in (1, 2):
+        for table in STREAMED:
+            name = source.file_name(table, tick)
+            assert Root.at(tmp_path / "a").read(name) == Root.at(tmp_path / "b").read(name)
+
+
+def test_past_the_last_slice_order_keys_never_repeat():
+    stream = source.Stream(0.001, 1, "2026-03-01T00:00:00+00:00")
+    first, second = (source.make_tick(stream, tick) for tick in (0, 1))
+    assert set(second) == set(STREAMED)
+    assert first["orders"]["o_orderkey"].max() == stream.highest_key
+    assert second["orders"]["o_orderkey"].min() == stream.highest_key + 1
+    assert second["lineitem"]["l_orderkey"].min() == stream.highest_key + 1
+    same = pl.exclude("o_orderkey", "o_order_time")
+    assert_frame_equal(first["orders"].select(same), second["orders"].select(same))
+
+
+def test_orders_are_placed_in_the_30_seconds_before_their_tick(stream, made):
+    for tick, frames in made.items():
+        times = frames["orders"]["o_order_time"]
+        assert times.min() >= stream.time_of(tick) - timedelta(seconds=30)
+        assert times.max() < stream.time_of(tick)
+        assert times.n_unique() > len(times) * 0.95
+    orders, lineitem = made[1]["orders"], made[1]["lineitem"]
+    joined = lineitem.join(orders, left_on="l_orderkey", right_on="o_orderkey")
+    days = (joined["l_shipdate"] - joined["o_orderdate"]).dt.total_days()
+    minutes = (joined["l_ship_time"] - joined["o_order_time"]).dt.total_minutes()
+    assert (minutes == days * 36).all()
+    assert minutes.max() <= 121 * 36  # three days and a bit, by TPC-H 4.2.3
+
+
+def test_a_new_stream_brings_history_and_then_catches_up(root):
+    ask = {"scale": 0.001, "slices": 10, "history": 2, "max_ticks": 3}
+    at = datetime.fromisoformat("2026-03-01T12:00:10+00:00")
+    stream, ticks = source.due_ticks(root, **ask, scheduled_for=at.isoformat())
+    assert (ticks, stream.time_of(2)) == (range(3), datetime.fromisoformat("2026-03-01T12:00:00+00:00"))
+    source.land(root, stream, source.make_ticks(stream, ticks))
+
+    def due(seconds: int) -> range:
+        return source.due_ticks(root, **ask, scheduled_for=(at + timedelta(seconds=seconds)).isoformat())[1]
+
+    assert list(due(0)) == []
+    assert list(due(20)) == [3]
+    assert list(due(3600)) == [3, 4, 5]
+    assert list(source.due_ticks(root, **ask, scheduled_for=None)[1]) == [3]
+    assert list(source.due_ticks(root, **ask, scheduled_for=None, tick=1)[1]) == [1]
+
+
+def test_making_an_old_tick_again_does_not_move_the_stream(root, stream, made):
+    source.land(root, stream, made)
+    before = Root.at(root).read(source.DESCRIPTION)
+    begun, ticks = source.due_ticks(
+        root, scale=stream.scale, slices=stream.slices, history=0, max_ticks=1, scheduled_for=None, tick=1
+    )
+    source.land(root, begun, {1: made[1]})
+    assert list(ticks) == [1]
+    assert Root.at(root).read(source.DESCRIPTION) == before
+
+
+def test_a_stream_keeps_its_scale(root, stream, made):
+    source.land(root, stream, {0: made[0]})
+    with pytest.raises(ValueError, match="keeps its scale"):
+        source.due_ticks(root, scale=1.0, slices=10, history=0, max_ticks=1, scheduled_for=None)
+
+
+def test_two_beginnings_of_one_stream_are_told(root, stream, made):
+    source.land(root, stream, {0: made[0]})
+    other = source.Stream(stream.scale, stream.slices, "2026-03-01T10:00:00+00:00")
+    with pytest.raises(RuntimeError, match="another run began"):
+        source.land(root, other, {0: made[0]})
+
+
+def test_the_generators_own_words_are_passed_on():
+    with pytest.raises(RuntimeError, match="tpchgen-cli failed with status"):
+        source.make_tick(source.Stream(-1, 1, "2026-03-01T00:00:00+00:00"), 0)
+
+
+def test_orphans_and_repeated_keys_are_counted(made):
+    assert (source.orphans(made), source.repeated_keys(made)) == (0, 0)
+    broken = {0: made[0], 1: {"orders": made[0]["orders"], "lineitem": made[1]["lineitem"]}}
+    assert source.orphans(broken) == made[1]["lineitem"].height
+    assert source.repeated_keys(broken) == made[0]["orders"].height
