@@ -120,10 +120,9 @@ def prune_archive(root: str, scheduled_for: str | None, days: int = ARCHIVE_DAYS
 
 
 def chart(done: pl.DataFrame):
-    """Files per table, before and after, as bars."""
-    import hvplot.polars  # noqa: F401
+    """Files per table before and after, as bars; `done` as from `compact`."""
+    from pipeline.charts import plot
 
-    long = done.select("table", before="files_before", after="files_after").unpivot(
-        index="table", variable_name="when", value_name="files"
-    )
-    return long.hvplot.bar(x="table", y="files", by="when", title="Files per table, before and after", rot=40)
+    files = done.select("table", before="files_before", after="files_after")
+    long = files.unpivot(index="table", variable_name="when", value_name="files")
+    return plot(long).bar(x="table", y="files", by="when", title="Files before and after", xlabel="", ylabel="files")

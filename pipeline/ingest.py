@@ -177,7 +177,7 @@ def commit(parsed: Parsed, *, run_id: str) -> dict[str, int]:
 
 
 def parse(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The typed rows of a file of JSON lines, and the lines that do not fit (columns line, reason, raw; 1 is the first).
+    """The typed rows of a file of JSON lines, and the lines that do not fit: columns line (from 1), reason, raw.
 
     A clean file is read at once; one that is not, line by line.
     """
@@ -353,15 +353,9 @@ def _with(ranges: list[list[int]], tick: int) -> list[list[int]]:
 
 def chart(files: pl.DataFrame):
     """Rows kept and refused per table as bars; `files` as in `Parsed`."""
-    import hvplot.polars  # noqa: F401
+    from pipeline.charts import plot
 
-    rows = files.group_by("table").agg(kept=pl.sum("good"), refused=pl.sum("bad")).sort("kept")
-    return rows.hvplot.barh(
-        x="table",
-        y=["kept", "refused"],
-        stacked=True,
-        title="Rows of this batch",
-        xlabel="",
-        ylabel="rows",
-        legend="top",
+    rows = files.group_by("table").agg(kept=pl.sum("good"), refused=pl.sum("bad")).sort("kept", descending=True)
+    return plot(rows).bar(
+        x="table", y=["kept", "refused"], stacked=True, title="Rows of this batch", xlabel="", ylabel="rows"
     )

@@ -193,14 +193,8 @@ def repeated_keys(made: dict[int, dict[str, pl.DataFrame]]) -> int:
 
 def chart(rows: pl.DataFrame):
     """Rows per tick as bars; `rows` as from `rows_per_tick`."""
-    import hvplot.polars  # noqa: F401
+    from pipeline.charts import plot
 
-    return rows.hvplot.bar(
-        x="tick",
-        y=["orders", "lineitem"],
-        stacked=True,
-        title="Rows per tick",
-        xlabel="tick",
-        ylabel="rows",
-        legend="top",
+    return plot(rows).bar(
+        x="tick", y=["orders", "lineitem"], stacked=True, title="Rows per tick", xlabel="tick", ylabel="rows"
     )

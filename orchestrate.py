@@ -1,0 +1,349 @@
+"""Flows, schedules and the command line. What a stage does is in its notebook, when in its YAML.
+
+up      everything: Prefect's server, the schedules, the API and the dashboard
+run     one run now, of one stage or of all
+check   parameters, notebooks and env files, without starting a kernel
+plan    every stage's next run, and where each parameter's value comes from
+runs    the index of runs
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from runner import params
+from storage import PROJECT, Root
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+runs_app = typer.Typer(no_args_is_help=True, help="The index of runs.")
+app.add_typer(runs_app, name="runs")
+out, err = Console(), Console(stderr=True)
+if not out.is_terminal:
+    out.width = 200  # a log file has no width to keep to
+STYLES = {"ok": "green", "noop": "dim", "check_failed": "red", "cancelled": "yellow"}  # the other states: bold red
+
+Env = Annotated[str, typer.Option("--env", help="params/env/<name>.yml")]
+RootOption = Annotated[str | None, typer.Option("--root", help="Folder or URL, in place of the env file's root.")]
+Overrides = Annotated[list[str], typer.Option("-p", help="name=value, or stage.name=value; more than one is fine.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+
+@app.command()
+def up(
+    env: Env = "local",
+    root: RootOption = None,
+    prefect_port: Annotated[int, typer.Option(help="Prefect's page and API.")] = 4200,
+    api_port: Annotated[int, typer.Option(help="The API.")] = 8000,
+    dashboard_port: Annotated[int, typer.Option(help="The dashboard.")] = 8501,
+):
+    """Everything: Prefect's server unless PREFECT_API_URL is set, the schedules, API and dashboard. Ctrl-C ends all."""
+    from runner import services
+
+    project = _load(env, root=root)
+    _log_to_terminal()
+    here = _services_folder(project.environment.root)
+    api_url = f"http://{services.HOST}:{api_port}"
+    children = [
+        services.api(api_port, project.environment.root, here),
+        services.dashboard(dashboard_port, project.environment.root, api_url, here),
+    ]
+    if "PREFECT_API_URL" not in os.environ:
+        children.insert(0, services.prefect_server(prefect_port, here / "prefect", here))
+        os.environ["PREFECT_HOME"] = str(here / "prefect")
+        os.environ["PREFECT_API_URL"] = f"http://{services.HOST}:{prefect_port}/api"
+    # SIGTERM ends it as Ctrl-C does
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    try:
+        for child in children:
+            services.ensure_free(child.port, child.name)
+        for child in children:
+            child.start()
+        for child in children:
+            child.wait_ready()
+            out.print(f"{child.name:15} {child.page}", highlight=False)
+        from runner import schedule
+
+        asyncio.run(schedule.serve(project, api_url, children, on_record=_print_record, on_status=_print_status))
+    except KeyboardInterrupt:
+        out.print("ending every child …")
+    except (services.PortTaken, RuntimeError) as error:
+        err.print(f"[bold red]{error}", highlight=False)
+        raise typer.Exit(1) from None
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        services.stop(children)
+    out.print("nothing is left running")
+
+
+@app.command()
+def run(
+    stage: Annotated[str, typer.Argument(help="A stage's name, or all: each once, from the shortest cadence on.")],
+    env: Env = "local",
+    root: RootOption = None,
+    p: Overrides = [],  # noqa: B006
+    at: Annotated[str | None, typer.Option(help="The run's own time, ISO 8601; now when absent.")] = None,
+    as_json: AsJson = False,
+):
+    """One run now, with a progress bar; prints state and report. Exit status 1 unless every run is ok or noop."""
+    project = _load(env, root=root, overrides=p, stage=None if stage == "all" else stage)
+    scheduled_for = _time(at)
+    records = []
+    for chosen in project.stages.values():
+        records.append(_run_one(chosen, project.environment, scheduled_for, quiet=as_json))
+    if as_json:
+        print(json.dumps([asdict(record) for record in records], default=str))
+    elif stage == "all":
+        out.print(_records_table(records))
+    else:
+        _print_record(records[0])
+    if not all(record.ok for record in records):
+        raise typer.Exit(1)
+
+
+@app.command()
+def check(env: Env = "", p: Overrides = [], as_json: AsJson = False):  # noqa: B006
+    """Parameters, notebooks and env files, one or all of them, without a kernel. Exit status 2 on a problem."""
+    problems, stages = [], {}
+    for name in [env] if env else params.environments(PROJECT):
+        try:
+            stages = params.load(PROJECT, name, p).stages
+        except params.ParamsError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    if as_json:
+        print(json.dumps({"ok": not problems, "stages": list(stages), "problems": [str(x) for x in problems]}))
+    elif problems:
+        _print_problems(problems)
+    else:
+        out.print(f"[green]ok[/]  {len(stages)} stages: {', '.join(stages)}")
+    if problems:
+        raise typer.Exit(2)
+
+
+@app.command()
+def plan(env: Env = "local", p: Overrides = [], as_json: AsJson = False):  # noqa: B006
+    """Every stage's next run, and where each parameter's value comes from."""
+    project, now = _load(env, overrides=p), datetime.now(UTC)
+    if as_json:
+        print(json.dumps([_plan_of(stage, now) for stage in project.stages.values()], default=str))
+        return
+    out.print(f"environment {env}: root {project.environment.root}", highlight=False)
+    for stage in project.stages.values():
+        planned = _plan_of(stage, now)
+        table = Table(
+            title=f"{stage.name}   {planned['when']}   next {planned['next_run']:%H:%M:%S} UTC", title_justify="left"
+        )
+        for column in ("parameter", "value", "comes from", "meaning"):
+            table.add_column(column, overflow="fold")
+        for name, value in stage.values.items():
+            table.add_row(name, str(value), stage.origins[name], stage.help.get(name, ""))
+        out.print(table)
+
+
+@runs_app.command("list")
+def runs_list(
+    env: Env = "local",
+    root: RootOption = None,
+    stage: Annotated[str | None, typer.Option(help="Only this stage.")] = None,
+    state: Annotated[str | None, typer.Option(help="Only this state.")] = None,
+    limit: Annotated[int, typer.Option(help="At most so many, newest first.")] = 20,
+    as_json: AsJson = False,
+):
+    """The last runs, newest first."""
+    from runner import runs
+
+    found = runs.list(_root(env, root), stage=stage, state=state, limit=limit)
+    if as_json:
+        print(json.dumps(found, default=str))
+        return
+    table = Table("run", "state", "scheduled for", "seconds", "reason")
+    for row in found:
+        table.add_row(
+            row["run_id"],
+            _styled(row["state"]),
+            row["scheduled_for"][:19].replace("T", " "),
+            f"{row['seconds']:.1f}",
+            row["reason"] or "",
+        )
+    out.print(table)
+
+
+@runs_app.command("show")
+def runs_show(run_id: str, env: Env = "local", root: RootOption = None, as_json: AsJson = False):
+    """All that is recorded of one run."""
+    record = _get_run(run_id, env, root)
+    if as_json:
+        print(json.dumps(record, default=str))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in record.items():
+        table.add_row(f"[bold]{name}", value if isinstance(value, str) else json.dumps(value, default=str))
+    out.print(table)
+
+
+@runs_app.command("open")
+def runs_open(run_id: str, env: Env = "local", root: RootOption = None):
+    """Open a run's report in the browser."""
+    import webbrowser
+
+    place = _root(env, root)
+    url = place.url_of(f"{_get_run(run_id, env, root)['report']}/report.html")
+    out.print(url, highlight=False, soft_wrap=True)
+    webbrowser.open(url if "://" in url else f"file://{url}")
+
+
+def _load(env: str, *, root: str | None = None, overrides: list[str] = (), stage: str | None = None) -> params.Project:
+    """The stages as they would run; a wrong file is printed with everything that is wrong, exit status 2."""
+    try:
+        project = params.load(PROJECT, env, overrides, stage=stage)
+    except params.ParamsError as error:
+        _print_problems(error.problems)
+        raise typer.Exit(2) from None
+    url = Root.at(root or project.environment.root).url
+    return replace(project, environment=replace(project.environment, root=url))
+
+
+def _root(env: str, root: str | None) -> Root:
+    return Root.at(root or _load(env).environment.root)
+
+
+def _services_folder(root: str):
+    """Where logs and Prefect's database are: beside the data when that is on this machine."""
+    from pathlib import Path
+
+    return (PROJECT / "outputs" if "://" in root else Path(root)) / "services"
+
+
+def _time(text: str | None) -> datetime:
+    if text is None:
+        return datetime.now(UTC)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a time such as 2026-01-31T12:00:00+00:00") from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _run_one(stage: params.Stage, environment: params.Environment, scheduled_for: datetime, quiet: bool):
+    """One run with a progress bar; recorded in Prefect when a server answers."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.fields[stage]:11}"), BarColumn(24), TextColumn("{task.completed}/{task.total}"))
+    with Progress(
+        *columns,
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        console=err,
+        transient=True,
+        disable=quiet or not err.is_terminal,
+    ) as bar:
+        task = bar.add_task("starting", stage=stage.name, total=None)
+
+        def on_cell(done: int, total: int, heading: str) -> None:
+            bar.update(task, completed=done, total=total, description=heading)
+
+        if _prefect_answers():
+            from runner import schedule
+
+            return schedule.run_recorded(stage, environment, scheduled_for, on_cell)
+        from runner import compute
+
+        return compute.run_stage(stage, environment, scheduled_for=scheduled_for, on_cell=on_cell)
+
+
+def _prefect_answers() -> bool:
+    """Whether runs can be recorded in Prefect: PREFECT_API_URL is set, or `up` is at work on this machine."""
+    from runner import services
+
+    if "PREFECT_API_URL" not in os.environ:
+        local = f"http://{services.HOST}:4200/api"
+        if not services.answers(f"{local}/ready", timeout_s=0.5):
+            return False
+        os.environ["PREFECT_API_URL"] = local
+    return True
+
+
+def _get_run(run_id: str, env: str, root: str | None) -> dict:
+    from runner import runs
+
+    try:
+        return runs.get(_root(env, root), run_id)
+    except KeyError:
+        err.print(f"[bold red]there is no run {run_id}; `runs list` names them")
+        raise typer.Exit(1) from None
+
+
+def _plan_of(stage: params.Stage, now: datetime) -> dict:
+    return {
+        "stage": stage.name,
+        "when": stage.cron or f"every {stage.every_s:g} s",
+        "next_run": stage.next_run(now),
+        "overlap": stage.overlap,
+        "deadline_s": stage.deadline_s,
+        "retries": stage.retries,
+        "parameters": stage.values,
+        "origins": stage.origins,
+    }
+
+
+def _print_problems(problems: list) -> None:
+    for problem in problems:
+        err.print(f"[bold red]wrong[/]  {problem}", highlight=False, soft_wrap=True)
+
+
+def _styled(state: str) -> str:
+    return f"[{STYLES.get(state, 'bold red')}]{state}[/]"
+
+
+def _print_status(text: str) -> None:
+    out.print(text, highlight=False)
+
+
+def _print_record(record) -> None:
+    rows = record.metrics.get("rows")
+    what = f"{rows:,} rows" if isinstance(rows, int) else record.reason or ""
+    report = Root.at(record.root).url_of(f"{record.report}/report.html")
+    line = f"{record.stage:11} {_styled(record.state)}  {record.seconds:5.1f} s  {what}"
+    out.print(f"[dim]{datetime.now():%H:%M:%S}[/]  {line}\n          [dim]{report}[/]", highlight=False, soft_wrap=True)
+
+
+def _records_table(records: list) -> Table:
+    table = Table("stage", "state", title="One pass of all stages", title_justify="left")
+    table.add_column("seconds", justify="right")
+    table.add_column("rows", justify="right")
+    table.add_column("report", overflow="fold")
+    for record in records:
+        rows = record.metrics.get("rows")
+        report = Root.at(record.root).url_of(f"{record.report}/report.html")
+        with contextlib.suppress(ValueError):
+            report = os.path.relpath(report) if "://" not in report else report
+        table.add_row(
+            record.stage,
+            _styled(record.state),
+            f"{record.seconds:.1f}",
+            f"{rows:,}" if rows is not None else record.reason,
+            report,
+        )
+    return table
+
+
+def _log_to_terminal() -> None:
+    """The one logging configuration: warnings of every library, in one form."""
+    handler = RichHandler(console=err, show_path=False, markup=False, log_time_format="%H:%M:%S")
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(name)s: %(message)s")
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,254 @@
+"""Charts: written once with hvPlot, drawn by Matplotlib in reports, Plotly in the dashboard, Bokeh in JupyterLab.
+
+A chart is a function from a frame to a plot. Which options a plot may carry depends on the backend that is current
+when it is made, so the function is called here, after the backend was chosen, and keeps to what all three understand
+(kind, x, y, by, stacked, title, xlabel, ylabel, clabel). Sizes, colours and fonts are this file's business.
+"""
+
+import html
+import io
+import os
+import threading
+from collections.abc import Callable
+from datetime import datetime
+from decimal import Decimal
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+    from matplotlib.figure import Figure
+
+Chart = Callable[[pl.DataFrame], Any]
+
+WIDTH_PX, HEIGHT_PX, DENSITY = 700, 280, 1.5  # on the page; a PNG has DENSITY pixels for each
+COLOURS = ["#2f6db5", "#e08a2e", "#4c9f70", "#c0504d", "#8064a2", "#8c8c8c"]
+MOST_NAMES, MOST_LETTERS = 20, 60  # along the horizontal axis
+INK, FAINT = "#333333", "#dddddd"
+UNITS = [(1e9, "billions"), (1e6, "millions"), (1e3, "thousands")]
+
+_drawing = threading.Lock()  # HoloViews has one current backend for the whole process
+
+
+class Picture:
+    """A static PNG that a notebook shows."""
+
+    def __init__(self, png: bytes):
+        self.png = png
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        return self.png, {"width": WIDTH_PX, "height": HEIGHT_PX}
+
+
+class Grid:
+    """A frame as a notebook shows it: no types, no quotes, numbers as people write them."""
+
+    def __init__(self, frame: pl.DataFrame, rows: int):
+        self.frame, self.rows = frame, rows
+
+    def __repr__(self) -> str:
+        return repr(self.frame.head(self.rows))
+
+    def _repr_html_(self) -> str:
+        shown = self.frame.head(self.rows)
+        sides = [' align="right"' if dtype.is_numeric() else "" for dtype in shown.dtypes]
+        names = [html.escape(name.replace("_", " ")) for name in shown.columns]
+        head = "".join(f"<th{side}>{name}</th>" for side, name in zip(sides, names, strict=True))
+        body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in shown.iter_rows())
+        more = self.frame.height - shown.height
+        note = f"<p><small>and {more:,} more rows</small></p>" if more else ""
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
+
+
+def table(frame: pl.DataFrame, rows: int = 10) -> Grid:
+    """The first `rows` rows, to be shown."""
+    return Grid(frame, rows)
+
+
+def _cell(value: Any) -> str:
+    """Numbers to the right, with separators; times to the second."""
+    match value:
+        case bool():
+            text = str(value)
+        case int() | Decimal():
+            return f'<td align="right">{value:,}</td>'
+        case float():
+            digits = ",.4g" if abs(value) < 1000 else ",.2f" if abs(value) < 1e6 else ",.0f"
+            return f'<td align="right">{value:{digits}}</td>'
+        case datetime():
+            text = f"{value:%Y-%m-%d %H:%M:%S}"
+        case _:
+            text = "" if value is None else str(value)
+    return f"<td>{html.escape(text)}</td>"
+
+
+def plot(frame: pl.DataFrame):
+    """`plot(frame).bar(...)` is `frame.hvplot.bar(...)` without the JavaScript that `import hvplot.polars` puts in a
+    notebook. Decimals are drawn as floats."""
+    from hvplot.plotting.core import hvPlotTabularPolars
+
+    return hvPlotTabularPolars(frame.with_columns(pl.selectors.decimal().cast(pl.Float64)))
+
+
+def in_units(frame: pl.DataFrame, column: str) -> tuple[pl.DataFrame, str]:
+    """The frame with `column` in millions or whatever suits its largest value, and the label of its axis."""
+    values, name = frame[column].cast(pl.Float64), column.replace("_", " ")
+    largest = values.abs().max() or 0
+    factor, unit = next(((factor, f"{name}, {unit}") for factor, unit in UNITS if largest >= factor), (1, name))
+    return frame.with_columns((values / factor).alias(column)), unit
+
+
+def show(chart: Chart, frame: pl.DataFrame):
+    """What a notebook shows: a Picture, or the live Bokeh plot where ETL_CHARTS=bokeh (JupyterLab)."""
+    if os.environ.get("ETL_CHARTS") != "bokeh":
+        return Picture(png(chart, frame))
+    import holoviews as hv
+
+    if not getattr(hv.extension, "_loaded", False):
+        hv.extension("bokeh", logo=False)  # here its JavaScript is wanted
+    return _made("bokeh", chart, frame)
+
+
+def png(chart: Chart, frame: pl.DataFrame) -> bytes:
+    """The chart as a PNG of WIDTH_PX x HEIGHT_PX, times DENSITY."""
+    from PIL import Image
+
+    figure = _drawn("matplotlib", chart, frame)
+    _tidy_matplotlib(figure)
+    full, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, format="png", dpi=100 * DENSITY)
+    # 24 colours are plenty for bars and lines, at a third of the size
+    Image.open(full).convert("RGB").quantize(24, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    return small.getvalue()
+
+
+def plotly(chart: Chart, frame: pl.DataFrame) -> "go.Figure":
+    """The chart as a Plotly figure, as wide as the place it is put in."""
+    import plotly.graph_objects as go
+
+    state = _drawn("plotly", chart, frame)
+    figure = go.Figure({"data": state["data"], "layout": state["layout"]})
+    _tidy_plotly(figure)
+    return figure
+
+
+def _made(backend: str, chart: Chart, frame: pl.DataFrame) -> Any:
+    """The HoloViews object, in this project's colours, without `hv.extension` and what it would publish."""
+    import holoviews as hv
+
+    module = "mpl" if backend == "matplotlib" else backend
+    import_module(f"holoviews.plotting.{module}")
+    with _drawing:
+        before = hv.Store.current_backend
+        hv.Store.set_current_backend(backend)
+        try:
+            made = (chart if frame.height else _nothing)(frame)
+            if isinstance(made, hv.Bars) and len(made.kdims) == 2:  # groups as they come, not by the alphabet
+                made = made.redim.values(**{made.kdims[1].name: made.dimension_values(1, expanded=False)})
+            return made.opts(*_styles(backend))
+        finally:
+            hv.Store.set_current_backend(before)
+
+
+def _nothing(frame: pl.DataFrame) -> Any:
+    import holoviews as hv
+
+    return hv.Curve([]).opts(title="No rows", xaxis=None, yaxis=None)
+
+
+def _drawn(backend: str, chart: Chart, frame: pl.DataFrame) -> Any:
+    """The backend's own figure: a Matplotlib Figure, a Plotly dict."""
+    import holoviews as hv
+
+    return hv.renderer(backend).get_plot_state(_made(backend, chart, frame))
+
+
+def _styles(backend: str) -> list:
+    """Colours, and what a backend alone understands. Sizes follow in `_tidy_*`, Bokeh's excepted."""
+    from holoviews import Cycle, opts
+    from holoviews.plotting.util import process_cmap
+
+    colours = Cycle(values=COLOURS)
+    of_all = {"width": WIDTH_PX, "height": HEIGHT_PX} if backend == "bokeh" else {}
+    of_bars = {"matplotlib": {"edgecolor": "none"}, "bokeh": {"line_color": None}, "plotly": {}}
+    of_dots = {"matplotlib": {"marker": "o", "s": 30}}.get(backend, {"marker": "circle", "size": 7})
+    return [
+        opts.Bars(color=colours, multi_level=False, **of_bars[backend], **of_all, backend=backend),
+        opts.Curve(color=colours, **of_all, backend=backend),
+        opts.Area(color=colours, **of_all, backend=backend),
+        opts.Scatter(color=COLOURS[1], **of_dots, **of_all, backend=backend),
+        # the lighter half: dark text can be read on all of it
+        opts.HeatMap(cmap=process_cmap("Blues", 64)[:36], **of_all, backend=backend),
+    ]
+
+
+def _tidy_matplotlib(figure: "Figure") -> None:
+    from matplotlib import dates, ticker
+
+    figure.set_size_inches(WIDTH_PX / 100, HEIGHT_PX / 100)
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
+    axes, *colour_bars = figure.axes
+    for bar in colour_bars:  # the cells of a heat map carry their values
+        bar.remove()
+    for text in axes.texts:
+        value = text.get_text()
+        text.set(text="" if value == "-" else f"{float(value):,.2f}", fontsize=9, color=INK)
+    axes.set_aspect("auto")
+    axes.set_title(axes.get_title(), loc="left", fontsize=11, fontweight="bold", color=INK, pad=10)
+    axes.set_title("", loc="center")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labelsize=9, labelcolor=INK)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set(fontsize=9, color=INK)
+        axis.set_zorder(-1)  # the grid: HoloViews draws at 0
+    x_named, y_named = (isinstance(axis.get_major_locator(), ticker.FixedLocator) for axis in (axes.xaxis, axes.yaxis))
+    if not (x_named and y_named):
+        axes.grid(axis="x" if y_named else "y", color=FAINT, linewidth=0.8)
+    if x_named:
+        names = [label.get_text() for label in axes.get_xticklabels()]
+        step = len(names) // MOST_NAMES + 1
+        slanted = {"rotation": 30, "ha": "right"} if sum(map(len, names[::step])) > MOST_LETTERS else {}
+        axes.set_xticks(axes.get_xticks()[::step], names[::step], **slanted)
+        if len(names) < 3 and not y_named:  # one bar need not fill the page
+            axes.set_xlim(-1, len(names))
+    if isinstance(axes.xaxis.get_major_locator(), dates.DateLocator):
+        locator = dates.AutoDateLocator(maxticks=8)
+        axes.xaxis.set_major_locator(locator)
+        axes.xaxis.set_major_formatter(dates.ConciseDateFormatter(locator))
+        axes.xaxis.get_offset_text().set(fontsize=9, color=INK)
+    if legend := axes.get_legend():
+        stacked = any(bar.get_y() for bars in axes.containers for bar in bars)
+        step = -1 if stacked else 1  # a stack is read from the top
+        axes.legend(
+            legend.legend_handles[::step],
+            [text.get_text() for text in legend.get_texts()][::step],
+            loc="upper left",
+            bbox_to_anchor=(1, 1),
+            frameon=False,
+            fontsize=9,
+            labelcolor=INK,
+        )
+
+
+def _tidy_plotly(figure: "go.Figure") -> None:
+    bars = [trace for trace in figure.data if trace.type == "bar"]
+    if bars:
+        figure.data = bars[::-1]  # HoloViews hands over the last first
+        for trace, colour in zip(figure.data, COLOURS, strict=False):
+            trace.marker.color = colour
+    named_x = any(trace.type == "heatmap" or trace.type == "bar" and trace.orientation != "h" for trace in figure.data)
+    named_y = any(trace.type == "heatmap" or trace.type == "bar" and trace.orientation == "h" for trace in figure.data)
+    figure.update_traces(selector={"type": "heatmap"}, showscale=False, texttemplate="%{z:,.2f}")
+    figure.update_layout(
+        template="plotly_white",
+        width=None,
+        height=HEIGHT_PX,
+        margin={"l": 10, "r": 10, "t": 45, "b": 10},
+        font={"color": INK, "size": 12},
+        title={"x": 0, "xref": "paper", "font": {"size": 15, "weight": 600}},
+        showlegend=len(figure.data) > 1,
+    )
+    figure.update_xaxes(automargin=True, gridcolor=FAINT, showgrid=named_y and not named_x, zeroline=False)
+    figure.update_yaxes(automargin=True, gridcolor=FAINT, showgrid=not named_y, hoverformat=",.3~f")

@@ -1,0 +1,380 @@
+"""The late-delivery model: will a line item that ships now be received after the day it was promised for?
+
+TPC-H draws the receipt date as the ship date plus 1 to 30 days, each as likely (specification 3.0.1, clause 4.2.3), so
+the true probability is known, and with it the lowest log loss that any model can have on given rows.
+"""
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import polars as pl
+
+from storage import Root
+
+if TYPE_CHECKING:
+    import numpy as np
+    import xgboost
+
+log = logging.getLogger(__name__)
+
+# what is known of a line item the moment it ships; the flags and the receipt date are not
+SHIPPED = [
+    "l_shipdate",
+    "l_commitdate",
+    "l_quantity",
+    "l_extendedprice",
+    "l_discount",
+    "l_tax",
+    "l_shipmode",
+    "l_shipinstruct",
+]
+COLUMNS = ["l_orderkey", *SHIPPED, "l_receiptdate"]  # what training reads
+MODES = ["REG AIR", "AIR", "RAIL", "SHIP", "TRUCK", "MAIL", "FOB"]
+INSTRUCTIONS = ["DELIVER IN PERSON", "COLLECT COD", "NONE", "TAKE BACK RETURN"]
+FEATURES = ["days_to_commit", "quantity", "unit_price", "discount", "tax", "ship_mode", "ship_instruction"]
+LONGEST_DAYS = 30  # on the road
+GOLDEN_ROWS = 32
+TOLERANCE = 1e-5  # between machines; a damaged tree is off by far more
+CURRENT = "models/current.json"
+
+
+class NoModel(LookupError):
+    """No model has been published under this root yet."""
+
+
+class ModelDamaged(ValueError):
+    """What is stored is not the model that was published."""
+
+
+def features(lineitem: pl.DataFrame) -> pl.DataFrame:
+    """One Float32 column for each of FEATURES, from SHIPPED columns; an unknown mode or instruction is null.
+
+    Dates may be text (ISO), as JSON has them.
+    """
+    days = [pl.col(c).str.to_date() if lineitem.schema[c] == pl.String else pl.col(c) for c in SHIPPED[:2]]
+    numbers = {c: pl.col(c).cast(pl.Float64) for c in SHIPPED[2:6]}
+    return lineitem.select(
+        days_to_commit=(days[1] - days[0]).dt.total_days(),
+        quantity=numbers["l_quantity"],
+        unit_price=numbers["l_extendedprice"] / numbers["l_quantity"],
+        discount=numbers["l_discount"],
+        tax=numbers["l_tax"],
+        ship_mode=pl.col("l_shipmode").replace_strict(MODES, range(len(MODES)), default=None),
+        ship_instruction=pl.col("l_shipinstruct").replace_strict(INSTRUCTIONS, range(len(INSTRUCTIONS)), default=None),
+    ).cast(pl.Float32)
+
+
+def late(lineitem: pl.DataFrame) -> pl.Series:
+    """The label: received after the day it was promised for."""
+    return lineitem.select(late=pl.col("l_receiptdate") > pl.col("l_commitdate")).to_series()
+
+
+def too_little(lineitem: pl.DataFrame, minimum_rows: int) -> str | None:
+    """Why there is too little to learn from; None when there is enough."""
+    if lineitem.height < minimum_rows:
+        return f"{lineitem.height:,} line items, fewer than the {minimum_rows:,} that training needs"
+    for part, rows in zip(("training", "validation", "held-out"), split(lineitem), strict=True):
+        if late(rows).n_unique() < 2:
+            return f"the {rows.height:,} {part} line items are all late or all in time"
+    return None
+
+
+def split(lineitem: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    """Training (70 %), validation (10 %) and held-out (20 %) rows, by a hash of the order key.
+
+    An order is always in the same part, so that no model has seen what another is judged by.
+    """
+    hashed = (
+        pl.col("l_orderkey") % 2**31 * 2654435761
+    ) % 2**32  # Knuth's multiplicative hash; the product fits 63 bits
+    percent = hashed * 100 // 2**32
+    return (
+        lineitem.filter(percent >= 30),
+        lineitem.filter(percent.is_between(20, 29)),
+        lineitem.filter(percent < 20),
+    )
+
+
+def train(
+    training: pl.DataFrame,
+    validation: pl.DataFrame,
+    *,
+    learning_rate: float = 0.2,
+    max_depth: int = 3,
+    max_trees: int = 500,
+    patience: int = 20,
+    threads: int = 1,
+    seed: int = 0,
+) -> "xgboost.Booster":
+    """A classifier of late line items; stops when `patience` trees in a row do not help on the validation rows.
+
+    One thread by default: where other work has the cores, two wait for each other (420,000 rows: 1.5 s became 35 s).
+    """
+    import xgboost
+
+    booster = xgboost.train(
+        {
+            "objective": "binary:logistic",
+            "eval_metric": "logloss",
+            "tree_method": "hist",
+            "learning_rate": learning_rate,
+            "max_depth": max_depth,
+            "monotone_constraints": {"days_to_commit": -1},  # more days left, never more likely late
+            "nthread": threads,
+            "seed": seed,
+        },
+        _matrix(training, late(training)),
+        num_boost_round=max_trees,
+        evals=[(_matrix(validation, late(validation)), "validation")],
+        early_stopping_rounds=patience,
+        verbose_eval=False,
+    )
+    return booster[: booster.best_iteration + 1]
+
+
+def _matrix(lineitem: pl.DataFrame, label: pl.Series | None = None) -> "xgboost.DMatrix":
+    import xgboost
+
+    values = features(lineitem).to_numpy()  # null becomes NaN: missing
+    return xgboost.DMatrix(values, label=None if label is None else label.to_numpy(), feature_names=FEATURES)
+
+
+def predict(booster: "xgboost.Booster", lineitem: pl.DataFrame) -> "np.ndarray":
+    """The probability that each line item arrives late."""
+    return booster.predict(_matrix(lineitem)).astype("float64")
+
+
+def best_possible(days_to_commit: "np.ndarray") -> "np.ndarray":
+    """The true probability of late: 1 to 30 days on the road, each as likely."""
+    import numpy as np
+
+    return np.clip((LONGEST_DAYS - days_to_commit) / LONGEST_DAYS, 0, 1)
+
+
+def judge(booster: "xgboost.Booster", held_out: pl.DataFrame) -> dict[str, float]:
+    """How good the model is on rows it has not seen.
+
+    `log_loss`, `best_log_loss` (of the true probability, on the same rows), `gap` between the two, `expected_log_loss`
+    (the mean entropy: what the best is over many draws), `auc`, `brier`, `late_share`, `rows`, `trees`.
+    """
+    import numpy as np
+
+    truth = late(held_out).to_numpy().astype("float64")
+    predicted = predict(booster, held_out)
+    exact = best_possible(features(held_out)["days_to_commit"].to_numpy().astype("float64"))
+    log_loss, best = _log_loss(predicted, truth), _log_loss(exact, truth)
+    return {
+        "log_loss": log_loss,
+        "best_log_loss": best,
+        "gap": log_loss - best,
+        "expected_log_loss": _log_loss(exact, exact),
+        "auc": _auc(predicted, truth),
+        "brier": float(np.mean((predicted - truth) ** 2)),
+        "late_share": float(truth.mean()),
+        "rows": held_out.height,
+        "trees": booster.num_boosted_rounds(),
+    }
+
+
+def _log_loss(predicted: "np.ndarray", truth: "np.ndarray") -> float:
+    """Mean cross entropy in nats; where truth is 0 or 1, 0 log 0 counts as 0."""
+    import numpy as np
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = np.where(truth > 0, truth * np.log(predicted), 0) + np.where(
+            truth < 1, (1 - truth) * np.log1p(-predicted), 0
+        )
+    return float(-terms.mean())
+
+
+def _auc(predicted: "np.ndarray", truth: "np.ndarray") -> float:
+    """The share of (late, in time) pairs in the right order: Mann-Whitney's U from average ranks."""
+    ranks = pl.Series(predicted).rank("average").to_numpy()
+    positive = truth.sum()
+    return float((ranks[truth == 1].sum() - positive * (positive + 1) / 2) / (positive * (len(truth) - positive)))
+
+
+def calibration(booster: "xgboost.Booster", held_out: pl.DataFrame, bins: int = 10) -> pl.DataFrame:
+    """Of the rows with about the same prediction, the share that was late: predicted, observed (0 to 1), rows."""
+    return (
+        pl.DataFrame({"predicted": predict(booster, held_out), "observed": late(held_out)})
+        .group_by((pl.col("predicted") * bins).floor().clip(0, bins - 1).alias("bin"))
+        .agg(pl.col("predicted").mean(), pl.col("observed").mean(), pl.len().alias("rows"))
+        .sort("bin")
+        .drop("bin")
+    )
+
+
+def calibration_chart(result: pl.DataFrame):
+    """Predicted against observed, beside the diagonal of a model that is right about how sure it is."""
+    from pipeline.charts import plot
+
+    labels = {"xlabel": "predicted probability of late", "ylabel": "share that was late"}
+    diagonal = pl.DataFrame({"predicted": [0.0, 1.0], "observed": [0.0, 1.0]})
+    line = plot(diagonal).line(
+        x="predicted", y="observed", label="perfect", title="Calibration, held-out rows", **labels
+    )
+    return line * plot(result).scatter(x="predicted", y="observed", label="model", **labels)
+
+
+def by_days(booster: "xgboost.Booster", held_out: pl.DataFrame) -> pl.DataFrame:
+    """What the model says for each number of days between shipping and the promised day, near where it matters.
+
+    days_to_commit, model (mean prediction), observed (share late), best_possible, rows.
+    """
+    days = features(held_out)["days_to_commit"]
+    columns = {
+        "days_to_commit": days,
+        "model": predict(booster, held_out),
+        "observed": late(held_out),
+        "best_possible": best_possible(days.to_numpy()),
+    }
+    return (
+        pl.DataFrame(columns)
+        .filter(pl.col("days_to_commit").is_between(-10, LONGEST_DAYS + 10))
+        .group_by("days_to_commit")
+        .agg(pl.col("model", "observed", "best_possible").mean(), pl.len().alias("rows"))
+        .sort("days_to_commit")
+    )
+
+
+def by_days_chart(result: pl.DataFrame):
+    """The model beside the true probability: where the lines part, there is something left to learn."""
+    from pipeline.charts import plot
+
+    labels = {"xlabel": "days from shipping to the promised day", "ylabel": "probability of late"}
+    title = "Late by days left, held-out rows"
+    true = plot(result).line(x="days_to_commit", y="best_possible", label="best possible", title=title, **labels)
+    return true * plot(result).scatter(x="days_to_commit", y="model", label="model", **labels)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The published model. `metrics` are those of `judge`, from the rows held out when it was trained."""
+
+    model_id: str
+    run_id: str
+    sha256: str
+    metrics: dict[str, Any]
+    booster: "xgboost.Booster" = field(repr=False)
+
+    def predict(self, line_items: pl.DataFrame | list[dict[str, Any]]) -> list[float]:
+        """The probability that each line item, with its SHIPPED columns, arrives late. Safe in threads."""
+        return predict(self.booster, _frame(line_items)).tolist()
+
+
+def _frame(line_items: pl.DataFrame | list[dict[str, Any]]) -> pl.DataFrame:
+    if isinstance(line_items, pl.DataFrame):
+        return line_items
+    return pl.DataFrame({column: pl.Series([row[column] for row in line_items], strict=False) for column in SHIPPED})
+
+
+class Verdict(NamedTuple):
+    better: bool
+    reason: str  # a sentence with the numbers
+    champion_log_loss: float | None
+
+
+def is_better(booster: "xgboost.Booster", champion: Model | None, held_out: pl.DataFrame) -> Verdict:
+    """Whether the challenger's log loss is lower than the champion's on the same held-out rows."""
+    truth = late(held_out).to_numpy().astype("float64")
+    challenger_loss = _log_loss(predict(booster, held_out), truth)
+    if champion is None:
+        return Verdict(True, f"log loss {challenger_loss:.6f}; there is no champion to beat", None)
+    champion_loss = _log_loss(predict(champion.booster, held_out), truth)
+    reason = f"log loss {challenger_loss:.6f}, the champion's {champion_loss:.6f} on the same {held_out.height:,} rows"
+    return Verdict(challenger_loss < champion_loss, reason, champion_loss)
+
+
+def publish(root: str, booster: "xgboost.Booster", metrics: dict[str, Any], held_out: pl.DataFrame, run_id: str) -> str:
+    """Write the model, read it back, compare its predictions, then make it the current one; returns its model_id.
+
+    Raises ModelDamaged, and the champion stays, when what is read back is not what was trained.
+    """
+    place = Root.at(root)
+    raw = bytes(booster.save_raw("json"))
+    sha256 = hashlib.sha256(raw).hexdigest()
+    model_id = f"{run_id}-{sha256[:8]}"  # a retried run never rewrites what it published before
+    line_items = _rows_as_json(held_out.select(SHIPPED).head(GOLDEN_ROWS))
+    golden = {"line_items": line_items, "late": predict(booster, _frame(line_items)).tolist()}
+    pointer = {"model_id": model_id, "sha256": sha256, "run_id": run_id, "metrics": metrics}
+    place.write(f"models/{model_id}/model.json", raw)
+    place.write(f"models/{model_id}/golden.json", _json(golden))
+    place.write(f"models/{model_id}/metrics.json", _json(pointer | {"features": FEATURES}))
+    _load(place, pointer)
+    place.write(CURRENT, _json(pointer))
+    return model_id
+
+
+def load_current(root: str) -> Model:
+    """The published model, after its sha256 and its golden predictions were checked.
+
+    Raises NoModel before the first, ModelDamaged when it is not what was published.
+    """
+    place = Root.at(root)
+    try:
+        raw = place.read(CURRENT)
+    except FileNotFoundError:
+        raise NoModel(f"no model is published under {place.url} yet: run train") from None
+    try:
+        pointer = json.loads(raw)
+    except ValueError as error:
+        raise ModelDamaged(f"{place.url_of(CURRENT)} is not JSON: {error}") from error
+    return _load(place, pointer)
+
+
+def champion(root: str) -> Model | None:
+    """The published model, or None when there is none that can be used: then any challenger is better."""
+    try:
+        return load_current(root)
+    except NoModel:
+        return None
+    except ModelDamaged as error:
+        log.warning("the champion is replaced: %s", error)
+        return None
+
+
+def _load(place: Root, pointer: dict[str, Any]) -> Model:
+    """The model a pointer names. XGBoost gets to see its bytes only when their sha256 is right: it crashes on some
+    damaged files, and loads others without a word."""
+    import xgboost
+
+    try:
+        folder = place.url_of(f"models/{pointer['model_id']}")
+        raw = place.read(f"models/{pointer['model_id']}/model.json")
+        golden = json.loads(place.read(f"models/{pointer['model_id']}/golden.json"))
+        if hashlib.sha256(raw).hexdigest() != pointer["sha256"]:
+            raise ModelDamaged(f"{folder}/model.json does not have the sha256 that was published")
+        booster = xgboost.Booster({"nthread": 1}, model_file=bytearray(raw))
+        if booster.feature_names != FEATURES:
+            raise ModelDamaged(f"{folder} was trained on other features: {booster.feature_names}")
+        model = Model(pointer["model_id"], pointer["run_id"], pointer["sha256"], pointer["metrics"], booster)
+        predicted = model.predict(golden["line_items"])
+        worst = max(abs(a - b) for a, b in zip(predicted, golden["late"], strict=True))
+    except ModelDamaged:
+        raise
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        pl.exceptions.PolarsError,
+        xgboost.core.XGBoostError,
+    ) as error:
+        raise ModelDamaged(f"the model {pointer} cannot be read: {error!r}") from error
+    if not worst <= TOLERANCE:
+        raise ModelDamaged(f"{folder} does not predict what it did when it was published: {worst:.2g} off")
+    return model
+
+
+def _rows_as_json(lineitem: pl.DataFrame) -> list[dict[str, Any]]:
+    """Rows as a client of the API would send them: dates as text, money as numbers."""
+    dates, money = pl.selectors.date(), pl.selectors.decimal()
+    return lineitem.with_columns(dates.cast(pl.String), money.cast(pl.Float64)).to_dicts()
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1).encode()

@@ -1,0 +1,60 @@
+"""Revenue per minute
+
+How many orders came in, and for how much, in each of the last whole minutes?
+"""
+
+from datetime import datetime, timedelta
+
+import narwhals as nw
+
+from pipeline.queries._exact import gathered, money, revenue
+
+TABLES = {
+    "orders": ["o_orderkey", "o_order_time"],
+    "lineitem": ["l_orderkey", "l_ship_time", "l_extendedprice", "l_discount"],
+}
+
+
+def answer(orders, lineitem, *, as_of: datetime, minutes: int = 60):
+    """One row for each of the last `minutes` whole minutes before `as_of`, oldest first; 0 where nothing came in."""
+    import polars as pl
+
+    end = as_of.replace(second=0, microsecond=0)
+    start = end - timedelta(minutes=minutes)
+    placed = orders.filter(nw.col("o_order_time") >= start, nw.col("o_order_time") < end)
+    per_order = (
+        lineitem.filter(nw.col("l_ship_time") >= start)  # nothing ships before it is ordered: prunes files
+        .select("l_orderkey", revenue=revenue())
+        .join(placed, left_on="l_orderkey", right_on="o_orderkey")
+        .group_by("l_orderkey", "o_order_time")
+        .agg(nw.col("revenue").sum())
+    )
+    per_minute = (
+        per_order.with_columns(minute=nw.col("o_order_time").dt.truncate("1m"))
+        .group_by("minute")
+        .agg(nw.len().alias("orders"), nw.col("revenue").sum())
+    )
+    every_minute = nw.from_native(
+        pl.LazyFrame(
+            {"minute": [start + timedelta(minutes=i) for i in range(minutes)]},
+            schema={"minute": pl.Datetime("us", "UTC")},
+        )
+    )
+    return (
+        every_minute.join(gathered(per_minute), on="minute", how="left")
+        .select(
+            "minute",
+            orders=nw.col("orders").cast(nw.Int64).fill_null(0),
+            revenue=nw.col("revenue").fill_null(0),
+        )
+        .with_columns(revenue=money("revenue", 4))
+        .sort("minute")
+    )
+
+
+def chart(result):
+    from pipeline.charts import in_units, plot
+
+    frame, unit = in_units(result, "revenue")
+    title = "Revenue of new orders, by minute"
+    return plot(frame).line(x="minute", y="revenue", title=title, xlabel="UTC", ylabel=unit, ylim=(0, None))

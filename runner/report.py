@@ -1,0 +1,145 @@
+"""What people read about a run: the executed notebook, a page made of it, and its record as JSON."""
+
+import datetime
+import functools
+import json
+import logging
+import re
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from storage import Root
+
+log = logging.getLogger(__name__)
+
+# What a notebook's outputs may contain. Everything else is dropped: scripts, forms, frames, anything fetched.
+TAGS = set(
+    re.findall(
+        r"\w+",
+        """a abbr b blockquote br caption cite code col colgroup dd del details div dl dt em figcaption figure
+        h1 h2 h3 h4 h5 h6 hr i img ins kbd li mark ol p pre q s samp small span strong sub summary sup
+        table tbody td tfoot th thead tr tt u ul var""",
+    )
+)
+ATTRIBUTES = set(re.findall(r"\w+", "align alt class colspan height open rowspan span start style title width"))
+# the first of these that an output has: a picture rather than the script that would draw it
+SHOWN = ["image/png", "image/jpeg", "image/svg+xml", "text/html", "text/markdown", "text/latex", "text/plain"]
+# one exporter for all threads: its templates take longer to compile than to fill
+_EXPORTING = threading.Lock()
+SILENT = re.compile(r"<(style|script)\b.*?</\1\s*>", re.I | re.S)  # their text is nothing to read, either
+
+
+def write(root: Root, record: Any, nb: Any) -> None:
+    """Write report.ipynb, report.html and, last, run.json into the record's folder, each whole.
+
+    A page that cannot be made is logged and left out; the other two are written all the same.
+    """
+    import nbformat
+
+    root.write(f"{record.report}/report.ipynb", (nbformat.v4.writes(nb) + "\n").encode(errors="replace"))
+    try:
+        root.write(f"{record.report}/report.html", html(record, nb).encode(errors="replace"))
+    except Exception:
+        log.exception("run %s has no report.html", record.run_id)
+    text = json.dumps(asdict(record), indent=2, default=str)
+    root.write(f"{record.report}/run.json", (text + "\n").encode())
+
+
+def card(record: Any) -> Any:
+    """The first cell of a bad report: what went wrong, and where, in a few lines."""
+    import nbformat
+
+    message = record.reason
+    if record.error and record.state not in ("failed", "check_failed"):  # whose reason says it all
+        lines = record.error["traceback_tail"].splitlines()
+        blocked = [line for line in lines if re.match("-+> ", line)]  # the line that ran, as IPython marks it
+        message = "\n".join([message, *(blocked or lines)[-3:]])
+    fence = "`" * (max(map(len, re.findall("`+", message)), default=2) + 1)
+    where = f", in **{record.error['heading']}**" if record.error and record.error["heading"] else ""
+    title = f"#### {record.stage}: {record.state.replace('_', ' ')}{where}"
+    lines = [title, "", f"{fence}text", message, fence]
+    metadata = {"tags": ["report-card"], "runner": {"state": record.state, "seconds": None}}
+    return nbformat.v4.new_markdown_cell("\n".join(lines), metadata=metadata)
+
+
+def html(record: Any, nb: Any) -> str:
+    """The report as one page that needs no script, no network and no other file."""
+    from runner.notebook import figure
+
+    facts = [
+        ("Run", record.run_id),
+        ("Scheduled for", _moment(record.scheduled_for)),
+        ("Started", _moment(record.started_at)),
+        ("Took", f"{record.seconds:,.1f} s"),
+        ("Attempt", record.attempt if record.attempt > 1 else None),
+        ("Host", record.host),
+    ]
+    page = {
+        "record": record,
+        "state": record.state.replace("_", " "),
+        "facts": [(name, value) for name, value in facts if value],
+        "figures": [(name.replace("_", " "), figure(value)) for name, value in record.metrics.items()],
+        "parameters": [(n, _literal(v), record.origins.get(n, "")) for n, v in record.parameters.items()],
+        "versions": [
+            (what, ", ".join(f"{table}@{version}" for table, version in versions.items()))
+            for what, versions in (("Read", record.versions_read), ("Wrote", record.versions_written))
+            if versions
+        ],
+    }
+    with _EXPORTING:
+        return _exporter().from_notebook_node(nb, resources={"page": page})[0]
+
+
+@functools.cache
+def _exporter() -> Any:
+    from nbconvert import HTMLExporter
+
+    exporter = HTMLExporter(
+        template_name="report",
+        extra_template_basedirs=[str(Path(__file__).with_name("templates"))],
+        sanitize_html=True,
+        exclude_anchor_links=True,
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+    )
+    # nbconvert's own filter shows headings, paragraphs and table heads as escaped text
+    exporter.register_filter("clean_html", clean)
+    exporter.register_filter("readable", lambda data: next((kind for kind in SHOWN if kind in data), None))
+    return exporter
+
+
+def clean(fragment: Any) -> str:
+    """HTML without anything that could run, ask the network or leave its place."""
+    return _cleaner().clean(SILENT.sub("", str(fragment)))
+
+
+@functools.cache
+def _cleaner() -> Any:
+    from bleach import Cleaner
+    from bleach.css_sanitizer import CSSSanitizer
+
+    return Cleaner(
+        tags=TAGS,
+        attributes=_allowed,
+        protocols={"http", "https", "mailto", "data"},
+        strip=True,
+        css_sanitizer=CSSSanitizer(),
+    )
+
+
+def _allowed(tag: str, name: str, value: str) -> bool:
+    if name == "href":
+        return tag == "a" and re.match(r"(https?://|mailto:|#)", value) is not None
+    if name == "src":
+        return tag == "img" and re.match(r"data:image/(png|jpeg|gif|svg\+xml);base64,", value) is not None
+    return name in ATTRIBUTES
+
+
+def _literal(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _moment(iso: str) -> str:
+    return f"{datetime.datetime.fromisoformat(iso).astimezone(datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"

@@ -1,0 +1,119 @@
+"""A Prefect worker that runs flows in its own process: all the heavy work is in the notebook's kernel.
+
+Prefect's `serve` and its process worker start a Python process a flow run, which costs 2.5 CPU seconds at a cadence of
+30 seconds. Here a flow run is a thread.
+"""
+
+import asyncio
+import contextvars
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+from prefect import Flow
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.flow_engine import run_flow
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+from prefect.states import Cancelled, Crashed
+from prefect.workers.base import BaseJobConfiguration, BaseWorker, BaseWorkerResult
+
+log = logging.getLogger(__name__)
+POOL = "in-place"
+AT_ONCE = 16  # flow runs; a stage is limited to one by its deployment
+
+
+class InPlaceWorker(BaseWorker):
+    """Runs the flow runs of `flows` (deployment id -> flow) in threads of this process.
+
+    `cancels` holds an event for each flow run that is under way; setting it cancels the run. A flow finds its own by
+    `cancel_event`.
+    """
+
+    type = POOL
+    job_configuration = BaseJobConfiguration
+    _description = "Runs notebook flows in the worker's own process."
+
+    def __init__(self, flows: dict[UUID, Flow], **kwargs):
+        super().__init__(**kwargs)
+        self.flows = flows
+        self.cancels: dict[UUID, threading.Event] = {}
+        self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="flow")
+
+    async def run(self, flow_run: FlowRun, configuration: BaseJobConfiguration, task_status=None) -> BaseWorkerResult:
+        """Run the flow to its end, whatever that is: its own state is reported by Prefect's engine."""
+        identifier = f"in-place/{flow_run.id}"
+        if task_status:
+            task_status.started(identifier)
+        event = self.cancels[flow_run.id] = threading.Event()
+        context = contextvars.copy_context()
+        try:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._threads, context.run, self._run_flow, flow_run, event)
+        finally:
+            del self.cancels[flow_run.id]
+        return BaseWorkerResult(identifier=identifier, status_code=0)
+
+    def _run_flow(self, flow_run: FlowRun, event: threading.Event) -> None:
+        _cancel.set(event)
+        # a sync flow sleeps about a second at its end to join the heartbeat's thread
+        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+            run_flow(self.flows[flow_run.deployment_id], flow_run=flow_run, return_type="state")
+
+    async def _cancel_run(self, flow_run_id: UUID) -> None:
+        """Prefect asks for this when somebody cancels a run on its page or by its API."""
+        if event := self.cancels.get(flow_run_id):
+            event.set()
+        else:
+            await super()._cancel_run(flow_run_id)
+
+    def cancel_all(self) -> None:
+        """Cancel every run that is under way."""
+        for event in list(self.cancels.values()):
+            event.set()
+
+
+_cancel: contextvars.ContextVar[threading.Event | None] = contextvars.ContextVar("cancel", default=None)
+
+
+def cancel_event() -> threading.Event:
+    """The event that cancels the flow run this is called in; a fresh one outside of a worker."""
+    return _cancel.get() or threading.Event()
+
+
+async def reconcile(client: PrefectClient, deployment_ids: list[UUID]) -> tuple[int, int]:
+    """Close what an earlier process left: (runs that were under way, runs that are overdue).
+
+    The first are Crashed, as nobody runs them any more. The second are Cancelled: otherwise Prefect would run every
+    missed tick, oldest first (Prefect #15886); the schedule goes on from here instead.
+    """
+    ours = DeploymentFilter(id=DeploymentFilterId(any_=deployment_ids))
+    under_way = FlowRunFilterState(
+        type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
+    )
+    waiting = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED]))
+    overdue = FlowRunFilterExpectedStartTime(before_=datetime.now(UTC) - timedelta(seconds=1))
+    counts = []
+    for chosen, state in (
+        (FlowRunFilter(state=under_way), Crashed(message="the process that ran it is gone")),
+        (FlowRunFilter(state=waiting, expected_start_time=overdue), Cancelled(message="missed while nothing ran")),
+    ):
+        closed = 0
+        page = {"flow_run_filter": chosen, "deployment_filter": ours, "sort": FlowRunSort.ID_DESC, "limit": 200}
+        while runs := await client.read_flow_runs(**page):
+            for run in runs:
+                await client.set_flow_run_state(run.id, state, force=True)
+            closed += len(runs)
+        counts.append(closed)
+    return counts[0], counts[1]

@@ -1,0 +1,101 @@
+"""Where a run's work is done: here without Coiled, or with the calls that the installed Coiled really takes."""
+
+import dataclasses
+import subprocess
+import sys
+import threading
+from datetime import UTC, datetime
+from unittest import mock
+
+import pytest
+import yaml
+
+from runner import compute, params
+from storage import PROJECT
+
+AT = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def cloud() -> params.Project:
+    return params.load(PROJECT, "cloud")
+
+
+def test_here_never_imports_coiled():
+    code = "import sys, runner.compute, runner.engine; print('coiled' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_a_request_is_plain_data_with_what_is_supplied(cloud):
+    stage = cloud.stages["query"]
+    request = compute.make_request(stage, cloud.environment, AT, 2, "tcp://127.0.0.1:1")
+    assert request.run_id.startswith("query-20260301T120000-")
+    assert request.parameters["root"] == request.root == "s3://example-bucket/etl"
+    assert request.parameters["dask"] == "tcp://127.0.0.1:1"
+    assert request.parameters["scheduled_for"] == "2026-03-01T12:00:00+00:00"
+    assert request.origins["run_id"] == "supplied"
+    assert request.attempt == 2
+    yaml.safe_dump(dataclasses.asdict(request)["parameters"])
+
+
+@pytest.mark.parametrize("stage", ["generate", "preprocess", "compact", "query", "train"])
+def test_a_machine_block_is_what_coiled_takes(cloud, stage):
+    """autospec refuses any argument that the installed coiled.function does not have."""
+    coiled = pytest.importorskip("coiled")
+    request = dataclasses.asdict(compute.make_request(cloud.stages[stage], cloud.environment, AT, 1, None))
+    with mock.patch.object(coiled, "function", autospec=True) as function:
+        function.return_value.return_value.return_value = {"state": "ok"}
+        assert compute.run_there(request, cloud.stages[stage].machine) == {"state": "ok"}
+    (arguments,) = [call.kwargs for call in function.call_args_list]
+    assert arguments["name"] == f"etl-{stage}"
+    assert arguments["vm_type"] == cloud.stages[stage].machine["vm_type"]
+    function.return_value.assert_called_once_with(compute.execute_there)
+    function.return_value.return_value.assert_called_once_with(request)
+
+
+def test_a_wrong_machine_key_is_refused(cloud):
+    coiled = pytest.importorskip("coiled")
+    request = dataclasses.asdict(compute.make_request(cloud.stages["query"], cloud.environment, AT, 1, None))
+    with mock.patch.object(coiled, "function", autospec=True), pytest.raises(TypeError, match="vm_tipe"):
+        compute.run_there(request, {"vm_tipe": "m7i.large"})
+
+
+def test_a_machine_cannot_reach_a_folder_of_this_one():
+    with pytest.raises(ValueError, match="use an s3:// root"):
+        compute.run_there({"stage": "query", "root": "/somewhere"}, {})
+
+
+def test_no_block_is_no_cluster_and_an_address_is_passed_on():
+    with compute.cluster(None) as address:
+        assert address is None
+    with compute.cluster({"address": "tcp://10.0.0.1:8786"}) as address:
+        assert address == "tcp://10.0.0.1:8786"
+
+
+def test_a_local_cluster_listens_on_loopback_and_goes():
+    from distributed import Client
+
+    with compute.cluster({"n_workers": 1}) as address:
+        assert address.startswith("tcp://127.0.0.1:")
+        with Client(address) as client:
+            assert client.submit(sum, [1, 2]).result(timeout=60) == 3
+    with pytest.raises(OSError), Client(address, timeout=1):
+        pass
+
+
+def test_a_coiled_cluster_takes_the_blocks_arguments():
+    coiled = pytest.importorskip("coiled")
+    with mock.patch.object(coiled, "Cluster", autospec=True) as cluster:
+        cluster.return_value.__enter__.return_value.scheduler_address = "tls://1.2.3.4:8786"
+        with compute.cluster({"coiled": {"n_workers": 4, "region": "us-east-2"}}) as address:
+            assert address == "tls://1.2.3.4:8786"
+    cluster.assert_called_once_with(n_workers=4, region="us-east-2")
+
+
+def test_a_cancelled_run_is_not_repeated(cloud, tmp_path):
+    stage = dataclasses.replace(params.load(PROJECT, "local").stages["query"], retries=3)
+    environment = dataclasses.replace(cloud.environment, root=str(tmp_path))
+    cancel = threading.Event()
+    cancel.set()
+    record = compute.run_stage(stage, environment, scheduled_for=AT, cancel=cancel)
+    assert (record.state, record.attempt) == ("cancelled", 1)

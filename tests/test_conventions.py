@@ -1,0 +1,142 @@
+"""What DESIGN and README promise about the tree, checked by machine."""
+
+import ast
+import json
+import re
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+import yaml
+
+from runner import params
+from storage import PROJECT
+
+NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
+PACKAGES = {"app", "orchestrate", "pipeline", "runner", "storage"}
+MAY_IMPORT = {  # of the project's own modules
+    "pipeline": {"pipeline", "storage"},
+    "runner": {"runner", "storage"},
+    "app": {"app", "pipeline", "runner.runs", "storage"},
+    "notebooks": {"pipeline", "runner.notebook"},
+}
+NEVER = {
+    "pipeline": {"prefect", "papermill", "coiled", "streamlit", "fastapi"},
+    "runner": {"streamlit", "fastapi"},
+    "app": {"prefect", "papermill", "coiled"},
+    "notebooks": {"prefect", "papermill", "coiled"},
+}
+
+
+def imports(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def sources(part: str) -> list[tuple[str, ast.AST]]:
+    if part == "notebooks":
+        return [(path.name, ast.parse("\n".join(code_of(path)))) for path in NOTEBOOKS]
+    return [(str(p.relative_to(PROJECT)), ast.parse(p.read_text())) for p in sorted((PROJECT / part).rglob("*.py"))]
+
+
+def cells_of(path: Path) -> list[dict]:
+    return json.loads(path.read_text())["cells"]
+
+
+def code_of(path: Path) -> list[str]:
+    return ["".join(cell["source"]) for cell in cells_of(path) if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_who_may_import_whom(part):
+    for name, tree in sources(part):
+        own = {module for module in imports(tree) if module.split(".")[0] in PACKAGES}
+        allowed = MAY_IMPORT[part]
+        bad = {m for m in own if not any(m == a or m.startswith(f"{a}.") or a.startswith(f"{m}.") for a in allowed)}
+        assert not bad, f"{name} imports {bad}"
+        assert not {module.split(".")[0] for module in imports(tree)} & NEVER[part], name
+
+
+def test_coiled_and_prefect_are_imported_only_where_they_are_used():
+    for name, tree in sources("runner"):
+        if "coiled" in {module.split(".")[0] for module in imports(tree)}:
+            assert name == "runner/compute.py"
+            top = imports(ast.Module([n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))], []))
+            assert "coiled" not in top
+        if "prefect" in {module.split(".")[0] for module in imports(tree)}:
+            assert name in ("runner/schedule.py", "runner/worker.py")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_reads_top_to_bottom(path):
+    cells, code = cells_of(path), code_of(path)
+    assert len(cells) <= 16
+    assert cells[0]["cell_type"] == "markdown" and cells[0]["source"][0].startswith("# ")
+    tagged = [i for i, cell in enumerate(cells) if "parameters" in cell["metadata"].get("tags", [])]
+    assert tagged == [2], "title, imports, parameters"
+    assert all(len(cell.splitlines()) <= 15 for cell in code)
+    for cell in cells:
+        assert not cell.get("outputs") and not cell.get("execution_count")
+    for node in ast.walk(ast.parse("\n".join(code))):
+        assert not isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.Try, ast.While)), ast.unparse(node)
+        text = ast.unparse(node) if isinstance(node, (ast.Attribute, ast.Call)) else ""
+        assert not re.match(r"(os\.environ|open\(|.*\.now\()", text), text
+    assert {"record", "check"} <= set(re.findall(r"\b(record|check)\(", "\n".join(code)))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_stage_takes_what_is_supplied_and_defaults_to_the_scratch_root(path):
+    (cell,) = [c for c in cells_of(path) if "parameters" in c["metadata"].get("tags", [])]
+    source = "".join(cell["source"])
+    assert 'root: str = "outputs/dev"' in source
+    assert re.search(r'^run_id: str = "dev"', source, re.M)
+    assert re.search(r"^scheduled_for: str \| None = None", source, re.M)
+
+
+def test_every_environment_is_sound():
+    for name in params.environments(PROJECT):
+        params.load(PROJECT, name)
+
+
+def test_the_stages_of_the_readme_are_the_stages():
+    rows = re.findall(r"^\| `(\w+)` \|", (PROJECT / "README.md").read_text(), re.M)
+    assert rows == list(params.load(PROJECT).stages)
+
+
+def test_the_lock_names_no_index_and_pins_what_is_declared():
+    lock = (PROJECT / "requirements.lock").read_text()
+    assert not re.search(r"https?://|--index|--find-links|--extra-index", lock)
+    pinned = {re.sub(r"\[.*", "", name) for name in re.findall(r"^([a-z0-9._-]+(?:\[.*\])?)==", lock, re.M)}
+    import tomllib
+
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    assert {re.match(r"[a-zA-Z0-9._-]+", line)[0].lower() for line in wanted} <= pinned
+    assert lock.count("--hash=sha256:") > len(pinned)
+
+
+def test_the_conda_environment_is_the_same_lock():
+    environment = yaml.safe_load((PROJECT / "environment.yml").read_text())
+    assert environment["dependencies"][-1] == {"pip": ["-r requirements.lock"]}
+    assert f"python={sys.version_info[0]}.{sys.version_info[1]}" in environment["dependencies"]
+
+
+def test_every_make_target_is_in_the_readme_or_in_help():
+    targets = re.findall(r"^(\w+):.*?## ", (PROJECT / "Makefile").read_text(), re.M)
+    assert {"help", "setup", "up", "demo", "test", "lint", "lab", "bench", "clean"} <= set(targets)
+
+
+def test_no_line_of_code_is_left_unfinished():
+    for path in [
+        *PROJECT.glob("*.py"),
+        *(p for part in ("app", "pipeline", "runner") for p in (PROJECT / part).rglob("*.py")),
+    ]:
+        with tokenize.open(path) as file:
+            comments = [t.string for t in tokenize.generate_tokens(file.readline) if t.type == tokenize.COMMENT]
+        assert not [c for c in comments if re.search(r"TODO|FIXME|XXX", c)], path

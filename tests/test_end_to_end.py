@@ -1,0 +1,136 @@
+"""All five notebooks, in real kernels, against what DuckDB says of tpchgen's own Parquet."""
+
+import json
+import subprocess
+import sys
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import duckdb
+import polars as pl
+import pytest
+from conftest import AT, orchestrate, s3_variables
+from fastapi.testclient import TestClient
+from polars.testing import assert_frame_equal
+from tpch_sql import QUESTIONS, connect
+
+from pipeline import lake, queries
+from pipeline.tables import TABLES
+from storage import PROJECT, Root
+
+SMALL = ("-p", "scale=0.01", "-p", "slices=40", "-p", "history=2", "-p", "min_rows=500")
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory) -> tuple[str, list[dict]]:
+    """`run all --env full`: the root, and the records that it printed."""
+    root = str(tmp_path_factory.mktemp("full") / "root")
+    done = orchestrate(PROJECT, "run", "all", "--env", "full", "--root", root, "--at", AT, "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root, json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def canonical(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tpch")
+    generator = Path(sys.executable).with_name("tpchgen-cli")
+    subprocess.run([generator, "parquet", "--scale-factor=0.01", f"--output-dir={folder}"], check=True)
+    return folder
+
+
+def test_every_stage_is_ok_and_says_what_it_did(full):
+    root, records = full
+    assert [r["stage"] for r in records] == ["generate", "preprocess", "compact", "query", "train"]
+    for record in records:
+        assert record["state"] == "ok"
+        assert record["metrics"]["rows"] > 0
+        assert record["checks"] and all(check["ok"] for check in record["checks"])
+        report = Root.at(root).read(f"{record['report']}/report.html")
+        assert b"<script" not in report and b"data:image/png" in report
+        assert len(report) < 100_000, f"{record['stage']}: {len(report)} bytes"
+    written = records[1]["versions_written"]
+    assert set(written) == set(TABLES)
+    last = lake.open_table(Root.at(root), "orders", written["orders"]).history(1)[0]
+    assert (last["run_id"], last["stage"]) == (records[1]["run_id"], "preprocess")
+    assert records[3]["versions_read"]["lineitem"] >= written["lineitem"]
+
+
+def test_the_lakes_eight_tables_are_tpch_row_by_row(full, canonical):
+    snapshot = lake.snapshot(full[0])
+    for name, table in TABLES.items():
+        expected = pl.read_parquet(canonical / f"{name}.parquet")
+        got = snapshot.frame(name, expected.columns).collect()
+        assert_frame_equal(got.sort(table.keys), expected.sort(table.keys))
+
+
+@pytest.mark.parametrize("name", sorted(QUESTIONS))
+def test_the_questions_have_the_answers_of_another_engine(full, canonical, name):
+    snapshot = lake.snapshot(full[0])
+    origin = datetime.fromisoformat(json.loads(Root.at(full[0]).read("landing/stream.json"))["origin"])
+    connection = connect(canonical, placed=origin - timedelta(seconds=30))
+    pointer, answer = queries.current(full[0], name)
+    expected = QUESTIONS[name](connection, snapshot.as_of)
+    assert len(expected) == answer.height > 0
+    for row, wanted in zip(answer.rows(), expected, strict=True):
+        for value, other in zip(row, wanted, strict=True):  # averages are doubles, all else is exact
+            assert value == (pytest.approx(other, rel=1e-12) if isinstance(other, float) else other)
+    assert pointer["batch"] == snapshot.batch
+
+
+def test_every_question_is_held_against_sql():
+    assert {question.name for question in queries.questions()} == set(QUESTIONS)
+
+
+def test_generate_again_gives_the_same_bytes_and_preprocess_again_changes_nothing(root):
+    make = ("run", "generate", "--root", root, "--at", AT, *SMALL[:6], "--json")
+    assert orchestrate(PROJECT, *make).returncode == 0
+    files = [f"landing/{t}/{n}" for t in TABLES for n in Root.at(root).list(f"landing/{t}")]
+    before = {name: Root.at(root).read(name) for name in files}
+    (again,) = json.loads(orchestrate(PROJECT, *make, "-p", "tick=1").stdout)
+    assert (again["state"], again["metrics"]["ticks"]) == ("ok", 1)
+    assert {name: Root.at(root).read(name) for name in files} == before
+    (third,) = json.loads(orchestrate(PROJECT, *make).stdout)
+    assert (third["state"], third["reason"][:14]) == ("noop", "no tick is due")
+
+    ingest = ("run", "preprocess", "--root", root, "--at", AT, "--json")
+    (first,) = json.loads(orchestrate(PROJECT, *ingest).stdout)
+    versions = {t: lake.open_table(Root.at(root), t).version() for t in lake.COLUMNS}
+    (second,) = json.loads(orchestrate(PROJECT, *ingest).stdout)
+    assert (first["state"], second["state"]) == ("ok", "noop")
+    assert {t: lake.open_table(Root.at(root), t).version() for t in lake.COLUMNS} == versions
+
+
+def test_bad_input_stops_the_run_before_anything_is_written(root):
+    Root.at(root).write("landing/orders/orders-00000000.json", b"{oops\n")
+    done = orchestrate(PROJECT, "run", "preprocess", "--root", root, "--at", AT, "--json")
+    (record,) = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert (record["state"], record["attempt"]) == ("check_failed", 1)
+    assert Root.at(root).list("landing/orders") == ["orders-00000000.json"]
+    assert not lake.is_published(root)
+
+
+def test_one_pass_on_s3_and_the_api_and_dashboard_read_it(s3_root, s3_server, monkeypatch):
+    done = orchestrate(PROJECT, "run", "all", "--env", "dev", "--root", s3_root, *SMALL, env=s3_variables(s3_server))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for stage in ("generate", "preprocess", "compact", "query", "train"):
+        assert any(line.split()[1:4:2] == [stage, "ok"] for line in done.stdout.splitlines()), done.stdout
+    assert f"{s3_root}/reports/train/" in done.stdout.replace("\n", "")
+    snapshot = lake.snapshot(s3_root)
+    files = duckdb.sql("select 3 * 375").fetchone()[0]  # three slices of 15,000 orders in 40
+    assert snapshot.frame("orders").collect().height == files
+
+    monkeypatch.setenv("ETL_ROOT", s3_root)
+    from app.api import app
+
+    client = TestClient(app)
+    assert client.get("/ready").json()["batch"] == 1
+    assert client.get("/results/q01").status_code == 200
+    run = client.get("/runs").json()[0]
+    assert client.get(f"/reports/{run['run_id']}").status_code == 200
+
+    from streamlit.testing.v1 import AppTest
+
+    page = AppTest.from_file(str(PROJECT / "app" / "dashboard.py"), default_timeout=120).run()
+    assert not page.exception
+    assert any("Pricing summary" in element.value for element in page.markdown) or page.subheader

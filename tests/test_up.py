@@ -1,0 +1,171 @@
+"""`up`, for real: Prefect's server, its schedules, the API and the dashboard, and what is left when it ends."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import environment, free_port
+from test_cli import write_stage
+
+
+def get(url: str, body: dict | None = None):
+    data = json.dumps(body).encode() if body is not None else None
+    request = urllib.request.Request(url, data, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return response.read()
+
+
+def descendants(pid: int) -> list[int]:
+    """Every process below `pid`, from /proc."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = entry.read_text().rsplit(")", 1)[1].split()
+            parents.setdefault(int(fields[1]), []).append(int(entry.parent.name))
+    found, todo = [], [pid]
+    while todo:
+        children = parents.get(todo.pop(), [])
+        found += children
+        todo += children
+    return found
+
+
+def alive(pids: list[int]) -> list[int]:
+    """Those that run; a zombie does not."""
+    running = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+                running.append(pid)
+    return running
+
+
+def eventually(condition, timeout_s: float, what: str, up: "Up | None" = None):
+    """Its first true value. These are limits for a hang, not measurements."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if value := condition():
+                return value
+        if up and up.process.poll() is not None:
+            break
+        time.sleep(0.3)
+    pytest.fail(f"{what}: not within {timeout_s} s" + (f"\n{up.log.read_text()}" if up else ""))
+
+
+class Up:
+    """One `orchestrate.py up` on ports of its own."""
+
+    def __init__(self, project: Path, root: Path):
+        self.prefect, self.api, self.dashboard = ports = [free_port() for _ in range(3)]
+        options = zip(("--prefect-port", "--api-port", "--dashboard-port"), map(str, ports), strict=True)
+        self.log = project / "up.log"
+        with self.log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "orchestrate.py", "up", "--root", str(root), *(x for pair in options for x in pair)],
+                cwd=project,
+                env=environment(project),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def flow_runs(self, deployment: str, **conditions) -> list[dict]:
+        """The deployment's runs that ended, by Prefect's own account."""
+        body = {"deployments": {"name": {"any_": [deployment]}}, "limit": 200}
+        runs = json.loads(get(f"http://127.0.0.1:{self.prefect}/api/flow_runs/filter", body))
+        return [run for run in runs if all(run[key] == value for key, value in conditions.items())]
+
+    def end(self, number: int) -> None:
+        """Signal it; nothing of it may be left, nor a port that it opened."""
+        family = descendants(self.process.pid)
+        assert len(family) >= 3
+        os.kill(self.process.pid, number)
+        self.process.wait(30)
+        eventually(lambda: not alive(family), 10, f"processes left: {alive(family)}")
+        for port in (self.prefect, self.api, self.dashboard):
+            with pytest.raises(OSError):
+                get(f"http://127.0.0.1:{port}/")
+
+
+@pytest.fixture
+def small(project) -> Path:
+    """A project of two stages, one that works and one that breaks."""
+    for path in [*project.glob("notebooks/*.ipynb"), *project.glob("params/*.yml"), *project.glob("params/env/*.yml")]:
+        path.unlink()
+    (project / "params/env/local.yml").write_text("root: outputs\nmachine: null\ndask: null\n")
+    write_stage(project, "works", 'check("true", True)\nrecord(rows=1)')
+    write_stage(project, "breaks", "import time; time.sleep(0.5)\nraise ValueError('planted')")
+    return project
+
+
+def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path):
+    root = tmp_path / "root"
+    up = Up(small, root)
+    try:
+        scheduled = {"auto_scheduled": True}
+        eventually(
+            lambda: up.flow_runs("works", state_name="Completed", **scheduled), 180, "a scheduled run Completed", up
+        )
+        failed = eventually(lambda: up.flow_runs("breaks", state_type="FAILED", **scheduled), 60, "a scheduled Failed")
+        assert "planted" in failed[0]["state"]["message"]
+        assert not up.flow_runs("breaks", state_type="COMPLETED")
+        assert not up.flow_runs("works", state_type="FAILED")
+        # the first pass came before the schedules
+        assert up.flow_runs("works", auto_scheduled=False)[0]["state_type"] == "COMPLETED"
+        artifacts = json.loads(get(f"http://127.0.0.1:{up.prefect}/api/artifacts/filter", {}))
+        run_id = failed[0]["state"]["message"].split(":")[0]
+        assert any(f"/reports/{run_id}" in artifact["data"] for artifact in artifacts)
+        assert b"planted" in get(f"http://127.0.0.1:{up.api}/reports/{run_id}")
+        assert json.loads(get(f"http://127.0.0.1:{up.api}/health"))
+        assert b"<!DOCTYPE html>" in get(f"http://127.0.0.1:{up.dashboard}/").replace(b"doctype", b"DOCTYPE")
+        up.end(signal.SIGINT)
+        assert up.process.returncode == 0, up.log.read_text()[-2000:]
+    finally:
+        up.process.kill()
+
+    # killed outright, its children go too, and the next start closes what was left open
+    up = Up(small, root)
+    try:
+        running = {"state_type": "RUNNING"}
+        eventually(
+            lambda: up.flow_runs("works", **running) or up.flow_runs("breaks", **running), 120, "a run under way"
+        )
+        up.end(signal.SIGKILL)
+    finally:
+        up.process.kill()
+    up = Up(small, root)
+    try:
+        eventually(lambda: b"schedules are on" in up.log.read_bytes(), 180, "the schedules after a restart", up)
+        assert "closed" in up.log.read_text()
+        crashed = [run for name in ("works", "breaks") for run in up.flow_runs(name, state_type="CRASHED")]
+        assert crashed and "is gone" in crashed[0]["state"]["message"]
+        up.end(signal.SIGTERM)
+    finally:
+        up.process.kill()
+
+
+def test_a_taken_port_is_a_clear_error(small, tmp_path):
+    port = free_port()
+    import socket
+
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        done = subprocess.run(
+            [sys.executable, "orchestrate.py", "up", "--root", str(tmp_path / "r"), "--api-port", str(port)],
+            cwd=small,
+            env=environment(small) | {"PREFECT_API_URL": "http://127.0.0.1:9/api"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert f"port {port}, for the API, is taken" in done.stderr
