@@ -35,18 +35,18 @@ demo: setup  ## One pass of all stages on a scratch root (ROOT=outputs/dev, or s
 	@$(BIN)/python orchestrate.py run all --env dev --root $(ROOT)
 
 test: setup  ## Run the tests
-	@$(BIN)/python -m pytest -n 2
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup  ## Check style, notebooks included, and every stage's parameters
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
+	@$(BIN)/nbstripout --verify --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
 	@$(BIN)/python orchestrate.py check
 
 format: setup  ## Format the code and strip the notebooks' outputs
 	@$(BIN)/ruff check --fix --quiet .
 	@$(BIN)/ruff format --quiet .
-	@$(BIN)/nbstripout --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
+	@$(BIN)/nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
 
 lab: setup  ## Open the notebooks in JupyterLab, on the scratch root that `make demo` fills
 	@ETL_CHARTS=bokeh $(BIN)/jupyter lab --ip=127.0.0.1 --port=8888 --notebook-dir=notebooks

@@ -13,6 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import httpx
 import yaml
 
 os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", "1")  # 10 by default: too coarse for a tick of 30 seconds
@@ -99,7 +100,13 @@ def run_recorded(
         return state_of(records[0])
 
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-        run(return_state=True)
+        try:
+            run(return_state=True)
+        except (httpx.HTTPError, RuntimeError) as error:
+            if not records:  # it never began: the server went away after it had answered
+                log.warning("not recorded in Prefect: %s", error)
+                return compute.run_stage(stage, environment, scheduled_for=scheduled_for, on_cell=on_cell)
+            log.warning("the end of %s is not recorded in Prefect: %s", records[0].run_id, error)
     return records[0]
 
 

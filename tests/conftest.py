@@ -1,9 +1,7 @@
 """What the tests share: small real data from tpchgen, a copy of the project to change, an S3 server on loopback."""
 
 import contextlib
-import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -11,12 +9,12 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from support import free_port, ingest_all, s3_variables
 
-from pipeline import ingest, source
+from pipeline import source
 from storage import PROJECT
 
 SCALE, SLICES = 0.01, 40
-AT = "2026-03-01T12:00:10+00:00"  # a scheduled time; any will do
 
 
 @pytest.fixture(scope="session")
@@ -50,12 +48,6 @@ def filled(landed) -> str:
     return landed
 
 
-def ingest_all(root: str, run_id: str = "preprocess-test") -> dict[str, int]:
-    """One run of preprocess without its notebook."""
-    batch = ingest.next_batch(root, max_files=500, scheduled_for=AT)
-    return ingest.commit(ingest.read(batch), run_id=run_id)
-
-
 @pytest.fixture
 def project(tmp_path) -> Path:
     """A copy of the project whose notebooks and YAML a test may change."""
@@ -66,30 +58,6 @@ def project(tmp_path) -> Path:
     for name in ("orchestrate.py", "storage.py"):
         shutil.copy(PROJECT / name, copy)
     return copy
-
-
-def orchestrate(project: Path, *arguments: str, env: dict | None = None) -> subprocess.CompletedProcess:
-    """The command line in a copy of the project; no Prefect server is looked for."""
-    return subprocess.run(
-        [sys.executable, "orchestrate.py", *arguments],
-        cwd=project,
-        env=environment(project) | (env or {}),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def environment(project: Path) -> dict[str, str]:
-    """This process's variables, with the copy's modules before the installed ones."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "ETL_"))}
-    return kept | {"PYTHONPATH": str(project), "COLUMNS": "200"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")
@@ -120,13 +88,3 @@ def s3_root(s3_server, monkeypatch, request) -> str:
     bucket = f"bucket-{abs(hash(request.node.nodeid)) % 10**9}"
     boto3.client("s3").create_bucket(Bucket=bucket)
     return f"s3://{bucket}/etl"
-
-
-def s3_variables(server: str) -> dict[str, str]:
-    return {
-        "AWS_ENDPOINT_URL": server,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }

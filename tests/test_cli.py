@@ -6,27 +6,10 @@ import subprocess
 import sys
 import time
 
-import nbformat
 import pytest
-from conftest import AT, orchestrate
+from support import AT, orchestrate, write_stage
 
 from storage import Root
-
-
-def write_stage(project, name: str, *cells: str, parameters: str = "", yml: str = "") -> None:
-    """A notebook and its YAML, nothing else: a stage."""
-    declared = 'root: str = "outputs/dev"  # root\nrun_id: str = "dev"  # run\n' + parameters
-    nb = nbformat.v4.new_notebook(
-        cells=[
-            nbformat.v4.new_markdown_cell(f"# {name}"),
-            nbformat.v4.new_code_cell("from runner.notebook import check, record, stop"),
-            nbformat.v4.new_code_cell(declared, metadata={"tags": ["parameters"]}),
-            *(nbformat.v4.new_code_cell(cell) for cell in cells),
-        ],
-        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
-    )
-    nbformat.write(nb, project / "notebooks" / f"{name}.ipynb")
-    (project / "params" / f"{name}.yml").write_text(f"every: 5 seconds\ndeadline: 1 minute\n{yml}")
 
 
 def test_check_names_the_stages_in_their_order(project):

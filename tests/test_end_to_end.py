@@ -6,19 +6,15 @@ import sys
 from datetime import datetime, timedelta
 from pathlib import Path
 
-import duckdb
 import polars as pl
 import pytest
-from conftest import AT, orchestrate, s3_variables
-from fastapi.testclient import TestClient
 from polars.testing import assert_frame_equal
+from support import AT, SMALL, orchestrate
 from tpch_sql import QUESTIONS, connect
 
 from pipeline import lake, queries
 from pipeline.tables import TABLES
 from storage import PROJECT, Root
-
-SMALL = ("-p", "scale=0.01", "-p", "slices=40", "-p", "history=2", "-p", "min_rows=500")
 
 
 @pytest.fixture(scope="module")
@@ -108,29 +104,3 @@ def test_bad_input_stops_the_run_before_anything_is_written(root):
     assert (record["state"], record["attempt"]) == ("check_failed", 1)
     assert Root.at(root).list("landing/orders") == ["orders-00000000.json"]
     assert not lake.is_published(root)
-
-
-def test_one_pass_on_s3_and_the_api_and_dashboard_read_it(s3_root, s3_server, monkeypatch):
-    done = orchestrate(PROJECT, "run", "all", "--env", "dev", "--root", s3_root, *SMALL, env=s3_variables(s3_server))
-    assert done.returncode == 0, done.stdout + done.stderr
-    for stage in ("generate", "preprocess", "compact", "query", "train"):
-        assert any(line.split()[1:4:2] == [stage, "ok"] for line in done.stdout.splitlines()), done.stdout
-    assert f"{s3_root}/reports/train/" in done.stdout.replace("\n", "")
-    snapshot = lake.snapshot(s3_root)
-    files = duckdb.sql("select 3 * 375").fetchone()[0]  # three slices of 15,000 orders in 40
-    assert snapshot.frame("orders").collect().height == files
-
-    monkeypatch.setenv("ETL_ROOT", s3_root)
-    from app.api import app
-
-    client = TestClient(app)
-    assert client.get("/ready").json()["batch"] == 1
-    assert client.get("/results/q01").status_code == 200
-    run = client.get("/runs").json()[0]
-    assert client.get(f"/reports/{run['run_id']}").status_code == 200
-
-    from streamlit.testing.v1 import AppTest
-
-    page = AppTest.from_file(str(PROJECT / "app" / "dashboard.py"), default_timeout=120).run()
-    assert not page.exception
-    assert any("Pricing summary" in element.value for element in page.markdown) or page.subheader

@@ -4,9 +4,8 @@ import shutil
 
 import nbformat
 import pytest
-from conftest import environment, orchestrate
 from nbclient import NotebookClient
-from test_end_to_end import SMALL
+from support import SMALL, environment, orchestrate
 
 from runner import params
 from storage import PROJECT

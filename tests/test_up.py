@@ -11,8 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import environment, free_port
-from test_cli import write_stage
+from support import environment, free_port, write_stage
 
 
 def get(url: str, body: dict | None = None):

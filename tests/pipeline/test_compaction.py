@@ -1,9 +1,9 @@
 """The same rows in fewer files."""
 
 import pytest
-from conftest import AT, ingest_all
 from deltalake.exceptions import CommitFailedError
 from polars.testing import assert_frame_equal
+from support import AT, ingest_all
 
 from pipeline import compaction, ingest, lake, source
 from pipeline.tables import TABLES

@@ -6,8 +6,8 @@ import multiprocessing
 import duckdb
 import polars as pl
 import pytest
-from conftest import AT, ingest_all
 from polars.testing import assert_frame_equal
+from support import AT, ingest_all
 
 from pipeline import ingest, lake, source
 from pipeline.tables import TABLES

@@ -2,8 +2,8 @@
 
 import polars as pl
 import pytest
-from conftest import ingest_all
 from deltalake.exceptions import DeltaError, SchemaMismatchError
+from support import ingest_all
 
 from pipeline import lake
 from pipeline.tables import TABLES

@@ -1,0 +1,444 @@
+"""The API over what is published: freshness, answers, predictions, runs and their reports.
+
+It reads, and never starts a stage. Every error is JSON, `{"detail": "<a sentence>"}`.
+"""
+
+import functools
+import json
+import re
+import threading
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+
+import polars as pl
+from fastapi import Depends, HTTPException, Path, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi_offline import FastAPIOffline
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from app.settings import Settings
+from pipeline import lake, model, queries
+from runner import runs
+from storage import Root
+
+BODY_LIMIT = 1_000_000  # bytes; 1,000 line items are about a quarter of it
+ITEM_LIMIT = 1000
+LATE_FROM = 0.5  # probability
+RUN_ID = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,99}-\d{8}T\d{6}-[0-9a-f]{6}")
+# A report is a notebook's output: it may neither run a script nor ask the network, nor pass for a page of this origin.
+REPORT_HEADERS = {
+    "Content-Security-Policy": "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class Problem(BaseModel):
+    detail: str = Field(description="What is wrong, in a sentence")
+
+
+class Health(BaseModel):
+    status: Literal["up"]
+
+
+class Ready(BaseModel):
+    ready: bool = Field(description="Whether a snapshot of the lake is published")
+    detail: str
+    missing: list[str] = Field(description="What is not published yet or cannot be used, a sentence each")
+    batch: int | None = Field(description="The number of the published batch")
+    as_of: datetime | None = Field(description="The time of the newest order in it")
+    lag_s: float | None = Field(description="Seconds between as_of and now")
+
+
+class ModelInfo(BaseModel):
+    model_id: str
+    run_id: str = Field(description="The run that trained it; its report is at /reports/{run_id}")
+    sha256: str = Field(description="Of the stored model, checked before it is used")
+    metrics: dict[str, Any] = Field(
+        description="On held-out line items: log_loss beside best_log_loss, the lowest that any model can have"
+    )
+    features: list[str] = Field(description="What it was trained on, computed from a line item's columns")
+
+
+def _written_out(value: Any) -> Any:
+    """FastAPI hands over what JSON gave, which pydantic's strict mode refuses, and its lax mode takes 0 for a date."""
+    if not (isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.ASCII)):
+        raise ValueError("Input should be a day such as 1996-03-13")
+    return value
+
+
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("Input should be a number")
+    return value
+
+
+Day = Annotated[date, BeforeValidator(_written_out)]
+Amount = Annotated[Decimal, BeforeValidator(_no_truth), Field(max_digits=15, decimal_places=2)]
+
+
+class LineItem(BaseModel):
+    """A line item the moment it ships. Amounts are numbers, or strings where exactness matters."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "example": {
+                "l_shipdate": "1996-03-13",
+                "l_commitdate": "1996-03-25",
+                "l_quantity": 17,
+                "l_extendedprice": "21168.23",
+                "l_discount": 0.04,
+                "l_tax": 0.02,
+                "l_shipmode": "TRUCK",
+                "l_shipinstruct": "DELIVER IN PERSON",
+            }
+        },
+    )
+
+    l_shipdate: Day
+    l_commitdate: Day = Field(description="The day it was promised for")
+    l_quantity: Annotated[Amount, Field(ge=1)]
+    l_extendedprice: Annotated[Amount, Field(ge=0, description="For the whole quantity")]
+    l_discount: Annotated[Amount, Field(ge=0, le=1)]
+    l_tax: Annotated[Amount, Field(ge=0, le=1)]
+    l_shipmode: Literal[tuple(model.MODES)]
+    l_shipinstruct: Literal[tuple(model.INSTRUCTIONS)]
+
+
+LineItems = Annotated[list[LineItem], Field(min_length=1, max_length=ITEM_LIMIT)]
+
+
+class Prediction(BaseModel):
+    probability: float = Field(description="Of being received after l_commitdate, 0 to 1")
+    late: bool = Field(description=f"Whether that is at least {LATE_FROM}")
+    model_id: str
+
+
+class Pointer(BaseModel):
+    """The current answer to a question."""
+
+    batch: int = Field(description="The batch it was computed from")
+    as_of: datetime = Field(description="The time of the newest order in that batch")
+    run_id: str = Field(description="The run that computed it; its report is at /reports/{run_id}")
+    rows: int
+    parameters: dict[str, Any]
+    file: str = Field(description="The Parquet file, relative to the root")
+
+
+class QuestionInfo(BaseModel):
+    question: str
+    title: str
+    text: str
+    current: Pointer | None = Field(description="null before the first answer")
+
+
+class Column(BaseModel):
+    name: str
+    type: str = Field(description="Polars' name of the type, such as String, Int64, Decimal(38, 4)")
+
+
+class Answer(QuestionInfo):
+    current: Pointer
+    columns: list[Column]
+    rows: list[dict[str, Any]] = Field(
+        description="Column name -> value. Decimals (money) are strings, exact to the last digit; times are ISO 8601"
+    )
+
+
+State = Literal["ok", "noop", "check_failed", "failed", "timed_out", "killed", "cancelled"]
+
+
+class Run(BaseModel):
+    run_id: str
+    stage: str
+    state: State
+    reason: str | None = Field(description="Why it is not ok")
+    scheduled_for: datetime
+    started_at: datetime
+    ended_at: datetime
+    seconds: float
+    attempt: int
+    report: str = Field(description="The report's folder, relative to the root; it is served at /reports/{run_id}")
+
+
+class BodyLimit:
+    """ASGI middleware: refuses a request body of more than `limit` bytes, declared or counted as it comes in."""
+
+    def __init__(self, app, limit: int):
+        self.app, self.limit = app, limit
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        total = 0
+
+        async def counted() -> dict:
+            nonlocal total
+            message = await receive()
+            total += len(message.get("body", b""))
+            if total > self.limit or declared.isdecimal() and int(declared) > self.limit:
+                # FastAPI calls this while it reads the body, and turns other exceptions into a 400
+                raise HTTPException(413, f"the body is larger than {self.limit:,} bytes")
+            return message
+
+        await self.app(scope, counted, send)
+
+
+class ServedModel:
+    """The model that predictions come from: the published one, or the last good one while that is damaged."""
+
+    def __init__(self, root: Root):
+        self.root = root
+        self._lock = threading.Lock()
+        self._pointer: bytes | None = None  # of the model that is served
+        self._model: model.Model | None = None
+
+    def current(self) -> tuple[model.Model | None, str | None]:
+        """The model, and what is wrong with the published one: None when nothing is. Safe in threads."""
+        try:
+            pointer = self.root.read(model.CURRENT)
+        except FileNotFoundError:
+            return None, f"no model is published under {self.root.url} yet: run train"
+        with self._lock:
+            if pointer != self._pointer:
+                try:
+                    self._model = model.load_current(self.root)
+                except (model.NoModel, model.ModelDamaged) as error:  # tried again by the next request
+                    if self._model is None:
+                        return None, f"the published model cannot be used: {error}"
+                    return self._model, f"the published model cannot be used, {self._model.model_id} still is: {error}"
+                self._pointer = pointer
+            return self._model, None
+
+
+served_model = functools.cache(ServedModel)
+
+
+def published_root() -> Root:
+    """The root that ETL_ROOT names."""
+    return _root_at(Settings().root)
+
+
+_root_at = functools.cache(Root.at)  # one object a root: the served model is kept by it
+PublishedRoot = Annotated[Root, Depends(published_root)]
+
+
+def _problems(**sentences: str) -> dict[int | str, dict[str, Any]]:
+    """`_problems(e404="...")`: the responses that are a Problem, for the documentation."""
+    return {int(code[1:]): {"model": Problem, "description": text} for code, text in sentences.items()}
+
+
+def _no_page(sentence: str) -> dict[int | str, dict[str, Any]]:
+    """The same for what is not JSON otherwise: FastAPI would give a Problem the type of the page."""
+    schema = {"$ref": "#/components/schemas/Problem"}
+    return {"4XX": {"description": sentence, "content": {"application/json": {"schema": schema}}}}
+
+
+app = FastAPIOffline(
+    title="ETL notebooks",
+    summary="What the notebooks have published: freshness, answers, predictions, runs and their reports.",
+    description='Reads only, and never starts a stage. Every error is JSON: `{"detail": "<a sentence>"}`.',
+)
+app.add_middleware(BodyLimit, limit=BODY_LIMIT)
+
+
+@app.get("/health", tags=["service"])
+def health() -> Health:
+    """The process is up."""
+    return Health(status="up")
+
+
+@app.get("/ready", tags=["service"], responses={503: {"model": Ready, "description": "Nothing is published yet"}})
+def ready(root: PublishedRoot, response: Response) -> Ready:
+    """Whether there is something to read: 200 when a snapshot is published. Says what else is missing."""
+    missing = [f"{name} has no answer yet: run query" for name in _names() if _pointer(root, name) is None]
+    _, model_problem = served_model(root).current()
+    missing += [model_problem] if model_problem else []
+    try:
+        snapshot = lake.snapshot(root)
+    except (lake.NothingPublished, ValueError, KeyError) as error:
+        why = str(error) if isinstance(error, lake.NothingPublished) else f"{lake.PUBLISHED} is damaged: {error!r}"
+        response.status_code = 503
+        return Ready(ready=False, detail=why, missing=[why, *missing], batch=None, as_of=None, lag_s=None)
+    return Ready(
+        ready=True,
+        detail=f"batch {snapshot.batch} is published",
+        missing=missing,
+        batch=snapshot.batch,
+        as_of=snapshot.as_of,
+        lag_s=round((datetime.now(UTC) - snapshot.as_of).total_seconds(), 1),
+    )
+
+
+@app.get("/model", tags=["model"], responses=_problems(e404="No model is published yet, or none can be used"))
+def current_model(root: PublishedRoot) -> ModelInfo:
+    """The model that predictions come from."""
+    served, problem = served_model(root).current()
+    if served is None:
+        raise HTTPException(404, problem)
+    return ModelInfo(
+        model_id=served.model_id,
+        run_id=served.run_id,
+        sha256=served.sha256,
+        metrics=served.metrics,
+        features=served.booster.feature_names,
+    )
+
+
+@app.post(
+    "/predict",
+    tags=["model"],
+    responses=_problems(
+        e413=f"The body is larger than {BODY_LIMIT:,} bytes",
+        e422="A line item is not what it should be; the sentence says which and why",
+        e503="No model is published yet, or none can be used",
+    ),
+)
+def predict(line_items: LineItems, root: PublishedRoot) -> list[Prediction]:
+    """How likely each line item is to arrive late, in the order they were sent."""
+    served, problem = served_model(root).current()
+    if served is None:
+        raise HTTPException(503, problem)
+    return [
+        Prediction(probability=probability, late=probability >= LATE_FROM, model_id=served.model_id)
+        for probability in served.predict([dict(item) for item in line_items])
+    ]
+
+
+@app.get("/results", tags=["results"])
+def results(root: PublishedRoot) -> list[QuestionInfo]:
+    """Every business question, with the pointer to its current answer."""
+    return [
+        QuestionInfo(question=q.name, title=q.title, text=q.text, current=_pointer(root, q.name))
+        for q in queries.questions()
+    ]
+
+
+@app.get(
+    "/results/{question}",
+    tags=["results"],
+    responses=_problems(
+        e404="There is no such question, or no answer to it yet", e422="The limit is not a whole number from 1"
+    ),
+)
+def result(
+    question: Annotated[str, Path(examples=["revenue_per_minute"])],
+    root: PublishedRoot,
+    limit: Annotated[int | None, Query(ge=1, description="At most so many rows, from the first")] = None,
+) -> Answer:
+    """The current answer to a question. Money is exact: decimals come as strings."""
+    asked = next((q for q in queries.questions() if q.name == question), None)
+    if asked is None:
+        raise HTTPException(404, f"there is no question {ascii(question)}; there are {', '.join(_names())}")
+    try:
+        pointer, frame = queries.current(root, question)
+    except FileNotFoundError:
+        raise HTTPException(404, f"{question} has no answer yet: run query") from None
+    except (ValueError, pl.exceptions.PolarsError) as error:
+        raise HTTPException(503, f"the answer to {question} cannot be read: {error}") from error
+    return Answer(
+        question=asked.name,
+        title=asked.title,
+        text=asked.text,
+        current=pointer,
+        columns=[Column(name=name, type=str(dtype)) for name, dtype in frame.schema.items()],
+        rows=frame.head(limit or frame.height).to_dicts(),
+    )
+
+
+@app.get("/runs", tags=["runs"], responses=_problems(e422="A filter or the limit is not what it should be"))
+def list_runs(
+    root: PublishedRoot,
+    stage: Annotated[str | None, Query(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", examples=["query"])] = None,
+    state: State | None = None,
+    limit: Annotated[int, Query(ge=1, le=1000, description="At most so many")] = 50,
+) -> list[Run]:
+    """The last runs, newest first."""
+    return runs.list(root, stage=stage, state=state, limit=limit)
+
+
+@app.get(
+    "/reports/{run_id}",
+    tags=["runs"],
+    response_class=HTMLResponse,
+    responses=_no_page("There is no such run, or it left no page"),
+)
+def report(run_id: str, root: PublishedRoot) -> HTMLResponse:
+    """A run's report as a page: the executed notebook, its parameters, its checks."""
+    return HTMLResponse(_report_file(root, run_id, "report.html"), headers=REPORT_HEADERS)
+
+
+@app.get(
+    "/reports/{run_id}/notebook",
+    tags=["runs"],
+    response_class=Response,
+    responses=_no_page("There is no such run, or it left no notebook"),
+)
+def notebook(run_id: str, root: PublishedRoot) -> Response:
+    """A run's report as the executed notebook, to download."""
+    content = _report_file(root, run_id, "report.ipynb")
+    headers = REPORT_HEADERS | {"Content-Disposition": f'attachment; filename="{run_id}.ipynb"'}
+    return Response(content, media_type="application/x-ipynb+json", headers=headers)
+
+
+@app.exception_handler(RequestValidationError)
+def _refused(_: Request, error: RequestValidationError) -> JSONResponse:
+    """Pydantic's list of errors as a sentence, the first five of them."""
+    found = error.errors()
+    more = [f"and {len(found) - 5} more"] if len(found) > 5 else []
+    return JSONResponse({"detail": "; ".join([*map(_sentence, found[:5]), *more])}, 422)
+
+
+@app.exception_handler(StarletteHTTPException)
+def _failed(_: Request, error: StarletteHTTPException) -> JSONResponse:
+    plain = {"Not Found": "there is nothing here; /docs lists what there is"}
+    return JSONResponse({"detail": plain.get(error.detail, error.detail)}, error.status_code, error.headers)
+
+
+@app.exception_handler(Exception)
+def _broke(_: Request, error: Exception) -> JSONResponse:
+    """The traceback goes to the log."""
+    return JSONResponse({"detail": f"the service failed ({type(error).__name__}); its log says why"}, 500)
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    """ "body[3].l_tax: Input should be less than or equal to 1, not 7"; whatever was sent is shown in ASCII."""
+    place, *rest = error["loc"]
+    if error["type"] == "json_invalid":
+        return f"{place} is not JSON: {error['ctx']['error']} at character {rest[0]}"
+    where = place + "".join(f"[{part}]" if isinstance(part, int) else f".{ascii(part)[1:-1]}" for part in rest)
+    message, given = error["msg"].removeprefix("Value error, "), ascii(error["input"])
+    shown = error["type"] not in ("missing", "too_short", "too_long") and len(given) < 60
+    return f"{where}: {message}" + (f", not {given}" if shown else "")
+
+
+def _names() -> list[str]:
+    return [question.name for question in queries.questions()]
+
+
+def _pointer(root: Root, question: str) -> dict[str, Any] | None:
+    """The pointer to the current answer; None when there is none, or it cannot be read."""
+    try:
+        return json.loads(root.read(f"results/{question}/current.json"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _report_file(root: Root, run_id: str, name: str) -> bytes:
+    """A file of a run's report. Raises HTTPException 404; an id of another form never reaches the storage."""
+    try:
+        if not RUN_ID.fullmatch(run_id):
+            raise KeyError(run_id)
+        folder = runs.get(root, run_id)["report"]
+    except KeyError:
+        raise HTTPException(404, f"there is no run {ascii(run_id)}; /runs lists them") from None
+    try:
+        return root.read(f"{folder}/{name}")
+    except FileNotFoundError:
+        raise HTTPException(404, f"run {run_id} left no {name}") from None

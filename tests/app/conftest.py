@@ -1,0 +1,32 @@
+"""Roots for the API and the dashboard to read."""
+
+import shutil
+
+import pytest
+from published import QUERY_RUN, TRAIN_RUN, add_run, fill
+
+
+@pytest.fixture(scope="session")
+def filled(tmp_path_factory) -> str:
+    """A root in which everything is published. Only to read."""
+    url = str(tmp_path_factory.mktemp("filled"))
+    fill(url)
+    add_run(url, QUERY_RUN, minute=1)
+    add_run(url, TRAIN_RUN, minute=2)
+    add_run(url, "train-20261122T110000-ffffff", "failed", "ValueError: no such column", minute=3)
+    return url
+
+
+@pytest.fixture
+def root(filled, tmp_path, monkeypatch) -> str:
+    """A root of the test's own in which everything is published; what ETL_ROOT names."""
+    url = shutil.copytree(filled, tmp_path / "root")
+    monkeypatch.setenv("ETL_ROOT", str(url))
+    return str(url)
+
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch) -> str:
+    """A root before the first run; what ETL_ROOT names."""
+    monkeypatch.setenv("ETL_ROOT", str(tmp_path / "empty"))
+    return str(tmp_path / "empty")

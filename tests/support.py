@@ -1,0 +1,70 @@
+"""What several tests call: the command line in a copy of the project, one run of preprocess without its notebook."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+
+from pipeline import ingest
+
+AT = "2026-03-01T12:00:10+00:00"  # a scheduled time; any will do
+SMALL = ("-p", "scale=0.01", "-p", "slices=40", "-p", "history=2", "-p", "min_rows=500")  # for the command line
+
+
+def ingest_all(root: str, run_id: str = "preprocess-test") -> dict[str, int]:
+    """One run of preprocess without its notebook."""
+    batch = ingest.next_batch(root, max_files=500, scheduled_for=AT)
+    return ingest.commit(ingest.read(batch), run_id=run_id)
+
+
+def orchestrate(project: Path, *arguments: str, env: dict | None = None) -> subprocess.CompletedProcess:
+    """The command line in a copy of the project; no Prefect server is looked for."""
+    return subprocess.run(
+        [sys.executable, "orchestrate.py", *arguments],
+        cwd=project,
+        env=environment(project) | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def environment(project: Path) -> dict[str, str]:
+    """This process's variables, with the copy's modules before the installed ones."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "ETL_"))}
+    return kept | {"PYTHONPATH": str(project), "COLUMNS": "200"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def s3_variables(server: str) -> dict[str, str]:
+    return {
+        "AWS_ENDPOINT_URL": server,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+
+
+def write_stage(project, name: str, *cells: str, parameters: str = "", yml: str = "") -> None:
+    """A notebook and its YAML, nothing else: a stage."""
+    declared = 'root: str = "outputs/dev"  # root\nrun_id: str = "dev"  # run\n' + parameters
+    nb = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_markdown_cell(f"# {name}"),
+            nbformat.v4.new_code_cell("from runner.notebook import check, record, stop"),
+            nbformat.v4.new_code_cell(declared, metadata={"tags": ["parameters"]}),
+            *(nbformat.v4.new_code_cell(cell) for cell in cells),
+        ],
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+    )
+    nbformat.write(nb, project / "notebooks" / f"{name}.ipynb")
+    (project / "params" / f"{name}.yml").write_text(f"every: 5 seconds\ndeadline: 1 minute\n{yml}")
