@@ -75,7 +75,10 @@ def up(
             out.print(f"{child.name:15} {child.page}", highlight=False)
         from runner import schedule
 
-        asyncio.run(schedule.serve(project, api_url, children, on_record=_print_record, on_status=_print_status))
+        def on_record(record) -> None:
+            _print_record(record, report=f"{api_url}/reports/{record.run_id}")
+
+        asyncio.run(schedule.serve(project, api_url, children, on_record=on_record, on_status=_print_status))
     except KeyboardInterrupt:
         out.print("ending every child …")
     except (services.PortTaken, RuntimeError) as error:
@@ -311,12 +314,13 @@ def _print_status(text: str) -> None:
     out.print(text, highlight=False)
 
 
-def _print_record(record) -> None:
+def _print_record(record, report: str | None = None) -> None:
     rows = record.metrics.get("rows")
-    what = f"{rows:,} rows" if isinstance(rows, int) else record.reason or ""
-    report = Root.at(record.root).url_of(f"{record.report}/report.html")
-    line = f"{record.stage:11} {_styled(record.state)}  {record.seconds:5.1f} s  {what}"
-    out.print(f"[dim]{datetime.now():%H:%M:%S}[/]  {line}\n          [dim]{report}[/]", highlight=False, soft_wrap=True)
+    what = f"{rows:,} rows" if isinstance(rows, int) else record.reason
+    report = report or Root.at(record.root).url_of(f"{record.report}/report.html")
+    state = f"[{STYLES.get(record.state, 'bold red')}]{record.state:12}[/]"
+    line = f"{record.stage:11} {state} {record.seconds:5.1f} s  {what:24}"
+    out.print(f"[dim]{datetime.now():%H:%M:%S}[/]  {line}  [dim]{report}[/]", highlight=False, soft_wrap=True)
 
 
 def _records_table(records: list) -> Table:

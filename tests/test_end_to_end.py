@@ -104,3 +104,16 @@ def test_bad_input_stops_the_run_before_anything_is_written(root):
     assert (record["state"], record["attempt"]) == ("check_failed", 1)
     assert Root.at(root).list("landing/orders") == ["orders-00000000.json"]
     assert not lake.is_published(root)
+
+
+def test_the_same_answers_on_a_dask_cluster(full, project):
+    (project / "params" / "env" / "dask.yml").write_text(f"root: {full[0]}\nmachine: null\ndask: {{n_workers: 1}}\n")
+    before = {name: queries.current(full[0], name)[1] for name in ("q01", "q05")}
+    done = orchestrate(project, "run", "query", "--env", "dask", "-p", "questions=[q01, q05]", "--json")
+    assert done.returncode == 0, done.stderr
+    (record,) = json.loads(done.stdout)
+    assert record["parameters"]["dask"].startswith("tcp://127.0.0.1:")
+    for name, answer in before.items():
+        pointer, by_dask = queries.current(full[0], name)
+        assert pointer["run_id"] == record["run_id"]
+        assert_frame_equal(by_dask, answer)

@@ -45,7 +45,8 @@ RECOMMENDED_SUPPLIERS = """SELECT r_name, p_type, s_name, n_name, ps_supplycost,
 REVENUE_PER_MINUTE = """SELECT minute, count(DISTINCT o_orderkey), coalesce(sum(l_extendedprice * (1 - l_discount)), 0)
     FROM generate_series($1, $2, INTERVAL 1 MINUTE) AS minutes(minute)
     LEFT JOIN (orders JOIN lineitem ON l_orderkey = o_orderkey) ON date_trunc('minute', o_order_time) = minute
-    GROUP BY 1 ORDER BY 1"""
+    WHERE minute >= (SELECT date_trunc('minute', min(o_order_time)) FROM orders)
+    GROUP BY 1 ORDER BY 1 DESC"""
 
 
 def connect(folder: Path, placed: datetime) -> duckdb.DuckDBPyConnection:

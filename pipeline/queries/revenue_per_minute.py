@@ -16,7 +16,10 @@ TABLES = {
 
 
 def answer(orders, lineitem, *, as_of: datetime, minutes: int = 60):
-    """One row for each of the last `minutes` whole minutes before `as_of`, oldest first; 0 where nothing came in."""
+    """One row for each of the last `minutes` whole minutes before `as_of`, newest first; 0 where nothing came in.
+
+    Minutes before the very first order are left out.
+    """
     import polars as pl
 
     end = as_of.replace(second=0, microsecond=0)
@@ -40,15 +43,18 @@ def answer(orders, lineitem, *, as_of: datetime, minutes: int = 60):
             schema={"minute": pl.Datetime("us", "UTC")},
         )
     )
+    first = gathered(orders.select(first=nw.col("o_order_time").min()))
     return (
-        every_minute.join(gathered(per_minute), on="minute", how="left")
+        every_minute.join(first, how="cross")
+        .filter(nw.col("minute") >= nw.col("first").dt.truncate("1m"))
+        .join(gathered(per_minute), on="minute", how="left")
         .select(
             "minute",
             orders=nw.col("orders").cast(nw.Int64).fill_null(0),
             revenue=nw.col("revenue").fill_null(0),
         )
         .with_columns(revenue=money("revenue", 4))
-        .sort("minute")
+        .sort("minute", descending=True)
     )
 
 
