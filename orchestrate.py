@@ -63,8 +63,10 @@ def up(
         children.insert(0, services.prefect_server(prefect_port, here / "prefect", here))
         os.environ["PREFECT_HOME"] = str(here / "prefect")
         os.environ["PREFECT_API_URL"] = f"http://{services.HOST}:{prefect_port}/api"
-    # SIGTERM ends it as Ctrl-C does
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    # explicitly: a shell that starts it in the background has it ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    status = 1
     try:
         for child in children:
             services.ensure_free(child.port, child.name)
@@ -80,15 +82,19 @@ def up(
 
         asyncio.run(schedule.serve(project, api_url, children, on_record=on_record, on_status=_print_status))
     except KeyboardInterrupt:
+        status = 0
         out.print("ending every child …")
     except (services.PortTaken, RuntimeError) as error:
         err.print(f"[bold red]{error}", highlight=False)
-        raise typer.Exit(1) from None
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        services.stop(children)
+    except Exception:
+        err.print_exception()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    services.stop(children)
     out.print("nothing is left running")
+    sys.stdout.flush()
+    # a thread that still wants to tell the server something would hold the process, as the server is gone
+    os._exit(status)
 
 
 @app.command()

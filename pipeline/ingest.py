@@ -159,7 +159,7 @@ def commit(parsed: Parsed, *, run_id: str) -> dict[str, int]:
     place = Root.at(batch.root)
     with lake.writing(place, run_id):
         _write_down(place, parsed, run_id)
-        lake.create_tables(place)
+        lake.create_tables(place, run_id)
         published = lake.read_published(place) or {"batch": 0, "tables": {}, "as_of": None}
         versions = {table: published["tables"].get(table, 0) for table in lake.COLUMNS}
         if published["batch"] < batch.number:

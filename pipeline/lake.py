@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from deltalake import DeltaTable
 
 PUBLISHED = "lake/published.json"
+PINNED = "lake/pinned.json"  # a root that reads a snapshot of another one, as a replay does
 WRITER = "lake/writer.lease"
 APP_ID = "preprocess"  # whose transactions number the batches
 QUARANTINE = {"batch": KEY, "table": TEXT, "file": TEXT, "line": KEY, "reason": TEXT, "raw": TEXT}
@@ -42,7 +43,7 @@ class NothingPublished(LookupError):
 class Snapshot:
     """One version of every table, all of the same batch. `as_of`: UTC, the newest order in it."""
 
-    root: str
+    root: str  # where its tables are
     batch: int
     as_of: datetime
     versions: dict[str, int]
@@ -70,13 +71,16 @@ class Snapshot:
 
 
 def snapshot(root: str) -> Snapshot:
-    """The published snapshot: the one way to read the lake. Raises NothingPublished."""
+    """The published snapshot: the one way to read the lake. Raises NothingPublished.
+
+    Where `lake/pinned.json` names another root and its versions, that snapshot is read, whatever came after it.
+    """
     place = Root.at(root)
-    published = read_published(place)
+    published = _pinned(place) or read_published(place)
     if published is None:
         raise NothingPublished(f"nothing is published under {place.url} yet: run generate, then preprocess")
     return Snapshot(
-        place.url,
+        published.get("source_root", place.url),
         published["batch"],
         datetime.fromisoformat(published["as_of"]),
         published["tables"],
@@ -86,7 +90,15 @@ def snapshot(root: str) -> Snapshot:
 
 def is_published(root: str) -> bool:
     """Whether there is a snapshot to read."""
-    return read_published(Root.at(root)) is not None
+    place = Root.at(root)
+    return (_pinned(place) or read_published(place)) is not None
+
+
+def _pinned(place: Root) -> dict | None:
+    try:
+        return json.loads(place.read(PINNED))
+    except FileNotFoundError:
+        return None
 
 
 def read_published(place: Root) -> dict | None:
@@ -116,9 +128,9 @@ def writing(place: Root, run_id: str) -> Iterator[None]:
         yield
 
 
-def create_tables(place: Root) -> None:
+def create_tables(place: Root, run_id: str) -> None:
     """Create the tables that are not there yet; safe to race."""
-    from deltalake import DeltaTable, Schema
+    from deltalake import CommitProperties, DeltaTable, Schema
 
     for name in COLUMNS:
         DeltaTable.create(
@@ -128,6 +140,7 @@ def create_tables(place: Root) -> None:
             name=name,
             configuration=PROPERTIES,
             storage_options=place.storage_options,
+            commit_properties=CommitProperties(custom_metadata={"run_id": run_id, "stage": "preprocess"}),
         )
 
 

@@ -134,7 +134,7 @@ async def serve(
             await _watching(asyncio.Event().wait(), task, children)
         finally:
             worker.cancel_all()
-            for _ in range(40):  # 4 s for kernels to end and reports to be written
+            for _ in range(50):  # 5 s for kernels to end, reports to be written and states to be told
                 if not worker.cancels:
                     break
                 await asyncio.sleep(0.1)

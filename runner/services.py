@@ -95,7 +95,7 @@ class Service:
                 os.killpg(self.process.pid, number)
 
 
-def stop(services: list[Service], grace_s: float = 6) -> None:
+def stop(services: list[Service], grace_s: float = 3) -> None:
     """End all of them, at once and then for good; none is left when this returns."""
     for service in services:
         service.signal(signal.SIGTERM)

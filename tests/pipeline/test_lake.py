@@ -1,11 +1,13 @@
 """The snapshot is the one way to read, and every commit says who made it."""
 
+import json
+
 import polars as pl
 import pytest
 from deltalake.exceptions import DeltaError, SchemaMismatchError
 from support import ingest_all
 
-from pipeline import lake
+from pipeline import lake, source
 from pipeline.tables import TABLES
 from storage import Root
 
@@ -42,9 +44,28 @@ def test_columns_are_read_in_the_order_asked(filled):
 
 def test_every_commit_carries_run_and_stage(landed):
     ingest_all(landed, "preprocess-20260301T120010-abc123")
-    for table in ("orders", "region"):
-        last = lake.open_table(Root.at(landed), table).history(1)[0]
-        assert (last["run_id"], last["stage"]) == ("preprocess-20260301T120010-abc123", "preprocess")
+    for table in lake.COLUMNS:
+        for commit in lake.open_table(Root.at(landed), table).history():
+            assert (commit["run_id"], commit["stage"]) == ("preprocess-20260301T120010-abc123", "preprocess")
+
+
+def test_a_pinned_root_reads_the_versions_of_another(filled, tmp_path, stream):
+    before = lake.snapshot(filled)
+    pinned = {
+        "source_root": filled,
+        "batch": before.batch,
+        "as_of": before.as_of.isoformat(),
+        "tables": before.versions,
+        "run_id": before.run_id,
+    }
+    scratch = str(tmp_path / "scratch")
+    assert not lake.is_published(scratch)
+    Root.at(scratch).write(lake.PINNED, json.dumps(pinned).encode())
+    source.land(filled, stream, source.make_ticks(stream, range(3, 4)))
+    ingest_all(filled)
+    assert lake.snapshot(filled).batch == 2
+    assert lake.is_published(scratch)
+    assert lake.snapshot(scratch) == before
 
 
 def test_a_key_is_never_null(filled):
