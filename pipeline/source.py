@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -89,9 +90,24 @@ def due_ticks(
 
 def make_tick(stream: Stream, tick: int) -> dict[str, pl.DataFrame]:
     """The rows of one tick: table -> frame with the columns of `pipeline.tables`. A pure function of its arguments."""
-    epoch, part = divmod(tick, stream.slices)
-    frames = _tpchgen(stream.scale, STREAMED, slices=stream.slices, part=part + 1)
-    shift = epoch * stream.highest_key
+    return make_ticks(stream, range(tick, tick + 1))[tick]
+
+
+def make_ticks(stream: Stream, ticks: range) -> dict[int, dict[str, pl.DataFrame]]:
+    """Several ticks: tick -> table -> frame, each what `make_tick` gives."""
+    slices = _slices(stream, {tick % stream.slices + 1 for tick in ticks})
+    made = {tick: _timed(stream, tick, slices[tick % stream.slices + 1]) for tick in ticks}
+    if 0 in made:
+        made[0] = _tpchgen(stream.scale, tuple(t for t in TABLES if t not in STREAMED))[1] | made[0]
+    return {
+        tick: {name: frame.select(*TABLES[name].columns) for name, frame in frames.items()}
+        for tick, frames in made.items()
+    }
+
+
+def _timed(stream: Stream, tick: int, frames: dict[str, pl.DataFrame]) -> dict[str, pl.DataFrame]:
+    """A slice's orders and line items as those of a tick: with its event times, and the keys of its epoch."""
+    shift = tick // stream.slices * stream.highest_key
     placed = pl.lit(stream.time_of(tick - 1)).dt.cast_time_unit("us")
     orders = frames["orders"].with_columns(
         (pl.col("o_orderkey") + shift),
@@ -110,16 +126,7 @@ def make_tick(stream: Stream, tick: int) -> dict[str, pl.DataFrame]:
             pl.col("o_order_time") + (pl.col("l_shipdate") - pl.col("o_orderdate")).dt.total_days() * pl.lit(SHIP_STEP)
         ).alias("l_ship_time")
     )
-    out = {"orders": orders, "lineitem": lineitem}
-    if tick == 0:
-        out = _tpchgen(stream.scale, tuple(t for t in TABLES if t not in STREAMED)) | out
-    return {name: frame.select(*TABLES[name].columns) for name, frame in out.items()}
-
-
-def make_ticks(stream: Stream, ticks: range) -> dict[int, dict[str, pl.DataFrame]]:
-    """Several ticks, a process of the generator on each core: tick -> table -> frame."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(ticks, pool.map(lambda tick: make_tick(stream, tick), ticks), strict=True))
+    return {"orders": orders, "lineitem": lineitem}
 
 
 def file_name(table: str, tick: int) -> str:
@@ -155,20 +162,42 @@ def to_json_lines(frame: pl.DataFrame) -> bytes:
     return buffer.getvalue()
 
 
-def _tpchgen(scale: float, tables: tuple[str, ...], slices: int = 1, part: int = 1) -> dict[str, pl.DataFrame]:
-    """Part `part` of `slices` of the tables at `scale`. Raises RuntimeError with the generator's own words."""
+def _slices(stream: Stream, parts: set[int]) -> dict[int, dict[str, pl.DataFrame]]:
+    """The streamed tables of some slices, 1 the first: part -> table -> frame.
+
+    The generator takes about a second for a slice, nearly all of it to begin, and about 1 + 10 x scale seconds for all
+    of them at once: the cheaper way is taken.
+    """
+    if len(parts) / os.cpu_count() > 1 + 10 * stream.scale:
+        return _tpchgen(stream.scale, STREAMED, stream.slices, parts)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = pool.map(lambda part: _tpchgen(stream.scale, STREAMED, stream.slices, {part}), parts)
+        return {part: frames for one in made for part, frames in one.items()}
+
+
+def _tpchgen(
+    scale: float, tables: tuple[str, ...], slices: int = 1, parts: Collection[int] = (1,)
+) -> dict[int, dict[str, pl.DataFrame]]:
+    """Those parts of the tables' `slices` at `scale`: part -> table -> frame, from one process of the generator.
+
+    Raises RuntimeError with the generator's own words.
+    """
     command = [str(Path(sys.executable).with_name("tpchgen-cli")), "parquet", f"--scale-factor={scale}"]
     with tempfile.TemporaryDirectory(prefix="tpchgen-") as folder:
-        sliced = [f"--parts={slices}", f"--part={part}"] if slices > 1 else []
+        if slices > 1:
+            command.append(f"--parts={slices}")
+        if slices > 1 and len(parts) == 1:
+            command.append(f"--part={next(iter(parts))}")
         done = subprocess.run(
-            [*command, *sliced, f"--tables={','.join(tables)}", f"--output-dir={folder}"],
-            capture_output=True,
-            text=True,
+            [*command, f"--tables={','.join(tables)}", f"--output-dir={folder}"], capture_output=True, text=True
         )
         if done.returncode:
             raise RuntimeError(f"tpchgen-cli failed with status {done.returncode}: {done.stderr.strip()}")
-        pattern = "{0}/{0}.*.parquet" if sliced else "{0}.parquet"
-        return {table: pl.read_parquet(f"{folder}/{pattern.format(table)}") for table in tables}
+        place = "{0}/{0}.{1}.parquet" if slices > 1 else "{0}.parquet"
+        return {
+            part: {table: pl.read_parquet(f"{folder}/{place.format(table, part)}") for table in tables}
+            for part in parts
+        }
 
 
 def rows_per_tick(made: dict[int, dict[str, pl.DataFrame]]) -> pl.DataFrame:

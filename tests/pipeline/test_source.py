@@ -32,6 +32,16 @@ def test_all_slices_together_are_tpch_row_by_row(canonical):
         assert_frame_equal(pl.concat(parts).select(expected.columns), expected)
 
 
+def test_many_ticks_at_once_are_the_ticks_one_by_one(stream, made):
+    many = source.make_ticks(stream, range(1, 8))  # enough to have the generator make all slices in one go
+    for tick in (1, 2):
+        for table in STREAMED:
+            assert_frame_equal(many[tick][table], made[tick][table])
+    one = source.make_tick(stream, 7)
+    for table in STREAMED:
+        assert_frame_equal(many[7][table], one[table])
+
+
 def test_a_tick_made_twice_is_the_same_bytes(stream, made, tmp_path):
     again = source.make_ticks(stream, range(1, 3))
     source.land(str(tmp_path / "a"), stream, made)
