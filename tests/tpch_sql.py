@@ -45,7 +45,7 @@ RECOMMENDED_SUPPLIERS = """SELECT r_name, p_type, s_name, n_name, ps_supplycost,
 REVENUE_PER_MINUTE = """SELECT minute, count(DISTINCT o_orderkey), coalesce(sum(l_extendedprice * (1 - l_discount)), 0)
     FROM generate_series($1, $2, INTERVAL 1 MINUTE) AS minutes(minute)
     LEFT JOIN (orders JOIN lineitem ON l_orderkey = o_orderkey) ON date_trunc('minute', o_order_time) = minute
-    WHERE minute >= (SELECT date_trunc('minute', min(o_order_time)) FROM orders)
+    WHERE minute >= (SELECT date_trunc('minute', min(o_order_time)) FROM orders) OR minute = $2
     GROUP BY 1 ORDER BY 1 DESC"""
 
 
@@ -74,7 +74,7 @@ def rows_of(connection: duckdb.DuckDBPyConnection, sql: str, *parameters) -> lis
 
 def per_minute(connection: duckdb.DuckDBPyConnection, as_of: datetime, minutes: int) -> list[tuple]:
     """The last whole minutes before `as_of`."""
-    last = as_of.replace(second=0, microsecond=0) - timedelta(minutes=1)
+    last = (as_of + timedelta(seconds=1)).replace(second=0, microsecond=0) - timedelta(minutes=1)
     return rows_of(connection, REVENUE_PER_MINUTE, last - timedelta(minutes=minutes - 1), last)
 
 

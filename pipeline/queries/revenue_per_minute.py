@@ -18,11 +18,12 @@ TABLES = {
 def answer(orders, lineitem, *, as_of: datetime, minutes: int = 60):
     """One row for each of the last `minutes` whole minutes before `as_of`, newest first; 0 where nothing came in.
 
-    Minutes before the very first order are left out.
+    Minutes before the very first order are left out, but for the newest.
     """
     import polars as pl
 
-    end = as_of.replace(second=0, microsecond=0)
+    # orders come many a second: a minute whose last second has one is whole
+    end = (as_of + timedelta(seconds=1)).replace(second=0, microsecond=0)
     start = end - timedelta(minutes=minutes)
     placed = orders.filter(nw.col("o_order_time") >= start, nw.col("o_order_time") < end)
     per_order = (
@@ -46,7 +47,9 @@ def answer(orders, lineitem, *, as_of: datetime, minutes: int = 60):
     first = gathered(orders.select(first=nw.col("o_order_time").min()))
     return (
         every_minute.join(first, how="cross")
-        .filter(nw.col("minute") >= nw.col("first").dt.truncate("1m"))
+        .filter(
+            (nw.col("minute") >= nw.col("first").dt.truncate("1m")) | (nw.col("minute") == end - timedelta(minutes=1))
+        )
         .join(gathered(per_minute), on="minute", how="left")
         .select(
             "minute",

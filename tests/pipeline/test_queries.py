@@ -176,6 +176,13 @@ def test_revenue_per_minute_equals_sql_with_empty_minutes_as_zero(tpch):
     assert [row[1] for row in expected] == [0, 0, 15000]  # none before the first order
 
 
+def test_revenue_per_minute_before_a_minute_is_whole_is_one_row_of_nothing(tpch):
+    snapshot, connection = tpch
+    as_of = ORIGIN + timedelta(seconds=29, milliseconds=999)
+    result = ask(answers()["revenue_per_minute"], Files(snapshot.folder, as_of=as_of), minutes=5)
+    assert result.rows() == per_minute(connection, as_of, 5) == [(ORIGIN - timedelta(minutes=1), 0, 0)]
+
+
 def test_an_unknown_parameter_is_refused(tpch):
     snapshot, _ = tpch
     with pytest.raises(TypeError, match="q01 has no parameter day; it has .*days"):
