@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 ROOT   ?= outputs/dev
 ENV    ?= local
 
-.PHONY: help setup up demo test lint format lab bench lock clean
+.PHONY: help setup up demo test faults lint format lab bench lock clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ demo: setup  ## One pass of all stages on a scratch root (ROOT=outputs/dev, or s
 
 test: setup  ## Run the tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+faults: setup  ## Provoke every fault in full numbers (most of an hour)
+	@$(BIN)/python tests/faults
 
 lint: setup  ## Check style, notebooks included, and every stage's parameters
 	@$(BIN)/ruff check .

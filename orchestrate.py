@@ -1,10 +1,12 @@
 """Flows, schedules and the command line. What a stage does is in its notebook, when in its YAML.
 
 up      everything: Prefect's server, the schedules, the API and the dashboard
-run     one run now, of one stage or of all
+run     one run now, of one stage or of all, or again with what an earlier run had
+replay  a run again on the same data, in a root of its own: does the same come out?
 check   parameters, notebooks and env files, without starting a kernel
 plan    every stage's next run, and where each parameter's value comes from
 runs    the index of runs
+whence  which run wrote a version of a table
 """
 
 import asyncio
@@ -14,13 +16,15 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
 from runner import params
@@ -38,6 +42,7 @@ Env = Annotated[str, typer.Option("--env", help="params/env/<name>.yml")]
 RootOption = Annotated[str | None, typer.Option("--root", help="Folder or URL, in place of the env file's root.")]
 Overrides = Annotated[list[str], typer.Option("-p", help="name=value, or stage.name=value; more than one is fine.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+RunId = Annotated[str, typer.Argument(help="A run's id, or the beginning of it.")]
 
 
 @app.command()
@@ -49,10 +54,12 @@ def up(
     dashboard_port: Annotated[int, typer.Option(help="The dashboard.")] = 8501,
 ):
     """Everything: Prefect's server unless PREFECT_API_URL is set, the schedules, API and dashboard. Ctrl-C ends all."""
-    from runner import services
+    from runner import journal, services
 
     project = _load(env, root=root)
     _log_to_terminal()
+    _reconcile()
+    journal.deliver(Root.at(project.environment.root))
     here = _services_folder(project.environment.root)
     api_url = f"http://{services.HOST}:{api_port}"
     children = [
@@ -99,27 +106,99 @@ def up(
 
 @app.command()
 def run(
-    stage: Annotated[str, typer.Argument(help="A stage's name, or all: each once, from the shortest cadence on.")],
+    stage: Annotated[
+        str | None, typer.Argument(help="A stage's name, or all: each once, from the shortest cadence on.")
+    ] = None,
     env: Env = "local",
     root: RootOption = None,
     p: Overrides = [],  # noqa: B006
     at: Annotated[str | None, typer.Option(help="The run's own time, ISO 8601; now when absent.")] = None,
+    again: Annotated[str | None, typer.Option("--from", help="With this run's parameters and time, then -p.")] = None,
     as_json: AsJson = False,
 ):
     """One run now, with a progress bar; prints state and report. Exit status 1 unless every run is ok or noop."""
-    project = _load(env, root=root, overrides=p, stage=None if stage == "all" else stage)
-    scheduled_for = _time(at)
-    records = []
-    for chosen in project.stages.values():
-        records.append(_run_one(chosen, project.environment, scheduled_for, quiet=as_json))
+    parent = None
+    if again:
+        earlier = _get_run(again, env, root)
+        stages, environment, differences = _recorded(earlier, env, root, p, stage)
+        scheduled_for, parent = _time(at or earlier["scheduled_for"]), earlier["run_id"]
+        if not as_json:
+            out.print(_differences_table(differences, f"parameters, beside those of {parent} and of today's files"))
+    elif stage is None:
+        raise typer.BadParameter("name a stage, or a run with --from")
+    else:
+        project = _load(env, root=root, overrides=p, stage=None if stage == "all" else stage)
+        stages, environment, scheduled_for = project.stages.values(), project.environment, _time(at)
+    _reconcile()
+    records = [_run_one(chosen, environment, scheduled_for, quiet=as_json, parent=parent) for chosen in stages]
     if as_json:
         print(json.dumps([asdict(record) for record in records], default=str))
-    elif stage == "all":
+    elif len(records) > 1:
         out.print(_records_table(records))
     else:
         _print_record(records[0])
     if not all(record.ok for record in records):
         raise typer.Exit(1)
+
+
+@app.command()
+def replay(run_id: RunId, env: Env = "local", root: RootOption = None, as_json: AsJson = False):
+    """A run again, on the versions it read, in outputs/replay/<run>: exit status 0 only when the same comes out."""
+    from runner import replay as replays
+
+    earlier = _get_run(run_id, env, root)
+    (stage,), environment, _ = _recorded(earlier, env, root)
+    try:
+        with _progress(stage, quiet=as_json) as on_cell:
+            found = replays.replay(earlier, stage, environment, on_cell)
+    except replays.NotRepeatable as error:
+        _refuse(str(error))
+    if as_json:
+        print(json.dumps(asdict(found) | {"equal": found.equal}, default=str))
+    else:
+        _print_record(found.record)
+        if found.differences:
+            out.print(_differences_table(found.differences, f"what differs from {found.run_id}"))
+        if found.changed:
+            out.print(_differences_table(found.changed, "what changed since"))
+        compared = ", ".join(f"{count} {part}" for part, count in found.compared.items() if count)
+        verdict = "[green]equal[/]" if found.equal else f"[bold red]{len(found.differences)} differences[/]"
+        out.print(f"{verdict}: {compared} compared; code {'changed since' if found.changed else 'unchanged'}")
+    if not found.equal:
+        raise typer.Exit(1)
+
+
+@app.command()
+def whence(
+    version: Annotated[str, typer.Argument(metavar="TABLE[@VERSION]", help="The newest version when none is given.")],
+    env: Env = "local",
+    root: RootOption = None,
+    as_json: AsJson = False,
+):
+    """The run that wrote a version of a table of the lake, and its report."""
+    from runner import provenance, runs
+
+    table, _, number = version.partition("@")
+    if number and not number.isdecimal():
+        raise typer.BadParameter(f"{number!r} is not a version; as in orders@12")
+    place = _root(env, root)
+    try:
+        found = provenance.whence(place, table, int(number) if number else None)
+    except LookupError as error:
+        _refuse(str(error))
+    found |= {"state": None, "report": None}
+    if found["run_id"]:
+        with contextlib.suppress(KeyError):  # a run in JupyterLab is in no index
+            record = runs.get(place, found["run_id"])
+            report = place.url_of(f"{record['report']}/report.html") if record["kept"] else None
+            found |= {"state": record["state"], "report": report}
+    if as_json:
+        print(json.dumps(found))
+        return
+    who = f"{found['run_id']}  {_styled(found['state'] or 'not in the index')}" if found["run_id"] else "by no run"
+    out.print(f"{table}@{found['version']}  {found['operation']}  {found['at']}  {who}", highlight=False)
+    if found["state"]:
+        out.print(found["report"] or "its report was swept", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -157,7 +236,7 @@ def plan(env: Env = "local", p: Overrides = [], as_json: AsJson = False):  # noq
         for column in ("parameter", "value", "comes from", "meaning"):
             table.add_column(column, overflow="fold")
         for name, value in stage.values.items():
-            table.add_row(name, str(value), stage.origins[name], stage.help.get(name, ""))
+            table.add_row(name, escape(str(value)), stage.origins[name], stage.help.get(name, ""))
         out.print(table)
 
 
@@ -167,13 +246,16 @@ def runs_list(
     root: RootOption = None,
     stage: Annotated[str | None, typer.Option(help="Only this stage.")] = None,
     state: Annotated[str | None, typer.Option(help="Only this state.")] = None,
+    since: Annotated[str | None, typer.Option(help="Started at this time or later, ISO 8601.")] = None,
+    until: Annotated[str | None, typer.Option(help="Started before this time.")] = None,
     limit: Annotated[int, typer.Option(help="At most so many, newest first.")] = 20,
     as_json: AsJson = False,
 ):
     """The last runs, newest first."""
     from runner import runs
 
-    found = runs.list(_root(env, root), stage=stage, state=state, limit=limit)
+    between = {"since": since and _time(since), "until": until and _time(until)}
+    found = runs.list(_root(env, root), stage=stage, state=state, limit=limit, **between)
     if as_json:
         print(json.dumps(found, default=str))
         return
@@ -184,13 +266,13 @@ def runs_list(
             _styled(row["state"]),
             row["scheduled_for"][:19].replace("T", " "),
             f"{row['seconds']:.1f}",
-            row["reason"] or "",
+            escape(row["reason"] or ""),
         )
     out.print(table)
 
 
 @runs_app.command("show")
-def runs_show(run_id: str, env: Env = "local", root: RootOption = None, as_json: AsJson = False):
+def runs_show(run_id: RunId, env: Env = "local", root: RootOption = None, as_json: AsJson = False):
     """All that is recorded of one run."""
     record = _get_run(run_id, env, root)
     if as_json:
@@ -198,12 +280,64 @@ def runs_show(run_id: str, env: Env = "local", root: RootOption = None, as_json:
         return
     table = Table(show_header=False, box=None)
     for name, value in record.items():
-        table.add_row(f"[bold]{name}", value if isinstance(value, str) else json.dumps(value, default=str))
+        table.add_row(f"[bold]{name}", escape(value if isinstance(value, str) else json.dumps(value, default=str)))
     out.print(table)
 
 
+@runs_app.command("tail")
+def runs_tail(run_id: RunId, env: Env = "local", root: RootOption = None):
+    """What a run prints, as it comes; of one that has ended, all of it. Exit status 1 unless it ends ok or noop."""
+    from runner import journal
+
+    state = None
+    try:
+        for event in journal.follow(run_id, _root(env, root)):
+            if event["event"] == "cell_start":
+                out.print(f"[bold cyan]── {escape(event['heading'] or '')}", highlight=False)
+            elif event["event"] == "output":
+                print(_text_of(event["output"]), end="", flush=True)
+            elif event["event"] == "end":
+                state = event["state"]
+                out.print(f"{_styled(state)}  {escape(event.get('reason') or '')}", highlight=False)
+    except KeyError:
+        _refuse(f"there is no run {run_id}; `runs list` names them")
+    except FileNotFoundError:
+        _refuse(f"the report of {run_id} was swept; `runs show` has its row")
+    if state not in ("ok", "noop"):
+        raise typer.Exit(1)
+
+
+@runs_app.command("diff")
+def runs_diff(a: RunId, b: RunId, env: Env = "local", root: RootOption = None, as_json: AsJson = False):
+    """What differs between two runs: parameters, code, inputs, seconds, metrics, and how they ended."""
+    from runner import replay as replays
+
+    differences = replays.diff(*(_get_run(run_id, env, root) for run_id in (a, b)))
+    if as_json:
+        print(json.dumps([asdict(one) for one in differences], default=str))
+    elif differences:
+        out.print(_differences_table(differences, f"{a} and {b}"))
+    else:
+        out.print("nothing that is recorded differs")
+
+
+@runs_app.command("sweep")
+def runs_sweep(
+    env: Env = "local",
+    root: RootOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    as_json: AsJson = False,
+):
+    """Remove the reports that tell nothing new, by the env file's `retention`; every run's row stays."""
+    from runner import retention
+
+    environment = _load(env, root=root).environment
+    counts = retention.sweep(Root.at(environment.root), environment.retention, dry_run=dry_run)
+    print(json.dumps(counts)) if as_json else out.print(", ".join(f"{n:,} {what}" for what, n in counts.items()))
+
+
 @runs_app.command("open")
-def runs_open(run_id: str, env: Env = "local", root: RootOption = None):
+def runs_open(run_id: RunId, env: Env = "local", root: RootOption = None):
     """Open a run's report in the browser."""
     import webbrowser
 
@@ -222,6 +356,30 @@ def _load(env: str, *, root: str | None = None, overrides: list[str] = (), stage
         raise typer.Exit(2) from None
     url = Root.at(root or project.environment.root).url
     return replace(project, environment=replace(project.environment, root=url))
+
+
+def _recorded(run: dict, env: str, root: str | None, overrides: list[str] = (), stage: str | None = None) -> tuple:
+    """([the stage with a run's parameters], the environment, how those differ); a refusal is printed, exit status 2."""
+    from runner import replay as replays
+
+    if stage not in (None, run["stage"]):
+        raise typer.BadParameter(f"{run['run_id']} is a run of {run['stage']}, not of {stage}")
+    try:
+        chosen, environment, differences = replays.recorded(PROJECT, env, run, overrides)
+    except params.ParamsError as error:
+        _print_problems(error.problems)
+        raise typer.Exit(2) from None
+    except replays.NotRepeatable as error:
+        _refuse(str(error), status=2)
+    return [chosen], replace(environment, root=Root.at(root or environment.root).url), differences
+
+
+def _reconcile() -> None:
+    """Close the runs that a process which is gone left running."""
+    from runner import journal
+
+    for run_id in journal.reconcile():
+        err.print(f"closed {run_id}, which an earlier process left running", highlight=False)
 
 
 def _root(env: str, root: str | None) -> Root:
@@ -245,8 +403,23 @@ def _time(text: str | None) -> datetime:
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def _run_one(stage: params.Stage, environment: params.Environment, scheduled_for: datetime, quiet: bool):
+def _run_one(
+    stage: params.Stage, environment: params.Environment, scheduled_for: datetime, quiet: bool, parent: str | None
+):
     """One run with a progress bar; recorded in Prefect when a server answers."""
+    with _progress(stage, quiet) as on_cell:
+        if _prefect_answers():
+            from runner import schedule
+
+            return schedule.run_recorded(stage, environment, scheduled_for, on_cell, parent)
+        from runner import compute
+
+        return compute.run_stage(stage, environment, scheduled_for=scheduled_for, on_cell=on_cell, parent=parent)
+
+
+@contextlib.contextmanager
+def _progress(stage: params.Stage, quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar of a run's cells; what to call before each of them."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.fields[stage]:11}"), BarColumn(24), TextColumn("{task.completed}/{task.total}"))
@@ -263,13 +436,7 @@ def _run_one(stage: params.Stage, environment: params.Environment, scheduled_for
         def on_cell(done: int, total: int, heading: str) -> None:
             bar.update(task, completed=done, total=total, description=heading)
 
-        if _prefect_answers():
-            from runner import schedule
-
-            return schedule.run_recorded(stage, environment, scheduled_for, on_cell)
-        from runner import compute
-
-        return compute.run_stage(stage, environment, scheduled_for=scheduled_for, on_cell=on_cell)
+        yield on_cell
 
 
 def _prefect_answers() -> bool:
@@ -290,8 +457,7 @@ def _get_run(run_id: str, env: str, root: str | None) -> dict:
     try:
         return runs.get(_root(env, root), run_id)
     except KeyError:
-        err.print(f"[bold red]there is no run {run_id}; `runs list` names them")
-        raise typer.Exit(1) from None
+        _refuse(f"there is no run {run_id}; `runs list` names them")
 
 
 def _plan_of(stage: params.Stage, now: datetime) -> dict:
@@ -309,7 +475,31 @@ def _plan_of(stage: params.Stage, now: datetime) -> dict:
 
 def _print_problems(problems: list) -> None:
     for problem in problems:
-        err.print(f"[bold red]wrong[/]  {problem}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]wrong[/]  {escape(str(problem))}", highlight=False, soft_wrap=True)
+
+
+def _refuse(why: str, status: int = 1) -> NoReturn:
+    err.print(f"[bold red]{escape(why)}", highlight=False, soft_wrap=True)
+    raise typer.Exit(status)
+
+
+def _differences_table(differences: list, title: str) -> Table:
+    table = Table("", "", "before", "after", title=title, title_justify="left")
+    for one in differences:
+        values = (v if isinstance(v, str) else json.dumps(v, default=str) for v in (one.before, one.after))
+        if one.name.endswith("sha256"):
+            values = (value[:12] for value in values)
+        table.add_row(one.part, *map(escape, (one.name, *values)))
+    return table
+
+
+def _text_of(output: dict) -> str:
+    """A cell's output as a terminal shows it."""
+    if output["output_type"] == "stream":
+        return "".join(output["text"])
+    if output["output_type"] == "error":
+        return f"{output['ename']}: {output['evalue']}\n"
+    return "".join(output["data"].get("text/plain", "")) + "\n"
 
 
 def _styled(state: str) -> str:
@@ -325,7 +515,7 @@ def _print_record(record, report: str | None = None) -> None:
     what = f"{rows:,} rows" if isinstance(rows, int) else record.reason
     report = report or Root.at(record.root).url_of(f"{record.report}/report.html")
     state = f"[{STYLES.get(record.state, 'bold red')}]{record.state:12}[/]"
-    line = f"{record.stage:11} {state} {record.seconds:5.1f} s  {what:24}"
+    line = f"{record.stage:11} {state} {record.seconds:5.1f} s  {escape(f'{what:24}')}"
     out.print(f"[dim]{datetime.now():%H:%M:%S}[/]  {line}  [dim]{report}[/]", highlight=False, soft_wrap=True)
 
 
@@ -343,7 +533,7 @@ def _records_table(records: list) -> Table:
             record.stage,
             _styled(record.state),
             f"{record.seconds:.1f}",
-            f"{rows:,}" if rows is not None else record.reason,
+            f"{rows:,}" if rows is not None else escape(record.reason),
             report,
         )
     return table

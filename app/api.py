@@ -29,6 +29,8 @@ BODY_LIMIT = 1_000_000  # bytes; 1,000 line items are about a quarter of it
 ITEM_LIMIT = 1000
 LATE_FROM = 0.5  # probability
 RUN_ID = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,99}-\d{8}T\d{6}-[0-9a-f]{6}")
+# a report's link to another of its stage, as the files lie beside each other
+BESIDE = re.compile(rb'href="\.\./\.\./[0-9-]+/([\w-]+)/report\.html"')
 # A report is a notebook's output: it may neither run a script nor ask the network, nor pass for a page of this origin.
 REPORT_HEADERS = {
     "Content-Security-Policy": "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'",
@@ -371,7 +373,8 @@ def list_runs(
 )
 def report(run_id: str, root: PublishedRoot) -> HTMLResponse:
     """A run's report as a page: the executed notebook, its parameters, its checks."""
-    return HTMLResponse(_report_file(root, run_id, "report.html"), headers=REPORT_HEADERS)
+    page = _report_file(root, run_id, "report.html")
+    return HTMLResponse(BESIDE.sub(rb'href="/reports/\1"', page), headers=REPORT_HEADERS)
 
 
 @app.get(

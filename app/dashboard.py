@@ -15,10 +15,12 @@ import streamlit as st
 
 from app.settings import Settings
 from pipeline import charts, lake, model, queries
-from runner import runs
+from runner import journal, runs
 from storage import Root
 
 LOOK_S = 15  # between two looks at the root
+FOLLOW_S = 2  # between two looks at the runs under way
+LINES = 12  # of a run's output, the last
 LATE_S, STALE_S = 300, 3600  # age of the data; preprocess runs every minute
 RUNS = 20  # in the table
 TABLE_PX = 213  # a head and five rows
@@ -35,7 +37,22 @@ def main() -> None:
     st.set_page_config("ETL notebooks", layout="wide")
     st.html(STYLE)
     st.title("TPC-H, live", anchor=False)
+    under_way()
     page()
+
+
+@st.fragment(run_every=FOLLOW_S)
+def under_way() -> None:
+    """The runs of this root that are at work on this machine, as their journals tell."""
+    root = Root.at(Settings().root)
+    at_work = [run for run in journal.live() if run["root"] == root.url]
+    if not at_work:
+        st.caption("No stage is running right now.")
+    for run in at_work:
+        taken_s = (datetime.now(UTC) - datetime.fromisoformat(run["started_at"])).total_seconds()
+        memory = f", {run['rss_mb']:,.0f} MB" if run["rss_mb"] else ""
+        with st.expander(f"**{run['stage']}** runs: {run['heading'] or 'its kernel starts'}, {taken_s:.0f} s{memory}"):
+            st.code(_last_lines(run["run_id"]) or "nothing printed yet", language=None)
 
 
 @st.fragment(run_every=LOOK_S)
@@ -222,6 +239,17 @@ def latest_runs(root_url: str) -> list[dict[str, Any]]:
     for stage in set(root.list("reports")) - {run["stage"] for run in latest}:
         latest += runs.list(root, stage=stage, limit=1)
     return latest
+
+
+def _last_lines(run_id: str) -> str:
+    """The end of what a run has printed so far; nothing when it has ended in the meantime."""
+    try:
+        events = journal.read(journal.spool() / run_id / "journal.jsonl")
+    except OSError:
+        return ""
+    shown = (event["output"] for event in events if event["event"] == "output")
+    text = "".join(out.get("text") or out.get("data", {}).get("text/plain", "") + "\n" for out in shown)
+    return "\n".join(text.splitlines()[-LINES:])
 
 
 def _chart(figure: Any, name: str) -> None:

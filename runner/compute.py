@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 
+from runner import provenance
 from runner.engine import RunRecord, RunRequest, execute
 from runner.params import Environment, Stage
 from storage import Root
@@ -29,16 +30,18 @@ def run_stage(
     scheduled_for: datetime | None = None,
     on_cell: Callable[[int, int, str], None] | None = None,
     cancel: threading.Event | None = None,
+    parent: str | None = None,
 ) -> RunRecord:
     """Run a stage to its end, retries included; the record is that of the last attempt. Every attempt has a report.
 
-    `scheduled_for` is now when None. Never raises for what the notebook does.
+    `scheduled_for` is now when None; `parent` is the run that this one repeats. Never raises for what the notebook
+    does.
     """
     scheduled_for = (scheduled_for or datetime.now(UTC)).astimezone(UTC)
     cancel = cancel or threading.Event()
     for attempt in range(1, stage.retries + 2):
         with cluster(stage.dask if "dask" in stage.supplied else None) as address:
-            request = make_request(stage, environment, scheduled_for, attempt, address)
+            request = make_request(stage, environment, scheduled_for, attempt, address, parent)
             record = _dispatch(request, stage.machine, on_cell, cancel)
         if record.state not in RETRIED or attempt > stage.retries:
             return record
@@ -50,7 +53,12 @@ def run_stage(
 
 
 def make_request(
-    stage: Stage, environment: Environment, scheduled_for: datetime, attempt: int, dask_address: str | None
+    stage: Stage,
+    environment: Environment,
+    scheduled_for: datetime,
+    attempt: int,
+    dask_address: str | None,
+    parent: str | None = None,
 ) -> RunRequest:
     """What the engine needs for one attempt, as plain data: the notebook travels as JSON, not as a path."""
     import nbformat
@@ -63,17 +71,22 @@ def make_request(
         "scheduled_for": scheduled_for.isoformat(timespec="seconds"),
         "dask": dask_address,
     }
+    notebook = nbformat.read(stage.notebook_path, as_version=4)
     given = {name: value for name, value in supplied.items() if name in stage.supplied}
     return RunRequest(
         stage=stage.name,
         run_id=run_id,
         root=root,
-        notebook=nbformat.read(stage.notebook_path, as_version=4),
+        notebook=notebook,
         parameters=given | stage.values,
         origins=dict.fromkeys(given, "supplied") | stage.origins,
         scheduled_for=supplied["scheduled_for"],
         deadline_s=stage.deadline_s,
         attempt=attempt,
+        parent=parent,
+        provenance=provenance.of(notebook),
+        secrets=list(stage.secrets),
+        memory_mb=stage.memory_mb,
     )
 
 
@@ -129,6 +142,7 @@ def run_there(request: dict, machine: dict) -> dict:
 def execute_there(request: dict) -> dict:
     """What runs on the machine: plain data in, plain data out. A run that took the machine with it is told here."""
     began = time.monotonic()
+    request["provenance"] |= provenance.here()
     record = execute(RunRequest(**request))
     log.info("%s took %.1f s", record.run_id, time.monotonic() - began)
     return asdict(record)

@@ -2,16 +2,22 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from runner import blackbox, inside
+
 START_S = 120  # a kernel that has not answered by then never will, also on a busy machine
 POLITE_S = 5  # for what the notebook registered with atexit, such as closing a cluster
+STACKS_S = 1  # for the stacks of all threads to be written; it takes a few milliseconds
+UNREAD = 50  # messages of outputs that may wait in this process's memory; then the kernel waits
 # Not ipykernel's shutdown request: before any exit handler runs, that kills the children which one of them
 # may want to close in order (a cluster's workers), waits for their zombies, and hangs once in fifteen (7.4).
 EXIT = "get_ipython().kernel.io_loop.stop()"
@@ -20,13 +26,14 @@ EXIT = "get_ipython().kernel.io_loop.stop()"
 class Kernel:
     """A kernel process that leads a process group of its own, and our connection to it over unix sockets.
 
+    Its parent is a black box (blackbox.py), which ends it and all it started when this process dies.
     `start` returns at once, `ready` waits until it answers, `close` leaves no process, socket or file behind.
     """
 
-    def __init__(self, manager: Any, folder: Path):
-        self._manager, self._folder = manager, folder
-        self._process = manager.provisioner.process
-        self.pid: int = self._process.pid  # also the id of its process group
+    def __init__(self, manager: Any, folder: Path, lifeline: int):
+        self._manager, self._folder, self._lifeline = manager, folder, lifeline
+        self._process = manager.provisioner.process  # the black box
+        manager.context.rcvhwm = UNREAD  # of every socket it makes from now on
         self.client = manager.client()
 
     @property
@@ -39,6 +46,13 @@ class Kernel:
         """None while it runs; as in subprocess: -9 when SIGKILL ended it."""
         return self._process.poll()
 
+    @property
+    def pid(self) -> int | None:
+        """Of the kernel itself, also the id of its process group; None before it has one."""
+        with contextlib.suppress(OSError, ValueError):
+            return int((self._folder / "pid").read_text())
+        return None
+
     def log_tail(self, lines: int = 12) -> str:
         """The last lines the process wrote besides cell outputs, such as why it did not start."""
         return "\n".join((self._folder / "log").read_text(errors="replace").splitlines()[-lines:])
@@ -49,13 +63,39 @@ class Kernel:
         await self.client.wait_for_ready(timeout=START_S)
         self.client.allow_stdin = False
 
+    def tell(self, cell: int) -> None:
+        """The number of the cell that begins, for the samples."""
+        with contextlib.suppress(OSError):
+            os.write(self._lifeline, b"%d\n" % cell)
+
     def signal(self, number: int) -> None:
         """Send a signal to the kernel and everything it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, number)
+        if pid := self.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, number)
+
+    async def stacks(self) -> str:
+        """Where every thread of the kernel is, as faulthandler writes it; "" when it does not say."""
+        before, text = self.crash(), ""
+        if (pid := self.pid) and self.exit_status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, inside.STACKS_SIGNAL)
+            until = time.monotonic() + STACKS_S
+            while time.monotonic() < until:
+                await asyncio.sleep(0.05)
+                if (last := self.crash()[len(before) :]) and last == text:
+                    break
+                text = last
+        return text
+
+    def crash(self) -> str:
+        """What faulthandler wrote by itself when the kernel crashed."""
+        with contextlib.suppress(OSError):
+            return (self._folder / "stacks").read_text(errors="replace")
+        return ""
 
     async def close(self, polite: bool) -> None:
-        """End the kernel and its whole process group; `polite` lets its own exit handlers run first."""
+        """End the kernel and everything it started; `polite` lets its own exit handlers run first."""
         try:
             if polite and self.exit_status is None:
                 self.client.execute(EXIT, silent=True)
@@ -63,8 +103,13 @@ class Kernel:
             self.signal(signal.SIGTERM)
             await self._gone_within(0.5)
         finally:
+            os.close(self._lifeline)  # the black box kills what is left, and ends
+            await self._gone_within(12)
             self.signal(signal.SIGKILL)
+            self._process.kill()
             self._process.wait()
+            if self.pid:  # the black box removes the file when nothing is left; it did not come to that
+                end_all_of(self._folder)
             self.client.stop_channels()
             await self._manager.cleanup_resources()
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -75,20 +120,36 @@ class Kernel:
             await asyncio.sleep(0.01)
 
 
-async def start(name: str, cwd: Path, env: dict[str, str]) -> Kernel:
+def new_folder() -> Path:
+    """A folder for the sockets, the log and the stacks of one kernel, which removes it when it is closed."""
+    # a unix socket's path must stay under 108 characters; a deep TMPDIR does not leave that
+    base = tempfile.gettempdir() if len(tempfile.gettempdir()) < 70 else "/tmp"
+    return Path(tempfile.mkdtemp(prefix="kernel-", dir=base))
+
+
+async def start(
+    name: str, folder: Path, cwd: Path, env: dict[str, str], journal: Path | None = None, memory_mb: float | None = None
+) -> Kernel:
     """Start a kernel without waiting for it. Raises NoSuchKernel, or OSError when its process cannot start.
 
-    `python3` is always the interpreter that runs this, whatever a kernelspec of that name elsewhere says.
+    `python3` is always the interpreter that runs this, whatever a kernelspec of that name elsewhere says. The samples
+    go to the file at `journal`; above `memory_mb` for the whole process tree the kernel is killed.
     """
     from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
 
-    # a unix socket's path must stay under 108 characters; a deep TMPDIR does not leave that
-    base = tempfile.gettempdir() if len(tempfile.gettempdir()) < 70 else "/tmp"
-    folder = Path(tempfile.mkdtemp(prefix="kernel-", dir=base))
+    box = {"journal": journal and str(journal), "pid_path": str(folder / "pid"), "memory_mb": memory_mb}
+    watched = [sys.executable, "-I", "-S", blackbox.__file__, json.dumps(box)]
+
+    class Manager(AsyncKernelManager):
+        def format_kernel_cmd(self, extra_arguments=None):
+            command = super().format_kernel_cmd(extra_arguments)
+            return watched + ["runner.inside" if part == "ipykernel_launcher" else part for part in command]
+
+    reading, lifeline = os.pipe()
     try:
         specs = KernelSpecManager(**({"kernel_dirs": []} if name == NATIVE_KERNEL_NAME else {}))
-        manager = AsyncKernelManager(
+        manager = Manager(
             kernel_name=name,
             kernel_spec_manager=specs,
             transport="ipc",
@@ -97,12 +158,26 @@ async def start(name: str, cwd: Path, env: dict[str, str]) -> Kernel:
         with (folder / "log").open("wb") as log:
             await manager.start_kernel(
                 cwd=str(cwd),
-                env=env,
+                env=env | {inside.FOLDER: str(folder)},
+                stdin=reading,
                 stdout=log,
                 stderr=log,
                 extra_arguments=["--HistoryManager.hist_file=:memory:"],
             )
-        return Kernel(manager, folder)
+        return Kernel(manager, folder, lifeline)
     except BaseException:
+        os.close(lifeline)
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    finally:
+        os.close(reading)
+
+
+def end_all_of(folder: Path | str) -> None:
+    """Kill every process that a kernel with this folder has left, and remove the folder, its sockets with it."""
+    mark = f"{inside.FOLDER}={folder}".encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark in path.read_bytes().split(b"\0"):
+                os.kill(int(path.parent.name), signal.SIGKILL)
+    shutil.rmtree(folder, ignore_errors=True)

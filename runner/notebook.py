@@ -1,6 +1,6 @@
-"""What a notebook may say to its runner: record a figure, check a claim, stop early.
+"""What a notebook may say to its runner: record a figure, check a claim, stop early; and ask it: a secret.
 
-All three work the same under "Run all" in JupyterLab and in a job. What is recorded or checked travels as an
+All work the same under "Run all" in JupyterLab and in a job. What is recorded or checked travels as an
 output of the cell, so the executed notebook holds it too.
 """
 
@@ -9,8 +9,12 @@ import sys
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from html import escape
-from typing import Any
+from typing import Any, NewType
 
+from runner import secrets
+
+# Annotates a parameter that is the name of a secret: in YAML, in the injected cell and in the report stands the name
+Secret = NewType("Secret", str)
 RECORD_MIME = "application/vnd.etl-notebooks.record+json"
 CHECK_MIME = "application/vnd.etl-notebooks.check+json"
 
@@ -32,6 +36,14 @@ class CheckFailed(Exception):
 def stop(reason: str) -> None:
     """End the run here, in state noop. Raises Stop."""
     raise Stop(reason)
+
+
+def secret(name: str) -> str:
+    """The value of the secret `name`: the environment variable, or the file of that name in the folder ETL_SECRETS_DIR.
+
+    Raises LookupError when there is neither. Whatever shows the value shows "‹secret NAME›" in a job's report.
+    """
+    return secrets.read(name)
 
 
 def record(

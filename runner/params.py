@@ -31,6 +31,7 @@ from typing_extensions import TypedDict
 
 from runner.params_cell import DEFAULT, SUPPLIED, read_cell
 from runner.params_yaml import Doc, Problem, got, nearest, parse, short
+from runner.retention import Rules
 
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
@@ -52,6 +53,7 @@ class Environment:
     machine: dict | None
     dask: dict | None
     stages: dict[str, dict]
+    retention: Rules = Rules()
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Stage:
     """What and when. Of `every_s` (seconds) and `cron` one is set, both count in UTC.
 
     `values` holds JSON values and datetime.date; `origins` says where each of them was written and `help`
-    what the comment beside it in the notebook says. `supplied` are the names of SUPPLIED it declares.
+    what the comment beside it in the notebook says. `supplied` are the names of SUPPLIED it declares, `secrets` the
+    names of the secrets it reads: the values of the parameters annotated Secret.
     """
 
     name: str
@@ -76,6 +79,8 @@ class Stage:
     supplied: set[str]
     machine: dict | None
     dask: dict | None
+    secrets: tuple[str, ...] = ()
+    memory_mb: int | None = None  # of all its processes together
 
     def next_run(self, after: datetime.datetime) -> datetime.datetime:
         """The first scheduled time later than `after` (with a time zone), in UTC."""
@@ -120,7 +125,8 @@ def load(
         raise ParamsError(problems)
     drafts.sort(key=lambda draft: (_cadence_s(draft.file), draft.name))
     overridden = {n: o.model_dump(exclude_unset=True) for n, o in (env_file.stages or {}).items()}
-    environment = Environment(env, env_file.root, env_file.machine, env_file.dask, overridden)
+    where = (env_file.root, env_file.machine, env_file.dask)
+    environment = Environment(env, *where, overridden, env_file.retention)
     return Project(environment, {draft.name: draft.finish(project, environment) for draft in drafts})
 
 
@@ -171,6 +177,14 @@ def _seconds(text: Any) -> float:
     return seconds
 
 
+def _megabytes(text: Any) -> int:
+    match = isinstance(text, str) and re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?) +(MB|GB)", text)
+    megabytes = int(float(match[1]) * (1000 if match[2] == "GB" else 1)) if match else 0
+    if not megabytes:
+        raise ValueError("not a size")
+    return megabytes
+
+
 def _plain_cron(text: str) -> str:
     """Prefect's croniter and our cronsim read other forms differently (6-6, 7/1, */2 beside a weekday)."""
     item = r"([0-9]{1,2}|[A-Za-z]{3})(-([0-9]{1,2}|[A-Za-z]{3})(/[0-9]{1,2})?)?"
@@ -196,6 +210,7 @@ def _one_dask(block: dict) -> dict:
 
 
 _Duration = Annotated[float, BeforeValidator(_seconds)]
+_Memory = Annotated[int, BeforeValidator(_megabytes)]
 _Cron = Annotated[str, AfterValidator(_plain_cron)]
 _Dask = Annotated[dict[str, Any], AfterValidator(_one_dask)] | None
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -207,6 +222,7 @@ class _StageFile(BaseModel):
     cron: _Cron = None
     overlap: Literal["skip", "queue"] = "skip"
     deadline: _Duration
+    memory: _Memory = None
     retries: Annotated[int, Field(ge=0)] = 0
     parameters: dict[str, Any] | None = None
 
@@ -216,6 +232,7 @@ class _StageOverride(BaseModel):
     every: _Duration = None
     cron: _Cron = None
     deadline: _Duration = None
+    memory: _Memory = None
     machine: dict[str, Any] | None = None
     dask: _Dask = None
     parameters: dict[str, Any] | None = None
@@ -226,6 +243,7 @@ class _EnvFile(BaseModel):
     root: Annotated[str, Field(min_length=1)]
     machine: dict[str, Any] | None = None
     dask: _Dask = None
+    retention: Rules = Rules()
     stages: dict[str, _StageOverride] | None = None
 
 
@@ -233,12 +251,14 @@ _EXPECTED = {
     "every": 'a duration such as "30 seconds", "1 minute" or "6 hours"',
     "deadline": 'a duration such as "50 seconds"',
     "cron": 'five plain fields such as "0 * * * *"',
+    "memory": 'a size such as "500 MB" or "4 GB"',
     "overlap": "skip or queue",
     "retries": "a whole number from 0",
     "parameters": "name: value lines",
     "root": "a folder or a URL",
     "machine": "null or key: value lines",
     "dask": "null, {n_workers: 1 or more}, {address: URL} or {coiled: {...}}",
+    "retention": "numbers from 0 for all_hours, hourly_days and days, true or false for daily and slowest",
     "stages": "a stage's name and, under it, what to override",
 }
 
@@ -263,7 +283,7 @@ def _read_file(model: type[BaseModel], project: Path, path: str, problems: list)
         for e in error.errors():
             place, key = e["loc"], e["loc"][-1]
             if e["type"] == "extra_forbidden":
-                known = model if len(place) == 1 else _StageOverride
+                known = model if len(place) == 1 else Rules if place[0] == "retention" else _StageOverride
                 message = f"unknown key {short(key)}{nearest(key, known.model_fields)}"
             elif e["type"] == "missing":
                 message = f"missing {key!r}"
@@ -355,6 +375,8 @@ class _Draft:
         name, *inside = error["loc"]
         if error["type"] == "extra_forbidden":
             return f"unknown parameter {short(name)}{nearest(name, self.declared)}"
+        if self.declared[name].is_secret:  # what was given may be the secret itself
+            return f"{name}: expected the name of a secret, such as API_KEY; its value belongs in no file"
         expected = ast.unparse(self.declared[name].annotation)
         message = f"{name}: expected {expected}, got {got(error['input'])}"
         if inside:
@@ -381,6 +403,12 @@ class _Draft:
             supplied=self.declared.keys() & set(SUPPLIED),
             machine=over.get("machine", environment.machine),
             dask=over.get("dask", environment.dask),
+            secrets=tuple(
+                self.values[name]
+                for name, declared in self.declared.items()
+                if declared.is_secret and self.values[name]
+            ),
+            memory_mb=over.get("memory", self.file.memory),
         )
 
 

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, StringConstraints, ValidationInfo
 
 from runner.params_yaml import Doc, Problem
+from runner.secrets import NAME
 
 SUPPLIED = ("root", "run_id", "scheduled_for", "dask")  # by the runner, to every stage that declares them
-_TYPES = "int, float, bool, str, datetime.date, list[...], dict[str, ...], Literal[...], each also | None"
-_TYPE_WORDS = {"int", "float", "bool", "str", "list", "dict", "Literal", "date", "datetime", "typing"}
+_TYPES = "int, float, bool, str, datetime.date, Secret, list[...], dict[str, ...], Literal[...], each also | None"
+_TYPE_WORDS = {"int", "float", "bool", "str", "list", "dict", "Literal", "date", "datetime", "typing", "Secret"}
 DEFAULT = "notebook default"
 
 
@@ -32,6 +33,11 @@ class Declared:
     annotation: ast.expr | None
     help: str
     type: Any = Any
+
+    @property
+    def is_secret(self) -> bool:
+        """Whether its value is the name of a secret."""
+        return self.annotation is not None and "Secret" in ast.unparse(self.annotation).split(" | ")
 
 
 def _iso_date(value: Any, info: ValidationInfo) -> Any:
@@ -50,19 +56,21 @@ def _one_of(choices: list):
     return AfterValidator(check)
 
 
-def _type_of(annotation: ast.expr | None) -> Any:
-    """What pydantic checks for an annotation. ValueError: not one of those a parameter may have."""
+def _type_of(annotation: ast.expr | None, inside: bool = False) -> Any:
+    """What pydantic checks for an annotation, or for one `inside` a list or dict. ValueError: not for a parameter."""
     match annotation:
         case ast.Name("int" | "float" | "bool" | "str" as name):
             return {"int": int, "float": float, "bool": bool, "str": str}[name]
         case ast.Name("date") | ast.Attribute(ast.Name("datetime"), "date"):
             return Annotated[datetime.date, BeforeValidator(_iso_date)]
+        case ast.Name("Secret") if not inside:
+            return Annotated[str, StringConstraints(pattern=rf"^{NAME.pattern}$")]
         case ast.BinOp(some, ast.BitOr(), ast.Constant(None)):
-            return _type_of(some) | None
+            return _type_of(some, inside) | None
         case ast.Subscript(ast.Name("list"), item):
-            return list[_type_of(item)]
+            return list[_type_of(item, True)]
         case ast.Subscript(ast.Name("dict"), ast.Tuple([ast.Name("str"), item])):
-            return dict[str, _type_of(item)]
+            return dict[str, _type_of(item, True)]
         case ast.Subscript(ast.Name("Literal") | ast.Attribute(ast.Name("typing"), "Literal"), chosen):
             nodes = chosen.elts if isinstance(chosen, ast.Tuple) else [chosen]
             choices = [ast.literal_eval(node) for node in nodes]

@@ -96,6 +96,8 @@ def _plain(loader, node, place: tuple, doc: Doc, problems: list):
         doc.lines |= {(*place, i): item.start_mark.line + 1 for i, item in enumerate(node.value)}
         return [_plain(loader, item, (*place, i), doc, problems) for i, item in enumerate(node.value)]
     if isinstance(node, yaml.ScalarNode):
+        if any("\ud800" <= letter <= "\udfff" for letter in node.value):  # from an escape; no file can hold it
+            problems.append(Problem(doc.path, node.start_mark.line + 1, "half a surrogate pair is no text"))
         try:
             return loader.construct_object(node)
         except ValueError:  # more digits than Python converts

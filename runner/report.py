@@ -31,37 +31,28 @@ _EXPORTING = threading.Lock()
 SILENT = re.compile(r"<(style|script)\b.*?</\1\s*>", re.I | re.S)  # their text is nothing to read, either
 
 
-def write(root: Root, record: Any, nb: Any) -> None:
-    """Write report.ipynb, report.html and, last, run.json into the record's folder, each whole.
+def write(root: Root, record: Any, nb: Any, place: str | None = None) -> None:
+    """Write report.ipynb, report.html and, last, run.json into `place`, else the record's folder, each whole.
 
     A page that cannot be made is logged and left out; the other two are written all the same.
     """
-    import nbformat
-
-    root.write(f"{record.report}/report.ipynb", (nbformat.v4.writes(nb) + "\n").encode(errors="replace"))
+    place = place or record.report
+    root.write(f"{place}/report.ipynb", notebook(nb))
     try:
-        root.write(f"{record.report}/report.html", html(record, nb).encode(errors="replace"))
+        page = html(record, nb).encode(errors="replace")
     except Exception:
         log.exception("run %s has no report.html", record.run_id)
+    else:
+        root.write(f"{place}/report.html", page)
     text = json.dumps(asdict(record), indent=2, default=str)
-    root.write(f"{record.report}/run.json", (text + "\n").encode())
+    root.write(f"{place}/run.json", (text + "\n").encode())
 
 
-def card(record: Any) -> Any:
-    """The first cell of a bad report: what went wrong, and where, in a few lines."""
+def notebook(nb: Any) -> bytes:
+    """report.ipynb."""
     import nbformat
 
-    message = record.reason
-    if record.error and record.state not in ("failed", "check_failed"):  # whose reason says it all
-        lines = record.error["traceback_tail"].splitlines()
-        blocked = [line for line in lines if re.match("-+> ", line)]  # the line that ran, as IPython marks it
-        message = "\n".join([message, *(blocked or lines)[-3:]])
-    fence = "`" * (max(map(len, re.findall("`+", message)), default=2) + 1)
-    where = f", in **{record.error['heading']}**" if record.error and record.error["heading"] else ""
-    title = f"#### {record.stage}: {record.state.replace('_', ' ')}{where}"
-    lines = [title, "", f"{fence}text", message, fence]
-    metadata = {"tags": ["report-card"], "runner": {"state": record.state, "seconds": None}}
-    return nbformat.v4.new_markdown_cell("\n".join(lines), metadata=metadata)
+    return (nbformat.v4.writes(nb) + "\n").encode(errors="replace")
 
 
 def html(record: Any, nb: Any) -> str:
@@ -131,7 +122,7 @@ def _cleaner() -> Any:
 
 def _allowed(tag: str, name: str, value: str) -> bool:
     if name == "href":
-        return tag == "a" and re.match(r"(https?://|mailto:|#)", value) is not None
+        return tag == "a" and re.match(r"(https?://|mailto:|#|(\.\./)+[\w/.-]+\Z)", value) is not None
     if name == "src":
         return tag == "img" and re.match(r"data:image/(png|jpeg|gif|svg\+xml);base64,", value) is not None
     return name in ATTRIBUTES

@@ -1,23 +1,33 @@
-"""The index of runs: the Delta table lake/runs, one row a run, appended when the run has ended."""
+"""The index of runs: the Delta table lake/runs, one row a run, appended when the run has ended and never removed.
+
+A row does not know whether its report is still there: the report's folder does, and `kept` is read from it.
+"""
 
 import datetime
 import json
 import random
 import re
 import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from storage import Root
 
 TABLE = "lake/runs"
-PROPERTIES = {  # 4,400 runs a day, each a commit
+PROPERTIES = {  # 4,400 runs a day, each a commit; opening the table takes longer with every commit kept
     "delta.checkpointInterval": "20",
-    "delta.logRetentionDuration": "interval 7 days",
+    "delta.logRetentionDuration": "interval 2 hours",
     "delta.deletedFileRetentionDuration": "interval 24 hours",
+    "delta.dataSkippingStatsColumns": "run_id,stage,state,started_at,ended_at",
 }
 TRIES = 20
-JSON_COLUMNS = ("error", "parameters", "origins", "metrics", "checks", "versions_read", "versions_written")
+JSON_COLUMNS = (
+    *("error", "parameters", "origins", "metrics", "checks", "versions_read", "versions_written"),
+    *("provenance", "cells", "receipt"),
+)
 TIME_COLUMNS = ("scheduled_for", "started_at", "ended_at")
+COMPLETE = "run.json"  # of a report's files the last to come and the first to go
 LISTED = ("run_id", "stage", "state", "reason", *TIME_COLUMNS, "seconds", "attempt", "report")
 
 
@@ -45,7 +55,24 @@ def schema() -> dict[str, Any]:
         "checks": pl.String,
         "report": pl.String,
         "host": pl.String,
+        "parent": pl.String,
+        "provenance": pl.String,
+        "cells": pl.String,
+        "receipt": pl.String,
     }
+
+
+def frame(records: Iterable[Any]) -> Any:
+    """The rows of RunRecords, as a Polars frame of `schema`."""
+    import polars as pl
+
+    rows = []
+    for record in records:
+        row = {name: getattr(record, name) for name in schema()}
+        row |= {name: json.dumps(row[name], default=str) for name in JSON_COLUMNS if row[name] is not None}
+        row |= {name: datetime.datetime.fromisoformat(row[name]) for name in TIME_COLUMNS}
+        rows.append(row)
+    return pl.DataFrame(rows, schema=schema(), orient="row")
 
 
 def append(root: Root, record: Any) -> None:
@@ -53,21 +80,18 @@ def append(root: Root, record: Any) -> None:
 
     Raises deltalake's CommitFailedError when other writers win twenty times in a row.
     """
-    import polars as pl
     from deltalake import CommitProperties, write_deltalake
     from deltalake.exceptions import CommitFailedError, DeltaError
 
-    row = {name: getattr(record, name) for name in schema()}
-    row |= {name: json.dumps(row[name], default=str) for name in JSON_COLUMNS if row[name] is not None}
-    row |= {name: datetime.datetime.fromisoformat(row[name]) for name in TIME_COLUMNS}
-    frame = pl.DataFrame([row], schema=schema())
+    row = frame([record])
     who = CommitProperties(custom_metadata={"run_id": record.run_id, "stage": record.stage})
     for attempt in range(TRIES):
         try:
             write_deltalake(
                 root.url_of(TABLE),
-                frame,
+                row,
                 mode="append",
+                schema_mode="merge",  # a table of an older release gains the newer columns
                 configuration=PROPERTIES,
                 storage_options=root.storage_options,
                 commit_properties=who,
@@ -79,22 +103,36 @@ def append(root: Root, record: Any) -> None:
             time.sleep(random.uniform(0, 0.05 * (attempt + 1)))
 
 
-def list(root: Root, stage: str | None = None, state: str | None = None, limit: int = 50) -> list[dict]:
-    """The last runs, newest first: run_id, stage, state, reason, times, seconds, attempt, report."""
+def list(
+    root: Root,
+    stage: str | None = None,
+    state: str | None = None,
+    since: datetime.datetime | str | None = None,
+    until: datetime.datetime | str | None = None,
+    limit: int = 50,
+) -> list[dict]:
+    """The last runs that started at `since` or later and before `until` (ISO text or times; UTC unless they say).
+
+    Newest first: run_id, stage, state, reason, times, seconds, attempt, report, and `kept`: whether it is there.
+    """
+    return _newest(root, LISTED, limit, stage, state, since, until)
+
+
+def find_last(root: Root, stage: str, state: str = "ok", before: datetime.datetime | str | None = None) -> dict | None:
+    """The last run of a stage in a state that started before a time: as in `list`, and its parameters, provenance."""
+    found = _newest(root, (*LISTED, "parameters", "provenance"), 1, stage, state, None, before)
+    return found[0] if found else None
+
+
+def indexed(root: Root, run_id: str) -> bool:
+    """Whether the run has its row."""
     import polars as pl
 
-    frame = _scan(root)
-    if frame is None:
-        return []
-    for column, wanted in (("stage", stage), ("state", state)):
-        if wanted is not None:
-            frame = frame.filter(pl.col(column) == wanted)
-    newest = frame.select(LISTED).sort("started_at", "run_id", descending=True).head(limit)
-    return [_as_record(row) for row in newest.collect().to_dicts()]
+    return not scan(root).filter(pl.col("run_id") == run_id).select("run_id").head(1).collect().is_empty()
 
 
 def get(root: Root, run_id: str) -> dict:
-    """All that is known of a run, by its id or the beginning of it.
+    """All that is known of a run, by its id or the beginning of it; `kept`: whether its report is there.
 
     Raises KeyError when there is no such run, or several.
     """
@@ -104,23 +142,24 @@ def get(root: Root, run_id: str) -> dict:
     if whole:  # says where its report is
         stage, year, month, day = whole.groups()
         try:
-            return json.loads(root.read(f"reports/{stage}/{year}-{month}-{day}/{run_id}/run.json"))
+            return _read(root, f"reports/{stage}/{year}-{month}-{day}/{run_id}")
         except FileNotFoundError:
             pass
-    frame, rows = _scan(root), []
-    if frame is not None:
-        rows = frame.filter(pl.col("run_id").str.starts_with(run_id)).collect().to_dicts()
-    rows = [row for row in rows if row["run_id"] == run_id] or rows
-    if len(rows) != 1:
-        raise KeyError(f"{len(rows)} runs begin with {run_id!r}")
+    index = scan(root)
+    ids = index.filter(pl.col("run_id").str.starts_with(run_id)).select(pl.col("run_id").unique()).collect()["run_id"]
+    if run_id not in ids:
+        if len(ids) != 1:
+            raise KeyError(f"{len(ids)} runs begin with {run_id!r}")
+        run_id = ids[0]
+    [row] = index.filter(pl.col("run_id") == run_id).head(1).collect().to_dicts()
     try:
-        return json.loads(root.read(f"{rows[0]['report']}/run.json"))
+        return _read(root, row["report"])
     except FileNotFoundError:
-        return _as_record(rows[0])
+        return _as_record(row) | {"kept": False}
 
 
-def _scan(root: Root) -> Any:
-    """A lazy frame over the table, or None before the first run."""
+def scan(root: Root) -> Any:
+    """A lazy Polars frame over the index, of no rows before the first run."""
     import polars as pl
     from deltalake import DeltaTable
     from deltalake.exceptions import TableNotFoundError
@@ -128,8 +167,36 @@ def _scan(root: Root) -> Any:
     try:
         table = DeltaTable(root.url_of(TABLE), storage_options=root.storage_options)
     except TableNotFoundError:
-        return None
+        return pl.LazyFrame(schema=schema())
     return pl.scan_delta(table, storage_options=root.storage_options or None)
+
+
+def _newest(
+    root: Root, columns: tuple, limit: int, stage: str | None, state: str | None, since: Any, until: Any
+) -> Sequence[dict]:
+    import polars as pl
+
+    index, started = scan(root), pl.col("started_at")
+    wanted = {"stage": stage, "state": state}
+    index = index.filter(**{column: value for column, value in wanted.items() if value is not None})
+    if since is not None:
+        index = index.filter(started >= _moment(since))
+    if until is not None:
+        index = index.filter(started < _moment(until))
+    newest = index.select(columns).sort("started_at", "run_id", descending=True).head(limit)
+    rows = [_as_record(row) for row in newest.collect().to_dicts()]
+    with ThreadPoolExecutor(16) as pool:  # in an object store each is a request
+        there = pool.map(lambda row: root.exists(f"{row['report']}/{COMPLETE}"), rows)
+        return [row | {"kept": kept} for row, kept in zip(rows, there, strict=True)]
+
+
+def _read(root: Root, report: str) -> dict:
+    return json.loads(root.read(f"{report}/{COMPLETE}")) | {"kept": True}
+
+
+def _moment(time: datetime.datetime | str) -> datetime.datetime:
+    moment = datetime.datetime.fromisoformat(time) if isinstance(time, str) else time
+    return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
 
 
 def _as_record(row: dict) -> dict:

@@ -89,14 +89,19 @@ def state_of(record: RunRecord) -> State:
 
 
 def run_recorded(
-    stage: Stage, environment: Environment, scheduled_for: datetime, on_cell: Callable | None = None
+    stage: Stage,
+    environment: Environment,
+    scheduled_for: datetime,
+    on_cell: Callable | None = None,
+    parent: str | None = None,
 ) -> RunRecord:
     """One run now, recorded in Prefect as a flow run without a deployment."""
+    asked = {"scheduled_for": scheduled_for, "on_cell": on_cell, "parent": parent}
     records: list[RunRecord] = []
 
     @flow(name=stage.name, flow_run_name=f"{stage.name} {scheduled_for:%H:%M:%S} by hand", validate_parameters=False)
     def run() -> State:
-        records.append(compute.run_stage(stage, environment, scheduled_for=scheduled_for, on_cell=on_cell))
+        records.append(compute.run_stage(stage, environment, **asked))
         return state_of(records[0])
 
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
@@ -105,7 +110,7 @@ def run_recorded(
         except (httpx.HTTPError, RuntimeError) as error:
             if not records:  # it never began: the server went away after it had answered
                 log.warning("not recorded in Prefect: %s", error)
-                return compute.run_stage(stage, environment, scheduled_for=scheduled_for, on_cell=on_cell)
+                return compute.run_stage(stage, environment, **asked)
             log.warning("the end of %s is not recorded in Prefect: %s", records[0].run_id, error)
     return records[0]
 

@@ -5,6 +5,7 @@ Prefect's `serve` and its process worker start a Python process a flow run, whic
 """
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 import threading
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
+import httpx
 from prefect import Flow
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
@@ -19,6 +21,7 @@ from prefect.client.schemas.filters import (
     DeploymentFilterId,
     FlowRunFilter,
     FlowRunFilterExpectedStartTime,
+    FlowRunFilterId,
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
@@ -31,6 +34,7 @@ from prefect.workers.base import BaseJobConfiguration, BaseWorker, BaseWorkerRes
 
 log = logging.getLogger(__name__)
 POOL = "in-place"
+CANCEL_S = 1  # between two looks at what somebody cancelled
 AT_ONCE = 16  # flow runs; a stage is limited to one by its deployment
 
 
@@ -49,6 +53,7 @@ class InPlaceWorker(BaseWorker):
         super().__init__(**kwargs)
         self.flows = flows
         self.cancels: dict[UUID, threading.Event] = {}
+        self._heeding: asyncio.Task | None = None
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="flow")
 
     async def run(self, flow_run: FlowRun, configuration: BaseJobConfiguration, task_status=None) -> BaseWorkerResult:
@@ -57,6 +62,7 @@ class InPlaceWorker(BaseWorker):
         if task_status:
             task_status.started(identifier)
         event = self.cancels[flow_run.id] = threading.Event()
+        self._heeding = self._heeding or asyncio.create_task(self._heed_cancels())
         context = contextvars.copy_context()
         try:
             loop = asyncio.get_running_loop()
@@ -71,15 +77,24 @@ class InPlaceWorker(BaseWorker):
         with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
             run_flow(self.flows[flow_run.deployment_id], flow_run=flow_run, return_type="state")
 
-    async def _cancel_run(self, flow_run_id: UUID) -> None:
-        """Prefect asks for this when somebody cancels a run on its page or by its API."""
-        if event := self.cancels.get(flow_run_id):
-            event.set()
-        else:
-            await super()._cancel_run(flow_run_id)
+    async def _heed_cancels(self) -> None:
+        """Cancel what somebody cancels on Prefect's page or by its API; Prefect's worker heeds it before a run only."""
+        cancelling = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANCELLING]))
+        while True:
+            await asyncio.sleep(CANCEL_S)
+            if self.cancels:
+                ours = FlowRunFilter(id=FlowRunFilterId(any_=list(self.cancels)), state=cancelling)
+                with contextlib.suppress(httpx.TransportError):  # the server is away; the next look tells
+                    for flow_run in await self.client.read_flow_runs(
+                        flow_run_filter=ours, sort=FlowRunSort.ID_DESC, limit=AT_ONCE
+                    ):
+                        if event := self.cancels.get(flow_run.id):
+                            event.set()
 
     def cancel_all(self) -> None:
-        """Cancel every run that is under way."""
+        """Cancel every run that is under way, and heed no more."""
+        if self._heeding:
+            self._heeding.cancel()
         for event in list(self.cancels.values()):
             event.set()
 

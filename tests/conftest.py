@@ -1,6 +1,7 @@
 """What the tests share: small real data from tpchgen, a copy of the project to change, an S3 server on loopback."""
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,12 @@ from pipeline import source
 from storage import PROJECT
 
 SCALE, SLICES = 0.01, 40
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _journals(tmp_path_factory):
+    """Journals go to a folder of the tests' own, also those of the processes they start."""
+    os.environ["ETL_SPOOL"] = str(tmp_path_factory.mktemp("spool"))
 
 
 @pytest.fixture(scope="session")

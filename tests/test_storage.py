@@ -40,6 +40,15 @@ def test_what_is_missing_says_so(place):
         place.read("nothing")
 
 
+def test_many_folders_are_removed_and_their_neighbours_stay(place):
+    for rel in ("a/1", "a/2", "a/10", "b/1"):
+        for name in ("run.json", "page.html", "more/deep"):
+            place.write(f"{rel}/{name}", b"x")
+    place.remove_trees(["a/1", "a/2", "a/none", "b/1", "none/1"], first="run.json")
+    assert place.list("a") == ["10"] and place.list("b") == []
+    assert place.list("a/10") == ["more", "page.html", "run.json"]
+
+
 def test_of_many_creators_one_wins(place):
     won = []
     threads = [

@@ -284,6 +284,11 @@ class TestReports:
         assert download.headers["x-content-type-options"] == "nosniff"
         assert nbformat.reads(download.text, as_version=4).cells[0].source == "# What query did"
 
+    def test_a_link_to_another_report_leads_there(self, api, root):
+        (page,) = Path(root).glob(f"reports/*/*/{QUERY_RUN}/report.html")
+        page.write_text('<a href="../../2026-03-01/query-20260301T120000-abcdef/report.html">the last ok run</a>')
+        assert api.get(f"/reports/{QUERY_RUN}").text.startswith('<a href="/reports/query-20260301T120000-abcdef">')
+
     def test_a_report_without_its_page_says_so(self, api, root):
         shutil.rmtree(Path(root, "reports/query"))
         assert f"run {QUERY_RUN} left no report.html" in detail(api.get(f"/reports/{QUERY_RUN}"))

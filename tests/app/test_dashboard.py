@@ -1,14 +1,23 @@
 """The dashboard, run as Streamlit runs it, over roots that the pipeline made."""
 
 import json
+import threading
 from pathlib import Path
 
+import nbformat
 import pytest
 from published import QUERY_RUN, add_run
 from streamlit.testing.v1 import AppTest
 
 from pipeline import lake, queries
-from storage import PROJECT
+from runner import engine
+from runner.engine import RunRequest
+from storage import PROJECT, Root
+
+KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+WORK = """import pathlib, time
+print("half way", flush=True)
+while not pathlib.Path({!r}).exists(): time.sleep(0.1)"""
 
 
 def page() -> AppTest:
@@ -106,3 +115,29 @@ def test_answers_without_a_model(root):
     assert metrics(shown)["Model's log loss"] == "–"
     assert any("There is no model yet" in text for text in texts(shown.caption))
     assert len(shown.get("plotly_chart")) == len(queries.questions())
+
+
+def test_a_run_under_way_is_followed(empty, tmp_path):
+    cells = [nbformat.v4.new_markdown_cell("# Work"), nbformat.v4.new_code_cell(WORK.format(str(tmp_path / "go")))]
+    request = RunRequest(
+        stage="toy",
+        run_id="toy-20260301T120000-abc123",
+        root=Root.at(empty).url,
+        notebook=nbformat.v4.new_notebook(cells=cells, metadata=KERNEL),
+        parameters={},
+        origins={},
+        scheduled_for="2026-03-01T12:00:00+00:00",
+        deadline_s=60,
+    )
+    run = threading.Thread(target=engine.execute, args=(request,))
+    run.start()
+    try:
+        for _ in range(60):  # the kernel starts, prints, and waits for us
+            shown = page()
+            if shown.expander and "half way" in shown.code[0].value:
+                break
+        assert shown.expander[0].label.startswith("**toy** runs: Work, ")
+    finally:
+        (tmp_path / "go").touch()
+        run.join()
+    assert not page().expander

@@ -34,7 +34,7 @@ def notebook(*cells: str, kernel: str = "python3") -> dict:
     return new_notebook(cells=made, metadata={"kernelspec": {"name": kernel, "display_name": kernel}})
 
 
-def run(root, *cells, number=0, deadline_s=60, parameters=None, kernel="python3", **options):
+def run(root, *cells, number=0, deadline_s=60, parameters=None, kernel="python3", memory_mb=None, **options):
     request = RunRequest(
         stage="toy",
         run_id=RUN_ID % number,
@@ -44,6 +44,7 @@ def run(root, *cells, number=0, deadline_s=60, parameters=None, kernel="python3"
         origins={"rows": "params/toy.yml:4"},
         scheduled_for="2026-11-03T10:00:00+00:00",
         deadline_s=deadline_s,
+        memory_mb=memory_mb,
     )
     return execute(request, **options)
 
@@ -55,8 +56,13 @@ def saved(record):
     return nbformat.reads(text, as_version=4), json.loads(root.read(f"{record.report}/run.json"))
 
 
+def as_run(nb):
+    """The notebook's own cells, without what the report adds."""
+    return [cell for cell in nb.cells if "report" not in cell.metadata.runner]
+
+
 def cell_states(nb):
-    return [cell.metadata.runner["state"] for cell in nb.cells if "report-card" not in cell.metadata.get("tags", [])]
+    return [cell.metadata.runner["state"] for cell in as_run(nb)]
 
 
 def test_a_run_that_ends_well_leaves_report_record_and_row(tmp_path):
@@ -80,7 +86,7 @@ def test_a_run_that_ends_well_leaves_report_record_and_row(tmp_path):
     assert run_json["parameters"] == {"rows": 3} and run_json["origins"] == {"rows": "params/toy.yml:4"}
     assert set(cell_states(nb)) == {"ok"}
     assert nb.cells[2].metadata.tags == ["injected-parameters"] and nb.cells[2].source == "rows = 3\n"
-    assert {cell.metadata.papermill["status"] for cell in nb.cells} == {"completed"}
+    assert {cell.metadata.papermill["status"] for cell in as_run(nb)} == {"completed"}
     assert seen[0] == (0, 6, "Count rows") and seen[3] == (3, 6, "Check") and seen[-1][:2] == (6, 6)
     assert record.report == f"reports/toy/2026-11-03/{record.run_id}"
     assert Root.at(tmp_path).list(record.report) == ["report.html", "report.ipynb", "run.json"]
@@ -112,7 +118,7 @@ def test_a_run_that_ends_early_says_how_and_later_cells_never_ran(tmp_path, endi
     assert record.state == run_json["state"] == nb.metadata.runner["state"] == state
     assert reason in record.reason
     assert cell_states(nb) == ["ok", "ok", "ok", "ok", cell_state, "never_ran", "never_ran"]
-    assert nb.cells[-1].metadata.papermill["status"] == "pending" and nb.cells[-1].outputs == []
+    assert as_run(nb)[-1].metadata.papermill["status"] == "pending" and as_run(nb)[-1].outputs == []
     assert record.ok == (state == "noop") == ("report-card" not in nb.cells[0].metadata.get("tags", []))
     if not record.ok:
         assert "Write" in nb.cells[0].source and reason in nb.cells[0].source
@@ -242,7 +248,7 @@ def test_four_runs_at_once_in_threads_do_not_mix(tmp_path):
 
 def test_a_run_is_what_it_was_when_its_report_cannot_be_written(tmp_path, caplog):
     (tmp_path / "file").touch()
-    with caplog.at_level(logging.ERROR):
+    with caplog.at_level(logging.WARNING):
         record = run(tmp_path / "file" / "below", "rows: int = 1")
     assert record.state == "ok"
     assert f"the report of run {record.run_id} could not be written" in caplog.text

@@ -1,6 +1,5 @@
 import ast
 import datetime
-import json
 import keyword
 import math
 import subprocess
@@ -10,44 +9,10 @@ from datetime import date
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from params_cases import BAD_VALUES, CELL, GOOD_VALUES, LOCAL, STAGE, notebook
 
 from runner.params import ParamsError, environments, injected_cell_source, load
-
-CELL = """\
-root: str = "outputs/dev"  # where everything is read and written
-run_id: str = "dev"  # this run's name
-scheduled_for: str | None = None  # UTC, ISO 8601
-# what is read
-max_files: int = 500  # oldest first
-max_bad_share: float = 0.01  # stop when more rows than this are refused
-dry: bool = False  # write nothing
-market: str = "BUILDING"  # one market segment
-day: datetime.date | None = None  # the first day; None: all
-until: date = date(2026, 1, 31)  # the last day
-order: Literal["asc", "desc"] = "asc"  # of the files
-level: Literal[1, 2, None] = 1  # of detail
-limit: int | None = None  # rows; None: all
-names: list[str] = []  # of tables
-weights: dict[str, float] = {"a": 1}  # by table
-nested: dict[str, list[int | None]] = {}  # rows by table
-schema: str = "x"  # a name that pydantic's own models have
-"""
-STAGE = "every: 1 minute\ndeadline: 50 seconds\nparameters:\n"
-LOCAL = "root: outputs\nmachine: null\ndask: null\n"
-
-
-def notebook(*cells):
-    return json.dumps(
-        {
-            "cells": [{"cell_type": "markdown", "metadata": {}, "source": ["# Title"]}]
-            + [
-                {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": c.splitlines(True)} for c in cells
-            ],
-            "metadata": {},
-            "nbformat": 4,
-            "nbformat_minor": 5,
-        }
-    )
+from runner.retention import Rules
 
 
 @pytest.fixture
@@ -74,47 +39,6 @@ def problems(folder, *args, **kwargs):
         load(folder, *args, **kwargs)
     assert str(caught.value) == "\n".join(map(str, caught.value.problems))
     return [str(problem) for problem in caught.value.problems]
-
-
-BAD_VALUES = {
-    "max_flies: 5": "unknown parameter 'max_flies'; did you mean 'max_files'?",
-    "zzz: 5": "unknown parameter 'zzz'",
-    "max_files: '500'": "max_files: expected int, got str '500'",
-    "max_files: 5.0": "max_files: expected int, got float 5.0",
-    "max_files: true": "max_files: expected int, got bool True",
-    "max_files: null": "max_files: expected int, got null",
-    "max_files:": "max_files: expected int, got null",
-    "max_files: 0500": "max_files: expected int, got str '0500'",
-    "max_files: 12:30": "max_files: expected int, got str '12:30'",
-    "max_files: [5]": "max_files: expected int, got list [5]",
-    "max_bad_share: lots": "max_bad_share: expected float, got str 'lots'",
-    "max_bad_share: true": "max_bad_share: expected float, got bool True",
-    "max_bad_share: .nan": "max_bad_share: expected float, got str '.nan'",
-    "max_bad_share: 1e999": "max_bad_share: expected float, got float inf",
-    "dry: yes": "dry: expected bool, got str 'yes'",
-    "dry: 1": "dry: expected bool, got int 1",
-    "market: 5": "market: expected str, got int 5; put text in quotes",
-    "day: 2026-02-30": "day: expected datetime.date | None, got str '2026-02-30'",
-    "day: 20260201": "day: expected datetime.date | None, got int 20260201",
-    "day: 2026-01-01T00:00:00": "day: expected datetime.date | None, got str '2026-01-01T00:00:00'",
-    "until: null": "until: expected date, got null",
-    "order: up": "order: expected Literal['asc', 'desc'], got str 'up'",
-    "level: true": "level: expected Literal[1, 2, None], got bool True",
-    "level: 1.0": "level: expected Literal[1, 2, None], got float 1.0",
-    "limit: many": "limit: expected int | None, got str 'many'",
-    "names: orders": "names: expected list[str], got str 'orders'",
-    "weights: [1]": "weights: expected dict[str, float], got list [1]",
-    "max_files: &a 5": "not YAML: anchors, aliases and tags are not used here",
-    "max_files: !!int 5": "not YAML: anchors, aliases and tags are not used here",
-    "max_files: !!python/name:os.system ''": "not YAML: anchors, aliases and tags are not used here",
-    "<<: {max_files: 5}": "unknown parameter '<<'",
-    "max_files: [5": "not YAML: expected ',' or ']', but got '<stream end>'",
-    "root: /elsewhere": "root is supplied by the runner; it comes from the env file or --root",
-    "run_id: x": "run_id is supplied by the runner",
-    "scheduled_for: 2026-01-01": "scheduled_for is supplied by the runner",
-    "dask: null": "dask is supplied by the runner",
-    "7: x": "a key here is not text; put it in quotes",
-}
 
 
 @pytest.mark.parametrize(("text", "message"), BAD_VALUES.items())
@@ -170,6 +94,12 @@ BAD_FILES = {
         "3: overlap: expected skip or queue, got str 'both'",
         "4: retries: expected a whole number from 0, got int -1",
     ],
+    "every: 1 day\ndeadline: 1 day\nmemory: 4096\n": [
+        '3: memory: expected a size such as "500 MB" or "4 GB", got int 4096'
+    ],
+    "every: 1 day\ndeadline: 1 day\nmemory: 0 GB\n": [
+        '3: memory: expected a size such as "500 MB" or "4 GB", got str \'0 GB\''
+    ],
     "every: 1 day\ndeadline: 1 day\nparameters: [max_files]\n": [
         "3: parameters: expected name: value lines, got list ['max_files']"
     ],
@@ -205,40 +135,6 @@ def test_bytes_that_are_no_yaml(project, content, message):
     assert message in problems(folder)[0]
 
 
-GOOD_VALUES = [
-    ("max_files: 1_000", {"max_files": 1000}),
-    ("max_files: -1  # a comment", {"max_files": -1}),
-    ("max_bad_share: 1", {"max_bad_share": 1.0}),
-    ("max_bad_share: 1e-3", {"max_bad_share": 0.001}),
-    ("max_bad_share: .5", {"max_bad_share": 0.5}),
-    ("dry: true", {"dry": True}),
-    ("dry: False", {"dry": False}),
-    ("market: no", {"market": "no"}),
-    ("market: ''", {"market": ""}),
-    ("market: '5'", {"market": "5"}),
-    ("market: 2026-01-05", {"market": "2026-01-05"}),
-    ("market: |\n    two\n    lines", {"market": "two\nlines\n"}),
-    ("market: żółw 🐢", {"market": "żółw 🐢"}),
-    ("day: 2026-01-05", {"day": date(2026, 1, 5)}),
-    ('day: "2026-01-05"', {"day": date(2026, 1, 5)}),
-    ("day: null", {"day": None}),
-    ("until: 2024-02-29", {"until": date(2024, 2, 29)}),
-    ("order: desc", {"order": "desc"}),
-    ("level: 2", {"level": 2}),
-    ("level: null", {"level": None}),
-    ("limit: 10", {"limit": 10}),
-    ("limit: ~", {"limit": None}),
-    ("names: [orders, lineitem]", {"names": ["orders", "lineitem"]}),
-    ("names:\n    - orders\n    - '5'", {"names": ["orders", "5"]}),
-    ("weights:\n    a: 1\n    b: 2.5", {"weights": {"a": 1.0, "b": 2.5}}),
-    ("weights: {\n    a: 1,\n    'no': 2.5}", {"weights": {"a": 1.0, "no": 2.5}}),
-    ("nested:\n    a: [1, null]\n    b: []", {"nested": {"a": [1, None], "b": []}}),
-    ("schema: y", {"schema": "y"}),
-    ("{}", {}),
-    ("# only a comment", {}),
-]
-
-
 @pytest.mark.parametrize(("text", "values"), GOOD_VALUES)
 def test_good_value_is_taken(project, text, values):
     stage = load(project({"params/preprocess.yml": f"{STAGE}  {text}\n"})).stages["preprocess"]
@@ -249,12 +145,13 @@ def test_good_value_is_taken(project, text, values):
 
 
 def test_a_whole_stage(project):
-    text = "cron: 30 6 * * mon-fri\noverlap: queue\ndeadline: 1.5 hours\nretries: 2\n"
+    text = "cron: 30 6 * * mon-fri\noverlap: queue\ndeadline: 1.5 hours\nretries: 2\nmemory: 1.5 GB\n"
     folder = project({"params/preprocess.yml": text})
     loaded = load(folder)
     stage = loaded.stages["preprocess"]
     assert (stage.every_s, stage.cron, stage.overlap) == (None, "30 6 * * mon-fri", "queue")
     assert (stage.deadline_s, stage.retries, stage.machine, stage.dask) == (5400, 2, None, None)
+    assert (stage.memory_mb, stage.secrets) == (1500, ("API_KEY",))
     assert stage.supplied == {"root", "run_id", "scheduled_for"}
     assert not stage.supplied & stage.values.keys()
     assert list(stage.values)[:3] == ["max_files", "max_bad_share", "dry"]
@@ -262,7 +159,7 @@ def test_a_whole_stage(project):
     assert stage.help["max_files"] == "oldest first"
     assert stage.notebook_path == folder / "notebooks/preprocess.ipynb"
     assert stage.params_path.exists()
-    assert loaded.environment.root == "outputs"
+    assert (loaded.environment.root, loaded.environment.retention) == ("outputs", Rules())
 
 
 BAD_CELLS = {
@@ -285,6 +182,9 @@ BAD_CELLS = {
     "x: list = []  # c": "x: needs a type",
     "x: int | str = 5  # c": "x: needs a type",
     "x: dict[int, int] = {}  # c": "x: needs a type",
+    "x: list[Secret] = []  # c": "x: needs a type",
+    "x: Secret = 'hunter2'  # c": "x: expected the name of a secret, such as API_KEY; its value belongs in no file",
+    "Secret: str = 'A'  # c": "Secret: a parameter cannot have this name",
     "x: Literal[1.5] = 1.5  # c": "x: needs a type",
     "x: Literal[f()] = 1  # c": "x: needs a type",
     "x: 'int' = 5  # c": "x: needs a type",
@@ -355,13 +255,13 @@ def test_everything_at_once(project):
     assert problems(folder, overrides=["max_files=x", "nope=1"]) == [
         "-p max_files: max_files: expected int, got str 'x'",
         "-p nope: unknown parameter 'nope'",
-        "notebooks/preprocess.ipynb (parameters cell, line 18): bad: expected int, got str '5'",
-        "notebooks/preprocess.ipynb (parameters cell, line 19): only lines of `name: type = literal  # meaning` "
+        "notebooks/preprocess.ipynb (parameters cell, line 20): bad: expected int, got str '5'",
+        "notebooks/preprocess.ipynb (parameters cell, line 21): only lines of `name: type = literal  # meaning` "
         "belong in this cell",
-        "notebooks/preprocess.ipynb (parameters cell, line 20): worse: needs a comment behind it that says what it "
+        "notebooks/preprocess.ipynb (parameters cell, line 22): worse: needs a comment behind it that says what it "
         "means",
-        "notebooks/preprocess.ipynb (parameters cell, line 20): worse: needs a type, one of int, float, bool, str, "
-        "datetime.date, list[...], dict[str, ...], Literal[...], each also | None",
+        "notebooks/preprocess.ipynb (parameters cell, line 22): worse: needs a type, one of int, float, bool, str, "
+        "datetime.date, Secret, list[...], dict[str, ...], Literal[...], each also | None",
         "notebooks/query.ipynb: there is no params/query.yml; did you mean 'qury'?",
         "params/env/local.yml:1: missing 'root'",
         "params/env/local.yml:1: unknown key 'rot'; did you mean 'root'?",
@@ -383,10 +283,12 @@ def test_env_overrides(project):
 root: s3://bucket/prefix
 machine: {vm_type: t3.medium}
 dask: {n_workers: 2}
+retention: {days: 7}
 stages:
   preprocess:
     cron: "*/5 * * * *"
     deadline: 5 seconds
+    memory: 500 MB
     machine: null
     parameters:
       max_files: 7
@@ -406,10 +308,11 @@ stages:
     assert (loaded.environment.name, loaded.environment.root) == ("fast", "s3://bucket/prefix")
     assert (preprocess.every_s, preprocess.cron, preprocess.deadline_s) == (None, "*/5 * * * *", 5)
     assert (query.every_s, query.cron, query.deadline_s) == (60, None, 50)
+    assert (preprocess.memory_mb, query.memory_mb, loaded.environment.retention) == (500, None, Rules(days=7))
     assert (preprocess.machine, query.machine) == (None, {"vm_type": "t3.medium"})
     assert (preprocess.dask, query.dask) == ({"n_workers": 2}, {"address": "tcp://127.0.0.1:8786"})
     assert (preprocess.values["max_files"], query.values["max_files"]) == (7, 500)
-    assert preprocess.origins["max_files"] == "params/env/fast.yml:10"
+    assert preprocess.origins["max_files"] == "params/env/fast.yml:12"
     assert (preprocess.values["dry"], preprocess.origins["dry"]) == (False, "command line")
     assert load(folder).stages["preprocess"].values["max_files"] == 5
     assert environments(folder) == ["fast", "local"]
@@ -437,6 +340,11 @@ BAD_ENVS = {
     'or "6 hours", got int 5',
     "root: o\nstages:\n  preprocess:\n    parameters: {root: x}": "4: root is supplied by the runner; it comes from "
     "the env file or --root",
+    "root: o\nretention:\n  days: long": "3: retention: expected numbers from 0 for all_hours, hourly_days and days, "
+    "true or false for daily and slowest, got str 'long'",
+    "root: o\nretention: forever": "2: retention: expected numbers from 0 for all_hours, hourly_days and days, true or "
+    "false for daily and slowest, got str 'forever'",
+    "root: o\nretention: {day: 7}": "2: unknown key 'day'; did you mean 'days'?",
     "root: o\nbase: local": "2: unknown key 'base'",
     "root: o\nmachine: {{ here }}": "2: a key here is not text; put it in quotes",
 }

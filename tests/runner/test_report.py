@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from runner import report
+from runner import card, report
 from runner.engine import RunRecord
 from storage import Root
 
@@ -189,9 +189,9 @@ def test_a_bad_run_shows_its_card_first():
         "traceback_tail": "a\n```\nlast line",
     }
     bad = record(state="killed", reason="the kernel was killed by SIGKILL in 'Read'", error=error)
-    card = report.card(bad)
-    assert card.source.startswith("#### toy: killed, in **Read**\n") and len(card.source.splitlines()) <= 12
-    page = Page(report.html(bad, new_notebook(cells=[card, *executed(new_code_cell("x")).cells])))
+    first = card.card(bad)
+    assert first.source.startswith("#### toy: killed, in **Read**, cell 1\n") and len(first.source.splitlines()) <= 12
+    page = Page(report.html(bad, new_notebook(cells=[first, *executed(new_code_cell("x")).cells])))
     assert page.text.index("last line") < page.text.index("\nx")
     assert ("section", {"class": "text killed card"}) in page.elements
 

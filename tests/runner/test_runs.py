@@ -1,10 +1,14 @@
 """The index of runs: rows are never lost, whoever appends at the same time, and a run is found again."""
 
 import multiprocessing
+import os
+import time
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
-from deltalake import DeltaTable
+from deltalake import DeltaTable, write_deltalake
+from faults import synthetic
 from nbformat.v4 import new_notebook
 
 from runner import report, runs
@@ -27,6 +31,10 @@ FIRST = RunRecord(
     metrics={"rows_written": 3},
     checks=[{"name": "some", "ok": True, "detail": ""}],
     versions_written={"orders": 7},
+    parent="toy-20261103T090000-aaaaaa",
+    provenance={"git_commit": "0ab1fca"},
+    cells=[{"heading": "Read", "state": "ok", "seconds": 0.5}],
+    receipt={"wall_s": 2.0, "cpu_s": 1.5},
 )
 
 
@@ -92,6 +100,9 @@ def test_get_finds_a_run_by_the_beginning_of_its_id(tmp_path):
     runs.append(root, later(7))
     # without its report the row answers
     row = runs.get(root, FIRST.run_id)
+    assert {name: row[name] for name in ("parent", "provenance", "cells", "receipt")} == {
+        name: getattr(FIRST, name) for name in ("parent", "provenance", "cells", "receipt")
+    }
     assert row["parameters"] == {"rows": 3} and row["versions_written"] == {"orders": 7} and row["error"] is None
     assert row["started_at"] == FIRST.started_at
     report.write(root, FIRST, new_notebook())
@@ -99,3 +110,74 @@ def test_get_finds_a_run_by_the_beginning_of_its_id(tmp_path):
     assert runs.get(root, "toy-20261103T1000")["root"] == "/outputs"
     with pytest.raises(KeyError, match="2 runs begin with 'toy-'"):
         runs.get(root, "toy-")
+    with pytest.raises(KeyError, match="2 runs"):
+        runs.get(root, "")
+
+
+def test_a_list_between_two_times(tmp_path):
+    root = Root.at(tmp_path)
+    for number in range(4):
+        runs.append(root, later(number))
+    found = runs.list(root, since="2026-11-03T10:01:01Z", until=datetime(2026, 11, 3, 10, 3, 1, tzinfo=UTC))
+    assert [row["run_id"] for row in found] == [later(2).run_id, later(1).run_id]
+    # a time without a zone is UTC
+    assert runs.list(root, until="2026-11-03T10:00:02") == runs.list(root, until="2026-11-03T12:00:02+02:00") != []
+    assert runs.list(root, since="2026-11-03T10:03:02") == []
+
+
+def test_a_row_knows_whether_its_report_is_there(tmp_path):
+    root = Root.at(tmp_path)
+    runs.append(root, FIRST)
+    assert [row["kept"] for row in runs.list(root)] == [runs.get(root, FIRST.run_id)["kept"]] == [False]
+    root.write(f"{FIRST.report}/report.ipynb", b"half of it")
+    assert not runs.list(root)[0]["kept"]
+    report.write(root, FIRST, new_notebook())
+    assert [row["kept"] for row in runs.list(root)] == [runs.get(root, FIRST.run_id)["kept"]] == [True]
+
+
+def test_the_last_run_in_a_state(tmp_path):
+    root = Root.at(tmp_path)
+    assert runs.find_last(root, "toy") is None and not runs.indexed(root, FIRST.run_id)
+    for number, state in enumerate(("ok", "failed", "ok", "failed")):
+        runs.append(root, later(number, state=state))
+    runs.append(root, replace(later(9), stage="other"))
+    found = runs.find_last(root, "toy")
+    assert (found["run_id"], found["parameters"], found["kept"]) == (later(2).run_id, {"rows": 3}, False)
+    assert runs.find_last(root, "toy", before=later(2).started_at)["run_id"] == later(0).run_id
+    assert runs.find_last(root, "toy", state="failed")["run_id"] == later(3).run_id
+    assert runs.find_last(root, "toy", before=later(0).started_at) is None
+    assert runs.indexed(root, later(9).run_id) and not runs.indexed(root, "toy")
+
+
+def test_a_table_of_an_older_release_gains_the_newer_columns(tmp_path):
+    root = Root.at(tmp_path)
+    newer = ["parent", "provenance", "cells", "receipt"]
+    write_deltalake(root.url_of(runs.TABLE), runs.frame([later(1)]).drop(newer))
+    assert runs.list(root)[0]["run_id"] == later(1).run_id and runs.get(root, "toy")["metrics"] == {"rows_written": 3}
+    runs.append(root, FIRST)
+    assert runs.get(root, FIRST.run_id)["cells"] == FIRST.cells
+    assert runs.get(root, later(1).run_id)["cells"] is None and len(runs.list(root)) == 2
+
+
+def test_old_commits_do_not_pile_up(tmp_path):
+    """Opening the table, and so every list and append, takes longer with each commit that is kept."""
+    root = Root.at(tmp_path)
+    log = tmp_path / runs.TABLE / "_delta_log"
+    for number in range(25):
+        runs.append(root, later(number))
+    three_hours_ago = time.time() - 3 * 3600
+    for file in log.iterdir():
+        os.utime(file, (three_hours_ago, three_hours_ago))
+    for number in range(25, 45):
+        runs.append(root, later(number))
+    assert len(list(log.glob("*.json"))) < 30 and len(runs.list(root)) == 45
+
+
+def test_a_compacted_index_answers_as_before(tmp_path):
+    root, records = Root.at(tmp_path), synthetic.month(1, days=1)
+    synthetic.write_index(root, records, recent=5)
+    newest = sorted(records, key=lambda record: (record.started_at, record.run_id), reverse=True)
+    for asked in ({}, {"stage": "query"}, {"state": "failed", "stage": "generate"}, {"limit": 200}):
+        limit = asked.pop("limit", 50)
+        expected = [r.run_id for r in newest if asked.items() <= vars(r).items()][:limit]
+        assert [row["run_id"] for row in runs.list(root, **asked, limit=limit)] == expected

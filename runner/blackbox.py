@@ -1,0 +1,218 @@
+"""The black box of a kernel: a small process between a runner and its kernel, which ends the one with the other.
+
+It is the parent of the kernel and, as a subreaper, of everything that loses its own parent below it, so nothing the
+kernel starts gets out of sight, not by setsid and not by forking twice. It samples the whole tree, ends it when it
+takes too much memory, and ends it when the runner is gone, however that died: then its pipe is closed. What it sees
+goes to the run's journal. A script of its own, with nothing but the standard library:
+
+    python -I -S blackbox.py '{"journal": path, "pid_path": path, "memory_mb": number or null}' COMMAND ...
+
+Standard input carries the number of the current cell, one a line. It ends with the kernel's own exit status.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import time
+
+LOOK_S = 0.2  # between two looks at the memory; a process takes about a gigabyte in that time
+SAMPLE_S = 1  # between two samples in the journal
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+SC_PAGE, SC_TICK = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_CLK_TCK")
+MB = 1e6
+
+
+def main(options: dict, command: list[str]) -> int:
+    """Run `command` to its end, or to that of the process that started this one; the status it ended with."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
+    runner, oom_kills = os.getppid(), _oom_kills()
+    kernel = os.fork()
+    if kernel == 0:
+        _become(command, options["pid_path"], libc)
+    journal = None
+    with contextlib.suppress(OSError, TypeError):  # a run without a journal is watched, too
+        journal = os.open(options["journal"], os.O_WRONLY | os.O_APPEND)
+    limit_mb = min(filter(None, [options["memory_mb"], _machine_mb()]))
+    ended = os.pidfd_open(kernel)
+    status, cause, cell, peak_mb, next_sample = None, "", None, 0.0, time.monotonic() + SAMPLE_S
+    while status is None and not cause:
+        ready = select.select([0, ended], [], [], LOOK_S)[0]
+        if 0 in ready:
+            said = os.read(0, 65536)
+            if not said:
+                cause = "closed"
+            elif said.split():
+                cell = int(said.split()[-1])
+        if os.getppid() != runner:
+            cause = "closed"
+        rss_mb, cpu_s = _used()
+        status = _reap(kernel)
+        peak_mb, now = max(peak_mb, rss_mb), time.monotonic()
+        if options["memory_mb"] and rss_mb > options["memory_mb"]:
+            cause = cause or "memory"
+        if (now >= next_sample or cause == "memory") and status is None:
+            next_sample = now + SAMPLE_S
+            _tell(journal, "sample", rss_mb=round(rss_mb), limit_mb=round(limit_mb), cpu_s=round(cpu_s, 2), cell=cell)
+    found = _end_all(kernel)
+    status = found if status is None else status
+    with contextlib.suppress(OSError):
+        os.unlink(options["pid_path"])
+    used, io = resource.getrusage(resource.RUSAGE_CHILDREN), _fields("/proc/self/io")
+    _tell(
+        journal,
+        "kernel_end",
+        status=status,
+        cause=cause,
+        oom_kills=_oom_kills() - oom_kills,
+        cpu_s=round(used.ru_utime + used.ru_stime, 3),
+        # children that were waited for count as their parent's own, down to this process
+        bytes_read=io.get("rchar"),
+        bytes_written=io.get("wchar"),
+        peak_memory_mb=round(max(peak_mb, used.ru_maxrss * 1024 / MB)),
+        limit_mb=round(limit_mb),
+    )
+    return status
+
+
+def _become(command: list[str], pid_path: str, libc: ctypes.CDLL) -> None:
+    """The kernel's side of the fork: a group of its own, dead when its parent is."""
+    try:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        os.setsid()
+        os.environ["JPY_PARENT_PID"] = str(os.getppid())
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("500")  # when memory runs out, rather the kernel than the runner
+        with open(pid_path, "w") as file:
+            file.write(str(os.getpid()))
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.execvpe(command[0], command, os.environ)
+    except BaseException as error:
+        print(f"{command[0]}: {error}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(127)
+
+
+def _tree() -> list[int]:
+    """Every process below this one."""
+    found, todo = [], [os.getpid()]
+    while todo:
+        pid = todo.pop()
+        try:
+            for thread in os.listdir(f"/proc/{pid}/task"):
+                with open(f"/proc/{pid}/task/{thread}/children") as file:
+                    children = [int(child) for child in file.read().split()]
+                found += children
+                todo += children
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+def _used() -> tuple[float, float]:
+    """(resident MB, CPU seconds) of the whole tree."""
+    pages = ticks = 0
+    for pid in _tree():
+        try:
+            with open(f"/proc/{pid}/statm") as file:
+                pages += int(file.read().split()[1])
+            with open(f"/proc/{pid}/stat") as file:
+                ticks += sum(map(int, file.read().rpartition(")")[2].split()[11:15]))  # its own, its children's
+        except (OSError, IndexError):
+            continue
+    return pages * SC_PAGE / MB, ticks / SC_TICK
+
+
+def _reap(kernel: int) -> int | None:
+    """Wait for whatever has ended; the kernel's status as in subprocess, if it is among them."""
+    status = None
+    while True:
+        try:
+            pid, raw = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return status
+        if pid == 0:
+            return status
+        if pid == kernel:
+            status = os.waitstatus_to_exitcode(raw)
+
+
+def _end_all(kernel: int, within_s: float = 10) -> int | None:
+    """Kill the tree until nothing is left of it; the kernel's status, if it ended here."""
+    status, until = None, time.monotonic() + within_s
+    while time.monotonic() < until:
+        for pid in _tree():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except OSError:
+                continue
+        found = _reap(kernel)
+        status = found if status is None else status
+        try:
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:  # what had lost its parent would be a child of this process: nothing is left
+            break
+        time.sleep(0.005)
+    return status
+
+
+def _machine_mb() -> float:
+    """What this process and its neighbours may take together: the container's limit or the machine's memory."""
+    limits = [_fields("/proc/meminfo")["MemTotal"] * 1024]
+    with open("/proc/self/cgroup") as file:
+        for line in file.read().splitlines():
+            number, controllers, path = line.split(":", 2)
+            for place in {path.rstrip("/"), ""}:
+                if number == "0":
+                    limits.append(_number(f"/sys/fs/cgroup{place}/memory.max"))
+                elif controllers == "memory":
+                    limits.append(_number(f"/sys/fs/cgroup/memory{place}/memory.limit_in_bytes"))
+    return min(filter(None, limits)) / MB
+
+
+def _oom_kills() -> int:
+    """How many processes the operating system has killed for memory since it started."""
+    with open("/proc/vmstat") as file:
+        return next((int(line.split()[1]) for line in file if line.startswith("oom_kill ")), 0)
+
+
+def _fields(path: str) -> dict[str, int]:
+    """A file of `name: number` lines."""
+    try:
+        with open(path) as file:
+            lines = [line.split(":") for line in file]
+    except OSError:
+        return {}
+    return {name: int(rest.split()[0]) for name, rest in lines if rest.split() and rest.split()[0].isdigit()}
+
+
+def _number(path: str) -> int | None:
+    try:
+        with open(path) as file:
+            return int(file.read())
+    except (OSError, ValueError):  # no such controller, or `max`
+        return None
+
+
+def _tell(journal: int | None, event: str, **fields) -> None:
+    """One line, in one write, so that the runner's lines and these never mix."""
+    if journal is None:
+        return
+    now = time.time()
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}+00:00"
+    with contextlib.suppress(OSError):  # a full disk is no reason to stop watching
+        os.write(journal, (json.dumps({"event": event, "t": stamp, **fields}) + "\n").encode())
+
+
+if __name__ == "__main__":
+    exit_status = main(json.loads(sys.argv[1]), sys.argv[2:])
+    if exit_status is not None and exit_status < 0:  # end as the kernel did, without a core file of this process
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.signal(-exit_status, signal.SIG_DFL) if -exit_status not in (signal.SIGKILL, signal.SIGSTOP) else None
+        os.kill(os.getpid(), -exit_status)
+    sys.exit(exit_status or 0)

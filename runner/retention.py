@@ -1,0 +1,91 @@
+"""Which reports stay: those that tell something the others do not. The row in the index always stays.
+
+Kept of a stage's runs: every one that was neither ok nor noop, the first ok one after it, the slowest ok one of each
+day, the first ok one of each hour for a day and of each day after that, and everything that ended within the hour.
+A run that loses its report by these rules can never be wanted again, so sweeps need no memory: each reads the index,
+looks at what is there and removes the rest. One that is killed is finished by the next. Of a report run.json goes
+first, and a folder without it is no report: neither `runs` nor a reader takes a half removed one for whole.
+"""
+
+import datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat
+
+from runner import runs
+from storage import Root
+
+PLACE = "reports"
+
+
+class Rules(BaseModel):
+    """The `retention:` block of an env file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    all_hours: NonNegativeFloat = 1  # every report, noop runs' as well
+    hourly_days: NonNegativeFloat = 1  # the first ok run of each hour
+    daily: bool = True  # the first ok run of each day
+    slowest: bool = True  # the slowest ok run of each day
+    days: NonNegativeFloat | None = None  # after that, none at all; null: no end
+
+
+def wanted(index: Any, rules: Rules, now: datetime.datetime) -> Any:
+    """The rows of `index` whose reports are kept; a frame of run_id, stage, state, ended_at, seconds (and more).
+
+    Runs count in the order they ended, which is the order their rows come in: a later row never makes a report wanted
+    that an earlier sweep removed.
+    """
+    import polars as pl
+
+    hours, ended = datetime.timedelta(hours=1), pl.col("ended_at")
+    fresh = ended > now - rules.all_hours * hours
+    worked = index.filter(pl.col("state") != "noop").sort("ended_at", "run_id")
+    ok = pl.col("state") == "ok"
+    worked = worked.with_columns(recovered=ok & (pl.col("state").shift(1).over("stage") != "ok").fill_null(False))
+    good = worked.filter(ok).with_columns(
+        hourly=_first_of("1h") & (ended > now - rules.hourly_days * 24 * hours),
+        daily=_first_of("1d") & rules.daily,
+        # of equals the first
+        slowest=(pl.int_range(pl.len()) == pl.col("seconds").arg_max()).over("stage", ended.dt.date()) & rules.slowest,
+    )
+    kept = [
+        index.filter(fresh).select("run_id"),
+        worked.filter(~ok).select("run_id"),
+        good.filter(pl.any_horizontal("recovered", "hourly", "daily", "slowest")).select("run_id"),
+    ]
+    rows = index.join(pl.concat(kept).unique(), on="run_id", how="semi")
+    return rows if rules.days is None else rows.filter(ended > now - rules.days * 24 * hours)
+
+
+def _first_of(span: str) -> Any:
+    import polars as pl
+
+    return pl.struct("stage", pl.col("ended_at").dt.truncate(span)).is_first_distinct()
+
+
+def sweep(
+    root: Root, rules: Rules | None = None, now: datetime.datetime | None = None, dry_run: bool = False
+) -> dict[str, int]:
+    """Remove the reports that the rules do not keep; safe to kill, to repeat and to run twice at once.
+
+    Returns counts: runs (rows in the index), kept and removed (reports there), missing (wanted, not there: not
+    delivered yet) and unknown (folders of no run in the index: a run under way, perhaps; left alone).
+    """
+    now = now or datetime.datetime.now(datetime.UTC)
+    index = runs.scan(root).select("run_id", "stage", "state", "ended_at", "seconds", "report").collect()
+    kept = wanted(index, rules or Rules(), now)
+    known, keep = set(index["report"]), set(kept["report"])
+    expected = set(kept.filter(kept["state"] != "noop")["report"])
+    days = [f"{PLACE}/{stage}/{day}" for stage in root.list(PLACE) for day in root.list(f"{PLACE}/{stage}")]
+    there = {f"{day}/{run_id}" for day in days for run_id in root.list(day)}
+    doomed = sorted(there & known - keep)
+    if not dry_run:
+        root.remove_trees(doomed, first=runs.COMPLETE)
+    return {
+        "runs": len(index),
+        "kept": len(there & keep),
+        "removed": len(doomed),
+        "missing": len(expected - there),
+        "unknown": len(there - known),
+    }

@@ -1,0 +1,67 @@
+"""The fault campaign: what a notebook run promises, provoked in full numbers. `python tests/faults --help`."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+if not __package__:  # run as a folder: then that is where imports begin
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import typer  # noqa: E402
+from faults import endings, loads, month, replay_scenarios, under_prefect, untrusted  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+# what; the function; how many, and how many with --small; of what
+SCENARIOS = [
+    ("deaths", endings.deaths, 6, 6, "ways to die"),
+    ("hangs", endings.hangs, 4, 4, "ways to hang"),
+    ("canary", untrusted.canary, 20, 5, "runs that show a secret"),
+    ("yamls", untrusted.yamls, 20, 20, "wrong and right values each"),
+    ("hostile", untrusted.hostile, 100, 100, "names and values"),
+    ("polled", loads.polled, 60, 6, "cells, read while they run"),
+    ("tailed", loads.tailed, 60, 5, "lines, followed"),
+    ("printed", loads.printed, 200, 20, "MB in one cell"),
+    ("terminated", endings.terminated, 20, 2, "runners, SIGTERM"),
+    ("killed", endings.killed, 20, 2, "runners, SIGKILL"),
+    ("at once", loads.at_once, 200, 16, "runs, 8 at a time"),
+    ("month", month.swept, 30, 1, "days of runs"),
+    ("replays", replay_scenarios.replays_equal, 20, 2, "runs of query"),
+    ("whence", replay_scenarios.whence_right, 20, 2, "runs of preprocess"),
+    ("cancelled", under_prefect.cancelled, 20, 2, "runs, cancelled in Prefect"),
+    ("up", under_prefect.whence_after_up, 10, 1, "minutes, then whence"),
+]
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Argument(help="Of these scenarios; all when none is named.")] = None,
+    small: Annotated[bool, typer.Option(help="Small numbers, as in the tests.")] = False,
+    seed: Annotated[int | None, typer.Option(help="One that was printed; today's otherwise.")] = None,
+):
+    """Provoke every fault, print a table, and end with status 1 when something did not hold."""
+    console = Console()
+    seed = int(time.time()) % 10**6 if seed is None else seed
+    if unknown := set(only or ()) - {name for name, *_ in SCENARIOS}:
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: not among {', '.join(s[0] for s in SCENARIOS)}")
+    chosen = [scenario for scenario in SCENARIOS if not only or scenario[0] in only]
+    rows = []
+    for name, scenario, full, few, what in chosen:
+        n, began = few if small else full, time.monotonic()
+        with console.status(f"{name}: {n} {what}"):
+            try:
+                passed, found = True, scenario(n, seed)
+            except Exception as error:
+                passed, found = False, f"{type(error).__name__}: {str(error)[:600]}"
+        row = (name, f"{n} {what}", str(seed), passed, f"{time.monotonic() - began:.0f}", found)
+        rows.append(row)
+        console.print("passed" if passed else "FAILED", *row[:3], f"{row[4]} s", found, markup=False, highlight=False)
+    table = Table("what", "numbers", "seed", "", "seconds", "found", title="What was provoked", title_justify="left")
+    for name, numbers, of, passed, seconds, found in rows:
+        table.add_row(name, numbers, of, "[green]passed" if passed else "[bold red]FAILED", seconds, found)
+    console.print(table)
+    raise typer.Exit(0 if all(row[3] for row in rows) else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

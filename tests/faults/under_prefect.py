@@ -1,0 +1,116 @@
+"""`up` with Prefect's server, for as long as it takes.
+
+Each function takes how many and a seed, says in figures what held, and raises AssertionError otherwise.
+"""
+
+import json
+import random
+import shutil
+import signal
+import tempfile
+import time
+import urllib.error
+from pathlib import Path
+
+from faults import toy
+from faults.endings import FAMILY, WAIT
+from support import write_stage
+from test_up import Up, get
+
+from runner import runs
+from storage import PROJECT, Root
+
+
+def cancelled(n: int, seed: int) -> str:
+    """A run cancelled `n` times by Prefect's API: Cancelled there and in the index, no process of it after 5 s."""
+    rng, slowest = random.Random(seed), 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "root"
+        project = toy.project(Path(folder) / "project")
+        marks = Path(folder) / "marks"
+        marks.mkdir()
+        code = f"{FAMILY}pathlib.Path({str(marks)!r}, run_id).touch()"
+        write_stage(project, "waits", code, WAIT, yml="")
+        up = Up(project, root)
+        try:
+            seen: set[str] = set()
+            for turn in range(n):
+
+                def under_way():
+                    new = {path.name for path in marks.iterdir()} - seen
+                    return new and up.flow_runs("waits", state_type="RUNNING") and new.pop()
+
+                run_id = toy.until(lambda f=under_way: _quietly(f), 240, f"turn {turn}: a run under way")
+                seen.add(run_id)
+                [flow_run] = up.flow_runs("waits", state_type="RUNNING")
+                time.sleep(rng.uniform(0, 0.5))
+                kernels = [p for p in toy.family(up.process.pid) if _is_of_a_run(p)]
+                assert kernels, f"turn {turn}: no kernel"
+                url = f"http://127.0.0.1:{up.prefect}/api/flow_runs/{flow_run['id']}"
+                try:
+                    get(f"{url}/set_state", {"state": {"type": "CANCELLING"}})
+                except urllib.error.HTTPError as error:
+                    raise AssertionError(error.read()) from None
+                asked = time.monotonic()
+                toy.until(lambda kernels=kernels: not toy.alive(kernels), 5, f"turn {turn}: its processes gone")
+                slowest = max(slowest, time.monotonic() - asked)
+
+                def ended(url=url):
+                    return json.loads(get(url))["state_type"] not in ("RUNNING", "CANCELLING")
+
+                toy.until(lambda f=ended: _quietly(f), 20, f"turn {turn}: an end in Prefect")
+                assert json.loads(get(url))["state_type"] == "CANCELLED", f"turn {turn}"
+                toy.until(lambda run_id=run_id: _state(root, run_id), 20, f"turn {turn}: a row")
+                assert _state(root, run_id) == "cancelled", f"turn {turn}: {_state(root, run_id)}"
+            up.end(signal.SIGINT)
+        except BaseException:
+            print(up.log.read_text()[-3000:])
+            raise
+        finally:
+            up.process.kill()
+            up.process.wait()
+    return f"{n} of {n} Cancelled in Prefect and in the index, every process of the run gone within {slowest:.1f} s"
+
+
+def _is_of_a_run(process) -> bool:
+    try:
+        return any(word in " ".join(process.cmdline()) for word in ("runner.inside", "ipykernel", "sleep 1000"))
+    except OSError:
+        return False
+    except Exception as error:
+        assert type(error).__name__ in ("NoSuchProcess", "ZombieProcess", "AccessDenied"), error
+        return False
+
+
+def _quietly(condition):
+    """None while the server does not answer."""
+    try:
+        return condition()
+    except OSError:
+        return None
+
+
+def _state(root: Path, run_id: str) -> str | None:
+    return next((row["state"] for row in runs.list(Root.at(str(root))) if row["run_id"] == run_id), None)
+
+
+def whence_after_up(n: int, seed: int) -> str:
+    """`n` minutes of `up` with the project's own stages; then `whence` for every version of every table."""
+    from faults.replay_scenarios import check_whence
+
+    with tempfile.TemporaryDirectory() as folder:
+        root, project = Path(folder) / "root", toy.project(Path(folder) / "project")
+        for part in ("notebooks", "params"):
+            shutil.copytree(PROJECT / part, project / part, dirs_exist_ok=True)
+        up = Up(project, root)
+        try:
+            toy.until(lambda: b"schedules are on" in up.log.read_bytes(), 300, "the schedules")
+            end = time.monotonic() + 60 * n
+            while time.monotonic() < end:
+                assert up.process.poll() is None, up.log.read_text()[-3000:]
+                time.sleep(1)
+            up.end(signal.SIGINT)
+        finally:
+            up.process.kill()
+            up.process.wait()
+        return f"{n} minutes of up: {check_whence(str(root))}"

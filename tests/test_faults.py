@@ -1,0 +1,15 @@
+"""The fault campaign with small numbers: the same functions that `make faults` calls with full ones."""
+
+import pytest
+from faults.__main__ import SCENARIOS
+
+# in their own files: test_deaths, test_secrets, test_replay; with a Prefect server: test_up
+ELSEWHERE = {"deaths", "hangs", "canary", "replays", "whence", "cancelled", "up"}
+
+
+@pytest.mark.parametrize(
+    ("scenario", "few"),
+    [pytest.param(s[1], s[3], id=s[0].replace(" ", "-")) for s in SCENARIOS if s[0] not in ELSEWHERE],
+)
+def test_what_is_promised_holds(scenario, few):
+    assert scenario(few, seed=1)
