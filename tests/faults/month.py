@@ -5,13 +5,14 @@ The function takes how many days and a seed, says in figures what held, and rais
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from faults import synthetic
+from faults import killed_sweep, synthetic
 
 from runner import retention, runs
 from storage import PROJECT, Root
@@ -32,6 +33,7 @@ def swept(n: int, seed: int) -> str:
             for asked in ({}, {"stage": "query"}, {"state": "failed"}, {"since": synthetic.END}, {"limit": 200})
         )
         assert slowest < 0.5, f"a list took {slowest:.2f} s"
+        os.sync()  # a month's reports are long on the disk
         took = _seconds(lambda: retention.sweep(root, now=synthetic.END))
         assert took < 10, f"a sweep took {took:.1f} s"
         there = _reports(root)
@@ -40,9 +42,9 @@ def swept(n: int, seed: int) -> str:
         size = sum(path.stat().st_size for report in there for path in Path(root.url, report).iterdir())
         assert size <= 200 * MB, f"{size / MB:.0f} MB"
         synthetic.write_reports(root, [record for record in made if record.report not in there], templates)
-        finished = 0
+        share = (len(made) - len(there)) // (kills + 1)  # so that the last one has something to remove, too
         for _ in range(kills):
-            finished += _sweep_and_kill(root, rng.uniform(0.8, 1.2 + took / 4))
+            _sweep_and_kill(root, rng.choice(("os.remove", "os.rmdir")), rng.randrange(1, share))
             listed = runs.list(root, limit=1000)
             assert all(row["kept"] == (row["report"] in _reports_of(root, row)) for row in listed)
             assert bad <= (still := _reports(root)) and there <= still, "a sweep that was killed removed too much"
@@ -50,7 +52,7 @@ def swept(n: int, seed: int) -> str:
         assert _reports(root) == there == _folders(root), "index and disk disagree"
     return (
         f"{len(records):,} runs: list {slowest:.2f} s, sweep {took:.1f} s, {len(there):,} reports, {size / MB:.0f} MB, "
-        f"all {len(bad):,} bad ones kept; {kills - finished} of {kills} sweeps killed, nothing disagrees"
+        f"all {len(bad):,} bad ones kept; {kills} of {kills} sweeps killed, nothing disagrees"
     )
 
 
@@ -60,19 +62,10 @@ def _seconds(call) -> float:
     return time.perf_counter() - began
 
 
-def _sweep_and_kill(root: Root, after_s: float) -> bool:
-    """Whether it had ended before."""
-    code = "import sys; from datetime import datetime; from runner import retention; from storage import Root\n"
-    code += "retention.sweep(Root.at(sys.argv[1]), now=datetime.fromisoformat(sys.argv[2]))"
-    command = [sys.executable, "-c", code, root.url, synthetic.END.isoformat()]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(PROJECT)})
-    try:
-        return process.wait(after_s) == 0
-    except subprocess.TimeoutExpired:
-        return False
-    finally:
-        process.kill()
-        process.wait()
+def _sweep_and_kill(root: Root, event: str, number: int) -> None:
+    command = [sys.executable, killed_sweep.__file__, root.url, synthetic.END.isoformat(), event, str(number)]
+    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(PROJECT)}).returncode
+    assert ended == -signal.SIGKILL, f"a sweep ended with {ended} before its {event} number {number}"
 
 
 def _folders(root: Root) -> set[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from faults import synthetic
+from faults import killed_sweep, synthetic
 from pydantic import ValidationError
 
 from runner import retention, runs
@@ -17,24 +17,6 @@ from runner.retention import Rules
 from storage import PROJECT, Root
 
 HOUR, NOW = timedelta(hours=1), synthetic.END
-# sweeps and kills itself where it comes to an event for the n-th time
-KILLED = """
-import os, signal, sys, threading
-from datetime import datetime
-from runner import retention
-from storage import Root
-root, event, left, now = sys.argv[1], sys.argv[2], int(sys.argv[3]), datetime.fromisoformat(sys.argv[4])
-lock = threading.Lock()
-def count(happened, args):
-    global left
-    if happened == event and args and str(args[0]).startswith(f"{root}/reports/"):
-        with lock:
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(count)
-retention.sweep(Root.at(root), now=now)
-"""
 
 
 def toy(*ended: str, stage: str = "toy") -> pl.DataFrame:
@@ -150,7 +132,7 @@ def test_a_sweep_killed_anywhere_leaves_index_and_disk_in_agreement(tmp_path, da
     keep = {r.report for r in some if r.run_id in set(retention.wanted(runs.frame(some), Rules(), NOW)["run_id"])}
     points = [("os.listdir", 1), ("os.remove", 1), ("os.remove", 2), ("os.rmdir", 1), ("os.remove", 300)]
     for event, number in points:
-        command = [sys.executable, "-c", KILLED, root.url, event, str(number), NOW.isoformat()]
+        command = [sys.executable, killed_sweep.__file__, root.url, NOW.isoformat(), event, str(number)]
         killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(PROJECT)})
         assert killed.returncode == -signal.SIGKILL
         assert keep <= folders(root)
