@@ -82,7 +82,9 @@ def up(
         for child in children:
             child.wait_ready()
             out.print(f"{child.name:15} {child.page}", highlight=False)
-        from runner import schedule
+        from runner import retention, schedule
+
+        retention.sweep_regularly(Root.at(project.environment.root), project.environment.retention)
 
         def on_record(record) -> None:
             _print_record(record, report=f"{api_url}/reports/{record.run_id}")

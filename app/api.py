@@ -165,6 +165,7 @@ class Run(BaseModel):
     seconds: float
     attempt: int
     report: str = Field(description="The report's folder, relative to the root; it is served at /reports/{run_id}")
+    kept: bool = Field(description="Whether the report is there: old ones that tell nothing new are removed")
 
 
 class BodyLimit:
@@ -359,10 +360,12 @@ def list_runs(
     root: PublishedRoot,
     stage: Annotated[str | None, Query(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", examples=["query"])] = None,
     state: State | None = None,
+    since: Annotated[datetime | None, Query(description="Started at this time or later; UTC unless it says")] = None,
+    until: Annotated[datetime | None, Query(description="Started before this time")] = None,
     limit: Annotated[int, Query(ge=1, le=1000, description="At most so many")] = 50,
 ) -> list[Run]:
     """The last runs, newest first."""
-    return runs.list(root, stage=stage, state=state, limit=limit)
+    return runs.list(root, stage=stage, state=state, since=since, until=until, limit=limit)
 
 
 @app.get(

@@ -182,7 +182,7 @@ def runs_table(latest: list[dict[str, Any]], reports_url: str) -> None:
             "Started (UTC)": [datetime.fromisoformat(run["started_at"]) for run in shown],
             "Seconds": [run["seconds"] for run in shown],
             "Why": [run["reason"] or "" for run in shown],
-            "Report": [f"{reports_url}/{run['run_id']}" for run in shown],
+            "Report": [f"{reports_url}/{run['run_id']}" if run["kept"] else None for run in shown],
         }
     )
     colours = {_words(state): colour for state, (_, colour) in STATES.items()}

@@ -337,6 +337,17 @@ def champion(root: str) -> Model | None:
         return None
 
 
+def given(root: str) -> dict[str, Any]:
+    """What a training starts from besides its rows, for its replay: the pointer to the champion as JSON, and the
+    sha256 of each of the champion's files; nothing when there is no champion that can be used."""
+    if champion(root) is None:
+        return {}
+    place = Root.at(root)
+    pointer = json.loads(place.read(CURRENT))
+    files = [f"models/{pointer['model_id']}/{name}" for name in ("model.json", "golden.json")]
+    return {CURRENT: pointer} | {name: hashlib.sha256(place.read(name)).hexdigest() for name in files}
+
+
 def _load(place: Root, pointer: dict[str, Any]) -> Model:
     """The model a pointer names. XGBoost gets to see its bytes only when their sha256 is right: it crashes on some
     damaged files, and loads others without a word."""

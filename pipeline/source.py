@@ -88,6 +88,14 @@ def due_ticks(
     return stream, range(stream.next_tick, min(due + 1, stream.next_tick + max_ticks))
 
 
+def given(root: str) -> dict[str, dict]:
+    """What a run of the source starts from, for its replay: place -> JSON; nothing before the first tick."""
+    try:
+        return {DESCRIPTION: json.loads(Root.at(root).read(DESCRIPTION))}
+    except FileNotFoundError:
+        return {}
+
+
 def make_tick(stream: Stream, tick: int) -> dict[str, pl.DataFrame]:
     """The rows of one tick: table -> frame with the columns of `pipeline.tables`. A pure function of its arguments."""
     return make_ticks(stream, range(tick, tick + 1))[tick]

@@ -148,7 +148,7 @@ def hand_in(root: Root, record: Any, nb: Any, folder: Path, again: bool = False)
     for side in sorted(folder.glob("cell-*")):
         root.put(f"{record.report}/{side.name}", side)
     report.write(root, record, nb)
-    if not (again and _indexed(root, record)):
+    if not (again and runs.indexed(root, record.run_id)):
         runs.append(root, record)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -330,12 +330,6 @@ def _close(folder: Path, root: Root) -> None:
 
     record, nb = engine.from_journal(folder / "journal.jsonl")
     hand_in(root, record, nb, folder, again=True)
-
-
-def _indexed(root: Root, record: Any) -> bool:
-    from runner import runs
-
-    return any(row["run_id"] == record.run_id for row in runs.list(root, stage=record.stage, limit=1000))
 
 
 def _started(pid: int) -> int:

@@ -49,19 +49,24 @@ def secret(name: str) -> str:
 def record(
     versions_read: Mapping[str, int] | None = None,
     versions_written: Mapping[str, int] | None = None,
+    given: Mapping[str, Any] | None = None,
     **metrics: Any,
 ) -> None:
     """Show figures as a small table and keep them with the run; the last value of a name counts.
 
-    `versions_read` and `versions_written` map table names to Delta versions. Values become JSON: dates ISO
-    strings, decimals floats, not-a-number null.
+    `versions_read` and `versions_written` map table names to Delta versions. `given` is what else the run starts from
+    and a replay has to give it again: place under the root -> its JSON, or the sha256 of a file that stays as it is.
+    Values become JSON: dates ISO strings, decimals floats, not-a-number null.
     """
+    rows = [(name.replace("_", " "), figure(value)) for name, value in _plain(metrics).items()]
+    if given:
+        rows.append(("given", ", ".join(given)))
+        metrics["given"] = given
     found = {
         "metrics": _plain(metrics),
         "versions_read": _plain(versions_read or {}),
         "versions_written": _plain(versions_written or {}),
     }
-    rows = [(name.replace("_", " "), figure(value)) for name, value in found["metrics"].items()]
     for name in ("versions_read", "versions_written"):
         if found[name]:
             rows.append((name.replace("_", " "), ", ".join(f"{t}@{v}" for t, v in found[name].items())))

@@ -8,6 +8,8 @@ first, and a folder without it is no report: neither `runs` nor a reader takes a
 """
 
 import datetime
+import logging
+import threading
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat
@@ -15,7 +17,9 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat
 from runner import runs
 from storage import Root
 
+log = logging.getLogger(__name__)
 PLACE = "reports"
+EVERY_S = 1800  # between two sweeps of `sweep_regularly`
 
 
 class Rules(BaseModel):
@@ -89,3 +93,19 @@ def sweep(
         "missing": len(expected - there),
         "unknown": len(there - known),
     }
+
+
+def sweep_regularly(root: Root, rules: Rules, every_s: float = EVERY_S) -> threading.Event:
+    """Sweep now and every `every_s` seconds, in a thread, until the event is set. One that fails is a warning."""
+
+    def sweeping() -> None:
+        while not end.is_set():
+            try:
+                sweep(root, rules)
+            except Exception as error:  # the root is down, perhaps: the next sweep does what this one left
+                log.warning("the reports under %s could not be swept: %s", root.url, error)
+            end.wait(every_s)
+
+    end = threading.Event()
+    threading.Thread(target=sweeping, name="sweep", daemon=True).start()
+    return end

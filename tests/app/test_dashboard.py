@@ -1,12 +1,13 @@
 """The dashboard, run as Streamlit runs it, over roots that the pipeline made."""
 
 import json
+import shutil
 import threading
 from pathlib import Path
 
 import nbformat
 import pytest
-from published import QUERY_RUN, add_run
+from published import DAY, QUERY_RUN, add_run
 from streamlit.testing.v1 import AppTest
 
 from pipeline import lake, queries
@@ -91,6 +92,11 @@ def test_the_last_runs_are_listed_with_links_to_their_reports(root):
     badges = [text for text in texts(shown.markdown) if "-badge[" in text]
     assert ["red" in badge for badge in badges] == [False, True]  # of a stage only the last run counts
     assert "train: failed" in badges[1]
+
+
+def test_a_run_whose_report_was_swept_has_no_link(root):
+    shutil.rmtree(Path(root, f"reports/query/{DAY}/{QUERY_RUN}"))
+    assert page().dataframe[-1].value["Report"].notna().tolist() == [True, True, False]
 
 
 def test_a_new_answer_is_taken_up(root):

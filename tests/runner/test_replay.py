@@ -190,6 +190,20 @@ def test_query_is_replayed_on_the_versions_it_read(project, filled, stream):
         replay(project, run | {"versions_read": {"lineitem": 99}}, filled)
 
 
+def test_generate_and_train_are_replayed_from_what_they_started_from(project, filled, stream):
+    Root.at(filled).write(source.DESCRIPTION, json.dumps(vars(stream) | {"next_tick": 3}).encode())
+    tick = run_once(project, "generate", filled, ["scale=0.01", "slices=40", "max_ticks=2"])
+    assert (tick["state"], tick["metrics"]["last_tick"]) == ("ok", 4), tick["reason"]
+    small = ["min_rows=500", "max_trees=60"]
+    champion = run_once(project, "train", filled, small)
+    beaten = run_once(project, "train", filled, small)
+    assert champion["metrics"]["published"] and beaten["state"] == "ok" and not beaten["metrics"]["published"]
+    for run in (tick, champion, beaten):
+        found = replay(project, run, filled)
+        assert found.equal, found.differences
+    assert json.loads(Root.at(filled).read(source.DESCRIPTION))["next_tick"] == 5
+
+
 def parquet(frame: pl.DataFrame) -> bytes:
     buffer = io.BytesIO()
     frame.write_parquet(buffer)

@@ -4,7 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-from datetime import datetime, timedelta
+import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import polars as pl
@@ -33,6 +34,14 @@ def toy(*ended: str, stage: str = "toy") -> pl.DataFrame:
 
 def kept(index: pl.DataFrame, **rules) -> list[str]:
     return retention.wanted(index, Rules(**rules), NOW)["run_id"].to_list()
+
+
+def until(condition) -> None:
+    for _ in range(300):
+        if condition():
+            return
+        time.sleep(0.1)
+    pytest.fail("not within 30 s")
 
 
 def folders(root: Root) -> set[str]:
@@ -142,3 +151,16 @@ def test_a_sweep_killed_anywhere_leaves_index_and_disk_in_agreement(tmp_path, da
     assert len(keep) < len(folders(root)) < len(some)
     retention.sweep(root, now=NOW)
     assert folders(root) == keep and len(runs.list(root, limit=1000)) == len(some)
+
+
+def test_it_comes_regularly_also_after_one_that_failed(tmp_path, caplog, day):
+    root, said = Root.at(tmp_path / "root"), "could not be swept"
+    Path(root.url).write_text("no folder")
+    end = retention.sweep_regularly(root, Rules(), every_s=0.05)
+    until(lambda: said in caplog.text)
+    Path(root.url).unlink()
+    synthetic.write_index(root, day[:10], recent=0)
+    synthetic.write_reports(root, day[:10], tmp_path / "templates")
+    doomed = folders(root) - set(retention.wanted(runs.frame(day[:10]), Rules(), datetime.now(UTC))["report"])
+    until(lambda: doomed and not doomed & folders(root))
+    end.set()
