@@ -55,7 +55,7 @@ def _question(name: str) -> Question:
         text=" ".join(text.split()),
         tables=module.TABLES,
         answer=module.answer,
-        chart=module.chart,
+        chart=getattr(module, "chart", None),
         parameters={key: default for key, default in keywords.items() if key != "as_of"},
         live="as_of" in keywords,
     )
@@ -88,7 +88,9 @@ def _answer(question: Question, frame: Callable[..., "nw.LazyFrame"], snapshot: 
 def _polars_frame(snapshot: "Snapshot", table: str, columns: list[str]) -> "nw.LazyFrame":
     import narwhals as nw
 
-    return nw.from_native(snapshot.frame(table, columns))
+    decimals = pl.selectors.decimal()
+    # in memory a decimal(15,2) is the whole number of its hundredths
+    return nw.from_native(snapshot.frame(table, columns).with_columns(decimals.to_physical().cast(pl.Int64)))
 
 
 def _dask_frame(snapshot: "Snapshot", table: str, columns: list[str]) -> "nw.LazyFrame":

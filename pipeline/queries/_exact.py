@@ -1,8 +1,9 @@
 """Exact money on every engine, and the step from a large frame to a small one.
 
 Polars rounds a product of decimals to the larger scale of the two, and Narwhals cannot cast to a decimal on Dask.
-Whole numbers behave alike everywhere, are exact and are twice as fast: questions compute with cents and percents,
-and turn the few numbers that are left at the end into decimals.
+Whole numbers behave alike everywhere, are exact and several times as fast. So a question is given every decimal as a
+whole number of hundredths: prices, balances and quantities in cents, discounts and taxes in percents. It turns the
+few numbers that are left at the end into decimals.
 """
 
 from decimal import Decimal
@@ -10,14 +11,14 @@ from decimal import Decimal
 import narwhals as nw
 
 
-def cents(column: str) -> nw.Expr:
-    """A decimal(15,2) column as a whole number of hundredths."""
-    return (nw.col(column) * 100).cast(nw.Int64)
+def cents(value: Decimal | float) -> int:
+    """A parameter as a whole number of hundredths."""
+    return int(Decimal(str(value)).scaleb(2).to_integral_exact())
 
 
 def revenue() -> nw.Expr:
     """l_extendedprice * (1 - l_discount) of a line item, in 1/10,000. The sum fits 64 bits up to scale 4,000."""
-    return cents("l_extendedprice") * (100 - cents("l_discount"))
+    return nw.col("l_extendedprice") * (100 - nw.col("l_discount"))
 
 
 def money(column: str, digits: int) -> nw.Expr:

@@ -8,7 +8,7 @@ from datetime import date, timedelta
 
 import narwhals as nw
 
-from pipeline.queries._exact import cents, gathered, money, revenue
+from pipeline.queries._exact import gathered, money, revenue
 
 TABLES = {
     "lineitem": [
@@ -30,11 +30,11 @@ def answer(lineitem, *, days: int = 90):
         .select(
             return_flag=nw.col("l_returnflag"),
             line_status=nw.col("l_linestatus"),
-            quantity=cents("l_quantity"),
-            list_price=cents("l_extendedprice"),
+            quantity=nw.col("l_quantity"),
+            list_price=nw.col("l_extendedprice"),
             revenue=revenue(),
-            tax=revenue() * cents("l_tax"),
-            discount=cents("l_discount"),
+            tax=revenue() * nw.col("l_tax"),
+            discount=nw.col("l_discount"),
         )
         .group_by("return_flag", "line_status")
         .agg(

@@ -5,7 +5,7 @@ Who sells a type of part for the least in a region? Of equal prices the supplier
 
 import narwhals as nw
 
-from pipeline.queries._exact import cents, gathered, money
+from pipeline.queries._exact import gathered, money
 
 TABLES = {
     "region": ["r_regionkey", "r_name"],
@@ -24,9 +24,9 @@ def answer(region, nation, supplier, part, partsupp):
     places = nation.join(region, left_on="n_regionkey", right_on="r_regionkey").select(
         "n_nationkey", "n_name", "r_name"
     )
-    suppliers = supplier.select("s_suppkey", "s_name", "s_nationkey", balance=cents("s_acctbal"))
+    suppliers = supplier.select("s_suppkey", "s_name", "s_nationkey", balance=nw.col("s_acctbal"))
     offers = (
-        partsupp.select("ps_partkey", "ps_suppkey", cost=cents("ps_supplycost"))
+        partsupp.select("ps_partkey", "ps_suppkey", cost=nw.col("ps_supplycost"))
         .join(part, left_on="ps_partkey", right_on="p_partkey")
         .join(supplier.select("s_suppkey", "s_nationkey"), left_on="ps_suppkey", right_on="s_suppkey")
         .join(nation.select("n_nationkey", "n_regionkey"), left_on="s_nationkey", right_on="n_nationkey")

@@ -1,0 +1,40 @@
+"""Top supplier
+
+Which supplier has brought the most revenue in a quarter? (TPC-H Q15)
+"""
+
+from datetime import date
+
+import narwhals as nw
+
+from pipeline.queries._dates import months_later
+from pipeline.queries._exact import gathered, money, revenue
+
+TABLES = {
+    "supplier": ["s_suppkey", "s_name", "s_address", "s_phone"],
+    "lineitem": ["l_suppkey", "l_extendedprice", "l_discount", "l_shipdate"],
+}
+
+
+def answer(supplier, lineitem, *, first_day: date = date(1996, 1, 1)):
+    """One row, more where several are equal: supplier_key, supplier, address, phone, revenue."""
+    per_supplier = (
+        lineitem.filter(nw.col("l_shipdate") >= first_day, nw.col("l_shipdate") < months_later(first_day, 3))
+        .select("l_suppkey", revenue=revenue())
+        .group_by("l_suppkey")
+        .agg(nw.col("revenue").sum())
+    )
+    revenues = gathered(per_supplier)
+    top = revenues.join(revenues.select(nw.col("revenue").max()), on="revenue")
+    return (
+        gathered(supplier)
+        .join(top, left_on="s_suppkey", right_on="l_suppkey")
+        .select(
+            supplier_key="s_suppkey",
+            supplier="s_name",
+            address="s_address",
+            phone="s_phone",
+            revenue=money("revenue", 4),
+        )
+        .sort("supplier_key")
+    )
