@@ -8,7 +8,6 @@ import inspect
 import io
 import json
 import pkgutil
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -16,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from pipeline.queries._engines import Window, by_dask, by_polars
 from storage import Root
 
 if TYPE_CHECKING:
-    import narwhals as nw
-
     from pipeline.lake import Snapshot
 
 
@@ -36,6 +34,7 @@ class Question:
     chart: Callable[[pl.DataFrame], Any] = field(repr=False)
     parameters: dict[str, Any]
     live: bool  # whether the answer depends on the moment it is asked for
+    window: Callable[..., Window] | None = field(repr=False)  # since when rows matter, by the same parameters
 
 
 def questions() -> list[Question]:
@@ -58,6 +57,7 @@ def _question(name: str) -> Question:
         chart=getattr(module, "chart", None),
         parameters={key: default for key, default in keywords.items() if key != "as_of"},
         live="as_of" in keywords,
+        window=getattr(module, "window", None),
     )
 
 
@@ -71,37 +71,10 @@ def ask(question: Question, snapshot: "Snapshot", *, dask: str | None = None, **
         raise TypeError(f"{question.name} has no parameter {', '.join(unknown)}; it has {list(question.parameters)}")
     if question.live:
         parameters["as_of"] = snapshot.as_of
+    window = question.window(**parameters) if question.window else {}
     if dask is None:
-        return _answer(question, _polars_frame, snapshot, parameters)
-
-    import distributed
-
-    with distributed.Client(dask):  # becomes the scheduler of everything computed inside
-        return _answer(question, _dask_frame, snapshot, parameters)
-
-
-def _answer(question: Question, frame: Callable[..., "nw.LazyFrame"], snapshot: "Snapshot", parameters: dict):
-    frames = {table: frame(snapshot, table, columns) for table, columns in question.tables.items()}
-    return question.answer(**frames, **parameters).collect("polars").to_native()
-
-
-def _polars_frame(snapshot: "Snapshot", table: str, columns: list[str]) -> "nw.LazyFrame":
-    import narwhals as nw
-
-    decimals = pl.selectors.decimal()
-    # in memory a decimal(15,2) is the whole number of its hundredths
-    return nw.from_native(snapshot.frame(table, columns).with_columns(decimals.to_physical().cast(pl.Int64)))
-
-
-def _dask_frame(snapshot: "Snapshot", table: str, columns: list[str]) -> "nw.LazyFrame":
-    import dask.dataframe as dd
-    import narwhals as nw
-
-    # Dask cannot compare date32 with a timestamp; questions compare it with a date, which works
-    frame = dd.read_parquet(snapshot.files(table), columns=columns)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Dask support is moving out of Narwhals", FutureWarning)
-        return nw.from_native(frame)
+        return by_polars(question.answer, snapshot, question.tables, window, parameters)
+    return by_dask(dask, question.answer, snapshot, question.tables, window, parameters)
 
 
 def save(
