@@ -1,14 +1,19 @@
 """Business questions: one file each in this folder, written once and answered by Polars or by Dask.
 
-A question's file holds its title and text (the docstring), the tables and columns it reads (`TABLES`), `answer`, a pure
-function from Narwhals frames to a Narwhals frame, and `chart`. A file that is added here is found by itself.
+A question's file holds its title and text (the docstring), the tables and columns it reads (`TABLES`) and `answer`, a
+pure function from Narwhals frames to a Narwhals frame, whose keyword arguments are the question's parameters. A file
+that is added here is found by itself. It may also hold
+
+- `chart`: a function from the answer to a plot,
+- `FIGURE`: the answer's column that is followed over time,
+- `window`: since when rows matter, by the question's parameters and `as_of`; older ones are not read.
 """
 
 import inspect
-import io
-import json
+import logging
 import pkgutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -16,10 +21,15 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from pipeline.queries._engines import Window, by_dask, by_polars
-from storage import Root
+from pipeline.queries._results import changes, current, figure, history, save
 
 if TYPE_CHECKING:
     from pipeline.lake import Snapshot
+
+__all__ = ["Answer", "Question", "ask", "ask_all", "changes", "current", "figure", "history", "overview"]
+__all__ += ["questions", "save"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,11 +40,27 @@ class Question:
     title: str
     text: str
     tables: dict[str, list[str]]
-    answer: Callable[..., Any] = field(repr=False)
-    chart: Callable[[pl.DataFrame], Any] = field(repr=False)
     parameters: dict[str, Any]
     live: bool  # whether the answer depends on the moment it is asked for
-    window: Callable[..., Window] | None = field(repr=False)  # since when rows matter, by the same parameters
+    figure: str | None
+    answer: Callable[..., Any] = field(repr=False)
+    chart: Callable[[pl.DataFrame], Any] | None = field(repr=False)
+    window: Callable[..., Window] | None = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What came of asking a question: a frame, or None and the problem in words."""
+
+    question: Question
+    frame: pl.DataFrame | None
+    problem: str
+    seconds: float
+
+    @property
+    def drawn(self) -> bool:
+        """Whether there is something to draw."""
+        return bool(self.question.chart and self.frame is not None and self.frame.height)
 
 
 def questions() -> list[Question]:
@@ -53,10 +79,11 @@ def _question(name: str) -> Question:
         title=title,
         text=" ".join(text.split()),
         tables=module.TABLES,
-        answer=module.answer,
-        chart=getattr(module, "chart", None),
         parameters={key: default for key, default in keywords.items() if key != "as_of"},
         live="as_of" in keywords,
+        figure=getattr(module, "FIGURE", None),
+        answer=module.answer,
+        chart=getattr(module, "chart", None),
         window=getattr(module, "window", None),
     )
 
@@ -77,41 +104,24 @@ def ask(question: Question, snapshot: "Snapshot", *, dask: str | None = None, **
     return by_dask(dask, question.answer, snapshot, question.tables, window, parameters)
 
 
-def save(
-    root: str,
-    result: pl.DataFrame,
-    question: Question,
-    snapshot: "Snapshot",
-    run_id: str,
-    parameters: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write an answer, then make it the current one; returns the pointer.
-
-    `parameters`: those that `ask` was given. What made the answer stands in the Parquet file as well.
-    """
-    place = Root.at(root)
-    pointer = {
-        "question": question.name,
-        "title": question.title,
-        "file": f"results/{question.name}/{run_id}.parquet",
-        "rows": result.height,
-        "batch": snapshot.batch,
-        "as_of": snapshot.as_of.isoformat(),
-        "run_id": run_id,
-        "parameters": question.parameters | (parameters or {}),
-    }
-    buffer = io.BytesIO()
-    metadata = {
-        key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in pointer.items()
-    }
-    result.write_parquet(buffer, metadata=metadata)
-    place.write(pointer["file"], buffer.getvalue())
-    place.write(f"results/{question.name}/current.json", json.dumps(pointer, default=str, indent=1).encode())
-    return pointer
+def ask_all(asked: Iterable[Question], snapshot: "Snapshot", *, dask: str | None = None) -> list[Answer]:
+    """Every question's answer, one after the other; one that fails is told, and the next is asked."""
+    answers = []
+    for question in asked:
+        began, frame, problem = time.perf_counter(), None, ""
+        try:
+            frame = ask(question, snapshot, dask=dask)
+        except Exception as error:
+            log.exception("%s failed", question.name)
+            problem = f"{type(error).__name__}: {error}"
+        answers.append(Answer(question, frame, problem, time.perf_counter() - began))
+    return answers
 
 
-def current(root: str, question: str) -> tuple[dict[str, Any], pl.DataFrame]:
-    """The pointer to a question's current answer, and the answer. Raises FileNotFoundError before the first."""
-    place = Root.at(root)
-    pointer = json.loads(place.read(f"results/{question}/current.json"))
-    return pointer, pl.read_parquet(place.read(pointer["file"]))
+def overview(answers: list[Answer]) -> pl.DataFrame:
+    """One row a question: question, title, rows (null without an answer), seconds, problem."""
+    lines = [
+        (a.question.name, a.question.title, None if a.frame is None else a.frame.height, a.seconds, a.problem)
+        for a in answers
+    ]
+    return pl.DataFrame(lines, schema=["question", "title", "rows", "seconds", "problem"], orient="row")

@@ -21,6 +21,7 @@ TABLES = {
         "l_tax",
     ],
 }
+FIGURE = "charge"
 
 
 def answer(lineitem, *, days: int = 90):

@@ -15,6 +15,7 @@ TABLES = {
     "orders": ["o_orderkey", "o_custkey", "o_orderdate", "o_shippriority"],
     "lineitem": ["l_orderkey", "l_extendedprice", "l_discount", "l_shipdate"],
 }
+FIGURE = "revenue"
 
 
 def answer(customer, orders, lineitem, *, segment: str = "BUILDING", day: date = date(1995, 3, 15)):

@@ -14,6 +14,7 @@ TABLES = {
     "orders": ["o_orderkey", "o_orderdate", "o_orderpriority"],
     "lineitem": ["l_orderkey", "l_commitdate", "l_receiptdate"],
 }
+FIGURE = "orders"
 
 
 def answer(orders, lineitem, *, first_day: date = date(1993, 7, 1)):

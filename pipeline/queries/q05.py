@@ -18,6 +18,7 @@ TABLES = {
     "orders": ["o_orderkey", "o_custkey", "o_orderdate"],
     "lineitem": ["l_orderkey", "l_suppkey", "l_extendedprice", "l_discount"],
 }
+FIGURE = "revenue"
 
 
 def answer(

@@ -15,6 +15,7 @@ from pipeline.queries._exact import cents, gathered, money
 TABLES = {
     "lineitem": ["l_shipdate", "l_discount", "l_quantity", "l_extendedprice"],
 }
+FIGURE = "revenue"
 
 
 def answer(lineitem, *, first_day: date = date(1994, 1, 1), discount: Decimal = Decimal("0.06"), quantity: int = 24):

@@ -17,6 +17,7 @@ TABLES = {
     "orders": ["o_orderkey", "o_custkey"],
     "lineitem": ["l_orderkey", "l_suppkey", "l_extendedprice", "l_discount", "l_shipdate"],
 }
+FIGURE = "revenue"
 
 
 def answer(nation, supplier, customer, orders, lineitem, *, one_nation: str = "FRANCE", other_nation: str = "GERMANY"):

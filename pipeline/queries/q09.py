@@ -15,6 +15,7 @@ TABLES = {
     "orders": ["o_orderkey", "o_orderdate"],
     "lineitem": ["l_orderkey", "l_partkey", "l_suppkey", "l_quantity", "l_extendedprice", "l_discount"],
 }
+FIGURE = "profit"
 
 
 def answer(nation, supplier, part, partsupp, orders, lineitem, *, color: str = "green"):

@@ -17,6 +17,7 @@ TABLES = {
     "orders": ["o_orderkey", "o_custkey", "o_orderdate"],
     "lineitem": ["l_orderkey", "l_extendedprice", "l_discount", "l_returnflag"],
 }
+FIGURE = "revenue"
 
 
 def answer(nation, customer, orders, lineitem, *, first_day: date = date(1993, 10, 1)):

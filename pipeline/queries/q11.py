@@ -14,6 +14,7 @@ TABLES = {
     "supplier": ["s_suppkey", "s_nationkey"],
     "partsupp": ["ps_partkey", "ps_suppkey", "ps_availqty", "ps_supplycost"],
 }
+FIGURE = "value"
 
 
 def answer(nation, supplier, partsupp, *, nation_name: str = "GERMANY", fraction: Decimal = Decimal("0.0001")):

@@ -15,6 +15,7 @@ TABLES = {
     "orders": ["o_orderkey", "o_orderpriority"],
     "lineitem": ["l_orderkey", "l_shipmode", "l_shipdate", "l_commitdate", "l_receiptdate"],
 }
+FIGURE = "urgent"
 
 
 def answer(orders, lineitem, *, one_mode: str = "MAIL", other_mode: str = "SHIP", first_day: date = date(1994, 1, 1)):

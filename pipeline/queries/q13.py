@@ -13,6 +13,7 @@ TABLES = {
     "customer": ["c_custkey"],
     "orders": ["o_custkey", "o_comment"],
 }
+FIGURE = "customers"
 
 
 def answer(customer, orders, *, word: str = "special", later_word: str = "requests"):

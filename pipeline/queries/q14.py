@@ -14,10 +14,11 @@ TABLES = {
     "part": ["p_partkey", "p_type"],
     "lineitem": ["l_partkey", "l_extendedprice", "l_discount", "l_shipdate"],
 }
+FIGURE = "promotion_percent"
 
 
 def answer(part, lineitem, *, first_day: date = date(1995, 9, 1)):
-    """One row: promotion_percent, a float."""
+    """One row: promotion_percent, a float; null when nothing was sold."""
     sold = lineitem.filter(nw.col("l_shipdate") >= first_day, nw.col("l_shipdate") < months_later(first_day, 1)).select(
         "l_partkey", revenue=revenue()
     )
@@ -27,4 +28,6 @@ def answer(part, lineitem, *, first_day: date = date(1995, 9, 1)):
         .select("revenue", promotion=nw.col("revenue") * nw.col("promoted"))
         .select(nw.col("revenue").sum(), nw.col("promotion").sum())
     )
-    return gathered(sums).select(promotion_percent=100 * nw.col("promotion") / nw.col("revenue"))
+    return gathered(sums).select(
+        promotion_percent=nw.when(nw.col("revenue") > 0).then(100 * nw.col("promotion") / nw.col("revenue"))
+    )

@@ -14,6 +14,7 @@ TABLES = {
     "supplier": ["s_suppkey", "s_name", "s_address", "s_phone"],
     "lineitem": ["l_suppkey", "l_extendedprice", "l_discount", "l_shipdate"],
 }
+FIGURE = "revenue"
 
 
 def answer(supplier, lineitem, *, first_day: date = date(1996, 1, 1)):

@@ -12,6 +12,7 @@ TABLES = {
     "part": ["p_partkey", "p_brand", "p_container"],
     "lineitem": ["l_partkey", "l_quantity", "l_extendedprice"],
 }
+FIGURE = "revenue_per_year"
 YEARS = 7  # that the data spans
 
 

@@ -13,6 +13,7 @@ TABLES = {
     "orders": ["o_orderkey", "o_custkey", "o_orderdate", "o_totalprice"],
     "lineitem": ["l_orderkey", "l_quantity"],
 }
+FIGURE = "total_price"
 
 
 def answer(customer, orders, lineitem, *, quantity: int = 300):

@@ -12,6 +12,7 @@ TABLES = {
     "part": ["p_partkey", "p_brand", "p_size", "p_container"],
     "lineitem": ["l_partkey", "l_quantity", "l_extendedprice", "l_discount", "l_shipinstruct", "l_shipmode"],
 }
+FIGURE = "revenue"
 KINDS = ("CASE", "BOX", "PACK", "PKG"), ("BAG", "BOX", "PKG", "PACK"), ("CASE", "BOX", "PACK", "PKG")
 
 

@@ -14,6 +14,7 @@ TABLES = {
     "orders": ["o_orderkey", "o_orderstatus"],
     "lineitem": ["l_orderkey", "l_suppkey", "l_commitdate", "l_receiptdate"],
 }
+FIGURE = "waiting"
 
 
 def answer(nation, supplier, orders, lineitem, *, nation_name: str = "SAUDI ARABIA"):
@@ -60,3 +61,10 @@ def answer(nation, supplier, orders, lineitem, *, nation_name: str = "SAUDI ARAB
         .sort("waiting", "supplier", descending=[True, False])
         .head(100)
     )
+
+
+def chart(result):
+    from pipeline.charts import plot
+
+    title = "Line items that kept orders waiting, by supplier"
+    return plot(result.head(20).reverse()).barh(x="supplier", y="waiting", title=title, xlabel="", ylabel="line items")

@@ -12,6 +12,7 @@ TABLES = {
     "customer": ["c_custkey", "c_phone", "c_acctbal"],
     "orders": ["o_custkey"],
 }
+FIGURE = "account_balance"
 CODES = ("13", "31", "23", "29", "30", "18", "17")
 
 

@@ -13,6 +13,12 @@ TABLES = {
     "orders": ["o_orderkey", "o_order_time"],
     "lineitem": ["l_orderkey", "l_ship_time", "l_extendedprice", "l_discount"],
 }
+FIGURE = "revenue"
+
+
+def window(*, as_of: datetime, minutes: int = 60):
+    """Nothing ships before it is ordered."""
+    return {"lineitem": ("l_ship_time", _span(as_of, minutes)[0])}
 
 
 def answer(orders, lineitem, *, as_of: datetime, minutes: int = 60):
@@ -22,13 +28,10 @@ def answer(orders, lineitem, *, as_of: datetime, minutes: int = 60):
     """
     import polars as pl
 
-    # orders come many a second: a minute whose last second has one is whole
-    end = (as_of + timedelta(seconds=1)).replace(second=0, microsecond=0)
-    start = end - timedelta(minutes=minutes)
+    start, end = _span(as_of, minutes)
     placed = orders.filter(nw.col("o_order_time") >= start, nw.col("o_order_time") < end)
     per_order = (
-        lineitem.filter(nw.col("l_ship_time") >= start)  # nothing ships before it is ordered: prunes files
-        .select("l_orderkey", revenue=revenue())
+        lineitem.select("l_orderkey", revenue=revenue())
         .join(placed, left_on="l_orderkey", right_on="o_orderkey")
         .group_by("l_orderkey", "o_order_time")
         .agg(nw.col("revenue").sum())
@@ -59,6 +62,13 @@ def answer(orders, lineitem, *, as_of: datetime, minutes: int = 60):
         .with_columns(revenue=money("revenue", 4))
         .sort("minute", descending=True)
     )
+
+
+def _span(as_of: datetime, minutes: int) -> tuple[datetime, datetime]:
+    """Where the whole minutes begin and end."""
+    # orders come many a second: a minute whose last second has one is whole
+    end = (as_of + timedelta(seconds=1)).replace(second=0, microsecond=0)
+    return end - timedelta(minutes=minutes), end
 
 
 def chart(result):

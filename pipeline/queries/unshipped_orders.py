@@ -14,7 +14,12 @@ TABLES = {
     "orders": ["o_orderkey", "o_custkey", "o_order_time", "o_orderpriority"],
     "lineitem": ["l_orderkey", "l_ship_time", "l_extendedprice", "l_discount"],
 }
+FIGURE = "revenue"
 SEGMENTS = ("AUTOMOBILE", "BUILDING", "FURNITURE", "HOUSEHOLD", "MACHINERY")  # TPC-H clause 4.2.2.13
+
+
+def window(*, as_of: datetime, top: int = 50):
+    return {"lineitem": ("l_ship_time", as_of)}
 
 
 def answer(customer, orders, lineitem, *, as_of: datetime, top: int = 50):
