@@ -150,12 +150,14 @@ LITERALS: dict[int, Callable[..., dict[str, str]]] = {
     3: lambda segment, day: {"BUILDING": segment, "1995-03-15": str(day)},
     4: lambda first_day: _span("1993-07-01", "1993-10-01", first_day, 3),
     5: lambda region_name, first_day: {"ASIA": region_name} | _span("1994-01-01", "1995-01-01", first_day, 12),
-    6: lambda first_day, discount, quantity: {
-        "BETWEEN 0.05": f"BETWEEN {discount - Decimal('0.01')}",
-        "AND 0.07": f"AND {discount + Decimal('0.01')}",
-        "l_quantity < 24": f"l_quantity < {quantity}",
-    }
-    | _span("1994-01-01", "1995-01-01", first_day, 12),
+    6: lambda first_day, discount, quantity: (
+        {
+            "BETWEEN 0.05": f"BETWEEN {discount - Decimal('0.01')}",
+            "AND 0.07": f"AND {discount + Decimal('0.01')}",
+            "l_quantity < 24": f"l_quantity < {quantity}",
+        }
+        | _span("1994-01-01", "1995-01-01", first_day, 12)
+    ),
     7: lambda one_nation, other_nation: {"FRANCE": one_nation, "GERMANY": other_nation},
     8: lambda nation_name, region_name, part_type: {
         "BRAZIL": nation_name,
@@ -165,8 +167,9 @@ LITERALS: dict[int, Callable[..., dict[str, str]]] = {
     9: lambda color: {"green": color},
     10: lambda first_day: _span("1993-10-01", "1994-01-01", first_day, 3),
     11: lambda nation_name, fraction: {"GERMANY": nation_name, "0.0001000000": str(fraction)},
-    12: lambda one_mode, other_mode, first_day: {"MAIL": one_mode, "'SHIP'": f"'{other_mode}'"}
-    | _span("1994-01-01", "1995-01-01", first_day, 12),
+    12: lambda one_mode, other_mode, first_day: (
+        {"MAIL": one_mode, "'SHIP'": f"'{other_mode}'"} | _span("1994-01-01", "1995-01-01", first_day, 12)
+    ),
     13: lambda word, later_word: {"special": word, "requests": later_word},
     14: lambda first_day: _span("1995-09-01", "1995-10-01", first_day, 1),
     15: lambda first_day: _span("1996-01-01", "1996-04-01", first_day, 3),
@@ -188,8 +191,9 @@ LITERALS: dict[int, Callable[..., dict[str, str]]] = {
         ">= 20\n": f">= {large_quantity}\n",
         "<= 20 + 10": f"<= {large_quantity} + 10",
     },
-    20: lambda color, first_day, nation_name: {"forest": color, "CANADA": nation_name}
-    | _span("1994-01-01", "1995-01-01", first_day, 12),
+    20: lambda color, first_day, nation_name: (
+        {"forest": color, "CANADA": nation_name} | _span("1994-01-01", "1995-01-01", first_day, 12)
+    ),
     21: lambda nation_name: {"SAUDI ARABIA": nation_name},
     22: lambda codes: {"'13', '31', '23', '29', '30', '18', '17'": _list(codes)},
 }

@@ -9,7 +9,7 @@ if not __package__:  # run as a folder: then that is where imports begin
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import typer  # noqa: E402
-from faults import endings, loads, month, replay_scenarios, under_prefect, untrusted  # noqa: E402
+from faults import answers, endings, loads, month, replay_scenarios, under_prefect, untrusted  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -29,6 +29,8 @@ SCENARIOS = [
     ("month", month.swept, 30, 1, "days of runs"),
     ("replays", replay_scenarios.replays_equal, 20, 2, "runs of query"),
     ("whence", replay_scenarios.whence_right, 20, 2, "runs of preprocess"),
+    ("draws", answers.draws, 200, 3, "draws of parameters for each of TPC-H's questions"),
+    ("scale", answers.at_scale, 100, 1, "hundredths of TPC-H's scale 1 through the pipeline, Polars and Dask"),
     ("cancelled", under_prefect.cancelled, 20, 2, "runs, cancelled in Prefect"),
     ("up", under_prefect.whence_after_up, 10, 1, "minutes, then whence"),
 ]

@@ -1,0 +1,129 @@
+"""TPC-H's questions have TPC-H's answers: with any parameters, at any scale, on Polars and on Dask.
+
+Each function takes how many and a seed, says in figures what held, and raises AssertionError otherwise.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+
+import duckdb
+import hypothesis
+from support import AT, ingest_all
+from tpch_sql import PARAMETERS, QUESTIONS, connect, tpch, unlike
+
+from pipeline import lake, queries, source
+from runner import compute, params
+from storage import PROJECT, Root
+
+# TPC-H specification 3.0.1, clause 2.4: what the validation output begins with at scale 1
+VALIDATION = {
+    "q06": [{"revenue": Decimal("123141078.23")}],
+    "q13": [{"orders": 0, "customers": 50005}, {"orders": 9, "customers": 6641}],
+    "q14": [{"promotion_percent": 16.38}],
+    "q15": [{"supplier_key": 8449, "address": "Wp34zim9qYFbVctdW", "revenue": Decimal("1772627.21")}],
+}
+
+
+def draws(n: int, seed: int) -> str:
+    """Each of the 22 with `n` draws of its parameters, over scale 0.01; fewer where there are not so many."""
+    with tempfile.TemporaryDirectory(prefix="draws-") as folder:
+        snapshot, connection = one_tick(Path(folder), 0.01)
+        known = {question.name: question for question in queries.questions()}
+        asked, told = 0, 0
+        for number, strategy in PARAMETERS.items():
+
+            @hypothesis.seed(seed)
+            @hypothesis.settings(max_examples=n, deadline=None, database=None)
+            @hypothesis.given(strategy)
+            def equal(parameters, number=number):
+                nonlocal asked, told
+                expected = tpch(connection, number, **parameters)
+                answer = queries.ask(known[f"q{number:02}"], snapshot, **parameters)
+                assert not (found := unlike(answer, expected)), f"q{number:02} {parameters}: {found}"
+                asked, told = asked + 1, told + bool(expected)
+
+            equal()
+    return f"{asked} answers of {len(PARAMETERS)} questions equal DuckDB's, {told} of them with rows"
+
+
+def at_scale(hundredths: int, seed: int) -> str:
+    """TPC-H at that scale through the pipeline; every answer held against SQL, by Polars and by two Dask workers."""
+    scale = hundredths / 100
+    project = params.load(PROJECT, "full", [f"generate.scale={scale}"])
+    with tempfile.TemporaryDirectory(prefix="scale-") as folder:
+        environment, seconds = replace(project.environment, root=f"{folder}/root"), {}
+        for name in ("generate", "preprocess", "compact", "query"):
+            record = compute.run_stage(project.stages[name], environment, scheduled_for=datetime.fromisoformat(AT))
+            assert record.state == "ok", f"{name}: {record.reason}"
+            seconds[name] = round(record.seconds)
+        connection = connect(generated(Path(folder), scale), placed=_origin(environment.root))
+        _compare(environment.root, connection)
+        if hundredths == 100:
+            _validate(environment.root)
+        with _small_cluster() as address:
+            query = replace(project.stages["query"], dask={"address": address})
+            record = compute.run_stage(query, environment)
+        assert record.state == "ok", record.reason
+        seconds["query on Dask"] = round(record.seconds)
+        return (
+            f"scale {scale}: {_compare(environment.root, connection)} answers of each engine equal SQL's, s: {seconds}"
+        )
+
+
+def one_tick(folder: Path, scale: float) -> tuple[lake.Snapshot, duckdb.DuckDBPyConnection]:
+    """A lake that one tick filled, and DuckDB over the Parquet files of the same data."""
+    stream = source.Stream(scale, 1, "2026-03-01T12:00:00+00:00")
+    source.land(f"{folder}/root", stream, source.make_ticks(stream, range(1)))
+    ingest_all(f"{folder}/root")
+    return lake.snapshot(f"{folder}/root"), connect(generated(folder, scale), placed=_origin(f"{folder}/root"))
+
+
+def generated(folder: Path, scale: float) -> Path:
+    """tpchgen's own Parquet."""
+    command = [Path(sys.executable).with_name("tpchgen-cli"), "parquet", "--quiet", f"--scale-factor={scale}"]
+    subprocess.run([*command, f"--output-dir={folder}/tpchgen"], check=True)
+    return folder / "tpchgen"
+
+
+def _origin(root: str) -> datetime:
+    """When the first tick's orders begin."""
+    return datetime.fromisoformat(json.loads(Root.at(root).read(source.DESCRIPTION))["origin"]) - timedelta(seconds=30)
+
+
+def _compare(root: str, connection: duckdb.DuckDBPyConnection) -> int:
+    """How many current answers there are; each is what SQL says."""
+    as_of = lake.snapshot(root).as_of
+    for name, expected in QUESTIONS.items():
+        _, answer = queries.current(root, name)
+        assert not (found := unlike(answer, expected(connection, as_of))), f"{name}: {found}"
+    return len(QUESTIONS)
+
+
+def _validate(root: str) -> None:
+    for name, rows in VALIDATION.items():
+        _, answer = queries.current(root, name)
+        for wanted, row in zip(rows, answer.to_dicts(), strict=False):
+            for column, value in wanted.items():
+                got = row[column] if isinstance(value, str | int) else round(row[column], 2)
+                assert got == value, f"{name}: {column} is {row[column]}, not {value}"
+
+
+@contextmanager
+def _small_cluster() -> Iterator[str]:
+    """Two workers of 4 GB; every one of them is alive at the end."""
+    from distributed import LocalCluster
+
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, memory_limit="4GB", host="127.0.0.1", dashboard_address=None
+    ) as cluster:
+        before = set(cluster.scheduler.workers)
+        yield cluster.scheduler_address
+        assert set(cluster.scheduler.workers) == before, "a worker was lost"
