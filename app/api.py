@@ -151,7 +151,7 @@ class Answer(QuestionInfo):
     )
 
 
-State = Literal["ok", "noop", "check_failed", "failed", "timed_out", "killed", "cancelled"]
+State = Literal[runs.STATES]
 
 
 class Run(BaseModel):

@@ -27,6 +27,7 @@ JSON_COLUMNS = (
     *("provenance", "cells", "receipt"),
 )
 TIME_COLUMNS = ("scheduled_for", "started_at", "ended_at")
+STATES = ("ok", "noop", "check_failed", "failed", "timed_out", "killed", "cancelled")  # a run ends in one of them
 COMPLETE = "run.json"  # of a report's files the last to come and the first to go
 LISTED = ("run_id", "stage", "state", "reason", *TIME_COLUMNS, "seconds", "attempt", "report")
 
@@ -106,13 +107,14 @@ def append(root: Root, record: Any) -> None:
 def list(
     root: Root,
     stage: str | None = None,
-    state: str | None = None,
+    state: str | Sequence[str] | None = None,
     since: datetime.datetime | str | None = None,
     until: datetime.datetime | str | None = None,
     limit: int = 50,
 ) -> list[dict]:
     """The last runs that started at `since` or later and before `until` (ISO text or times; UTC unless they say).
 
+    `state`: one, or any of several.
     Newest first: run_id, stage, state, reason, times, seconds, attempt, report, and `kept`: whether it is there.
     """
     return _newest(root, LISTED, limit, stage, state, since, until)
@@ -172,13 +174,15 @@ def scan(root: Root) -> Any:
 
 
 def _newest(
-    root: Root, columns: tuple, limit: int, stage: str | None, state: str | None, since: Any, until: Any
+    root: Root, columns: tuple, limit: int, stage: str | None, state: Any, since: Any, until: Any
 ) -> Sequence[dict]:
     import polars as pl
 
     index, started = scan(root), pl.col("started_at")
-    wanted = {"stage": stage, "state": state}
-    index = index.filter(**{column: value for column, value in wanted.items() if value is not None})
+    if stage is not None:
+        index = index.filter(stage=stage)
+    if state is not None:
+        index = index.filter(pl.col("state").is_in([state] if isinstance(state, str) else state))
     if since is not None:
         index = index.filter(started >= _moment(since))
     if until is not None:

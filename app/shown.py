@@ -1,0 +1,159 @@
+"""What the dashboard's pages share: answers and runs as they are shown, cached by the pointers they come from."""
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pandas as pd
+import polars as pl
+import streamlit as st
+
+from app.settings import Settings
+from pipeline import charts, queries
+from runner import runs
+from storage import Root
+
+LOOK_S = 15  # between two looks at the root
+TABLE_PX = 213  # a head and five rows
+STATES = {  # of a run: colour of the badge and, dark enough to read, of the text; the others are bad
+    "ok": ("green", "#2e7d4f"),
+    "noop": ("gray", "#6b6b6b"),
+    "cancelled": ("orange", "#b3640f"),
+}
+BAD = ("red", "#b3352c")
+
+
+def published_root() -> Root:
+    """The root that ETL_ROOT names."""
+    return Root.at(Settings().root)
+
+
+def report_url(run_id: str) -> str:
+    """Where the API serves a run's report."""
+    return f"{Settings().api_url.rstrip('/')}/reports/{run_id}"
+
+
+@st.cache_data(max_entries=32, show_spinner=False)
+def answer(root_url: str, question: str, pointer: bytes) -> tuple[dict[str, Any], pl.DataFrame, Any]:
+    """A question's current pointer, rows and Plotly figure, None when there is nothing to draw.
+
+    `pointer`: its bytes, by which the cache knows it.
+    """
+    current, frame = queries.current(root_url, question)
+    chart = next(q.chart for q in queries.questions() if q.name == question)
+    return current, frame, charts.plotly(chart, frame) if chart and frame.height else None
+
+
+@st.cache_data(ttl=LOOK_S - 5, max_entries=8, show_spinner=False)
+def latest_runs(root_url: str) -> list[dict[str, Any]]:
+    """The last runs of all, newest first, and at least one of every stage that has a report."""
+    root = Root.at(root_url)
+    latest = runs.list(root, limit=200)
+    for stage in set(root.list("reports")) - {run["stage"] for run in latest}:
+        latest += runs.list(root, stage=stage, limit=1)
+    return latest
+
+
+def runs_table(shown: list[dict[str, Any]]) -> None:
+    """Runs, each with a link to its report while that is kept."""
+    table = pd.DataFrame(
+        {
+            "Stage": [run["stage"] for run in shown],
+            "State": [words(run["state"]) for run in shown],
+            "Started (UTC)": [datetime.fromisoformat(run["started_at"]) for run in shown],
+            "Seconds": [run["seconds"] for run in shown],
+            "Why": [run["reason"] or "" for run in shown],
+            "Report": [report_url(run["run_id"]) if run["kept"] else None for run in shown],
+        }
+    )
+    colours = {words(state): colour for state, (_, colour) in STATES.items()}
+    st.dataframe(
+        table.style.map(lambda state: f"color: {colours.get(state, BAD[1])}", subset=["State"]),
+        height="content",
+        hide_index=True,
+        column_config={
+            "Started (UTC)": st.column_config.DatetimeColumn(format="YYYY-MM-DD HH:mm:ss"),
+            "Seconds": st.column_config.NumberColumn(format="%,.1f", width="small"),
+            "Why": st.column_config.TextColumn(width="large"),
+            "Report": st.column_config.LinkColumn(display_text=r"([^/]+)$"),
+        },
+        key="runs",
+    )
+
+
+def answer_card(root: Root, question: queries.Question, rows_px: int | None = TABLE_PX) -> None:
+    """The chart and the table of a question's current answer, and the run they come from; all rows without `rows_px`.
+
+    What cannot be read is said in place of them.
+    """
+    try:
+        current, frame, figure = answer(root.url, question.name, root.read(pointer(question)))
+    except (OSError, ValueError, KeyError, pl.exceptions.PolarsError) as error:
+        st.warning(f"The answer cannot be read: {error}")
+        return
+    asked_with = [f"`{words(name)}: {value}`" for name, value in current["parameters"].items()]
+    st.caption(" ".join([question.text, *asked_with]))
+    if figure:
+        draw(figure, question.name)
+    table(frame, {name: column(name, dtype) for name, dtype in frame.schema.items()}, question.name, rows_px)
+    as_of = datetime.fromisoformat(current["as_of"])
+    st.caption(
+        f"{current['rows']:,} rows, batch {current['batch']:,}, up to {as_of:%Y-%m-%d %H:%M:%S} UTC, "
+        f"by [{current['run_id']}]({report_url(current['run_id'])})"
+    )
+
+
+def draw(figure: Any, name: str) -> None:
+    """A Plotly figure; `name` is its key on the page."""
+    st.plotly_chart(figure, theme=None, config={"displayModeBar": False}, key=f"chart-{name}")
+
+
+def table(frame: pl.DataFrame, columns: dict[str, Any], name: str, rows_px: int | None = TABLE_PX) -> None:
+    """A frame; `columns` as in Streamlit's column_config, `name` is its key on the page."""
+    height = 38 + 35 * frame.height
+    st.dataframe(
+        frame.with_columns(pl.selectors.decimal().cast(pl.Float64)),
+        height=min(rows_px or height, height),
+        hide_index=True,
+        column_config=columns,
+        key=f"table-{name}",
+    )
+
+
+def column(name: str, dtype: pl.DataType) -> Any:
+    """How a column of an answer is shown: a human name, thousands apart, two decimals, keys as they are."""
+    label = words(name).capitalize()
+    if dtype.is_integer():
+        return st.column_config.NumberColumn(label, format="%d" if name.endswith("_key") else "%,d")
+    if dtype.is_numeric():
+        return st.column_config.NumberColumn(label, format="%,.2f")
+    if dtype.is_temporal():
+        return st.column_config.DatetimeColumn(f"{label} (UTC)", format="MM-DD HH:mm:ss")
+    return st.column_config.TextColumn(label)
+
+
+def pointer(question: queries.Question) -> str:
+    """Where the pointer to its current answer is, under the root."""
+    return f"results/{question.name}/current.json"
+
+
+def read_json(root: Root, rel: str) -> dict[str, Any] | None:
+    """What is there; None when nothing is."""
+    try:
+        return json.loads(root.read(rel))
+    except FileNotFoundError:
+        return None
+
+
+def words(name: str) -> str:
+    """A name as people write it."""
+    return name.replace("_", " ")
+
+
+def ago(moment: datetime) -> str:
+    """ "12 s ago", "3 min ago", "5 h ago", "2 days ago"."""
+    seconds = max((datetime.now(UTC) - moment).total_seconds(), 0)
+    for unit, length_s in (("days", 172_800), ("h", 7200), ("min", 120)):
+        if seconds >= length_s:
+            return f"{seconds // {'days': 86_400, 'h': 3600, 'min': 60}[unit]:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"

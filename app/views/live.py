@@ -1,0 +1,177 @@
+"""The live page: what runs, how new the data is, the questions of the moment, the model."""
+
+import math
+from datetime import UTC, datetime
+from typing import Any
+
+import polars as pl
+import streamlit as st
+
+from app import shown
+from pipeline import charts, lake, model, queries
+from runner import journal
+from storage import Root
+
+FOLLOW_S = 2  # between two looks at the runs under way
+LINES = 12  # of a run's output, the last
+LATE_S, STALE_S = 300, 3600  # age of the data; preprocess runs every minute
+RUNS = 20  # in the table
+
+
+def page() -> None:
+    """All of it."""
+    st.title("TPC-H, live", anchor=False)
+    under_way()
+    published()
+
+
+@st.fragment(run_every=FOLLOW_S)
+def under_way() -> None:
+    """The runs of this root that are at work on this machine, as their journals tell."""
+    root = shown.published_root()
+    at_work = [run for run in journal.live() if run["root"] == root.url]
+    if not at_work:
+        st.caption("No stage is running right now.")
+    for run in at_work:
+        taken_s = (datetime.now(UTC) - datetime.fromisoformat(run["started_at"])).total_seconds()
+        memory = f", {run['rss_mb']:,.0f} MB" if run["rss_mb"] else ""
+        with st.expander(f"**{run['stage']}** runs: {run['heading'] or 'its kernel starts'}, {taken_s:.0f} s{memory}"):
+            st.code(_last_lines(run["run_id"]) or "nothing printed yet", language=None)
+
+
+@st.fragment(run_every=shown.LOOK_S)
+def published() -> None:
+    """What is published; runs again by itself."""
+    root = shown.published_root()
+    published_model = shown.read_json(root, model.CURRENT)
+    try:
+        freshness(lake.snapshot(root), published_model)
+    except lake.NothingPublished:
+        st.info(
+            f"Nothing is published yet under {root.url}. `python orchestrate.py run all` makes one pass over all "
+            "stages, `make up` keeps them running. This page fills by itself."
+        )
+    latest = shown.latest_runs(root.url)
+    stage_states(latest)
+    live = [question for question in queries.questions() if question.live]
+    cards = [(question_card, (root, question)) for question in live if root.exists(shown.pointer(question))]
+    if missing := len(live) - len(cards):
+        st.caption(f"{missing} of {len(live)} live questions have no answer yet: `query` gives them.")
+    if published_model:
+        cards.append((model_card, (published_model,)))
+    else:
+        st.caption("There is no model yet: `train` publishes one as soon as there are enough line items.")
+    for row in range(0, len(cards), 2):
+        for column, (card, arguments) in zip(st.columns(2), cards[row : row + 2], strict=False):
+            with column.container(border=True, height="stretch"):
+                card(*arguments)
+    if latest:
+        st.subheader("Last runs", anchor=False)
+        shown.runs_table(latest[:RUNS])
+    else:
+        st.caption("No stage has run yet.")
+
+
+def freshness(snapshot: lake.Snapshot, published_model: dict[str, Any] | None) -> None:
+    """A row of figures: how new, how much, how good."""
+    columns = iter(st.columns(6))
+
+    def figure(label: str, value: str, note: str, colour: str = "gray", explained: str | None = None) -> None:
+        next(columns).metric(
+            label, value, note, delta_color=colour, delta_arrow="off", help=explained, border=True, height="stretch"
+        )
+
+    age_s = (datetime.now(UTC) - snapshot.as_of).total_seconds()
+    figure(
+        "Data up to (UTC)",
+        f"{snapshot.as_of:%H:%M:%S}",
+        shown.ago(snapshot.as_of),
+        "green" if age_s < LATE_S else "orange" if age_s < STALE_S else "red",
+        f"The newest order was placed on {snapshot.as_of:%-d %B %Y}.",
+    )
+    rows = row_counts(snapshot.root, snapshot.versions)
+    figure("Batch", f"{snapshot.batch:,}", "in every table")
+    figure("Orders", f"{rows['orders']:,}", "in the lake")
+    figure("Line items", f"{rows['lineitem']:,}", "in the lake")
+    figure("Refused rows", f"{rows['quarantine']:,}", "in quarantine", "orange" if rows["quarantine"] else "gray")
+    if published_model:
+        metrics = published_model["metrics"]
+        figure("Model's log loss", f"{metrics['log_loss']:.4f}", f"best possible {metrics['best_log_loss']:.4f}")
+    else:
+        figure("Model's log loss", "–", "no model yet")
+
+
+def stage_states(latest: list[dict[str, Any]]) -> None:
+    """The state of each stage's last run, and how long ago it ended."""
+    with st.container(horizontal=True):
+        for run in sorted({run["stage"]: run for run in reversed(latest)}.values(), key=lambda run: run["stage"]):
+            ended_at = datetime.fromisoformat(run["ended_at"])
+            st.badge(
+                f"{run['stage']}: {shown.words(run['state'])}, {shown.ago(ended_at)}",
+                color=shown.STATES.get(run["state"], shown.BAD)[0],
+            )
+
+
+def question_card(root: Root, question: queries.Question) -> None:
+    """A question with its current answer."""
+    st.subheader(question.title, anchor=False)
+    shown.answer_card(root, question)
+
+
+def model_card(published: dict[str, Any]) -> None:
+    """The model's figures beside the best that any model can reach."""
+    metrics, run_id = published["metrics"], published["run_id"]
+    st.subheader("Late deliveries", anchor=False)
+    st.caption(
+        "Will a line item that ships now arrive after the day it was promised for? TPC-H draws the days on the road "
+        "evenly from 1 to 30, so the lowest log loss that any model can have is known."
+    )
+    shown.draw(loss_chart(metrics), "model")
+    figures = {
+        "Log loss above the best possible": f"{metrics['gap']:.5f}",
+        "Area under the ROC curve": f"{metrics['auc']:.4f}",
+        "Brier score": f"{metrics['brier']:.4f}",
+        "Share of line items that were late": f"{metrics['late_share']:.1%}",
+        "Line items it was judged by": f"{metrics['rows']:,}",
+    }
+    table = pl.DataFrame({"figure": list(figures), "value": list(figures.values())})
+    labels = {
+        "figure": st.column_config.TextColumn("On line items it has not seen", width="large"),
+        "value": st.column_config.TextColumn("", alignment="right"),
+    }
+    shown.table(table, labels, "model")
+    st.caption(f"Trained, and its calibration shown, by [{run_id}]({shown.report_url(run_id)})")
+
+
+@st.cache_data(max_entries=8, show_spinner=False)
+def loss_chart(metrics: dict[str, Any]) -> Any:
+    """The model's log loss between the best possible and that of always giving the share of late items."""
+    from pipeline.charts import plot
+
+    late, best, loss = metrics["late_share"], metrics["best_log_loss"], metrics["log_loss"]
+    guess = -late * math.log(late) - (1 - late) * math.log1p(-late)
+    losses = pl.DataFrame({"of": ["best possible", "the model", "the share as a guess"], "loss": [best, loss, guess]})
+
+    def chart(frame: pl.DataFrame) -> Any:
+        return plot(frame).barh(x="of", y="loss", title="Log loss on held-out line items", xlabel="", ylabel="log loss")
+
+    return charts.plotly(chart, losses)
+
+
+@st.cache_data(max_entries=32, show_spinner=False)
+def row_counts(root_url: str, versions: dict[str, int]) -> dict[str, int]:
+    """Rows of the tables that grow, from their logs; `versions` as in the published snapshot."""
+    place = Root.at(root_url)
+    growing = ("orders", "lineitem", "quarantine")
+    return {name: lake.file_stats(lake.open_table(place, name, versions[name]))[1] for name in growing}
+
+
+def _last_lines(run_id: str) -> str:
+    """The end of what a run has printed so far; nothing when it has ended in the meantime."""
+    try:
+        events = journal.read(journal.spool() / run_id / "journal.jsonl")
+    except OSError:
+        return ""
+    shown = (event["output"] for event in events if event["event"] == "output")
+    text = "".join(out.get("text") or out.get("data", {}).get("text/plain", "") + "\n" for out in shown)
+    return "\n".join(text.splitlines()[-LINES:])

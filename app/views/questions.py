@@ -1,0 +1,85 @@
+"""The questions page: one business question at a time, its answer whole, and how that changed from run to run."""
+
+from typing import Any
+
+import polars as pl
+import streamlit as st
+
+from app import shown
+from pipeline import charts, queries
+from storage import Root
+
+ASKED = "question"  # in the page's URL, so that an answer can be linked
+
+
+def page() -> None:
+    """One question, chosen by the reader or by the page's URL."""
+    st.title("Business questions", anchor=False)
+    asked = {q.name: q for q in sorted(queries.questions(), key=lambda question: not question.live)}
+    linked = st.query_params.get(ASKED)
+    name = st.selectbox(
+        "Question",
+        list(asked),
+        index=list(asked).index(linked) if linked in asked else 0,
+        format_func=lambda name: f"{asked[name].title}  ·  {name}",
+        label_visibility="collapsed",
+    )
+    st.query_params[ASKED] = name
+    answered(asked[name])
+
+
+@st.fragment(run_every=shown.LOOK_S)
+def answered(question: queries.Question) -> None:
+    """All about a question; runs again by itself."""
+    root = shown.published_root()
+    if not root.exists(shown.pointer(question)):
+        st.caption(question.text)
+        st.info("There is no answer yet: the next run of `query` gives it.")
+        return
+    answer, past = st.columns([3, 2])
+    with answer.container(border=True):
+        shown.answer_card(root, question, rows_px=None)
+    with past.container(border=True):
+        over_time(root, question)
+        read_from(question)
+
+
+def over_time(root: Root, question: queries.Question) -> None:
+    """The figure that stands for the answer, run by run: those that were asked with the same parameters."""
+    history = queries.history(root.url, question.name)
+    alike = history.filter(pl.col("parameters") == history["parameters"][-1]) if history.height else history
+    label = shown.words(question.figure or "rows").capitalize()
+    st.subheader(f"{label}, run by run", anchor=False)
+    if alike.height > 1:
+        line = alike.select("as_of", pl.col("figure").alias(label))
+        shown.draw(history_chart(line), f"{question.name}-history")
+    runs = alike.reverse().select(
+        "as_of", "batch", "rows", "figure", report=pl.col("run_id").map_elements(shown.report_url, pl.String)
+    )
+    columns = {
+        "as_of": st.column_config.DatetimeColumn("Up to (UTC)", format="MM-DD HH:mm:ss"),
+        "batch": st.column_config.NumberColumn("Batch", format="%,d"),
+        "rows": st.column_config.NumberColumn("Rows", format="%,d"),
+        "figure": st.column_config.NumberColumn(label, format="localized"),
+        "report": st.column_config.LinkColumn("Report", display_text="open"),
+    }
+    shown.table(runs, columns, f"{question.name}-runs")
+
+
+def read_from(question: queries.Question) -> None:
+    """Which tables and columns the answer comes from."""
+    st.subheader("Read from", anchor=False)
+    st.markdown("\n".join(f"- **{table}**: {', '.join(columns)}" for table, columns in question.tables.items()))
+
+
+@st.cache_data(max_entries=32, show_spinner=False)
+def history_chart(history: pl.DataFrame) -> Any:
+    """A figure over time; `history`: as_of, and the figure under its name."""
+    from pipeline.charts import in_units, plot
+
+    def chart(frame: pl.DataFrame) -> Any:
+        name = frame.columns[1]
+        scaled, unit = in_units(frame, name)
+        return plot(scaled).line(x="as_of", y=name, title="", xlabel="", ylabel=unit)
+
+    return charts.plotly(chart, history)

@@ -1,0 +1,39 @@
+"""The runs page: the index of runs, by stage and state."""
+
+import streamlit as st
+
+from app import shown
+from runner import runs
+from storage import Root
+
+ALL, BAD = "all", "not ok"
+RUNS = 200  # in the table, the newest
+
+
+def page() -> None:
+    """The newest runs that the reader asks for."""
+    st.title("Runs", anchor=False)
+    stages = [ALL, *shown.published_root().list("reports")]
+    stage = st.segmented_control("Stage", stages, default=ALL, key="stage", required=True)
+    state = st.segmented_control(
+        "State", [ALL, BAD, *runs.STATES], default=ALL, format_func=shown.words, key="state", required=True
+    )
+    listed(stage, state)
+
+
+@st.fragment(run_every=shown.LOOK_S)
+def listed(stage: str, state: str) -> None:
+    """The newest runs of a stage in a state; runs again by itself."""
+    found = newest(shown.published_root().url, stage, state)
+    if not found:
+        st.caption("There is no such run.")
+        return
+    shown.runs_table(found)
+
+
+@st.cache_data(ttl=shown.LOOK_S - 5, max_entries=32, show_spinner=False)
+def newest(root_url: str, stage: str, state: str) -> list[dict]:
+    """The newest runs, or those that were not ok."""
+    states = [name for name in runs.STATES if name not in ("ok", "noop")] if state == BAD else state
+    wanted = {"stage": stage, "state": states}
+    return runs.list(Root.at(root_url), **{k: v for k, v in wanted.items() if v != ALL}, limit=RUNS)
