@@ -144,7 +144,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 class _Ended(Exception):
-    """The notebook ended before its last cell; keeps Papermill from adding its own reading of that."""
+    """The notebook has ended; keeps Papermill from adding its own reading of that."""
 
 
 class ExitAsked(Exception):
@@ -162,9 +162,7 @@ def _register_engine() -> None:
         def execute_notebook(cls, nb, kernel_name, run, **_):
             run.nb = nb
             asyncio.run(run.drive(kernel_name))
-            if run.record.state != "ok":
-                raise _Ended(run.record.reason)
-            return nb
+            raise _Ended
 
     papermill_engines.register(ENGINE, TrueStates)
     logging.getLogger("papermill").setLevel(logging.WARNING)
@@ -341,7 +339,7 @@ class _Run:
             timeout=None,
             iopub_timeout=60,  # for outputs that are still on their way when their cell has ended
             raise_on_iopub_timeout=True,
-            on_cell_executed=_refuse_exit,
+            on_cell_executed=_refuse_false_success,
         )
         client.kc, client.shown, client.redactor = self.kernel.client, self.shown, self.redactor
         total, done = sum(cell.cell_type == "code" for cell in self.nb.cells), 0
@@ -462,10 +460,7 @@ def _finish(record: RunRecord, nb: Any, events: list[dict]) -> None:
     """Collect what the notebook recorded and what the run cost; write the run's end into the notebook."""
     heading = "the first cell"
     for cell in nb.cells:
-        for data in (output.get("data", {}) for output in cell.get("outputs", [])):
-            for kept in ("metrics", "versions_read", "versions_written"):
-                getattr(record, kept).update(data.get(RECORD_MIME, {}).get(kept, {}))
-            record.checks += data.get(CHECK_MIME, {}).get("checks", [])
+        _collect(record, cell)
         state, seconds = cell.metadata.runner["state"], cell.metadata.runner["seconds"]
         status = PAPERMILL_STATUS.get(state, "failed")
         cell.metadata["papermill"] = {"status": status, "duration": seconds, "exception": status == "failed"}
@@ -492,6 +487,17 @@ def _finish(record: RunRecord, nb: Any, events: list[dict]) -> None:
     if record.state in card.ENDED and samples:
         nb.cells.append(card.last_minute(record, samples))
     nb.cells.append(card.receipt(record))
+
+
+def _collect(record: RunRecord, cell: Any) -> None:
+    """What the cell recorded and checked. Anybody can show outputs of these kinds: others than ours do not count."""
+    for data in (output.get("data", {}) for output in cell.get("outputs", [])):
+        recorded, checked = data.get(RECORD_MIME), data.get(CHECK_MIME)
+        for kept in ("metrics", "versions_read", "versions_written"):
+            if isinstance(recorded, dict) and isinstance(found := recorded.get(kept), dict):
+                getattr(record, kept).update(found)
+        if isinstance(checked, dict) and isinstance(found := checked.get("checks"), list):
+            record.checks += [one for one in found if isinstance(one, dict) and {"name", "ok", "detail"} <= one.keys()]
 
 
 def _last_ok(record: RunRecord) -> dict | None:
@@ -568,15 +574,21 @@ def _for_memory(events: list[dict], memory_mb: float | None) -> str:
     if not ends or not last or ends[-1]["status"] != -signal.SIGKILL:
         return ""
     if ends[-1]["cause"] == "memory":
-        return f": it had taken {card.of(last['rss_mb'], memory_mb)} that it may"
+        return f": it had taken {last['rss_mb']:,} MB, and may take {memory_mb:,}"
     if ends[-1]["oom_kills"] or last["rss_mb"] > NEAR * last["limit_mb"]:
         return f": memory ran out, {card.of(last['rss_mb'], last['limit_mb'])} at the time"
     return ""
 
 
-def _refuse_exit(execute_reply: dict, **_: Any) -> None:
+def _refuse_false_success(cell: Any, execute_reply: dict, **_: Any) -> None:
+    """IPython calls exit() a success, and a cell that shows an error, as `%run` of a script that fails does."""
+    from nbclient.exceptions import CellExecutionError
+
     if any(payload.get("source") == "ask_exit" for payload in execute_reply["content"].get("payload", [])):
         raise ExitAsked("a cell called exit(); to end a run early use runner.notebook.stop(reason)")
+    error = next((out for out in cell.outputs if out.output_type == "error"), None)
+    if error and not _tagged(cell, "raises-exception"):
+        raise CellExecutionError.from_cell_and_msg(cell, error)
 
 
 def _tagged(cell: dict, tag: str) -> bool:

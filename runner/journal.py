@@ -40,6 +40,7 @@ class Journal:
         self.path = self.folder / "journal.jsonl"
         self._pending: dict[tuple[int, int], tuple[list, list[str]]] = {}
         self._file: int | None = None
+        self._is_kept = True
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -75,19 +76,20 @@ class Journal:
             self._write({"event": "output", "t": _now(), "index": index, "at": at, "output": out})
 
     def _write(self, event: dict) -> None:
-        if self._file is None:
+        if not self._is_kept:
             return
         line = (json.dumps(event, default=str) + "\n").encode()
         try:
-            self.size += os.write(self._file, line)
+            while line:
+                written = os.write(self._file, line)  # not all of it when the disk is full; then the rest is refused
+                self.size, line = self.size + written, line[written:]
         except OSError as error:
             self._refused(error)
 
     def _refused(self, error: OSError) -> None:
+        """From now on nothing is written; the file stays ours, or others would take the run for a dead one."""
         log.warning("no journal can be kept in %s: %s", self.folder, error)
-        if self._file is not None:
-            os.close(self._file)
-        self._file = None
+        self._is_kept = False
 
     def side_file(self, name: str, binary: bool = False) -> "SideFile":
         return SideFile(self.folder / name, binary)
@@ -250,8 +252,10 @@ def follow(run_id: str, root: Root | str) -> Iterator[dict]:
                 dead = free or not folder.exists()
             for line in file:
                 begun += line
-                if begun.endswith(b"\n"):
-                    event, begun = json.loads(begun), b""
+                if not begun.endswith(b"\n"):
+                    continue
+                event, begun = _event(begun), b""
+                if event:
                     yield event
                     if event["event"] == "end":
                         return
@@ -316,12 +320,18 @@ def _locked(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[bool]:
 
 
 def _read(path: Path, kinds: tuple[str, ...]) -> Iterator[dict]:
-    """The events of these kinds, of all when there are none named; a last line that was never finished is no event."""
+    """The events of these kinds, of all when there are none named."""
     marks = tuple(f'{{"event": "{kind}"'.encode() for kind in kinds) or b"{"
     with path.open("rb") as file:
         for line in file:
-            if line.startswith(marks) and line.endswith(b"\n"):
-                yield json.loads(line)
+            if line.startswith(marks) and (event := _event(line)):
+                yield event
+
+
+def _event(line: bytes) -> dict | None:
+    """The event in a line; None in one that was never finished, as the last of a process that died or of a full disk."""
+    with contextlib.suppress(ValueError):
+        return json.loads(line) if line.endswith(b"\n") else None
 
 
 def _close(folder: Path, root: Root) -> None:

@@ -82,7 +82,7 @@ def check(name: str, ok: Any, detail: str = "") -> None:
     The checks of a cell are collected, so one failing does not hide the next. At the end of the cell they are
     shown in one table, and if any failed the cell fails with CheckFailed. Outside IPython it raises at once.
     """
-    checked = {"name": name, "ok": bool(ok), "detail": str(detail)}
+    checked = {"name": str(name), "ok": bool(ok), "detail": str(detail)}
     shell = _shell()
     if shell is None:
         if not checked["ok"]:
@@ -147,8 +147,8 @@ def _plain(value: Any) -> Any:
         return float(value) if math.isfinite(value) else None
     if hasattr(value, "isoformat"):
         return value.isoformat()
-    if hasattr(value, "item"):  # a NumPy scalar
-        return _plain(value.item())
+    if hasattr(value, "tolist"):  # a NumPy scalar or array, a pandas column
+        return _plain(value.tolist())
     if isinstance(value, Iterable):
         return [_plain(v) for v in value]
     return str(value)

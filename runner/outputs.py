@@ -14,7 +14,6 @@ log = logging.getLogger(__name__)
 TEXT = 256 * 1024  # characters of streams that a cell may show; beyond that its beginning and its end
 TAIL = 64 * 1024  # characters of that end
 RICH = 1_000_000  # bytes of one picture or other rich output
-BACKSPACE, RETURN = re.compile(r"[^\n]\b"), re.compile(r".*\r(?=[^\n])")
 
 
 class Outputs:
@@ -143,10 +142,18 @@ def add_stream(outs: list, name: str, text: str) -> int:
 
 
 def _as_shown(text: str) -> str:
-    """A progress bar writes over itself: only its last state counts."""
-    while "\b" in text and (shorter := BACKSPACE.sub("", text)) != text:
-        text = shorter
-    return RETURN.sub("", text) if "\r" in text else text
+    """A progress bar writes over itself: only its last state counts. Takes time by the length of the text."""
+    if "\b" in text:
+        kept: list[str] = []
+        for letter in text:
+            if letter != "\b":
+                kept.append(letter)
+            elif kept and kept[-1] != "\n":
+                kept.pop()
+        text = "".join(kept)
+    if "\r" in text:  # what stands before the last one, unless that is the line's end or more may come
+        text = "\n".join(line[line.rfind("\r", 0, -1) + 1 :] for line in text.split("\n"))
+    return text
 
 
 def apply(outs: list, event: dict) -> None:

@@ -252,3 +252,39 @@ def test_a_run_is_what_it_was_when_its_report_cannot_be_written(tmp_path, caplog
         record = run(tmp_path / "file" / "below", "rows: int = 1")
     assert record.state == "ok"
     assert f"the report of run {record.run_id} could not be written" in caplog.text
+
+
+SHOWN = {  # IPython calls each of these cells a success
+    "in %run": "import pathlib\npathlib.Path('{folder}/script.py').write_text('1 / 0')\n%run {folder}/script.py",
+    "by hand": "try:\n    1 / 0\nexcept ZeroDivisionError:\n    get_ipython().showtraceback()",
+    "in a callback": "get_ipython().events.register('post_run_cell', lambda result: 1 / 0)",
+}
+
+
+@pytest.mark.parametrize("shown", SHOWN)
+def test_a_cell_that_shows_an_error_has_failed(tmp_path, shown):
+    record = run(tmp_path, "# Work", "rows: int = 1", SHOWN[shown].format(folder=tmp_path), "print('never')")
+    nb, run_json = saved(record)
+    assert (record.state, record.reason) == ("failed", "ZeroDivisionError: division by zero")
+    assert cell_states(nb)[-2:] == ["failed", "never_ran"]
+    assert "ZeroDivisionError" in nb.cells[0].source and run_json["error"]["ename"] == "ZeroDivisionError"
+
+
+def test_a_cell_tagged_to_raise_may_and_what_others_than_record_show_is_not_recorded(tmp_path):
+    request = RunRequest(
+        **{"stage": "toy", "run_id": RUN_ID % 1, "root": str(tmp_path), "parameters": {}, "origins": {}},
+        notebook=notebook(
+            "1 / 0",
+            "from runner.notebook import CHECK_MIME, RECORD_MIME, record\n"
+            "from IPython.display import display\n"
+            "display({RECORD_MIME: 'text', CHECK_MIME: [1]}, raw=True)\n"
+            "display({RECORD_MIME: {'metrics': 5}, CHECK_MIME: {'checks': [{'name': 1}]}}, raw=True)\n"
+            "record(rows=1)",
+        ),
+        scheduled_for="2026-11-03T10:00:00+00:00",
+        deadline_s=60,
+    )
+    request.notebook["cells"][0]["metadata"]["tags"] = ["raises-exception"]
+    record = execute(request)
+    assert (record.state, record.metrics, record.checks) == ("ok", {"rows": 1}, [])
+    assert set(cell_states(saved(record)[0])) == {"ok"}

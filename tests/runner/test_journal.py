@@ -2,6 +2,7 @@
 
 import json
 import logging
+import resource
 import shutil
 import threading
 
@@ -142,6 +143,28 @@ def test_a_spool_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, capl
     assert record.state == "ok" and "no journal can be kept" in caplog.text
     nb, _ = saved(record)
     assert len(as_run(nb)[-1].outputs[0].text) == 300_001  # head and tail hold all of it
+
+
+def test_a_disk_that_fills_up_under_a_run_leaves_it_alone(tmp_path, spool, caplog):
+    """No process takes it for a dead one and ends its kernel; what the black box adds to a torn journal is read."""
+    limits, seen = resource.getrlimit(resource.RLIMIT_FSIZE), []
+
+    def fill(done, total, heading):
+        full = done == 2
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000 if full else limits[0], limits[1]))
+        if done == 3:
+            path = spool / (RUN_ID % 0) / "journal.jsonl"
+            with path.open("a") as box:  # after a line that is torn
+                box.write('lost\n{"event": "sample", "t": "2026-11-03T10:00:00.000+00:00", "rss_mb": 7, "cpu_s": 1}\n')
+            seen.extend([journal.reconcile(), [run["rss_mb"] for run in journal.live()], path.read_text()])
+
+    cells = ("rows: int = 1", "print('x' * 30_000)", "import time\ntime.sleep(0.1)\nprint(2)")
+    record = run(tmp_path, *cells, on_cell=fill)
+    assert record.state == "ok" and "no journal can be kept" in caplog.text
+    closed, samples, text = seen
+    assert closed == [] and samples == [7] and len(text) > 5_000
+    assert as_run(saved(record)[0])[-2].outputs[0].text == "x" * 30_000 + "\n"
+    assert [row["state"] for row in runs.list(Root.at(tmp_path))] == ["ok"] and list(spool.iterdir()) == []
 
 
 def test_a_secret_printed_in_pieces_is_nowhere(tmp_path, spool, down, monkeypatch):

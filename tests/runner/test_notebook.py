@@ -46,6 +46,11 @@ def test_a_failed_check_stops_run_all_after_the_whole_cell(kernel):
     assert kernel("assert reached")[0]["status"] == "ok"
 
 
+def test_a_check_of_any_name_fails(kernel):
+    reply, _ = kernel("check(5, False)")
+    assert (reply["status"], reply["evalue"]) == ("error", "1 of 1 checks failed: 5")
+
+
 def test_checks_that_hold_show_one_table_and_the_next_cell_none(kernel):
     reply, shown = kernel("import asyncio\nawait asyncio.sleep(0)\ncheck('a', 1)\ncheck('<b>', 1)")
     assert reply["status"] == "ok" and len(shown) == 1
@@ -66,10 +71,11 @@ def test_stop_is_a_quiet_line(kernel):
 
 
 def test_record_shows_a_table_and_carries_json(kernel):
-    kernel("from numpy import int64, nan")
-    [shown] = kernel("record(versions_read={'orders': int64(3)}, rows=int64(1234567), share=nan)")[1]
+    kernel("from numpy import array, bool_, int64, nan")
+    many = "few=array([1, 2]), all=bool_(True)"
+    [shown] = kernel(f"record(versions_read={{'orders': int64(3)}}, rows=int64(1234567), share=nan, {many})")[1]
     assert shown["data"][RECORD_MIME] == {
-        "metrics": {"rows": 1234567, "share": None},
+        "metrics": {"rows": 1234567, "share": None, "few": [1, 2], "all": True},
         "versions_read": {"orders": 3},
         "versions_written": {},
     }

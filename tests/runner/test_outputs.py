@@ -1,7 +1,9 @@
 """What a cell shows: as a terminal would show it, and no more than a report can hold."""
 
+from nbformat.v4 import new_output
 from test_engine import as_run, run, saved
 
+from runner import outputs
 from runner.outputs import RICH, TAIL, TEXT
 from storage import Root
 
@@ -21,6 +23,23 @@ def test_a_progress_bar_leaves_its_last_state(tmp_path):
     texts = {out.name: out.text for out in outs}
     assert texts["stderr"].startswith("3000 of 3000 #") and len(texts["stderr"]) < 200
     assert texts["stdout"] == "done\n" and beside == []
+
+
+def test_text_is_what_a_terminal_shows():
+    assert add([], "step 12\b3 of 20\n\bnext") == "step 13 of 20\nnext"
+    assert add([], "10 %\r20 %\rdone\r\nthen\n") == "done\r\nthen\n"
+    assert add([new_output("stream", name="stdout", text="a\n10 %\r")], "20 %") == "a\n20 %"
+
+
+def add(outs, text):
+    outputs.add_stream(outs, "stdout", text)
+    return outs[-1].text
+
+
+def test_a_long_line_takes_no_longer_a_character_than_a_short_one():
+    """Time by the square of the length would be hours here."""
+    assert len(add([], "1\r" + "x" * 3_000_000)) == 3_000_000
+    assert add([], "x" * 1_000_000 + "\b" * 999_999) == "x"
 
 
 def test_text_stays_beside_what_was_displayed_between(tmp_path):
