@@ -329,7 +329,7 @@ def _read(path: Path, kinds: tuple[str, ...]) -> Iterator[dict]:
 
 
 def _event(line: bytes) -> dict | None:
-    """The event in a line; None in one that was never finished, as the last of a process that died or of a full disk."""
+    """The event in a line; None in one that was never finished: its process died, or the disk was full."""
     with contextlib.suppress(ValueError):
         return json.loads(line) if line.endswith(b"\n") else None
 

@@ -1,6 +1,7 @@
 """What a cell shows, on its way from the kernel into the report: coalesced, redacted, capped, journaled."""
 
 import base64
+import collections
 import functools
 import json
 import logging
@@ -13,7 +14,11 @@ from runner.notebook import CHECK_MIME, RECORD_MIME
 log = logging.getLogger(__name__)
 TEXT = 256 * 1024  # characters of streams that a cell may show; beyond that its beginning and its end
 TAIL = 64 * 1024  # characters of that end
-RICH = 1_000_000  # bytes of one picture or other rich output
+RICH = 1_000_000  # bytes of one picture
+COUNT = 500  # outputs that a cell may show, and
+TOTAL = 4 * RICH  # characters of all of them that are not text; beyond either, the last ones
+LAST = 3  # of those
+OWN = {RECORD_MIME, CHECK_MIME}  # always shown: the run's record is made of them
 
 
 class Outputs:
@@ -26,6 +31,8 @@ class Outputs:
     def start(self, index: int) -> None:
         self._index, self._held, self._last = index, {}, "stdout"
         self._side, self._tail, self._cut = None, "", 0
+        self._rest, self._lengths, self._left_out = None, {}, 0
+        self._last_left_out: collections.deque = collections.deque(maxlen=LAST)
 
     def stream(self, outs: list, name: str, text: str) -> None:
         """More text of `stdout` or `stderr`. What may be the beginning of a secret waits for the rest."""
@@ -57,11 +64,43 @@ class Outputs:
     def changed(self, index: int, at: int, outs: list) -> None:
         """`outs[at]` of the cell at `index` is new, or shows something new."""
         self._cap(outs[at], f"{index + 1:02d}-{at + 1}")
+        if index == self._index:
+            self._lengths[at] = sum(map(_length, outs[at].get("data", {}).values()))
         self._journal.output(index, at, outs)
+
+    def has_no_room(self, outs: list, msg: dict) -> bool:
+        """Whether what is in `msg` is more than the cell may show."""
+        if msg["msg_type"] == "error" or OWN & msg["content"].get("data", {}).keys():
+            return False
+        return len(outs) >= COUNT or sum(self._lengths.values()) > TOTAL
+
+    def leave_out(self, outs: list, out: Any) -> None:
+        """Put an output into the file that holds all of them, one a line, and show it only if it is one of the last."""
+        if self._rest is None:
+            self._rest = self._journal.side_file(rest_name(self._index))
+            for shown in outs:
+                self._rest.write(json.dumps(shown) + "\n")
+        self._rest.write(json.dumps(out) + "\n")
+        self._last_left_out.append(out)
+        self._left_out += 1
+
+    def _show_last_left_out(self, outs: list) -> None:
+        from nbformat.v4 import new_output
+
+        total, name, count = self._rest.close(), rest_name(self._index), self._left_out - len(self._last_left_out)
+        where = f"all of them are in {name}" if total else "the rest could not be kept"
+        self._rest = None
+        if count > 0:
+            self.show(
+                outs, new_output("display_data", data={"text/plain": f"… {count:,} outputs left out here; {where} …"})
+            )
+        for out in self._last_left_out:
+            self.show(outs, out)
 
     def cleared(self, index: int) -> None:
         """The cell has cleared what it showed; the file that holds all of it goes on."""
-        self._tail, self._cut = "", 0
+        self._tail, self._cut, self._lengths, self._left_out = "", 0, {}, 0
+        self._last_left_out.clear()
         self._journal.cleared(index)
 
     def finish(self, outs: list) -> None:
@@ -69,6 +108,8 @@ class Outputs:
         for name, text in self._held.items():
             self._show(outs, name, self._redactor.text(text))
         self._held = {}
+        if self._rest:
+            self._show_last_left_out(outs)
         if not self._side:
             return
         total, name = self._side.close(), side_name(self._index)
@@ -126,6 +167,15 @@ def side_name(index: int) -> str:
     return f"cell-{index + 1:02d}-output.txt"
 
 
+def rest_name(index: int) -> str:
+    """The file with all outputs of the cell at `index`, as JSON lines, when they are too many to be shown."""
+    return f"cell-{index + 1:02d}-outputs.jsonl"
+
+
+def _length(value: Any) -> int:
+    return len(value if isinstance(value, str) else json.dumps(value))
+
+
 def add_stream(outs: list, name: str, text: str) -> int:
     """Add `text` to the stream that was last written to, as a terminal would show it; its place in `outs`."""
     from nbformat.v4 import new_output
@@ -174,6 +224,7 @@ def apply(outs: list, event: dict) -> None:
 def client_class() -> type:
     """nbclient's NotebookClient, whose outputs go through an `Outputs` called `shown`."""
     from nbclient import NotebookClient
+    from nbformat.v4 import output_from_msg
 
     class Client(NotebookClient):
         shown: Outputs
@@ -199,6 +250,9 @@ def client_class() -> type:
                 self.clear_output(outs, {**msg, "content": {}}, cell_index)
             if msg["msg_type"] == "stream":
                 self.shown.stream(outs, msg["content"]["name"], msg["content"]["text"])
+                return None
+            if self.shown.has_no_room(outs, msg):
+                self.shown.leave_out(outs, output_from_msg(msg))
                 return None
             out = super().output(outs, msg, display_id, cell_index)
             if out:

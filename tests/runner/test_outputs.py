@@ -1,10 +1,13 @@
 """What a cell shows: as a terminal would show it, and no more than a report can hold."""
 
+import json
+
+import pytest
 from nbformat.v4 import new_output
 from test_engine import as_run, run, saved
 
 from runner import outputs
-from runner.outputs import RICH, TAIL, TEXT
+from runner.outputs import RICH, TAIL, TEXT, TOTAL
 from storage import Root
 
 
@@ -90,6 +93,34 @@ display(Image(data=picture[:9000], format="png"))
     assert [sorted(out.data) for out in outs] == [["text/plain"], ["text/plain"], ["image/png", "text/plain"]]
     assert "in cell-03-1.png" in outs[0].data["text/plain"] and "in cell-03-2.html" in outs[1].data["text/plain"]
     assert len(root.read(f"{record.report}/report.ipynb")) < 60_000
+
+
+MANY = {  # how many, the code of each, what its last ones are
+    "small": (800, "display(n)", ["797", "798", "799"]),
+    "large": (12, "display(Image(data=picture, format='png'))", ["<IPython.core.display.Image object>"] * 3),
+}
+
+
+@pytest.mark.parametrize("size", MANY)
+def test_of_many_outputs_the_first_and_the_last_are_shown_and_a_file_has_all(tmp_path, size):
+    count, code, last = MANY[size]
+    outs, [beside], root, record = shown(
+        *(tmp_path, "import os\nfrom IPython.display import Image, display"),
+        "picture = b'\\x89PNG\\r\\n\\x1a\\n' + os.urandom(600_000)\nfrom runner.notebook import check, record\n"
+        "live = display(Image(data=picture, format='png'), display_id=True)\n"
+        "for n in range(20):\n    live.update(Image(data=picture, format='png'))\n"
+        f"for n in range({count}):\n    {code}\nrecord(rows=n)\ncheck('counted', True)",
+    )
+    assert beside == "cell-04-outputs.jsonl"
+    kept = [json.loads(line) for line in root.read(f"{record.report}/{beside}").splitlines()]
+    assert [out["data"]["text/plain"] for out in kept][-3:] == last and len(kept) == count + 1
+    note = next(i for i, out in enumerate(outs) if "left out here" in out.data["text/plain"])
+    assert note >= 5  # what was shown in the place of another takes no room of its own
+    assert f"… {count - note - 2} outputs left out here; all of them are in {beside} …" in str(outs[note].data)
+    assert [out.data["text/plain"] for out in outs[note + 1 :]] == last
+    assert outs[0].data.keys() == outs[note + 1].data.keys() and outs[0].data == kept[0]["data"]
+    assert (record.metrics, len(record.checks)) == ({"rows": count - 1}, 1)
+    assert root.size(f"{record.report}/report.ipynb") < TOTAL + 5 * RICH
 
 
 def test_an_endless_message_of_an_error_is_cut(tmp_path):
