@@ -31,7 +31,9 @@ def card(record: Any, last_ok: dict | None = None) -> Any:
         message += [line for line in error["traceback_tail"].splitlines() if line.strip()][-3:]
     message = [line[:300] for line in "\n".join(message).splitlines()][:5]
     fence = "`" * (max(map(len, re.findall("`+", "\n".join(message))), default=2) + 1)
-    where = f", in **{error['heading']}**, cell {error['cell']}" if error.get("heading") else ""
+    where = (
+        f", in **{error['heading']}**, [cell {error['cell']}](#cell-{error['cell']})" if error.get("heading") else ""
+    )
     lines = [f"#### {record.stage}: {record.state.replace('_', ' ')}{where}", "", f"{fence}text", *message, fence]
     if last_ok:
         place = "/".join(last_ok["report"].split("/")[2:])
@@ -70,7 +72,8 @@ def last_minute(record: Any, samples: list[dict]) -> Any:
             passed_s = (now - datetime.fromisoformat(before["t"])).total_seconds() or 1
             busy = (sample["cpu_s"] - before["cpu_s"]) / passed_s
             cell = sample["cell"] + 1 if sample["cell"] is not None else ""
-            rows.append(f"| −{left_s:.0f} s | {sample['rss_mb']:,} MB | {max(busy, 0):.0%} | {cell} |")
+            when = f"−{left_s:.{0 if left_s >= 1 else 1}f} s" if left_s else "0 s"
+            rows.append(f"| {when} | {sample['rss_mb']:,} MB | {max(busy, 0):.0%} | {cell} |")
         before = sample
     step = max(1, -(-len(rows) // ROWS))
     rows = rows[::-1][::step][::-1]  # the last one is always there

@@ -132,6 +132,8 @@ def _show(mime: str, data: dict, rows: list[tuple[str, ...]], kind: str) -> None
 
 def figure(value: Any) -> str:
     """A value as people read it: 1,234,567 or 0.12389."""
+    if value is None:
+        return "none"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"

@@ -28,6 +28,7 @@ ATTRIBUTES = set(re.findall(r"\w+", "align alt class colspan height open rowspan
 SHOWN = ["image/png", "image/jpeg", "image/svg+xml", "text/html", "text/markdown", "text/latex", "text/plain"]
 # one exporter for all threads: its templates take longer to compile than to fill
 _EXPORTING = threading.Lock()
+MOMENT = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]{8,}([+-]\d\d:\d\d|Z)\Z")
 SILENT = re.compile(r"<(style|script)\b.*?</\1\s*>", re.I | re.S)  # their text is nothing to read, either
 
 
@@ -57,8 +58,6 @@ def notebook(nb: Any) -> bytes:
 
 def html(record: Any, nb: Any) -> str:
     """The report as one page that needs no script, no network and no other file."""
-    from runner.notebook import figure
-
     facts = [
         ("Run", record.run_id),
         ("Scheduled for", _moment(record.scheduled_for)),
@@ -71,13 +70,18 @@ def html(record: Any, nb: Any) -> str:
         "record": record,
         "state": record.state.replace("_", " "),
         "facts": [(name, value) for name, value in facts if value],
-        "figures": [(name.replace("_", " "), figure(value)) for name, value in record.metrics.items()],
+        "figures": [
+            (name.replace("_", " "), _figure(value))
+            for name, value in record.metrics.items()
+            if not isinstance(value, dict | list)
+        ],
         "parameters": [(n, _literal(v), record.origins.get(n, "")) for n, v in record.parameters.items()],
         "versions": [
             (what, ", ".join(f"{table}@{version}" for table, version in versions.items()))
             for what, versions in (("Read", record.versions_read), ("Wrote", record.versions_written))
             if versions
-        ],
+        ]
+        + [("Started from", ", ".join(given)) for given in [record.metrics.get("given")] if given],
     }
     with _EXPORTING:
         return _exporter().from_notebook_node(nb, resources={"page": page})[0]
@@ -130,6 +134,12 @@ def _allowed(tag: str, name: str, value: str) -> bool:
 
 def _literal(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _figure(value: Any) -> str:
+    from runner.notebook import figure
+
+    return _moment(value) if isinstance(value, str) and MOMENT.match(value) else figure(value)
 
 
 def _moment(iso: str) -> str:

@@ -157,7 +157,8 @@ def test_a_report_shows_what_the_run_was_and_what_it_gave():
         new_code_cell("1 / 0", outputs=[new_output("error", ename="E", evalue="e", traceback=["\x1b[31mE\x1b[0m: e"])]),
     )
     nb.cells.append(executed(new_code_cell("after"), state="never_ran").cells[0])
-    html = report.html(record(metrics={"rows_written": 1234567}, versions_written={"orders": 12}), nb)
+    metrics = {"rows_written": 1234567, "as_of": "2026-11-03T10:00:00.5+01:00", "given": {"landing/x.json": {"k": "v"}}}
+    html = report.html(record(metrics=metrics, versions_written={"orders": 12}), nb)
     page = Page(html)
     assert len(html.encode()) < 100_000
     tags = [tag for tag, _ in page.elements]
@@ -169,11 +170,13 @@ def test_a_report_shows_what_the_run_was_and_what_it_gave():
         "params/toy.yml:4",
         '["BUILDING"]',
         "1,234,567",
+        "2026-11-03 09:00:00 UTC",
+        "landing/x.json",
         "orders@12",
         "never ran",
     ):
         assert text in page.text
-    for text in ("color: red", "path", "a table", "interactive"):  # neither run nor shown as text
+    for text in ("color: red", "path", "a table", "interactive", "'k'"):  # neither run nor shown as text
         assert text not in page.text
     assert [a["src"][22:] for tag, a in page.elements if tag == "img"] == [PIXELS]
     assert "\x1b" not in html and ("span", {"class": "ansi-red-fg"}) in page.elements
@@ -190,10 +193,15 @@ def test_a_bad_run_shows_its_card_first():
     }
     bad = record(state="killed", reason="the kernel was killed by SIGKILL in 'Read'", error=error)
     first = card.card(bad)
-    assert first.source.startswith("#### toy: killed, in **Read**, cell 1\n") and len(first.source.splitlines()) <= 12
+    assert (
+        first.source.startswith("#### toy: killed, in **Read**, [cell 1](#cell-1)\n")
+        and len(first.source.splitlines()) <= 12
+    )
     page = Page(report.html(bad, new_notebook(cells=[first, *executed(new_code_cell("x")).cells])))
     assert page.text.index("last line") < page.text.index("\nx")
     assert ("section", {"class": "text killed card"}) in page.elements
+    assert [a["class"] for _, a in page.elements if a.get("id") == "cell-1"] == ["code ok"]  # where the card points
+    assert ("details", {"class": "parameters"}) in page.elements  # closed: nothing long above the card
 
 
 def test_a_page_that_cannot_be_made_loses_neither_notebook_nor_record(tmp_path, caplog):
