@@ -54,7 +54,7 @@ def up(
     dashboard_port: Annotated[int, typer.Option(help="The dashboard.")] = 8501,
 ):
     """Everything: Prefect's server unless PREFECT_API_URL is set, the schedules, API and dashboard. Ctrl-C ends all."""
-    from runner import journal, services
+    from runner import journal, services, warm
 
     project = _load(env, root=root)
     _log_to_terminal()
@@ -82,6 +82,9 @@ def up(
         for child in children:
             child.wait_ready()
             out.print(f"{child.name:15} {child.page}", highlight=False)
+        if project.environment.ready_kernels:
+            children.append(warm.Keeper(project.environment.ready_kernels, here / "kernels.log"))
+            children[-1].start()
         from runner import retention, schedule
 
         retention.sweep_regularly(Root.at(project.environment.root), project.environment.retention)

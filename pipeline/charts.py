@@ -113,6 +113,7 @@ def show(chart: Chart, frame: pl.DataFrame):
 
 def png(chart: Chart, frame: pl.DataFrame) -> bytes:
     """The chart as a PNG of WIDTH_PX x HEIGHT_PX, times DENSITY."""
+    import holoviews.plotting.mpl  # noqa: F401  # where a reader of the code finds it, the fork server among them
     from PIL import Image
 
     figure = _drawn("matplotlib", chart, frame)

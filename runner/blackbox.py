@@ -2,12 +2,18 @@
 
 It is the parent of the kernel and, as a subreaper, of everything that loses its own parent below it, so nothing the
 kernel starts gets out of sight, not by setsid and not by forking twice. It samples the whole tree, ends it when it
-takes too much memory, and ends it when the runner is gone, however that died: then its pipe is closed. What it sees
-goes to the run's journal. A script of its own, with nothing but the standard library:
+takes too much memory, and ends it when the runner is gone, however that died: then its lifeline is closed. What it
+sees goes to the run's journal. Needs nothing but the standard library; as a script it starts the kernel,
 
-    python -I -S blackbox.py '{"journal": path, "pid_path": path, "memory_mb": number or null}' COMMAND ...
+    python -I -S blackbox.py PID_PATH COMMAND ...
 
-Standard input carries the number of the current cell, one a line. It ends with the kernel's own exit status.
+with the lifeline as standard input, and ends with the kernel's own exit status. The fork server (forkserver.py) forks
+it instead. What comes through the lifeline, a line each: first, when the run begins, what to do,
+
+    {"runner": pid, "journal": path or null, "memory_mb": number or null}
+
+then the number of the current cell whenever a cell begins. Where the lifeline is a socket, its last line goes the
+other way: the kernel's exit status.
 """
 
 import contextlib
@@ -25,77 +31,123 @@ SAMPLE_S = 1  # between two samples in the journal
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 SC_PAGE, SC_TICK = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_CLK_TCK")
 MB = 1e6
+_LIBC = ctypes.CDLL(None)
 
 
-def main(options: dict, command: list[str]) -> int:
+def main(pid_path: str, command: list[str]) -> int | None:
     """Run `command` to its end, or to that of the process that started this one; the status it ended with."""
-    libc = ctypes.CDLL(None)
-    libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
-    runner, oom_kills = os.getppid(), _oom_kills()
+    guard()
     kernel = os.fork()
     if kernel == 0:
-        _become(command, options["pid_path"], libc)
-    journal = None
-    with contextlib.suppress(OSError, TypeError):  # a run without a journal is watched, too
-        journal = os.open(options["journal"], os.O_WRONLY | os.O_APPEND)
-    limit_mb = min(filter(None, [options["memory_mb"], _machine_mb()]))
-    ended = os.pidfd_open(kernel)
-    status, cause, cell, peak_mb, next_sample = None, "", None, 0.0, time.monotonic() + SAMPLE_S
+        try:
+            become_kernel(pid_path)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.execvpe(command[0], command, os.environ)
+        except BaseException as error:
+            print(f"{command[0]}: {error}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(127)
+    return watch(kernel, pid_path, 0)[0]
+
+
+def guard() -> None:
+    """Make this process the one that inherits what loses its parent below it."""
+    _LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def become_kernel(pid_path: str) -> None:
+    """The kernel's side of the fork: a group of its own, dead when its parent is."""
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.setsid()
+    os.environ["JPY_PARENT_PID"] = str(os.getppid())
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("500")  # when memory runs out, rather the kernel than the runner
+    with open(pid_path, "w") as file:
+        file.write(str(os.getpid()))
+
+
+def watch(kernel: int, pid_path: str, lifeline: int) -> tuple[int | None, bool]:
+    """Watch the child `kernel` to its end, or end it when it is time.
+
+    (its status as in subprocess, whether it had a run)
+    """
+    ended, run = os.pidfd_open(kernel), None
+    status, cause, begun = None, "", b""
     while status is None and not cause:
-        ready = select.select([0, ended], [], [], LOOK_S)[0]
-        if 0 in ready:
-            said = os.read(0, 65536)
-            if not said:
-                cause = "closed"
-            elif said.split():
-                cell = int(said.split()[-1])
-        if os.getppid() != runner:
-            cause = "closed"
-        rss_mb, cpu_s = _used()
+        # before the run begins there is nothing to look at
+        ready = select.select([lifeline, ended, *([run.runner] if run else [])], [], [], LOOK_S if run else None)[0]
+        if lifeline in ready:
+            said = _read(lifeline)
+            *lines, begun = (begun + said).split(b"\n")
+            for line in lines:
+                if run:
+                    run.cell = int(line)
+                else:
+                    run = _Run(json.loads(line))
+            cause = "" if said else "closed"
+        if run:
+            cause = "closed" if run.runner is None or run.runner in ready else cause
+            cause = run.look() or cause
         status = _reap(kernel)
-        peak_mb, now = max(peak_mb, rss_mb), time.monotonic()
-        if options["memory_mb"] and rss_mb > options["memory_mb"]:
-            cause = cause or "memory"
-        if (now >= next_sample or cause == "memory") and status is None:
-            next_sample = now + SAMPLE_S
-            _tell(journal, "sample", rss_mb=round(rss_mb), limit_mb=round(limit_mb), cpu_s=round(cpu_s, 2), cell=cell)
+        if run and status is None:
+            run.sample(cause)
     found = _end_all(kernel)
     status = found if status is None else status
     with contextlib.suppress(OSError):
-        os.unlink(options["pid_path"])
-    used, io = resource.getrusage(resource.RUSAGE_CHILDREN), _fields("/proc/self/io")
-    _tell(
-        journal,
-        "kernel_end",
-        status=status,
-        cause=cause,
-        oom_kills=_oom_kills() - oom_kills,
-        cpu_s=round(used.ru_utime + used.ru_stime, 3),
-        # children that were waited for count as their parent's own, down to this process
-        bytes_read=io.get("rchar"),
-        bytes_written=io.get("wchar"),
-        peak_memory_mb=round(max(peak_mb, used.ru_maxrss * 1024 / MB)),
-        limit_mb=round(limit_mb),
-    )
-    return status
+        os.unlink(pid_path)
+    if run:
+        run.tell_end(status, cause)
+    return status, run is not None
 
 
-def _become(command: list[str], pid_path: str, libc: ctypes.CDLL) -> None:
-    """The kernel's side of the fork: a group of its own, dead when its parent is."""
-    try:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        os.setsid()
-        os.environ["JPY_PARENT_PID"] = str(os.getppid())
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("500")  # when memory runs out, rather the kernel than the runner
-        with open(pid_path, "w") as file:
-            file.write(str(os.getpid()))
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.execvpe(command[0], command, os.environ)
-    except BaseException as error:
-        print(f"{command[0]}: {error}", file=sys.stderr, flush=True)
-    finally:
-        os._exit(127)
+class _Run:
+    """What the black box knows of the run that its kernel serves."""
+
+    def __init__(self, asked: dict):
+        self.memory_mb, self.cell, self._journal, self.runner = asked["memory_mb"], None, None, None
+        with contextlib.suppress(OSError, TypeError):  # a run without a journal is watched, too
+            self._journal = os.open(asked["journal"], os.O_WRONLY | os.O_APPEND)
+        with contextlib.suppress(OSError):  # gone already
+            self.runner = os.pidfd_open(asked["runner"])
+        self._limit_mb = min(filter(None, [self.memory_mb, _machine_mb()]))
+        self._oom_kills, self._next_sample = _oom_kills(), time.monotonic() + SAMPLE_S
+        self._rss_mb = self._cpu_s = self._peak_mb = 0.0
+
+    def look(self) -> str:
+        """Look at the memory; "memory" when it is too much."""
+        self._rss_mb, self._cpu_s = _used()
+        self._peak_mb = max(self._peak_mb, self._rss_mb)
+        return "memory" if self.memory_mb and self._rss_mb > self.memory_mb else ""
+
+    def sample(self, cause: str) -> None:
+        """Once a second, and before a kernel is killed for its memory, a line in the journal."""
+        if time.monotonic() >= self._next_sample or cause == "memory":
+            self._next_sample = time.monotonic() + SAMPLE_S
+            self._tell("sample", rss_mb=round(self._rss_mb), cpu_s=round(self._cpu_s, 2), cell=self.cell)
+
+    def tell_end(self, status: int | None, cause: str) -> None:
+        used, io = resource.getrusage(resource.RUSAGE_CHILDREN), fields("/proc/self/io")
+        self._tell(
+            "kernel_end",
+            status=status,
+            cause=cause,
+            oom_kills=_oom_kills() - self._oom_kills,
+            cpu_s=round(used.ru_utime + used.ru_stime, 3),
+            # children that were waited for count as their parent's own, down to this process
+            bytes_read=io.get("rchar"),
+            bytes_written=io.get("wchar"),
+            peak_memory_mb=round(max(self._peak_mb, used.ru_maxrss * 1024 / MB)),
+        )
+
+    def _tell(self, event: str, **fields) -> None:
+        """One line, in one write, so that the runner's lines and these never mix."""
+        if self._journal is None:
+            return
+        now = time.time()
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}+00:00"
+        line = json.dumps({"event": event, "t": stamp, **fields, "limit_mb": round(self._limit_mb)}) + "\n"
+        with contextlib.suppress(OSError):  # a full disk is no reason to stop watching
+            os.write(self._journal, line.encode())
 
 
 def _tree() -> list[int]:
@@ -163,7 +215,7 @@ def _end_all(kernel: int, within_s: float = 10) -> int | None:
 
 def _machine_mb() -> float:
     """What this process and its neighbours may take together: the container's limit or the machine's memory."""
-    limits = [_fields("/proc/meminfo")["MemTotal"] * 1024]
+    limits = [fields("/proc/meminfo")["MemTotal"] * 1024]
     with open("/proc/self/cgroup") as file:
         for line in file.read().splitlines():
             number, controllers, path = line.split(":", 2)
@@ -181,7 +233,7 @@ def _oom_kills() -> int:
         return next((int(line.split()[1]) for line in file if line.startswith("oom_kill ")), 0)
 
 
-def _fields(path: str) -> dict[str, int]:
+def fields(path: str) -> dict[str, int]:
     """A file of `name: number` lines."""
     try:
         with open(path) as file:
@@ -199,18 +251,15 @@ def _number(path: str) -> int | None:
         return None
 
 
-def _tell(journal: int | None, event: str, **fields) -> None:
-    """One line, in one write, so that the runner's lines and these never mix."""
-    if journal is None:
-        return
-    now = time.time()
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}+00:00"
-    with contextlib.suppress(OSError):  # a full disk is no reason to stop watching
-        os.write(journal, (json.dumps({"event": event, "t": stamp, **fields}) + "\n").encode())
+def _read(lifeline: int) -> bytes:
+    try:
+        return os.read(lifeline, 65536)
+    except OSError:  # of a socket: reset
+        return b""
 
 
 if __name__ == "__main__":
-    exit_status = main(json.loads(sys.argv[1]), sys.argv[2:])
+    exit_status = main(sys.argv[1], sys.argv[2:])
     if exit_status is not None and exit_status < 0:  # end as the kernel did, without a core file of this process
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.signal(-exit_status, signal.SIG_DFL) if -exit_status not in (signal.SIGKILL, signal.SIGSTOP) else None

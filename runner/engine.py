@@ -322,16 +322,13 @@ class _Run:
 
     async def _run_cells(self, kernel_name: str) -> None:
         """Run cell after cell. Raises what ends the run early."""
-        from runner import kernels
+        from runner import kernels, warm
 
-        path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
-        env = {**os.environ, "PYTHONPATH": path}
+        env = {**os.environ, "PYTHONPATH": warm.python_path()}
         notebooks = PROJECT / "notebooks"  # a cloud machine gets the code without it
         cwd = notebooks if notebooks.is_dir() else PROJECT
-        folder = kernels.new_folder()
-        self.journal.event("kernel", folder=str(folder))  # first, so that it is found however early this process dies
         box = {"journal": self.journal.path, "memory_mb": self.request.memory_mb}
-        self.kernel = await kernels.start(kernel_name, folder, cwd=cwd, env=env, **box)
+        self.kernel = await kernels.start(kernel_name, self._announce, cwd=cwd, env=env, **box)
         await self.kernel.ready()
         client = outputs.client_class()(
             self.nb,
@@ -366,6 +363,10 @@ class _Run:
                 self.journal.event("cell_end", index=index, state=state["state"], seconds=state["seconds"])
         if self.on_cell:
             self.on_cell(done, total, "")
+
+    def _announce(self, folder: Path) -> None:
+        """Before the kernel in `folder` exists, so that it is found however early this process dies."""
+        self.journal.event("kernel", folder=str(folder))
 
     def _mark_cell(self, state: str) -> None:
         """The cell that is running ends with the run, in `state`."""

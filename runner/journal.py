@@ -190,8 +190,7 @@ def reconcile() -> list[str]:
         with _locked(folder) as free:
             if not free:
                 continue
-            kernel = next(_read(folder / "journal.jsonl", ("kernel",)), None)
-            if kernel:
+            for kernel in _read(folder / "journal.jsonl", ("kernel",)):
                 kernels.end_all_of(kernel["folder"])
             ended = any(_read(folder / "journal.jsonl", ("end",)))
             start = next(_read(folder / "journal.jsonl", ("start",)), None)

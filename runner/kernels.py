@@ -1,18 +1,23 @@
-"""Where kernels come from: each run gets a new process, and takes it down with everything it started."""
+"""Where kernels come from: each run gets a new process, and takes it down with everything it started.
+
+Where a fork server is kept (warm.py) the process is there already, with its imports; else it is spawned.
+"""
 
 import asyncio
 import contextlib
-import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from runner import blackbox, inside
+from runner import blackbox, inside, warm
 
 START_S = 120  # a kernel that has not answered by then never will, also on a busy machine
 POLITE_S = 5  # for what the notebook registered with atexit, such as closing a cluster
@@ -30,9 +35,8 @@ class Kernel:
     `start` returns at once, `ready` waits until it answers, `close` leaves no process, socket or file behind.
     """
 
-    def __init__(self, manager: Any, folder: Path, lifeline: int):
-        self._manager, self._folder, self._lifeline = manager, folder, lifeline
-        self._process = manager.provisioner.process  # the black box
+    def __init__(self, manager: Any, folder: Path, lifeline: socket.socket, process: warm.Forked | subprocess.Popen):
+        self._manager, self._folder, self._lifeline, self._process = manager, folder, lifeline, process
         manager.context.rcvhwm = UNREAD  # of every socket it makes from now on
         self.client = manager.client()
 
@@ -60,13 +64,17 @@ class Kernel:
     async def ready(self) -> None:
         """Wait until the kernel answers. Raises RuntimeError when it dies first or takes two minutes."""
         self.client.start_channels()
-        await self.client.wait_for_ready(timeout=START_S)
+        if isinstance(self._process, warm.Forked):  # it has answered, but outputs come once we are subscribed to them
+            while (await self.client.get_iopub_msg(timeout=START_S))["msg_type"] != "iopub_welcome":
+                continue
+        else:
+            await self.client.wait_for_ready(timeout=START_S)
         self.client.allow_stdin = False
 
     def tell(self, cell: int) -> None:
         """The number of the cell that begins, for the samples."""
         with contextlib.suppress(OSError):
-            os.write(self._lifeline, b"%d\n" % cell)
+            self._lifeline.sendall(b"%d\n" % cell)
 
     def signal(self, number: int) -> None:
         """Send a signal to the kernel and everything it started."""
@@ -103,11 +111,14 @@ class Kernel:
             self.signal(signal.SIGTERM)
             await self._gone_within(0.5)
         finally:
-            os.close(self._lifeline)  # the black box kills what is left, and ends
-            await self._gone_within(12)
+            with contextlib.suppress(OSError):
+                self._lifeline.shutdown(socket.SHUT_WR)  # the black box kills what is left, and ends
+            await self._gone_within(warm.END_S)
             self.signal(signal.SIGKILL)
             self._process.kill()
-            self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(1)
+            self._lifeline.close()
             if self.pid:  # the black box removes the file when nothing is left; it did not come to that
                 end_all_of(self._folder)
             self.client.stop_channels()
@@ -117,7 +128,7 @@ class Kernel:
     async def _gone_within(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         while self.exit_status is None and time.monotonic() < until:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.002)
 
 
 def new_folder() -> Path:
@@ -128,56 +139,83 @@ def new_folder() -> Path:
 
 
 async def start(
-    name: str, folder: Path, cwd: Path, env: dict[str, str], journal: Path | None = None, memory_mb: float | None = None
+    name: str,
+    announce: Callable[[Path], None],
+    cwd: Path,
+    env: dict[str, str],
+    journal: Path | None = None,
+    memory_mb: float | None = None,
 ) -> Kernel:
     """Start a kernel without waiting for it. Raises NoSuchKernel, or OSError when its process cannot start.
 
-    `python3` is always the interpreter that runs this, whatever a kernelspec of that name elsewhere says. The samples
-    go to the file at `journal`; above `memory_mb` for the whole process tree the kernel is killed.
+    `python3` is always the interpreter that runs this, whatever a kernelspec of that name elsewhere says. `announce` is
+    called with the kernel's folder before there is anything that may be left behind; with two, if a forked kernel turns
+    out to be no help. The samples go to the file at `journal`; above `memory_mb` for the whole process tree the kernel
+    is killed.
     """
+    from jupyter_client.kernelspec import NATIVE_KERNEL_NAME
+
+    if name == NATIVE_KERNEL_NAME and (forked := warm.take(env)):
+        announce(forked.folder)
+        if await forked.begin(env, str(cwd), journal, memory_mb):
+            manager = _manager(name, forked.folder)
+            manager.load_connection_file()
+            from runner.provisioner import ForkedKernel
+
+            manager.provisioner = ForkedKernel(kernel_id="", kernel_spec=manager.kernel_spec, parent=manager)
+            manager.provisioner.process = forked
+            return Kernel(manager, forked.folder, forked.lifeline, forked)
+    folder = new_folder()
+    announce(folder)
+    ours, lifeline = socket.socketpair()
+    manager = _manager(name, folder)
+    ours.sendall(warm.run_line(journal, memory_mb))
+    try:
+        with lifeline, (folder / "log").open("wb") as log:
+            await manager.start_kernel(
+                cwd=str(cwd),
+                env=env | {inside.FOLDER: str(folder)},
+                stdin=lifeline,
+                stdout=log,
+                stderr=log,
+                extra_arguments=[inside.NO_HISTORY],
+            )
+    except BaseException:
+        ours.close()
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return Kernel(manager, folder, ours, manager.provisioner.process)
+
+
+def _manager(name: str, folder: Path) -> Any:
+    """What jupyter_client knows of the kernel in `folder`; it starts it under a black box."""
     from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
 
-    box = {"journal": journal and str(journal), "pid_path": str(folder / "pid"), "memory_mb": memory_mb}
-    watched = [sys.executable, "-I", "-S", blackbox.__file__, json.dumps(box)]
+    watched = [sys.executable, "-I", "-S", blackbox.__file__, str(folder / "pid")]
 
     class Manager(AsyncKernelManager):
         def format_kernel_cmd(self, extra_arguments=None):
             command = super().format_kernel_cmd(extra_arguments)
             return watched + ["runner.inside" if part == "ipykernel_launcher" else part for part in command]
 
-    reading, lifeline = os.pipe()
-    try:
-        specs = KernelSpecManager(**({"kernel_dirs": []} if name == NATIVE_KERNEL_NAME else {}))
-        manager = Manager(
-            kernel_name=name,
-            kernel_spec_manager=specs,
-            transport="ipc",
-            connection_file=str(folder / "kernel.json"),
-        )
-        with (folder / "log").open("wb") as log:
-            await manager.start_kernel(
-                cwd=str(cwd),
-                env=env | {inside.FOLDER: str(folder)},
-                stdin=reading,
-                stdout=log,
-                stderr=log,
-                extra_arguments=["--HistoryManager.hist_file=:memory:"],
-            )
-        return Kernel(manager, folder, lifeline)
-    except BaseException:
-        os.close(lifeline)
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    finally:
-        os.close(reading)
+    return Manager(
+        kernel_name=name,
+        kernel_spec_manager=KernelSpecManager(**({"kernel_dirs": []} if name == NATIVE_KERNEL_NAME else {})),
+        transport="ipc",
+        connection_file=str(folder / "kernel.json"),
+    )
 
 
 def end_all_of(folder: Path | str) -> None:
-    """Kill every process that a kernel with this folder has left, and remove the folder, its sockets with it."""
-    mark = f"{inside.FOLDER}={folder}".encode()
-    for path in Path("/proc").glob("[0-9]*/environ"):
+    """Kill every process that a kernel with this folder has left, and remove the folder, its sockets with it.
+
+    The folder is in the environment of what was spawned, and mapped into what was forked and never spawned.
+    """
+    variable, mapped = f"{inside.FOLDER}={folder}".encode(), f" {folder}/".encode()
+    for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if mark in path.read_bytes().split(b"\0"):
-                os.kill(int(path.parent.name), signal.SIGKILL)
+            spawned = variable in (path / "environ").read_bytes().split(b"\0")
+            if spawned or mapped in (path / "maps").read_bytes():
+                os.kill(int(path.name), signal.SIGKILL)
     shutil.rmtree(folder, ignore_errors=True)

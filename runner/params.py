@@ -54,6 +54,7 @@ class Environment:
     dask: dict | None
     stages: dict[str, dict]
     retention: Rules = Rules()
+    ready_kernels: int = 1  # that wait for a run, while `up` is at work; 0: each run starts one
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def load(
     drafts.sort(key=lambda draft: (_cadence_s(draft.file), draft.name))
     overridden = {n: o.model_dump(exclude_unset=True) for n, o in (env_file.stages or {}).items()}
     where = (env_file.root, env_file.machine, env_file.dask)
-    environment = Environment(env, *where, overridden, env_file.retention)
+    environment = Environment(env, *where, overridden, env_file.retention, env_file.ready_kernels)
     return Project(environment, {draft.name: draft.finish(project, environment) for draft in drafts})
 
 
@@ -244,6 +245,7 @@ class _EnvFile(BaseModel):
     machine: dict[str, Any] | None = None
     dask: _Dask = None
     retention: Rules = Rules()
+    ready_kernels: Annotated[int, Field(ge=0, le=16)] = 1
     stages: dict[str, _StageOverride] | None = None
 
 
@@ -259,6 +261,7 @@ _EXPECTED = {
     "machine": "null or key: value lines",
     "dask": "null, {n_workers: 1 or more}, {address: URL} or {coiled: {...}}",
     "retention": "numbers from 0 for all_hours, hourly_days and days, true or false for daily and slowest",
+    "ready_kernels": "a whole number from 0 to 16",
     "stages": "a stage's name and, under it, what to override",
 }
 

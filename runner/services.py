@@ -66,7 +66,7 @@ class Service:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
 
     def wait_ready(self, timeout_s: float = 90) -> None:
@@ -175,7 +175,7 @@ def dashboard(port: int, root: str, api_url: str, logs: Path) -> Service:
     )
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """However `up` dies, the operating system ends its children. It does so when the *thread* that started them ends,
     so services are started from the main thread."""
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
