@@ -103,6 +103,7 @@ def up(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     services.stop(children)
+    journal.settle(5)
     out.print("nothing is left running")
     sys.stdout.flush()
     # a thread that still wants to tell the server something would hold the process, as the server is gone
@@ -419,7 +420,8 @@ def _run_one(
             return schedule.run_recorded(stage, environment, scheduled_for, on_cell, parent)
         from runner import compute
 
-        return compute.run_stage(stage, environment, scheduled_for=scheduled_for, on_cell=on_cell, parent=parent)
+        asked = {"scheduled_for": scheduled_for, "on_cell": on_cell, "parent": parent, "page_later": True}
+        return compute.run_stage(stage, environment, **asked)
 
 
 @contextlib.contextmanager

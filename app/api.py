@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from app.settings import Settings
 from pipeline import lake, model, queries
+from runner import report as reports
 from runner import runs
 from storage import Root
 
@@ -376,7 +377,11 @@ def list_runs(
 )
 def report(run_id: str, root: PublishedRoot) -> HTMLResponse:
     """A run's report as a page: the executed notebook, its parameters, its checks."""
-    page = _report_file(root, run_id, "report.html")
+    record = _run(root, run_id)
+    try:
+        page = reports.page_of(root, record)
+    except FileNotFoundError:
+        raise HTTPException(404, f"run {run_id} left no report.html") from None
     return HTMLResponse(BESIDE.sub(rb'href="/reports/\1"', page), headers=REPORT_HEADERS)
 
 
@@ -388,7 +393,10 @@ def report(run_id: str, root: PublishedRoot) -> HTMLResponse:
 )
 def notebook(run_id: str, root: PublishedRoot) -> Response:
     """A run's report as the executed notebook, to download."""
-    content = _report_file(root, run_id, "report.ipynb")
+    try:
+        content = root.read(f"{_run(root, run_id)['report']}/report.ipynb")
+    except FileNotFoundError:
+        raise HTTPException(404, f"run {run_id} left no report.ipynb") from None
     headers = REPORT_HEADERS | {"Content-Disposition": f'attachment; filename="{run_id}.ipynb"'}
     return Response(content, media_type="application/x-ipynb+json", headers=headers)
 
@@ -436,15 +444,11 @@ def _pointer(root: Root, question: str) -> dict[str, Any] | None:
         return None
 
 
-def _report_file(root: Root, run_id: str, name: str) -> bytes:
-    """A file of a run's report. Raises HTTPException 404; an id of another form never reaches the storage."""
+def _run(root: Root, run_id: str) -> dict:
+    """A run's record. Raises HTTPException 404; an id of another form never reaches the storage."""
     try:
         if not RUN_ID.fullmatch(run_id):
             raise KeyError(run_id)
-        folder = runs.get(root, run_id)["report"]
+        return runs.get(root, run_id)
     except KeyError:
         raise HTTPException(404, f"there is no run {ascii(run_id)}; /runs lists them") from None
-    try:
-        return root.read(f"{folder}/{name}")
-    except FileNotFoundError:
-        raise HTTPException(404, f"run {run_id} left no {name}") from None

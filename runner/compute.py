@@ -31,18 +31,19 @@ def run_stage(
     on_cell: Callable[[int, int, str], None] | None = None,
     cancel: threading.Event | None = None,
     parent: str | None = None,
+    page_later: bool = False,
 ) -> RunRecord:
     """Run a stage to its end, retries included; the record is that of the last attempt. Every attempt has a report.
 
-    `scheduled_for` is now when None; `parent` is the run that this one repeats. Never raises for what the notebook
-    does.
+    `scheduled_for` is now when None; `parent` is the run that this one repeats; `page_later` as in
+    engine.execute, for a run on this machine. Never raises for what the notebook does.
     """
     scheduled_for = (scheduled_for or datetime.now(UTC)).astimezone(UTC)
     cancel = cancel or threading.Event()
     for attempt in range(1, stage.retries + 2):
         with cluster(stage.dask if "dask" in stage.supplied else None) as address:
             request = make_request(stage, environment, scheduled_for, attempt, address, parent)
-            record = _dispatch(request, stage.machine, on_cell, cancel)
+            record = _dispatch(request, stage.machine, on_cell, cancel, page_later)
         if record.state not in RETRIED or attempt > stage.retries:
             return record
         delay_s = FIRST_DELAY_S * 2 ** (attempt - 1)
@@ -118,10 +119,10 @@ def cluster(dask: dict | None) -> Iterator[str | None]:
 
 
 def _dispatch(
-    request: RunRequest, machine: dict | None, on_cell: Callable | None, cancel: threading.Event
+    request: RunRequest, machine: dict | None, on_cell: Callable | None, cancel: threading.Event, page_later: bool
 ) -> RunRecord:
     if machine is None:
-        return execute(request, on_cell=on_cell, cancel=cancel)
+        return execute(request, on_cell=on_cell, cancel=cancel, page_later=page_later)
     return RunRecord(**run_there(asdict(request), machine))
 
 

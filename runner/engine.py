@@ -102,8 +102,12 @@ def execute(
     request: RunRequest,
     on_cell: Callable[[int, int, str], None] | None = None,
     cancel: threading.Event | None = None,
+    page_later: bool = False,
 ) -> RunRecord:
     """Run the notebook, then write its report and its row in the index of runs.
+
+    With `page_later` it returns when the executed notebook and the record are saved; the row and the page follow in the
+    background, and if this process dies before, at the next start. `journal.settle` waits for them.
 
     Whatever the notebook does ends in the record's state and raises nothing. `on_cell(done, total, heading)`
     is called before each code cell and at the end; setting `cancel` ends the run, and so does Ctrl-C. SIGTERM in the
@@ -114,9 +118,10 @@ def execute(
         run = _Run(request, on_cell, cancel or threading.Event(), got)
         try:
             run.execute()
-            run.hand_in()
-        finally:
+        except BaseException:
             run.journal.close()
+            raise
+        run.hand_in(page_later)
         record = run.record
         reason = f" ({record.reason})" if record.reason else ""
         level = logging.INFO if record.ok else logging.ERROR
@@ -217,17 +222,29 @@ class _Run:
             log.exception("run %s ended by an error of the runner", self.request.run_id)
             self.record.state, self.record.reason = "failed", _one_line(error)
 
-    def hand_in(self) -> None:
-        """Write report and row; when their place is down, keep them in the spool and say so."""
+    def hand_in(self, page_later: bool) -> None:
+        """Write report, row and page; when their place is down, keep them in the spool and say so."""
+        with self._handing_in():
+            root = Root.at(self.record.root)
+            journal.save(root, self.record, self.nb, self.journal.folder)
+            journal.later(functools.partial(self._finish, root)) if page_later else self._finish(root)
+
+    def _finish(self, root: Root) -> None:
+        with self._handing_in():
+            journal.finish(root, self.record, self.nb, self.journal.folder)
+            journal.deliver(root)
+        self.journal.close()  # until now nobody else may finish it
+
+    @contextlib.contextmanager
+    def _handing_in(self) -> Iterator[None]:
         record, folder = self.record, self.journal.folder
         try:
-            root = Root.at(record.root)
-            journal.hand_in(root, record, self.nb, folder)
-            journal.deliver(root)
+            yield
         except Exception as error:  # the work is done or it is not: a place for reports that is down changes nothing
             text = "the report of run %s could not be written to %s; it waits in %s and is delivered later: %s"
             log.warning(text, record.run_id, record.root, folder, _one_line(error))
             journal.keep_aside(record, self.nb, folder)
+            self.journal.close()
 
     def _prepare(self) -> None:
         """Put the injected cell after the parameters cell, and mark every cell as one that never ran."""

@@ -16,7 +16,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -143,16 +144,45 @@ class SideFile:
         self._file = None
 
 
-def hand_in(root: Root, record: Any, nb: Any, folder: Path, again: bool = False) -> None:
-    """Put the report and its side files into the root, the row into the index, and remove the spool's folder."""
-    from runner import report, runs
+def save(root: Root, record: Any, nb: Any, folder: Path) -> None:
+    """Put the executed notebook, its side files and the record into the root."""
+    from runner import report
 
     for side in sorted(folder.glob("cell-*")):
         root.put(f"{record.report}/{side.name}", side)
-    report.write(root, record, nb)
+    report.save(root, record, nb)
+
+
+def finish(root: Root, record: Any, nb: Any, folder: Path, again: bool = False) -> None:
+    """After `save`: put the row into the index and the page beside the notebook, and remove the spool's folder."""
+    from runner import report, runs
+
     if not (again and runs.indexed(root, record.run_id)):
         runs.append(root, record)
+    report.write_page(root, record, nb)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+_background = ThreadPoolExecutor(1, thread_name_prefix="reports")  # Python waits for it when it ends
+_under_way: set[Future] = set()
+
+
+def later(work: Callable[[], None]) -> None:
+    """Have `work` done in the background, one after the other; what it raises is logged."""
+    future = _background.submit(work)
+    _under_way.add(future)
+    future.add_done_callback(_done)
+
+
+def _done(future: Future) -> None:
+    _under_way.discard(future)
+    if error := future.exception():
+        log.error("a report was not finished; the next start does it: %s", error, exc_info=error)
+
+
+def settle(within_s: float | None = None) -> None:
+    """Wait until nothing is done in the background. What is not done in time is done at the next start."""
+    wait(list(_under_way), timeout=within_s)
 
 
 def keep_aside(record: Any, nb: Any, folder: Path) -> None:
@@ -338,7 +368,8 @@ def _close(folder: Path, root: Root) -> None:
     from runner import engine
 
     record, nb = engine.from_journal(folder / "journal.jsonl")
-    hand_in(root, record, nb, folder, again=True)
+    save(root, record, nb, folder)
+    finish(root, record, nb, folder, again=True)
 
 
 def _started(pid: int) -> int:

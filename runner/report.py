@@ -8,6 +8,7 @@ import re
 import threading
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from storage import Root
@@ -33,20 +34,38 @@ SILENT = re.compile(r"<(style|script)\b.*?</\1\s*>", re.I | re.S)  # their text 
 
 
 def write(root: Root, record: Any, nb: Any, place: str | None = None) -> None:
-    """Write report.ipynb, report.html and, last, run.json into `place`, else the record's folder, each whole.
+    """Write report.ipynb, run.json and report.html into `place`, else the record's folder, each whole."""
+    save(root, record, nb, place)
+    write_page(root, record, nb, place)
 
-    A page that cannot be made is logged and left out; the other two are written all the same.
-    """
+
+def save(root: Root, record: Any, nb: Any, place: str | None = None) -> None:
+    """Write what the run left: report.ipynb and, last, run.json."""
     place = place or record.report
     root.write(f"{place}/report.ipynb", notebook(nb))
+    text = json.dumps(asdict(record), indent=2, default=str)
+    root.write(f"{place}/run.json", (text + "\n").encode())
+
+
+def write_page(root: Root, record: Any, nb: Any, place: str | None = None) -> None:
+    """Write what people read, report.html. A page that cannot be made is logged and left out."""
     try:
         page = html(record, nb).encode(errors="replace")
     except Exception:
         log.exception("run %s has no report.html", record.run_id)
     else:
-        root.write(f"{place}/report.html", page)
-    text = json.dumps(asdict(record), indent=2, default=str)
-    root.write(f"{place}/run.json", (text + "\n").encode())
+        root.write(f"{place or record.report}/report.html", page)
+
+
+def page_of(root: Root, record: dict) -> bytes:
+    """report.html of a run by its run.json; made anew where it was never written. Raises FileNotFoundError."""
+    try:
+        return root.read(f"{record['report']}/report.html")
+    except FileNotFoundError:
+        import nbformat
+
+        nb = nbformat.reads(root.read(f"{record['report']}/report.ipynb").decode(), as_version=4)
+        return html(SimpleNamespace(**record), nb).encode(errors="replace")
 
 
 def notebook(nb: Any) -> bytes:

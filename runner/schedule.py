@@ -59,7 +59,9 @@ def stage_flow(
             for key, value in (parameters or {}).items()
         ]
         chosen = _with_values(stage, environment, given) if given else stage
-        record = compute.run_stage(chosen, environment, scheduled_for=_scheduled_time(), cancel=cancel_event())
+        record = compute.run_stage(
+            chosen, environment, scheduled_for=_scheduled_time(), cancel=cancel_event(), page_later=True
+        )
         link = f"{api_url}/reports/{record.run_id}" if api_url else Root.at(record.root).url_of(record.report)
         create_link_artifact(
             link, link_text=f"{record.run_id}: {record.state}", key=f"report-{stage.name}".replace("_", "-")
@@ -96,7 +98,7 @@ def run_recorded(
     parent: str | None = None,
 ) -> RunRecord:
     """One run now, recorded in Prefect as a flow run without a deployment."""
-    asked = {"scheduled_for": scheduled_for, "on_cell": on_cell, "parent": parent}
+    asked = {"scheduled_for": scheduled_for, "on_cell": on_cell, "parent": parent, "page_later": True}
     records: list[RunRecord] = []
 
     @flow(name=stage.name, flow_run_name=f"{stage.name} {scheduled_for:%H:%M:%S} by hand", validate_parameters=False)

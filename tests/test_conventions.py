@@ -18,7 +18,7 @@ PACKAGES = {"app", "orchestrate", "pipeline", "runner", "storage"}
 MAY_IMPORT = {  # of the project's own modules
     "pipeline": {"pipeline", "storage"},
     "runner": {"runner", "storage"},
-    "app": {"app", "pipeline", "runner.journal", "runner.runs", "storage"},  # reading only
+    "app": {"app", "pipeline", "runner.journal", "runner.report", "runner.runs", "storage"},  # reading only
     "notebooks": {"pipeline", "runner.notebook"},
 }
 NEVER = {

@@ -289,6 +289,12 @@ class TestReports:
         page.write_text('<a href="../../2026-03-01/query-20260301T120000-abcdef/report.html">the last ok run</a>')
         assert api.get(f"/reports/{QUERY_RUN}").text.startswith('<a href="/reports/query-20260301T120000-abcdef">')
 
+    def test_a_page_that_was_never_written_is_made(self, api, root):
+        (page,) = Path(root).glob(f"reports/*/*/{QUERY_RUN}/report.html")
+        written = page.read_bytes()
+        page.unlink()
+        assert api.get(f"/reports/{QUERY_RUN}").content == written and "What query did" in written.decode()
+
     def test_a_report_without_its_page_says_so(self, api, root):
         shutil.rmtree(Path(root, "reports/query"))
         assert f"run {QUERY_RUN} left no report.html" in detail(api.get(f"/reports/{QUERY_RUN}"))
