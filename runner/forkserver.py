@@ -174,16 +174,23 @@ def _box(folder: Path, lifeline: socket.socket, orders: socket.socket, late: lis
     os._exit(0)
 
 
-def preload(modules: list[str]) -> list[str]:
-    """Import them; those that start threads, which are not imported."""
-    late = []
+def preload(modules: list[str], notes: Path) -> list[str]:
+    """Import them; those that start threads, which are not imported.
+
+    Which do so is seen in a forked process each, and kept at `notes` until the packages change.
+    """
+    found = {}
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(notes.read_text())
+    if found.get("packages") != warm.packages():
+        found = {"packages": warm.packages()}
     for name in modules:
-        match _tried(name):
-            case "fine":
-                importlib.import_module(name)
-            case "threads":
-                late.append(name)
-    return late
+        if name not in found:
+            found[name] = _tried(name)
+        if found[name] == "fine":
+            importlib.import_module(name)
+    notes.write_text(json.dumps(found))
+    return [name for name in modules if found[name] == "threads"]
 
 
 def _tried(name: str) -> str:
@@ -224,7 +231,7 @@ def main() -> Callable[[], None] | None:
     before = dict(os.environ)
     os.environ.update({name: value for name, value in FOR_PRELOAD.items() if name not in os.environ})
     own, others = notebooks.modules_of(PROJECT)
-    late = preload(OF_A_KERNEL + others) + own
+    late = preload(OF_A_KERNEL + others, folder / "threads") + own
     if (threads := _threads()) > 1:
         sys.exit(f"{threads} threads after the preload: nothing can be forked from here")
     os.environ.clear()

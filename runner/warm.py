@@ -66,9 +66,16 @@ def signature() -> str:
     files = [
         *(path for part in ("pipeline", "runner") for path in sorted((PROJECT / part).rglob("*.py"))),
         *sorted(PROJECT.glob("*.py")),
-        PROJECT / "requirements.lock",
-        Path(sysconfig.get_path("purelib")),
     ]
+    return packages() + _stamp(files)
+
+
+def packages() -> str:
+    """Changes when the lock or the installed packages do."""
+    return _stamp([PROJECT / "requirements.lock", Path(sysconfig.get_path("purelib"))])
+
+
+def _stamp(files: list[Path]) -> str:
     found = hashlib.sha256()
     for path in files:
         with contextlib.suppress(OSError):
