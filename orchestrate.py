@@ -19,9 +19,10 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
@@ -36,6 +37,7 @@ app.add_typer(runs_app, name="runs")
 out, err = Console(), Console(stderr=True)
 if not out.is_terminal:
     out.width = 200  # a log file has no width to keep to
+State = Literal["ok", "noop", "check_failed", "failed", "timed_out", "killed", "cancelled"]
 STYLES = {"ok": "green", "noop": "dim", "check_failed": "red", "cancelled": "yellow"}  # the other states: bold red
 
 Env = Annotated[str, typer.Option("--env", help="params/env/<name>.yml")]
@@ -129,7 +131,7 @@ def run(
         stages, environment, differences = _recorded(earlier, env, root, p, stage)
         scheduled_for, parent = _time(at or earlier["scheduled_for"]), earlier["run_id"]
         if not as_json:
-            out.print(_differences_table(differences, f"parameters, beside those of {parent} and of today's files"))
+            _print_differences(differences, f"parameters, beside those of {parent} and of today's files")
     elif stage is None:
         raise typer.BadParameter("name a stage, or a run with --from")
     else:
@@ -164,9 +166,9 @@ def replay(run_id: RunId, env: Env = "local", root: RootOption = None, as_json: 
     else:
         _print_record(found.record)
         if found.differences:
-            out.print(_differences_table(found.differences, f"what differs from {found.run_id}"))
+            _print_differences(found.differences, f"what differs from {found.run_id}")
         if found.changed:
-            out.print(_differences_table(found.changed, "what changed since"))
+            _print_differences(found.changed, "what changed since")
         compared = ", ".join(f"{count} {part}" for part, count in found.compared.items() if count)
         verdict = "[green]equal[/]" if found.equal else f"[bold red]{len(found.differences)} differences[/]"
         out.print(f"{verdict}: {compared} compared; code {'changed since' if found.changed else 'unchanged'}")
@@ -202,7 +204,8 @@ def whence(
         print(json.dumps(found))
         return
     who = f"{found['run_id']}  {_styled(found['state'] or 'not in the index')}" if found["run_id"] else "by no run"
-    out.print(f"{table}@{found['version']}  {found['operation']}  {found['at']}  {who}", highlight=False)
+    told = f"{table}@{found['version']}  {found['operation']}  {found['at']}  {who}"
+    out.print(told, highlight=False, soft_wrap=True)
     if found["state"]:
         out.print(found["report"] or "its report was swept", highlight=False, soft_wrap=True)
 
@@ -251,10 +254,10 @@ def runs_list(
     env: Env = "local",
     root: RootOption = None,
     stage: Annotated[str | None, typer.Option(help="Only this stage.")] = None,
-    state: Annotated[str | None, typer.Option(help="Only this state.")] = None,
+    state: Annotated[State | None, typer.Option(help="Only this state.")] = None,
     since: Annotated[str | None, typer.Option(help="Started at this time or later, ISO 8601.")] = None,
     until: Annotated[str | None, typer.Option(help="Started before this time.")] = None,
-    limit: Annotated[int, typer.Option(help="At most so many, newest first.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, newest first.")] = 20,
     as_json: AsJson = False,
 ):
     """The last runs, newest first."""
@@ -265,15 +268,15 @@ def runs_list(
     if as_json:
         print(json.dumps(found, default=str))
         return
-    table = Table("run", "state", "scheduled for", "seconds", "reason")
+    if not found:
+        out.print("no runs")
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("run", "state", "seconds"):  # the id is there to be copied
+        table.add_column(column, no_wrap=True, justify="right" if column == "seconds" else "left")
+    table.add_column("reason", overflow="fold")
     for row in found:
-        table.add_row(
-            row["run_id"],
-            _styled(row["state"]),
-            row["scheduled_for"][:19].replace("T", " "),
-            f"{row['seconds']:.1f}",
-            escape(row["reason"] or ""),
-        )
+        table.add_row(row["run_id"], _styled(row["state"]), f"{row['seconds']:.1f}", escape(row["reason"] or ""))
     out.print(table)
 
 
@@ -284,9 +287,12 @@ def runs_show(run_id: RunId, env: Env = "local", root: RootOption = None, as_jso
     if as_json:
         print(json.dumps(record, default=str))
         return
-    table = Table(show_header=False, box=None)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in record.items():
-        table.add_row(f"[bold]{name}", escape(value if isinstance(value, str) else json.dumps(value, default=str)))
+        if value not in (None, "", {}, []):
+            table.add_row(name, escape(_readable(value)))
     out.print(table)
 
 
@@ -295,11 +301,13 @@ def runs_tail(run_id: RunId, env: Env = "local", root: RootOption = None):
     """What a run prints, as it comes; of one that has ended, all of it. Exit status 1 unless it ends ok or noop."""
     from runner import journal
 
-    state = None
+    state = heading = None
     try:
         for event in journal.follow(run_id, _root(env, root)):
             if event["event"] == "cell_start":
-                out.print(f"[bold cyan]── {escape(event['heading'] or '')}", highlight=False)
+                if event["heading"] != heading:
+                    heading = event["heading"]
+                    out.print(f"[bold cyan]── {escape(heading or '')}", highlight=False)
             elif event["event"] == "output":
                 print(_text_of(event["output"]), end="", flush=True)
             elif event["event"] == "end":
@@ -322,7 +330,7 @@ def runs_diff(a: RunId, b: RunId, env: Env = "local", root: RootOption = None, a
     if as_json:
         print(json.dumps([asdict(one) for one in differences], default=str))
     elif differences:
-        out.print(_differences_table(differences, f"{a} and {b}"))
+        _print_differences(differences, f"{a} and {b}")
     else:
         out.print("nothing that is recorded differs")
 
@@ -347,8 +355,10 @@ def runs_open(run_id: RunId, env: Env = "local", root: RootOption = None):
     """Open a run's report in the browser."""
     import webbrowser
 
-    place = _root(env, root)
-    url = place.url_of(f"{_get_run(run_id, env, root)['report']}/report.html")
+    place, record = _root(env, root), _get_run(run_id, env, root)
+    if not record["kept"]:
+        _refuse(f"the report of {record['run_id']} was swept; `runs show` has its row")
+    url = place.url_of(f"{record['report']}/report.html")
     out.print(url, highlight=False, soft_wrap=True)
     webbrowser.open(url if "://" in url else f"file://{url}")
 
@@ -490,14 +500,32 @@ def _refuse(why: str, status: int = 1) -> NoReturn:
     raise typer.Exit(status)
 
 
-def _differences_table(differences: list, title: str) -> Table:
-    table = Table("", "", "before", "after", title=title, title_justify="left")
+def _print_differences(differences: list, title: str) -> None:
+    out.print(f"[italic]{escape(title)}", highlight=False)  # above the table: inside it is as narrow as the table
+    table = Table("", "")
+    for column in ("before", "after"):
+        table.add_column(column, overflow="fold")
     for one in differences:
         values = (v if isinstance(v, str) else json.dumps(v, default=str) for v in (one.before, one.after))
-        if one.name.endswith("sha256"):
+        if one.name.endswith(("sha256", "git_commit")):
             values = (value[:12] for value in values)
         table.add_row(one.part, *map(escape, (one.name, *values)))
-    return table
+    out.print(table)
+
+
+def _readable(value: object) -> str:
+    """What is recorded under one name, each item of a list or dict on a line of its own."""
+    if isinstance(value, dict):
+        return "\n".join(f"{name}  {_flat(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return "\n".join(
+            "  ".join(map(_flat, item.values())) if isinstance(item, dict) else _flat(item) for item in value
+        )
+    return _flat(value)
+
+
+def _flat(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _text_of(output: dict) -> str:
@@ -506,6 +534,8 @@ def _text_of(output: dict) -> str:
         return "".join(output["text"])
     if output["output_type"] == "error":
         return f"{output['ename']}: {output['evalue']}\n"
+    if any(kind.startswith("image/") for kind in output["data"]):
+        return "[a picture]\n"
     return "".join(output["data"].get("text/plain", "")) + "\n"
 
 
@@ -540,7 +570,7 @@ def _records_table(records: list) -> Table:
             record.stage,
             _styled(record.state),
             f"{record.seconds:.1f}",
-            f"{rows:,}" if rows is not None else escape(record.reason),
+            f"{rows:,}" if isinstance(rows, int) else escape(record.reason),
             report,
         )
     return table

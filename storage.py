@@ -178,10 +178,14 @@ class LocalRoot(Root):
         os.makedirs(folder, exist_ok=True)
         # the leading dot keeps a half-written file out of every listing
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".part", delete=False) as file:
-            os.fchmod(file.fileno(), 0o644)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            try:
+                os.fchmod(file.fileno(), 0o644)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:  # the disk is full: what is there of it must not keep it so
+                os.unlink(file.name)
+                raise
         return file.name
 
     def write(self, rel: str, data: bytes) -> None:
@@ -191,8 +195,12 @@ class LocalRoot(Root):
 
     def put(self, rel: str, path: Path) -> None:
         staged = self._staged(self._path(rel), b"")
-        shutil.copyfile(path, staged)
-        os.replace(staged, self._path(rel))
+        try:
+            shutil.copyfile(path, staged)
+            os.replace(staged, self._path(rel))
+        except OSError:
+            os.unlink(staged)
+            raise
 
     def create(self, rel: str, data: bytes) -> bool:
         staged = self._staged(self._path(rel), data)

@@ -70,7 +70,9 @@ def whence(root: Root, table: str, version: int | None = None) -> dict[str, Any]
     log = f"lake/{table}/_delta_log"
     if version is None:
         there = [int(match[1]) for name in root.list(log) if (match := COMMIT.fullmatch(name))]
-        version = max(there, default=0)
+        if not there:
+            raise LookupError(f"there is no table {table} under {root.url}")
+        version = max(there)
     try:
         lines = root.read(f"{log}/{version:020d}.json").splitlines()
     except FileNotFoundError:

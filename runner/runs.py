@@ -3,6 +3,7 @@
 A row does not know whether its report is still there: the report's folder does, and `kept` is read from it.
 """
 
+import contextlib
 import datetime
 import json
 import random
@@ -143,10 +144,8 @@ def get(root: Root, run_id: str) -> dict:
     whole = re.fullmatch(r"([\w-]+)-(\d{4})(\d\d)(\d\d)T\d{6}-[0-9a-f]{6}", run_id, re.A)
     if whole:  # says where its report is
         stage, year, month, day = whole.groups()
-        try:
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # swept, or damaged: its row tells
             return _read(root, f"reports/{stage}/{year}-{month}-{day}/{run_id}")
-        except FileNotFoundError:
-            pass
     index = scan(root)
     ids = index.filter(pl.col("run_id").str.starts_with(run_id)).select(pl.col("run_id").unique()).collect()["run_id"]
     if run_id not in ids:
@@ -154,10 +153,9 @@ def get(root: Root, run_id: str) -> dict:
             raise KeyError(f"{len(ids)} runs begin with {run_id!r}")
         run_id = ids[0]
     [row] = index.filter(pl.col("run_id") == run_id).head(1).collect().to_dicts()
-    try:
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
         return _read(root, row["report"])
-    except FileNotFoundError:
-        return _as_record(row) | {"kept": False}
+    return _as_record(row) | {"kept": False}
 
 
 def scan(root: Root) -> Any:

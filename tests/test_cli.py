@@ -245,6 +245,26 @@ def test_runs_are_listed_between_two_times(greeting):
         assert len(json.loads(done.stdout)) == expected, bounds
 
 
+def test_runs_can_be_read_on_a_narrow_terminal(greeting):
+    """An id is there to be copied; a report that was swept is not opened; nothing is said by an empty table."""
+    project, root, first = greeting
+    narrow = {"COLUMNS": "60"}
+    code = "import orchestrate, sys; orchestrate.out.width = 60; sys.exit(orchestrate.app())"
+
+    def narrowly(*arguments):
+        options = {"cwd": project, "env": environment(project) | narrow, "capture_output": True, "text": True}
+        return subprocess.run([sys.executable, "-c", code, *arguments, "--root", root], **options)
+
+    assert first["run_id"] in narrowly("runs", "list").stdout
+    shown = narrowly("runs", "show", first["run_id"]).stdout
+    assert re.search(r"^parameters +root", shown, re.M) and re.search(r"^ +name  Ada", shown, re.M), shown
+    assert narrowly("runs", "list", "--state", "cancelled").stdout == "no runs\n"
+    assert narrowly("runs", "list", "--state", "canceled").returncode == 2
+    Root.at(root).remove_tree(first["report"])
+    done = narrowly("runs", "open", first["run_id"])
+    assert done.returncode == 1 and "was swept" in done.stderr.replace("\n", " ")
+
+
 def test_a_sweep_says_what_it_did(greeting):
     project, root, first = greeting
     done = orchestrate(project, "runs", "sweep", "--root", root, "--json")

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 import time
@@ -29,6 +30,21 @@ def test_what_is_written_is_read_back(place):
     assert place.size("a/b.json") == 2
     assert place.list("a") == ["b.json"]
     assert place.exists("a/b.json")
+
+
+def test_what_does_not_fit_on_the_disk_leaves_nothing(tmp_path):
+    place, limits = Root.at(tmp_path / "root"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    place.write("old", b"x")
+    (tmp_path / "large").write_bytes(b"x" * 20_000)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            place.write("new", b"x" * 20_000)
+        with pytest.raises(OSError):
+            place.put("new", tmp_path / "large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path / "root") == ["old"]
 
 
 def test_what_is_missing_says_so(place):

@@ -108,6 +108,8 @@ def test_get_finds_a_run_by_the_beginning_of_its_id(tmp_path):
     report.write(root, FIRST, new_notebook())
     assert runs.get(root, FIRST.run_id)["root"] == "/outputs"  # only run.json has it
     assert runs.get(root, "toy-20261103T1000")["root"] == "/outputs"
+    root.write(f"{FIRST.report}/run.json", b'{"run_id": ')  # damaged: the row answers again
+    assert runs.get(root, FIRST.run_id) == row == runs.get(root, "toy-20261103T1000")
     with pytest.raises(KeyError, match="2 runs begin with 'toy-'"):
         runs.get(root, "toy-")
     with pytest.raises(KeyError, match="2 runs"):
