@@ -44,9 +44,10 @@ class Journal:
         self._is_kept = True
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            begun = self.folder / ".journal"  # gets its name when it is locked, or others would find it free
+            self._file = os.open(begun, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o600)
             fcntl.flock(self._file, fcntl.LOCK_EX)
-            os.ftruncate(self._file, 0)
+            os.replace(begun, self.path)
             (self.folder / "notebook.ipynb").write_text(json.dumps(redactor.tree(nb), default=str))
         except OSError as error:
             self._refused(error)
@@ -324,9 +325,13 @@ def read(path: Path) -> list[dict]:
 
 def _left() -> list[Path]:
     """The folders of the spool, oldest first: runs under way, and what others left."""
+    found = []
     with contextlib.suppress(OSError):
-        return sorted((f for f in spool().iterdir() if (f / "journal.jsonl").exists()), key=lambda f: f.stat().st_mtime)
-    return []
+        for folder in spool().iterdir():
+            with contextlib.suppress(OSError):  # delivered a moment ago
+                (folder / "journal.jsonl").stat()
+                found.append((folder.stat().st_mtime, folder))
+    return [folder for _, folder in sorted(found)]
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The journal holds what the report will: live, after a crash, and while the place for reports is down."""
 
+import fcntl
 import json
 import logging
 import resource
@@ -143,6 +144,20 @@ def test_a_spool_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, capl
     assert record.state == "ok" and "no journal can be kept" in caplog.text
     nb, _ = saved(record)
     assert len(as_run(nb)[-1].outputs[0].text) == 300_001  # head and tail hold all of it
+
+
+def test_a_run_that_just_begins_is_not_taken_for_a_dead_one(tmp_path, monkeypatch):
+    """Another process looks for dead runs at the worst moment: the journal is there, and not locked yet."""
+    lock = fcntl.flock
+
+    def look_first(file, how):
+        monkeypatch.setattr(fcntl, "flock", lock)
+        assert journal.reconcile() == []
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", look_first)
+    record = run(tmp_path, "rows: int = 1")
+    assert record.state == "ok" and record.receipt["cpu_s"]  # the black box found the journal
 
 
 def test_a_disk_that_fills_up_under_a_run_leaves_it_alone(tmp_path, spool, caplog):
