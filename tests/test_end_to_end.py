@@ -1,6 +1,8 @@
 """All five notebooks, in real kernels, against what DuckDB says of tpchgen's own Parquet."""
 
+import html
 import json
+import shutil
 import subprocess
 import sys
 from datetime import datetime, timedelta
@@ -10,7 +12,7 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 from support import AT, SMALL, orchestrate
-from tpch_sql import QUESTIONS, connect
+from tpch_sql import QUESTIONS, connect, unlike
 
 from pipeline import lake, queries
 from pipeline.tables import TABLES
@@ -43,7 +45,8 @@ def test_every_stage_is_ok_and_says_what_it_did(full):
         assert record["checks"] and all(check["ok"] for check in record["checks"])
         report = Root.at(root).read(f"{record['report']}/report.html")
         assert b"<script" not in report and b"data:image/png" in report
-        assert len(report) < 100_000, f"{record['stage']}: {len(report)} bytes"
+        most = 400_000 if record["stage"] == "query" else 100_000
+        assert len(report) < most, f"{record['stage']}: {len(report)} bytes"
     written = records[1]["versions_written"]
     assert set(written) == set(TABLES)
     last = lake.open_table(Root.at(root), "orders", written["orders"]).history(1)[0]
@@ -59,22 +62,42 @@ def test_the_lakes_eight_tables_are_tpch_row_by_row(full, canonical):
         assert_frame_equal(got.sort(table.keys), expected.sort(table.keys))
 
 
-@pytest.mark.parametrize("name", sorted(QUESTIONS))
-def test_the_questions_have_the_answers_of_another_engine(full, canonical, name):
+def test_the_questions_have_the_answers_of_another_engine(full, canonical):
     snapshot = lake.snapshot(full[0])
     origin = datetime.fromisoformat(json.loads(Root.at(full[0]).read("landing/stream.json"))["origin"])
     connection = connect(canonical, placed=origin - timedelta(seconds=30))
-    pointer, answer = queries.current(full[0], name)
-    expected = QUESTIONS[name](connection, snapshot.as_of)
-    assert len(expected) == answer.height > 0
-    for row, wanted in zip(answer.rows(), expected, strict=True):
-        for value, other in zip(row, wanted, strict=True):  # averages are doubles, all else is exact
-            assert value == (pytest.approx(other, rel=1e-12) if isinstance(other, float) else other)
-    assert pointer["batch"] == snapshot.batch
+    for name, expected in QUESTIONS.items():
+        pointer, answer = queries.current(full[0], name)
+        assert not (found := unlike(answer, expected(connection, snapshot.as_of))), f"{name}: {found}"
+        assert pointer["batch"] == snapshot.batch
 
 
-def test_every_question_is_held_against_sql():
-    assert {question.name for question in queries.questions()} == set(QUESTIONS)
+def test_the_report_reads_as_the_business_asks(full):
+    root, records = full
+    page = Root.at(root).read(f"{records[3]['report']}/report.html").decode()
+    for question in queries.questions():
+        assert html.escape(question.title, quote=False) in page
+        assert html.escape(question.text, quote=False) in page
+    assert page.count("This is the first answer.") == len(QUESTIONS)
+    assert page.count("data:image/png") == sum(question.chart is not None for question in queries.questions())
+
+
+def test_questions_that_fail_are_told_and_keep_no_other_from_its_answer(full, tmp_path):
+    """A table's file is gone: who reads that table has no answer, everybody else has."""
+    root = str(tmp_path / "root")
+    shutil.copytree(f"{full[0]}/lake", f"{root}/lake")
+    for url in lake.snapshot(root).files("partsupp"):
+        Path(url).unlink()
+    asked = ("-p", "questions=[q01, q11, q22, recommended_suppliers]")
+    done = orchestrate(PROJECT, "run", "query", "--root", root, "--at", AT, *asked, "--json")
+    (record,) = json.loads(done.stdout)
+    assert (done.returncode, record["state"], record["attempt"]) == (1, "check_failed", 1)
+    failed = {check["name"]: check["detail"] for check in record["checks"] if not check["ok"]}
+    assert set(failed) == {"q11 has an answer", "recommended_suppliers has an answer"}
+    assert all("No such file" in why for why in failed.values())
+    assert Root.at(root).list("results") == ["q01", "q22"]
+    assert queries.current(root, "q01")[1].height == 4
+    assert record["metrics"]["questions"] == 2
 
 
 def test_generate_again_gives_the_same_bytes_and_preprocess_again_changes_nothing(root):

@@ -7,6 +7,7 @@ import pytest
 from nbclient import NotebookClient
 from support import SMALL, environment, orchestrate
 
+from pipeline.queries import questions
 from runner import params
 from storage import PROJECT
 
@@ -40,6 +41,6 @@ def test_run_all_works_in_each_notebook_with_its_defaults(lab, monkeypatch):
         NotebookClient(nb, resources={"metadata": {"path": str(lab / "notebooks")}}, timeout=120).execute()
     root = lab / "outputs" / "dev"
     assert (root / "lake" / "published.json").exists()
-    assert len(list((root / "results").glob("*/current.json"))) == 5
+    assert len(list((root / "results").glob("*/current.json"))) == len(questions())
     assert (root / "models" / "current.json").exists()
     assert not (root / "reports" / "query").exists()  # a notebook run by hand leaves no report

@@ -57,6 +57,6 @@ def answer(nation, customer, orders, lineitem, *, first_day: date = date(1993, 1
 def chart(result):
     from pipeline.charts import in_units, plot
 
-    frame, unit = in_units(result.reverse(), "revenue")
+    frame, unit = in_units(result.head(12).reverse(), "revenue")
     title = "Revenue lost to returned items, by customer"
     return plot(frame).barh(x="customer", y="revenue", title=title, xlabel="", ylabel=unit)

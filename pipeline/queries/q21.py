@@ -67,4 +67,4 @@ def chart(result):
     from pipeline.charts import plot
 
     title = "Line items that kept orders waiting, by supplier"
-    return plot(result.head(20).reverse()).barh(x="supplier", y="waiting", title=title, xlabel="", ylabel="line items")
+    return plot(result.head(12).reverse()).barh(x="supplier", y="waiting", title=title, xlabel="", ylabel="line items")

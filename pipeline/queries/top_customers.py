@@ -63,6 +63,6 @@ def answer(nation, customer, orders, lineitem, *, as_of: datetime, hours: int = 
 def chart(result):
     from pipeline.charts import in_units, plot
 
-    frame, unit = in_units(result.reverse(), "revenue")  # bars go upwards
+    frame, unit = in_units(result.head(12).reverse(), "revenue")  # bars go upwards
     title = "Revenue of the last hour, by customer"
     return plot(frame).barh(x="customer", y="revenue", title=title, xlabel="", ylabel=unit)
