@@ -6,15 +6,20 @@ path with forward slashes. Credentials and endpoints come from the usual ``AWS_*
 """
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
 import os
 import shutil
+import signal
+import stat
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent
@@ -22,6 +27,39 @@ PROJECT = Path(__file__).resolve().parent
 
 class LeaseHeld(RuntimeError):
     """Somebody else holds the lease and did not let go of it in time."""
+
+
+class Unreadable(ValueError):
+    """What is there is no file that may be read: its message says what it is."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is at a place, without having opened it. `mark`: changes when the content does."""
+
+    name: str
+    bytes: int
+    mark: str
+    problem: str | None = None  # why it is no file to read: "is a symbolic link"
+
+
+_reached: Counter[str] = Counter()  # crash points, by how often this process came to them
+
+
+def crash_point(name: str) -> None:
+    """A place where the process may be told to die, by ETL_CRASH_AT=<name> or <name>@<n> for the n-th time it comes.
+
+    ETL_CRASH_AT=+<file> writes the names it comes to into that file instead.
+    """
+    wanted = os.environ.get("ETL_CRASH_AT")
+    if wanted is None:
+        return
+    _reached[name] += 1
+    if wanted.startswith("+"):
+        with open(wanted[1:], "a") as names:
+            names.write(f"{name}@{_reached[name]}\n")
+    elif wanted in (name, f"{name}@{_reached[name]}"):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Root:
@@ -62,6 +100,14 @@ class Root:
         """The bytes of a place. Raises FileNotFoundError."""
         return self._fs.cat_file(self._path(rel))
 
+    def read_at_most(self, rel: str, most: int) -> bytes:
+        """As `read`, of an ordinary file of at most `most` bytes, and never waiting for anything.
+
+        Raises Unreadable for what is no such file, before it is read, and FileNotFoundError.
+        """
+        _refuse_above(self.size(rel), most)
+        return self.read(rel)
+
     def write(self, rel: str, data: bytes) -> None:
         """Put `data` there, whole or not at all; a reader sees the old bytes or the new ones."""
         self._fs.pipe_file(self._path(rel), data)
@@ -92,6 +138,32 @@ class Root:
         except FileNotFoundError:
             return []
         return sorted(name for path in found if (name := path.rstrip("/").rsplit("/", 1)[-1]))
+
+    def entries(self, rel: str) -> "list[Entry]":
+        """What is directly under a place, by name; none when there is no such folder."""
+        try:
+            found = self._fs.ls(self._path(rel), detail=True)
+        except FileNotFoundError:
+            return []
+        files = (one for one in found if one["type"] == "file")  # a folder is only the beginning of a name here
+        entries = (Entry(one["name"].rsplit("/", 1)[-1], int(one["size"]), str(one.get("ETag", ""))) for one in files)
+        return sorted(entries, key=lambda entry: entry.name)
+
+    def entry(self, rel: str) -> Entry | None:
+        """What is at a place; None when nothing is."""
+        try:
+            there = self._fs.info(self._path(rel))
+        except FileNotFoundError:
+            return None
+        return Entry(rel.rsplit("/", 1)[-1], int(there["size"] or 0), str(there.get("ETag", "")))
+
+    def sync(self, rels: Iterable[str]) -> None:
+        """Make sure that these files and folders would survive the loss of power. An object store's always do."""
+
+    @property
+    def may_tear(self) -> bool:
+        """Whether a file that was written and not synced may be found torn after the loss of power."""
+        return False
 
     def move(self, source: str, target: str) -> None:
         """Move a file. One that is there already and gone from `source` was moved before: fine."""
@@ -173,6 +245,28 @@ class LocalRoot(Root):
     def read(self, rel: str) -> bytes:
         return Path(self._path(rel)).read_bytes()
 
+    def read_at_most(self, rel: str, most: int) -> bytes:
+        try:
+            # a pipe is not waited for, a link not followed; checked on what was opened, not on what was there before
+            descriptor = os.open(self._path(rel), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except PermissionError:
+            raise Unreadable("may not be read: permission denied") from None
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise Unreadable("is a symbolic link") from None
+            if error.errno == errno.ENXIO:
+                raise Unreadable("is a socket") from None
+            raise
+        with open(descriptor, "rb") as file:
+            there = os.fstat(descriptor)
+            if problem := _no_file(there.st_mode):
+                raise Unreadable(problem)
+            _refuse_above(there.st_size, most)
+            data = file.read(there.st_size + 1)
+        if len(data) != there.st_size:
+            raise Unreadable("changed while it was read")
+        return data
+
     def _staged(self, path: str, data: bytes) -> str:
         folder = os.path.dirname(path)
         os.makedirs(folder, exist_ok=True)
@@ -183,15 +277,16 @@ class LocalRoot(Root):
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            except OSError:  # the disk is full: what is there of it must not keep it so
+            except OSError:  # a full disk, above all: do not leave it fuller
                 os.unlink(file.name)
                 raise
         return file.name
 
     def write(self, rel: str, data: bytes) -> None:
         staged = self._staged(self._path(rel), data)
+        crash_point(f"written, not there yet: in {os.path.dirname(rel)}")
         os.replace(staged, self._path(rel))
-        _sync_folder(os.path.dirname(self._path(rel)))
+        _sync(os.path.dirname(self._path(rel)))
 
     def put(self, rel: str, path: Path) -> None:
         staged = self._staged(self._path(rel), b"")
@@ -210,7 +305,7 @@ class LocalRoot(Root):
             return False
         finally:
             os.unlink(staged)
-        _sync_folder(os.path.dirname(self._path(rel)))
+        _sync(os.path.dirname(self._path(rel)))
         return True
 
     def exists(self, rel: str) -> bool:
@@ -218,6 +313,24 @@ class LocalRoot(Root):
 
     def size(self, rel: str) -> int:
         return os.stat(self._path(rel)).st_size
+
+    def entries(self, rel: str) -> "list[Entry]":
+        try:
+            found = sorted(os.scandir(self._path(rel)), key=lambda entry: entry.name)
+        except FileNotFoundError:
+            return []
+        return [entry for one in found if not one.name.startswith(".") and (entry := _entry(one.path))]
+
+    def entry(self, rel: str) -> Entry | None:
+        return _entry(self._path(rel))
+
+    def sync(self, rels: Iterable[str]) -> None:
+        for rel in rels:
+            _sync(self._path(rel))
+
+    @property
+    def may_tear(self) -> bool:
+        return True
 
     def list(self, rel: str) -> list[str]:
         try:
@@ -280,10 +393,35 @@ def _remove_folders(paths: list[str], first: str) -> None:
                 shutil.rmtree(path)
 
 
-def _sync_folder(path: str) -> None:
-    """Make a rename durable: the folder's own entry is on the disk too."""
+def _sync(path: str) -> None:
+    """Put a file's bytes, or a folder's entries, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _entry(path: str) -> Entry | None:
+    try:
+        there = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    mark = f"{there.st_ino}-{there.st_mtime_ns}-{there.st_size}"
+    return Entry(os.path.basename(path), there.st_size, mark, _no_file(there.st_mode))
+
+
+def _no_file(mode: int) -> str | None:
+    """What is there instead of an ordinary file; None when it is one."""
+    kinds = {
+        stat.S_IFDIR: "is a folder",
+        stat.S_IFLNK: "is a symbolic link",
+        stat.S_IFIFO: "is a named pipe",
+        stat.S_IFSOCK: "is a socket",
+    }
+    return None if stat.S_ISREG(mode) else kinds.get(stat.S_IFMT(mode), "is a device")
+
+
+def _refuse_above(size: int, most: int) -> None:
+    if size > most:
+        raise Unreadable(f"has {size:,} bytes: more than the {most:,} of a batch")

@@ -1,55 +1,63 @@
 """JSON files become Delta tables: each row exactly once, whatever dies on the way.
 
 A batch is numbered and written down first (`lake/batches/<n>.json`: the files with their sizes and sha256), then
-committed to each table under its number, then published, then its files are archived, then it is marked done. A run
-that finds an unfinished batch finishes that one, from the same files. Rows that do not fit go to `quarantine` with
-file, line, reason and the raw text.
+committed to each table under its number, then made durable, then published, then its files are archived, then it is
+marked done. A run that finds an unfinished batch finishes that one, from the same files. Rows that do not fit go to
+`quarantine` with file, line, reason and the raw text; files that cannot be read at all go to `refused/`.
 """
 
 import hashlib
-import io
-import json
-import re
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import polars as pl
 
-from pipeline import lake
-from pipeline.tables import DAY, MONEY, TABLES, TEXT, TIME, Table
-from storage import Root
+from pipeline import batches, documents, durability, lake, landing, parse
+from pipeline.landing import File
+from pipeline.tables import RESCUED, TABLES
+from storage import Root, Unreadable, crash_point
 
-RAW_CHARS = 4000  # of a refused line that quarantine keeps
-NAME = re.compile(r"(?P<table>[a-z]+)-(?P<tick>\d{8})\.json")
+MAX_BYTES = 256_000_000  # of JSON in a batch: about four times that in memory
+FILES = {
+    "table": pl.String,
+    "file": pl.String,
+    "bytes": pl.Int64,
+    "sha256": pl.String,
+    "lines": pl.Int64,
+    "good": pl.Int64,
+    "bad": pl.Int64,
+}
+SUMMARY = {
+    "batch": pl.Int64,
+    "files": pl.Int64,
+    "files_refused": pl.Int64,
+    "mb": pl.Float64,
+    "rows": pl.Int64,
+    "refused": pl.Int64,
+    "rescued": pl.Int64,  # rows with fields that no column takes
+    "tables": pl.List(pl.String),
+    "committed": pl.Boolean,
+    "worst": pl.String,
+}
 
 
-@dataclass(frozen=True)
-class File:
-    """One file of JSON lines. `name`: <table>-<tick>.json."""
-
-    name: str
-    table: str
-    tick: int
-
-    @property
-    def landing(self) -> str:
-        return f"landing/{self.table}/{self.name}"
-
-    def archived(self, date: str) -> str:
-        return f"archive/{date}/{self.table}/{self.name}"
+class Overtaken(RuntimeError):
+    """Another run took this batch's number for other files; nothing was written."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """The files one run ingests. `manifest`: what was written down, when an earlier run left the batch unfinished.
-    `repeated`: files in landing that were ingested before; they are set aside, not read."""
+    `repeated`: files in landing that were ingested before; they are set aside, not read. `refused`: those that cannot
+    be read, each with its reason."""
 
     root: str
     number: int
     date: str  # of the archive, UTC
     files: tuple[File, ...]
-    repeated: tuple[File, ...]
-    ingested: dict[str, list[list[int]]]  # table -> ranges of ticks that are in the lake once this batch is
+    repeated: tuple[File, ...] = ()
+    refused: tuple[File, ...] = ()
     manifest: dict | None = None
 
 
@@ -58,7 +66,7 @@ class Parsed:
     """A batch read and checked, nothing written yet.
 
     `frames`: table -> typed rows. `refused`: rows for quarantine (columns of `lake.QUARANTINE`).
-    `files`: one row a file: table, file, bytes, sha256, lines, good, bad.
+    `files`: one row a file: table, file, bytes, sha256, lines, good, bad. `batch.refused`: all files that are refused.
     """
 
     batch: Batch
@@ -76,75 +84,78 @@ class Parsed:
         """The share of all lines that do not fit, 0 to 1."""
         return int(self.files["bad"].sum()) / max(self.rows, 1)
 
+    @property
+    def rescued(self) -> int:
+        """How many rows have fields that no column takes."""
+        return sum(frame[RESCUED].count() for frame in self.frames.values())
 
-def next_batch(root: str, *, max_files: int, scheduled_for: str | None) -> Batch | None:
-    """The unfinished batch when there is one, else up to `max_files` of the files that wait, oldest tick first.
+    @property
+    def worst(self) -> str:
+        """The file with the most lines that do not fit, in words."""
+        if self.refused.is_empty():
+            return "every line fits"
+        file = self.files.sort("bad", descending=True).row(0, named=True)
+        return f"{file['file']} has {file['bad']:,} of {file['lines']:,}"
 
-    None when nothing waits.
+
+def next_batch(root: str, *, max_files: int, scheduled_for: str | None, max_bytes: int = MAX_BYTES) -> Batch | None:
+    """The unfinished batch when there is one, else the files that wait, oldest tick first.
+
+    At most `max_files`, and at most `max_bytes` of JSON; a larger file is refused before it is read. None when nothing
+    waits. Raises documents.Damaged when it cannot be known what was ingested.
     """
     place = Root.at(root)
     published = lake.read_published(place)
     number = published["batch"] if published else 0
     for unfinished in (number + 1, number):
-        manifest = _manifest(place, unfinished)
-        if manifest and not place.exists(_done(unfinished)):
-            files = tuple(File(f["name"], f["table"], f["tick"]) for f in manifest["files"])
-            return Batch(place.url, unfinished, manifest["date"], files, (), manifest["ingested"], manifest)
-    previous = _manifest(place, number)
-    ingested = previous["ingested"] if previous else {}
-    waiting = sorted(_waiting(place), key=lambda file: (file.tick, list(TABLES).index(file.table)))
-    repeated = tuple(f for f in waiting if _contains(ingested.get(f.table, []), f.tick))
-    files = tuple(f for f in waiting if f not in repeated)[:max_files]
-    if not files:
+        manifest = batches.read(place, unfinished)
+        if manifest and not place.exists(batches.done(unfinished)):
+            files = tuple(File(f["name"], f["table"], f["tick"], f["bytes"]) for f in manifest["files"])
+            return Batch(place.url, unfinished, manifest["date"], files, manifest=manifest)
+    waiting = landing.look(place, number, batches.ingested_until(place, number), max_bytes)
+    files = landing.cut(waiting.files, max_files, max_bytes)
+    if not files and not waiting.repeated and not waiting.refused:
         return None
     date = scheduled_for[:10] if scheduled_for else f"{datetime.now(UTC):%Y-%m-%d}"
-    after = dict(ingested)
-    for file in files:
-        after[file.table] = _with(after.get(file.table, []), file.tick)
-    return Batch(place.url, number + 1, date, files, repeated, after)
+    return Batch(place.url, number + 1, date, files, waiting.repeated, waiting.refused)
 
 
 def read(batch: Batch) -> Parsed:
     """Read a batch's files, type their rows and set apart those that do not fit. Writes nothing.
 
-    Raises ValueError when a file is not what the manifest of an unfinished batch says.
+    A file that cannot be read is refused, and one that is no longer what the manifest of an unfinished batch says.
     """
     place = Root.at(batch.root)
     expected = {f["name"]: f["sha256"] for f in batch.manifest["files"]} if batch.manifest else {}
     good: dict[str, list[pl.DataFrame]] = {}
-    refused, files = [], []
+    quarantined, files, kept, refused = [], [], [], list(batch.refused)
     for file in batch.files:
         try:
-            data = place.read(file.landing)
-        except FileNotFoundError:  # a replay after some of its files were archived
-            data = place.read(file.archived(batch.date))
-        sha256 = hashlib.sha256(data).hexdigest()
-        if expected.get(file.name, sha256) != sha256:
-            raise ValueError(f"{file.landing} changed since batch {batch.number} was written down")
-        rows, bad = parse(data, TABLES[file.table])
-        lines = data.count(b"\n") + (not data.endswith(b"\n") and bool(data))
+            data = _read(place, file, batch.date)
+            sha256 = hashlib.sha256(data).hexdigest()
+            if expected.get(file.name, sha256) != sha256:
+                raise Unreadable(f"changed since batch {batch.number} was written down")
+            if why := parse.refusal(data):
+                raise Unreadable(why)
+        except Unreadable as error:
+            refused.append(file.refused(str(error)))
+            continue
+        rows, bad = parse.parse(data, TABLES[file.table])
+        lines = parse.line_count(data)
         if lines != rows.height + bad.height:
             raise AssertionError(f"{file.landing}: {lines} lines, but {rows.height} rows and {bad.height} refused")
         good.setdefault(file.table, []).append(rows)
-        refused.append(
-            bad.select(
-                pl.lit(batch.number, pl.Int64).alias("batch"),
-                pl.lit(file.table).alias("table"),
-                pl.lit(file.name).alias("file"),
-                "line",
-                "reason",
-                "raw",
-            )
-        )
+        quarantined.append(_for_quarantine(bad, batch, file))
         files.append((file.table, file.name, len(data), sha256, lines, rows.height, bad.height))
+        kept.append(file)
+        crash_point(f"read: {file.table}")
     frames = {table: pl.concat(parts) for table, parts in good.items()}
-    columns = ["table", "file", "bytes", "sha256", "lines", "good", "bad"]
     newest = frames["orders"]["o_order_time"].max() if "orders" in frames else None
     return Parsed(
-        batch,
+        replace(batch, files=tuple(kept), refused=tuple(refused)),
         frames,
-        pl.concat(refused),
-        pl.DataFrame(files, schema=columns, orient="row"),
+        pl.concat([pl.DataFrame(schema=lake.QUARANTINE), *quarantined]),
+        pl.DataFrame(files, schema=FILES, orient="row"),
         newest.isoformat() if newest else None,
     )
 
@@ -153,202 +164,148 @@ def commit(parsed: Parsed, *, run_id: str) -> dict[str, int]:
     """Write a batch down, commit it to every table, publish it, archive its files. Returns table -> version.
 
     May be killed anywhere and called again: every step looks first whether it is done. Raises storage.LeaseHeld when
-    another writer is at work.
+    another writer is at work, Overtaken when one took this number.
     """
     batch = parsed.batch
     place = Root.at(batch.root)
-    with lake.writing(place, run_id):
-        _write_down(place, parsed, run_id)
-        lake.create_tables(place, run_id)
-        published = lake.read_published(place) or {"batch": 0, "tables": {}, "as_of": None}
-        versions = {table: published["tables"].get(table, 0) for table in lake.COLUMNS}
-        if published["batch"] < batch.number:
-            for table, frame in (parsed.frames | {"quarantine": parsed.refused}).items():
-                if frame.height:
-                    versions[table] = lake.append(place, table, frame, batch=batch.number, run_id=run_id)
-            as_of = max(filter(None, (published["as_of"], parsed.as_of)), default="1970-01-01T00:00:00+00:00")
-            lake.publish(place, batch=batch.number, as_of=as_of, versions=versions, run_id=run_id)
-    for file in batch.files:
-        place.move(file.landing, file.archived(batch.date))
-    for file in batch.repeated:
-        place.move(file.landing, f"archive/{batch.date}/repeated/{batch.number:08d}-{file.name}")
-    place.write(_done(batch.number), b"")
+    versions = {}
+    if batch.files or batch.manifest:
+        with lake.writing(place, run_id):
+            _write_down(place, parsed, run_id)
+            versions = _commit_tables(place, parsed, run_id)
+        sha256s = dict(parsed.files.select("file", "sha256").rows())
+        landing.archive(place, [(file, sha256s[file.name]) for file in batch.files], batch.date, run_id)
+    landing.set_aside(place, batch.repeated, batch.date)
+    landing.refuse(place, batch.refused, batch.date, run_id)
+    if batch.files or batch.manifest:
+        place.sync(sorted({f"archive/{batch.date}/{file.table}" for file in batch.files}))
+        crash_point("before it is marked done")
+        place.write(batches.done(batch.number), b"")
+    crash_point("after all")
     return versions
 
 
-def parse(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The typed rows of a file of JSON lines, and the lines that do not fit: columns line (from 1), reason, raw.
+def _commit_tables(place: Root, parsed: Parsed, run_id: str) -> dict[str, int]:
+    """Append to each table, make it durable, publish. Returns table -> version."""
+    number = parsed.batch.number
+    published = lake.read_published(place) or {"batch": 0, "tables": {}, "as_of": None}
+    lake.create_tables(place, run_id, there=published["tables"])
+    versions = {table: published["tables"].get(table, 0) for table in lake.COLUMNS}
+    if published["batch"] >= number:
+        return versions
+    for table, frame in (parsed.frames | {"quarantine": parsed.refused}).items():
+        if frame.height:
+            crash_point(f"before the commit: {table}")
+            versions[table] = lake.append(place, table, frame, batch=number, run_id=run_id)
+            crash_point(f"after the commit: {table}")
+    for table, version in versions.items():
+        if version != published["tables"].get(table):
+            durability.seal(place, table, after=published["tables"].get(table, -1), until=version)
+            crash_point(f"sealed: {table}")
+    as_of = max(filter(None, (published["as_of"], parsed.as_of)), default="1970-01-01T00:00:00+00:00")
+    crash_point("before it is published")
+    lake.publish(place, batch=number, as_of=as_of, versions=versions, run_id=run_id)
+    crash_point("published")
+    return versions
 
-    A clean file is read at once; one that is not, line by line.
+
+def drain(
+    root: str,
+    *,
+    max_files: int,
+    max_bytes: int,
+    max_bad_share: float,
+    for_s: float,
+    scheduled_for: str | None,
+    run_id: str,
+) -> pl.DataFrame:
+    """Commit batch after batch until nothing waits; one row each, as `summary` has it.
+
+    None is begun that, going by the slowest so far, would not be over within `for_s` seconds. One with a larger share
+    than `max_bad_share` of lines that do not fit is not committed, and ends it.
     """
+    began, slowest, done = time.monotonic(), 0.0, [pl.DataFrame(schema=SUMMARY)]
+    while (started := time.monotonic()) - began + slowest < for_s:
+        batch = next_batch(root, max_files=max_files, max_bytes=max_bytes, scheduled_for=scheduled_for)
+        if batch is None:
+            break
+        parsed = read(batch)
+        fits = parsed.bad_share <= max_bad_share
+        if fits:
+            try:
+                commit(parsed, run_id=run_id)
+            except Overtaken:  # what it did not take is still there: look again
+                continue
+        done.append(summary(parsed, committed=fits))
+        if not fits:
+            break
+        slowest = max(slowest, time.monotonic() - started)
+    return pl.concat(done)
+
+
+def summary(parsed: Parsed, committed: bool = True) -> pl.DataFrame:
+    """A batch in one row: batch, files, files_refused, mb, rows, refused, rescued, tables, committed, worst."""
+    batch, mb = parsed.batch, int(parsed.files["bytes"].sum()) / 1e6
+    kept = int(parsed.files["good"].sum())
+    row = (batch.number, len(batch.files), len(batch.refused), mb, kept, parsed.refused.height, parsed.rescued)
+    return pl.DataFrame([(*row, sorted(parsed.frames), committed, parsed.worst)], schema=SUMMARY, orient="row")
+
+
+def _read(place: Root, file: File, date: str) -> bytes:
     try:
-        text = pl.read_ndjson(io.BytesIO(data), schema=dict.fromkeys(table.columns, TEXT)) if data else None
-        if text is not None and text.height == data.count(b"\n"):
-            text = text.with_row_index("line", offset=1)
-            unread = _LINES.clear()
-        else:
-            text, unread = _read_lines(data, table)
-    except pl.exceptions.PolarsError:
-        text, unread = _read_lines(data, table)
-    typed = text.with_columns(_typed(column, dtype) for column, dtype in table.columns.items())
-    reasons = _misfits(typed.select(*table.columns), table)
-    if not reasons and not unread.height:
-        return typed.select(*table.columns), unread
-    raw = data.split(b"\n")
-    bad = pl.DataFrame(
-        {
-            "line": [int(typed["line"][i]) for i in reasons],
-            "reason": list(reasons.values()),
-            "raw": [_as_text(raw[int(typed["line"][i]) - 1]) for i in reasons],
-        },
-        schema=_LINES.schema,
-    )
-    fits = typed.with_row_index("_row").filter(~pl.col("_row").is_in(list(reasons)))
-    return fits.select(*table.columns), pl.concat([unread, bad]).sort("line")
-
-
-_LINES = pl.DataFrame(schema={"line": pl.Int64, "reason": pl.String, "raw": pl.String})
-
-
-def _read_lines(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Line by line: the objects as text columns with their line number, and the lines that are none."""
-    rows, unread = [], []
-    lines = data.split(b"\n")
-    for number, line in enumerate(lines[:-1] if data.endswith(b"\n") or not data else lines, start=1):
+        return place.read_at_most(file.landing, file.bytes)
+    except FileNotFoundError:  # a replay after some of its files were archived
         try:
-            value = json.loads(line)
-            if not isinstance(value, dict):
-                raise ValueError(f"a JSON {type(value).__name__}, not an object")
-            rows.append([number, *(_as_field(value.get(column)) for column in table.columns)])
-        except (ValueError, RecursionError) as error:
-            unread.append((number, f"not a JSON object: {error}", _as_text(line)))
-    schema = {"line": pl.UInt32} | dict.fromkeys(table.columns, TEXT)
-    return (
-        pl.DataFrame(rows, schema=schema, orient="row"),
-        pl.DataFrame(unread, schema=_LINES.schema, orient="row"),
+            return place.read_at_most(file.archived(date), file.bytes)
+        except FileNotFoundError:
+            raise Unreadable("is gone from landing, and not in the archive") from None
+
+
+def _for_quarantine(bad: pl.DataFrame, batch: Batch, file: File) -> pl.DataFrame:
+    name = (
+        pl.lit(batch.number, pl.Int64).alias("batch"),
+        pl.lit(file.table).alias("table"),
+        pl.lit(file.name).alias("file"),
     )
-
-
-def _as_field(value) -> str | None:
-    """A JSON value as the text that is then typed; None stays missing."""
-    if value is None or isinstance(value, str):
-        return None if value is None else value.encode("utf-8", "replace").decode()
-    return json.dumps(value)
-
-
-def _as_text(line: bytes) -> str:
-    return line[:RAW_CHARS].decode("utf-8", "replace")
-
-
-def _typed(column: str, dtype) -> pl.Expr:
-    """Text to `dtype`; what does not fit becomes null. Money with more than two decimals is not rounded: null."""
-    text = pl.col(column)
-    if dtype == TEXT:
-        return text
-    if dtype == DAY:
-        return text.str.to_date("%Y-%m-%d", strict=False)
-    if dtype == TIME:
-        return text.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%:z", time_unit="us", time_zone="UTC", strict=False)
-    if dtype == MONEY:
-        return pl.when(text.str.contains(r"^-?\d{1,13}(\.\d{1,2})?$")).then(text).cast(dtype, strict=False)
-    return text.cast(dtype, strict=False)
-
-
-def _misfits(frame: pl.DataFrame, table: Table) -> dict[int, str]:
-    """Row number -> why it does not fit its table, for the rows that do not."""
-    import pandera.polars as pa
-
-    try:
-        _schema(table, pa).validate(frame, lazy=True)
-    except pa.errors.SchemaErrors as error:
-        cases = error.failure_cases.sort("index")
-        reasons: dict[int, list[str]] = {}
-        for case in cases.iter_rows(named=True):
-            why = (
-                "missing or of the wrong type"
-                if case["check"] == "not_nullable"
-                else f"{case['failure_case']} is not {case['check']}"
-            )
-            reasons.setdefault(case["index"], []).append(f"{case['column']}: {why}")
-        return {index: "; ".join(found) for index, found in reasons.items()}
-    return {}
-
-
-def _schema(table: Table, pa):
-    """The table as a pandera schema."""
-    checks: dict[str, list] = {column: [] for column in table.columns}
-    for column, (lowest, highest) in table.ranges.items():
-        if lowest is not None:
-            checks[column].append(pa.Check.ge(lowest, name=f"at least {lowest}", error=f"at least {lowest}"))
-        if highest is not None:
-            checks[column].append(pa.Check.le(highest, name=f"at most {highest}", error=f"at most {highest}"))
-    for column, choices in table.choices.items():
-        checks[column].append(pa.Check.isin(choices, error=f"one of {', '.join(choices)}"))
-    return pa.DataFrameSchema(
-        {column: pa.Column(dtype, checks[column], nullable=False) for column, dtype in table.columns.items()}
-    )
-
-
-def _waiting(place: Root) -> list[File]:
-    """The files in landing that are named as a table's are; others are left alone."""
-    return [
-        File(name, table, int(match["tick"]))
-        for table in TABLES
-        for name in place.list(f"landing/{table}")
-        if (match := NAME.fullmatch(name)) and match["table"] == table
-    ]
-
-
-def _manifest(place: Root, number: int) -> dict | None:
-    try:
-        return json.loads(place.read(f"lake/batches/{number:08d}.json"))
-    except FileNotFoundError:
-        return None
-
-
-def _done(number: int) -> str:
-    return f"lake/batches/{number:08d}.done"
+    return bad.select(*name, "line", "reason", "raw")
 
 
 def _write_down(place: Root, parsed: Parsed, run_id: str) -> None:
+    """The manifest is there, with these files. Raises Overtaken when it is there with others."""
     batch = parsed.batch
     ticks = {file.name: file.tick for file in batch.files}
-    manifest = {
-        "batch": batch.number,
-        "run_id": run_id,
-        "date": batch.date,
-        "files": [
-            {
-                "name": f["file"],
-                "table": f["table"],
-                "tick": ticks[f["file"]],
-                "bytes": f["bytes"],
-                "sha256": f["sha256"],
-            }
-            for f in parsed.files.iter_rows(named=True)
-        ],
-        "ingested": batch.ingested,
-    }
-    if place.create(f"lake/batches/{batch.number:08d}.json", json.dumps(manifest, indent=1).encode()):
-        return
-    there = _manifest(place, batch.number)
-    if there["files"] != manifest["files"]:
-        raise RuntimeError(f"another run wrote down batch {batch.number} with other files; run this one again")
+    files = [
+        {"name": f["file"], "table": f["table"], "tick": ticks[f["file"]], "bytes": f["bytes"], "sha256": f["sha256"]}
+        for f in parsed.files.iter_rows(named=True)
+    ]
+    there = batches.read(place, batch.number)
+    if there is None:
+        manifest = {"batch": batch.number, "run_id": run_id, "date": batch.date, "files": files}
+        manifest["ingested"] = _ingested(place, batch.number, files)
+        crash_point("before it is written down")
+        if documents.create(place, batches.manifest(batch.number), manifest):
+            crash_point("written down")
+            return
+        there = batches.read(place, batch.number)
+    if batch.manifest is None or there["files"] != batch.manifest["files"]:
+        if there["files"] != files:
+            raise Overtaken(f"another run wrote down batch {batch.number} with other files; run this one again")
+    elif lost := [file for file in there["files"] if file not in files and not _is_in(place, file, batch.number)]:
+        # files that changed or vanished before their rows were committed: the batch goes on without them
+        left = [file for file in there["files"] if file not in lost]
+        there |= {"files": left, "ingested": _ingested(place, batch.number, left)}
+        documents.keep(place, batches.manifest(batch.number), there)
 
 
-def _contains(ranges: list[list[int]], tick: int) -> bool:
-    return any(low <= tick <= high for low, high in ranges)
+def _is_in(place: Root, file: dict, number: int) -> bool:
+    return lake.last_batch(place, file["table"]) >= number
 
 
-def _with(ranges: list[list[int]], tick: int) -> list[list[int]]:
-    """The ranges of whole numbers with one more in them, merged: [[0, 4]] and 5 give [[0, 5]]."""
-    merged: list[list[int]] = []
-    for low, high in sorted([*ranges, [tick, tick]]):
-        if merged and low <= merged[-1][1] + 1:
-            merged[-1] = [merged[-1][0], max(merged[-1][1], high)]
-        else:
-            merged.append([low, high])
-    return merged
+def _ingested(place: Root, number: int, files: list[dict]) -> dict[str, list[list[int]]]:
+    after = batches.ingested_until(place, number - 1)
+    for file in files:
+        after[file["table"]] = batches.with_tick(after.get(file["table"], []), file["tick"])
+    return after
 
 
 def chart(files: pl.DataFrame):

@@ -6,7 +6,7 @@ those versions and nothing else.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from pipeline.tables import KEY, TABLES, TEXT
+from pipeline import documents
+from pipeline.tables import KEY, RESCUED, TABLES, TEXT
 from storage import Root
 
 if TYPE_CHECKING:
@@ -26,10 +27,11 @@ PINNED = "lake/pinned.json"  # a root that reads a snapshot of another one, as a
 WRITER = "lake/writer.lease"
 APP_ID = "preprocess"  # whose transactions number the batches
 QUARANTINE = {"batch": KEY, "table": TEXT, "file": TEXT, "line": KEY, "reason": TEXT, "raw": TEXT}
-COLUMNS = {name: table.columns for name, table in TABLES.items()} | {"quarantine": QUARANTINE}
+COLUMNS = {name: table.columns | {RESCUED: TEXT} for name, table in TABLES.items()} | {"quarantine": QUARANTINE}
 KEYS = {name: table.keys for name, table in TABLES.items()} | {"quarantine": ("batch", "table", "file", "line")}
+CHECKPOINT_INTERVAL = 20  # commits
 PROPERTIES = {
-    "delta.checkpointInterval": "20",
+    "delta.checkpointInterval": str(CHECKPOINT_INTERVAL),
     "delta.logRetentionDuration": "interval 7 days",
     "delta.deletedFileRetentionDuration": "interval 24 hours",
 }
@@ -50,9 +52,9 @@ class Snapshot:
     run_id: str  # the run that published it
 
     def frame(self, table: str, columns: list[str] | None = None) -> pl.LazyFrame:
-        """The table's rows, lazily; `columns` in that order, all of them when None."""
+        """The table's rows, lazily; `columns` in that order; when None all of them but `_rescued`."""
         lazy = pl.scan_delta(self.table(table))
-        return lazy.select(columns or list(COLUMNS[table]))
+        return lazy.select(columns or [name for name in COLUMNS[table] if name != RESCUED])
 
     def files(self, table: str) -> list[str]:
         """The full URLs of the Parquet files that hold the table's rows."""
@@ -102,11 +104,11 @@ def _pinned(place: Root) -> dict | None:
 
 
 def read_published(place: Root) -> dict | None:
-    """The pointer itself: batch, as_of, tables, run_id, published_at; None before the first batch."""
-    try:
-        return json.loads(place.read(PUBLISHED))
-    except FileNotFoundError:
-        return None
+    """The pointer itself: batch, as_of, tables, run_id, published_at; None before the first batch.
+
+    Read from its copy when it is damaged. Raises documents.Damaged when both are.
+    """
+    return documents.read(place, PUBLISHED)
 
 
 def publish(place: Root, *, batch: int, as_of: str, versions: dict[str, int], run_id: str) -> None:
@@ -118,7 +120,7 @@ def publish(place: Root, *, batch: int, as_of: str, versions: dict[str, int], ru
         "run_id": run_id,
         "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    place.write(PUBLISHED, json.dumps(pointer, indent=1).encode())
+    documents.keep(place, PUBLISHED, pointer)
 
 
 @contextmanager
@@ -128,11 +130,13 @@ def writing(place: Root, run_id: str) -> Iterator[None]:
         yield
 
 
-def create_tables(place: Root, run_id: str) -> None:
-    """Create the tables that are not there yet; safe to race."""
+def create_tables(place: Root, run_id: str, there: Container[str] = ()) -> None:
+    """Create the tables that are not there yet, but for those that are known to be; safe to race."""
     from deltalake import CommitProperties, DeltaTable, Schema
 
     for name in COLUMNS:
+        if name in there:
+            continue
         DeltaTable.create(
             place.url_of(f"lake/{name}"),
             Schema.from_arrow(arrow_schema(name)),
@@ -166,7 +170,17 @@ def append(place: Root, table: str, frame: pl.DataFrame, *, batch: int, run_id: 
             write_deltalake(handle, data, mode="append", commit_properties=properties)
         except CommitFailedError:
             continue
-        return open_table(place, table).version()
+        return handle.version()
+
+
+def last_batch(place: Root, table: str) -> int:
+    """The number of the last batch that was committed to a table; 0 when none was, or there is no table yet."""
+    from deltalake.exceptions import TableNotFoundError
+
+    try:
+        return open_table(place, table).transaction_version(APP_ID) or 0
+    except TableNotFoundError:
+        return 0
 
 
 def file_stats(handle: "DeltaTable") -> tuple[list[int], int]:
@@ -178,7 +192,7 @@ def file_stats(handle: "DeltaTable") -> tuple[list[int], int]:
 
 
 def arrow_schema(table: str) -> "pyarrow.Schema":
-    """The table's Arrow schema: keys are never null, every other column of TPC-H is not either."""
+    """The table's Arrow schema: keys are never null."""
     import pyarrow as pa
 
     arrow = {

@@ -11,6 +11,7 @@ import polars as pl
 KEY, COUNT, TEXT, DAY = pl.Int64, pl.Int32, pl.String, pl.Date
 MONEY = pl.Decimal(15, 2)
 TIME = pl.Datetime("us", "UTC")
+RESCUED = "_rescued"  # in the lake, beside a table's own columns: the fields of a line that no column takes, as JSON
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,10 @@
 """The same rows in fewer files."""
 
+import re
+from datetime import UTC, datetime, timedelta
+
+import polars as pl
+import pyarrow as pa
 import pytest
 from deltalake.exceptions import CommitFailedError
 from polars.testing import assert_frame_equal
@@ -66,9 +71,104 @@ def test_an_unfinished_batch_is_never_published_by_a_compaction(scattered, strea
         with pytest.raises(KeyboardInterrupt):
             ingest_all(scattered)
     before = lake.snapshot(scattered)
-    with pytest.raises(compaction.UnfinishedBatch, match="batch 4"):
+    rows = before.frame("lineitem").collect().height
+    done = compaction.compact(scattered, **ASK, run_id="compact-1")
+    assert done.filter(table="lineitem").select("files_before", "files_after").row(0) == (3, 1)
+    assert lake.snapshot(scattered) == before  # three files in one, and one of a batch that readers must not see yet
+    ingest_all(scattered)
+    after = lake.snapshot(scattered)
+    assert (after.batch, len(after.files("lineitem"))) == (4, 2)
+    assert after.frame("lineitem").collect().height > rows
+
+
+def test_rows_are_sorted_by_key_so_that_statistics_prune(scattered):
+    compaction.compact(scattered, **ASK, run_id="compact-1")
+    snapshot = lake.snapshot(scattered)
+    for table, key in (("orders", "o_orderkey"), ("lineitem", "l_orderkey")):
+        (file,) = snapshot.files(table)
+        rows = pl.read_parquet(file)
+        assert rows[key].is_sorted()
+        said = pa.table(snapshot.table(table).get_add_actions(flatten=True)).to_pylist()[0]
+        assert (said[f"min.{key}"], said[f"max.{key}"]) == (rows[key].min(), rows[key].max())
+        money = next(name for name, dtype in TABLES[table].columns.items() if isinstance(dtype, pl.Decimal))
+        assert (said[f"min.{money}"], said[f"max.{money}"]) == (rows[money].min(), rows[money].max())
+        time = next(name for name in rows.columns if name.endswith("_time"))
+        assert said[f"max.{time}"] == rows[time].max()
+    few = snapshot.frame("orders").filter(pl.col("o_orderkey") == 1).collect()
+    assert few.height == 1
+
+
+def test_two_compactions_that_read_the_same_files_change_no_row(scattered):
+    place, before = Root.at(scattered), lake.snapshot(scattered)
+    handle = before.table("lineitem")
+    ((group,),) = [compaction._worth_it(handle, "lineitem", 64_000_000, 2)]
+    first, second = (compaction._rewrite(place, "lineitem", group) for _ in range(2))
+    compaction._swap(place, "lineitem", [first], "one")
+    with pytest.raises(compaction.Overlapped):
+        compaction._swap(place, "lineitem", [second], "two")
+    assert lake.file_stats(lake.open_table(place, "lineitem"))[1] == before.rows().filter(table="lineitem")["rows"][0]
+    assert len(lake.open_table(place, "lineitem").file_uris()) == 1
+
+
+def test_a_table_has_one_compaction_at_a_time(scattered):
+    with Root.at(scattered).lease("lake/leases/lineitem", "another"):
+        done = compaction.compact(scattered, **ASK, run_id="compact-1")
+    assert "left to another compaction" in done.filter(table="lineitem")["note"][0]
+    assert done.filter(table="orders")["files_after"][0] == 1
+
+
+def test_a_file_that_does_not_come_back_as_it_went_is_not_taken(scattered, monkeypatch):
+    real, asked = compaction.checksum, []
+
+    def once_wrong(frame):
+        asked.append(1)
+        return real(frame) + (len(asked) == 2)
+
+    monkeypatch.setattr(compaction, "checksum", once_wrong)
+    before = lake.snapshot(scattered)
+    with pytest.raises(compaction.RowsDiffer, match="left as it was"):
         compaction.compact(scattered, **ASK, run_id="compact-1")
     assert lake.snapshot(scattered) == before
+    assert not [name for t in TABLES for name in Root.at(scattered).list(f"lake/{t}") if name.startswith("compacted")]
+
+
+def test_a_checksum_is_of_rows_and_not_of_their_order(made):
+    frame = made[1]["lineitem"]
+    assert compaction.checksum(frame) == compaction.checksum(frame.sort("l_comment"))
+    changed = frame.with_columns(
+        l_tax=pl.when(pl.int_range(pl.len()) == 7).then(0).otherwise("l_tax").cast(pl.Decimal(15, 2))
+    )
+    for other in (frame.head(-1), pl.concat([frame, frame.head(1)]), changed.with_columns(l_linenumber=pl.lit(9))):
+        assert compaction.checksum(other) != compaction.checksum(frame)
+
+
+def test_nothing_is_vacuumed_while_the_clock_looks_wrong(scattered):
+    place = Root.at(scattered)
+    started = datetime.now(UTC)
+    half_hours = [started + timedelta(minutes=30 * i) for i in range(60)]
+    said = [compaction.clock_problem(place, now, hours=24) for now in half_hours]
+    assert all("steady only since" in why for why in said[:48])
+    assert said[48:] == [None] * 12
+    assert "went from" in compaction.clock_problem(place, started + timedelta(days=30), hours=24)
+    assert "steady only since" in compaction.clock_problem(place, started + timedelta(days=30, hours=1), hours=24)
+    assert "before the newest snapshot" in compaction.clock_problem(place, started - timedelta(hours=1), hours=24)
+
+
+def test_what_nothing_names_any_more_is_vacuumed_once_the_clock_is_known(scattered, monkeypatch):
+    compaction.compact(scattered, **ASK, run_id="compact-1")
+    place, before = Root.at(scattered), lake.snapshot(scattered)
+    assert len(place.list("lake/lineitem")) == 1 + 3 + 1  # the log, three small files, one large
+    monkeypatch.setattr(compaction, "clock_problem", lambda *_: None)
+    done = compaction.compact(scattered, **ASK, run_id="compact-2")
+    assert done["removed"].sum() == 0  # not a day old
+    for name in place.list("lake/lineitem/_delta_log"):  # the removal was two days ago
+        rel = f"lake/lineitem/_delta_log/{name}"
+        if b'"remove"' in (data := place.read(rel)):
+            stamp = int(re.search(rb'"deletionTimestamp": ?(\d+)', data)[1])
+            place.write(rel, data.replace(str(stamp).encode(), str(stamp - 2 * 86_400_000).encode()))
+    done = compaction.compact(scattered, **ASK, run_id="compact-3")
+    assert done.filter(table="lineitem")["removed"][0] == 3
+    assert lake.snapshot(scattered).frame("lineitem").collect().height == before.frame("lineitem").collect().height
 
 
 def test_vacuum_keeps_a_day(scattered):

@@ -9,9 +9,9 @@ import pytest
 from polars.testing import assert_frame_equal
 from support import AT, ingest_all
 
-from pipeline import ingest, lake, source
+from pipeline import batches, ingest, lake, quarantine, source
 from pipeline.tables import TABLES
-from storage import LocalRoot, Root
+from storage import Root
 
 
 def rows(root: str, table: str) -> pl.DataFrame:
@@ -58,76 +58,9 @@ def test_a_batch_committed_again_changes_nothing(landed, made):
 
 def test_files_are_taken_oldest_first_and_no_more_than_asked(landed):
     batch = ingest.next_batch(landed, max_files=9, scheduled_for=AT)
-    assert [f.tick for f in batch.files] == [0] * 8 + [1]
+    assert [f.tick for f in batch.files] == [0] * 8  # the ninth is not parted from the tenth
     ingest.commit(ingest.read(batch), run_id="one")
-    assert len(ingest.next_batch(landed, max_files=500, scheduled_for=AT).files) == 3
-
-
-class Crash(BaseException):
-    """The process ends here."""
-
-
-def crash_at(monkeypatch, step: int) -> None:
-    """Crash before the `step`-th write, creation, move or commit."""
-    count = 0
-
-    def counted(function):
-        def wrapper(*args, **kwargs):
-            nonlocal count
-            count += 1
-            if count == step:
-                raise Crash
-            return function(*args, **kwargs)
-
-        return wrapper
-
-    for owner, names in ((LocalRoot, ("write", "create", "move")), (lake, ("append", "create_tables", "publish"))):
-        for name in names:
-            monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
-
-
-@pytest.mark.parametrize("table", ["orders", "lineitem"])
-def test_a_crash_at_any_step_loses_and_doubles_nothing(root, stream, made, monkeypatch, table):
-    small = {tick: {t: f.head(5) for t, f in frames.items()} for tick, frames in made.items()}
-    source.land(root, stream, {0: small[0]})
-    ingest_all(root)
-    source.land(root, stream, {1: small[1], 2: small[2]})
-    crashes = 0
-    for step in range(1, 40):
-        with monkeypatch.context() as patched:
-            crash_at(patched, step)
-            try:
-                while batch := ingest.next_batch(root, max_files=500, scheduled_for=AT):
-                    ingest.commit(ingest.read(batch), run_id=f"run-{step}")
-                break
-            except Crash:
-                crashes += 1
-        snapshot = lake.snapshot(root)
-        heights = {t: snapshot.frame(t).collect().height for t in ("orders", "lineitem")}
-        assert heights in ({"orders": 5, "lineitem": 5}, {"orders": 15, "lineitem": 15}), "a snapshot mixes batches"
-    # each crash leaves one step less to do, so the next one comes a step later in the protocol
-    assert crashes >= 4
-    assert_frame_equal(rows(root, table), expected(small, table))
-
-
-def test_every_single_step_can_be_the_last(root, stream, made, monkeypatch):
-    small = {tick: {t: f.head(3) for t, f in frames.items()} for tick, frames in made.items()}
-    for step in range(1, 40):
-        place = f"{root}-{step}"
-        source.land(place, stream, {1: small[1]})
-        with monkeypatch.context() as patched:
-            crash_at(patched, step)
-            try:
-                ingest_all(place, "dies")
-            except Crash:
-                pass
-            else:
-                break
-        while batch := ingest.next_batch(place, max_files=500, scheduled_for=AT):
-            ingest.commit(ingest.read(batch), run_id="rerun")
-        for table in ("orders", "lineitem"):
-            assert_frame_equal(rows(place, table), expected({1: small[1]}, table))
-    assert step >= 9  # manifest, tables, two appends, publish, two moves, done: all of them were reached
+    assert len(ingest.next_batch(landed, max_files=500, scheduled_for=AT).files) == 4
 
 
 def _commit(root: str, run_id: str, start) -> None:
@@ -150,84 +83,14 @@ def test_two_processes_with_the_same_batch_commit_it_once(landed, made):
 
 def test_an_ingested_file_that_appears_again_is_set_aside(filled, stream, made):
     source.land(filled, stream, {2: made[2]})
-    assert ingest.next_batch(filled, max_files=500, scheduled_for=AT) is None
-    source.land(filled, stream, source.make_ticks(stream, range(3, 4)))
     batch = ingest.next_batch(filled, max_files=500, scheduled_for=AT)
-    assert [f.tick for f in batch.repeated] == [2, 2]
+    assert ([f.tick for f in batch.repeated], batch.files) == ([2, 2], ())
     ingest.commit(ingest.read(batch), run_id="again")
-    assert lake.snapshot(filled).frame("orders").collect().height == 4 * made[2]["orders"].height
+    assert lake.snapshot(filled).batch == 1
+    assert_exactly(filled, made)
     assert Root.at(filled).list("landing/orders") == []
     assert len(Root.at(filled).list("archive/2026-03-01/repeated")) == 2
-
-
-def test_a_file_that_changed_after_it_was_written_down_is_refused(landed, monkeypatch):
-    with monkeypatch.context() as patched:
-        crash_at(patched, 2)  # the manifest is there, nothing is committed
-        with pytest.raises(Crash):
-            ingest_all(landed)
-    Root.at(landed).write("landing/region/region-00000000.json", b"{}\n")
-    with pytest.raises(ValueError, match="region-00000000.json changed since batch 1"):
-        ingest.read(ingest.next_batch(landed, max_files=500, scheduled_for=AT))
-
-
-GOOD = json.loads(
-    '{"o_orderkey":1,"o_custkey":370,"o_orderstatus":"O","o_totalprice":"186600.18","o_orderdate":"1996-01-02",'
-    '"o_orderpriority":"5-LOW","o_clerk":"Clerk#000000951","o_shippriority":0,"o_comment":"nstructions sleep",'
-    '"o_order_time":"2026-03-01T11:59:37.919+00:00"}'
-)
-
-
-def line(**changed) -> str:
-    return json.dumps(GOOD | changed)
-
-
-@pytest.mark.parametrize(
-    ("bad", "reason"),
-    [
-        ("{oops", "not a JSON object"),
-        ("", "not a JSON object"),
-        ("[1, 2]", "a JSON list, not an object"),
-        (line() + " trailing", "not a JSON object"),
-        (line(o_orderkey=None), "o_orderkey: missing"),
-        (line(o_orderkey="abc"), "o_orderkey: missing or of the wrong type"),
-        (line(o_orderkey=2**63), "o_orderkey: missing or of the wrong type"),
-        (line(o_orderkey=0), "o_orderkey: 0 is not"),
-        (line(o_orderkey=1.5), "o_orderkey: missing or of the wrong type"),
-        (line(o_totalprice="1.234"), "o_totalprice: missing or of the wrong type"),
-        (line(o_totalprice="-1.00"), "o_totalprice: -1.00 is not"),
-        (line(o_totalprice="99999999999999.00"), "o_totalprice: missing or of the wrong type"),
-        (line(o_totalprice=float("nan")), "o_totalprice: missing or of the wrong type"),
-        (line(o_orderdate="1996-02-30"), "o_orderdate: missing or of the wrong type"),
-        (line(o_orderstatus="X"), "o_orderstatus: X is not"),
-        (line(o_order_time="2026-03-01 11:59"), "o_order_time: missing or of the wrong type"),
-        (json.dumps({k: v for k, v in GOOD.items() if k != "o_clerk"}), "o_clerk: missing"),
-        ('{"o_orderkey": ' + "[" * 100_000, "not a JSON object"),
-    ],
-)
-def test_a_line_that_does_not_fit_is_set_apart_with_its_reason(bad, reason):
-    data = "\n".join([line(), bad, line(o_orderkey=2), ""]).encode()
-    kept, refused = ingest.parse(data, TABLES["orders"])
-    assert kept["o_orderkey"].to_list() == [1, 2]
-    assert refused["line"].to_list() == [2]
-    assert reason in refused["reason"][0]
-    assert refused["raw"][0] == bad[: ingest.RAW_CHARS]
-
-
-def test_types_are_exact():
-    kept, refused = ingest.parse(
-        (line(o_totalprice=12.5) + "\n" + line(o_totalprice="0.01")).encode(), TABLES["orders"]
-    )
-    assert refused.is_empty()
-    assert [str(value) for value in kept["o_totalprice"]] == ["12.50", "0.01"]
-    assert kept.schema == pl.Schema(TABLES["orders"].columns)
-    assert str(kept["o_order_time"][0]) == "2026-03-01 11:59:37.919000+00:00"
-
-
-@pytest.mark.parametrize("data", [b"", b"\n", b"\xef\xbb\xbf{}\n", b"\x00\x00\n", "ü".encode("utf-16"), b"\xff\xfe\n"])
-def test_odd_files_are_read_line_for_line(data):
-    kept, refused = ingest.parse(data, TABLES["orders"])
-    lines = data.count(b"\n") + (not data.endswith(b"\n") and bool(data))
-    assert (kept.height, refused.height) == (0, lines)
+    assert ingest.next_batch(filled, max_files=500, scheduled_for=AT) is None
 
 
 def test_bad_rows_reach_quarantine_with_file_and_line(landed, made):
@@ -260,7 +123,110 @@ def test_files_that_are_no_tables_are_left_alone(landed):
 def test_ranges_of_ticks_stay_small():
     ranges = []
     for tick in (0, 1, 2, 5, 4, 3, 9):
-        ranges = ingest._with(ranges, tick)
+        ranges = batches.with_tick(ranges, tick)
     assert ranges == [[0, 5], [9, 9]]
-    assert ingest._contains(ranges, 4)
-    assert not ingest._contains(ranges, 7)
+    assert batches.contains(ranges, 4)
+    assert not batches.contains(ranges, 7)
+
+
+def why_refused(root: str) -> dict[str, str]:
+    """File -> why, of all that was refused."""
+    return {one["file"]: one["why"] for one in quarantine.refused_files(root)}
+
+
+def stop_before(monkeypatch, name: str) -> None:
+    """The next commit ends where `name` of `lake` would be called."""
+
+    def end(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lake, name, end)
+
+
+@pytest.mark.parametrize("step", ["append", "publish"])
+def test_a_file_that_changes_after_it_was_written_down_is_refused(landed, made, monkeypatch, step):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_before(patched, step)
+        ingest_all(landed)
+    name = "landing/orders/orders-00000001.json"
+    Root.at(landed).write(name, Root.at(landed).read(name).replace(b"Clerk", b"Clark"))
+    parsed = ingest.read(ingest.next_batch(landed, max_files=500, scheduled_for=AT))
+    assert [(file.name, file.why) for file in parsed.batch.refused] == [
+        ("orders-00000001.json", "changed since batch 1 was written down")
+    ]
+    ingest.commit(parsed, run_id="again")
+    clerks = rows(landed, "orders")["o_clerk"]
+    assert not clerks.str.starts_with("Clark").any()
+    # what was committed before the change stays; what was not is not half there
+    whole = sum(frames["orders"].height for frames in made.values())
+    assert clerks.len() == (whole if step == "publish" else whole - made[1]["orders"].height)
+    assert why_refused(landed) == {"orders-00000001.json": "changed since batch 1 was written down"}
+    # brought back, it is ingested only where its name never was
+    assert quarantine.retry(landed, "orders-00000001.json") == ["landing/orders/orders-00000001.json"]
+    batch = ingest.next_batch(landed, max_files=500, scheduled_for=AT)
+    assert len(batch.files) == (0 if step == "publish" else 1)
+
+
+def test_a_file_that_changes_while_it_is_ingested_does_not_reach_the_archive(landed):
+    parsed = ingest.read(ingest.next_batch(landed, max_files=500, scheduled_for=AT))
+    Root.at(landed).write("landing/orders/orders-00000001.json", b"{}\n")
+    ingest.commit(parsed, run_id="one")
+    assert "changed while it was ingested" in why_refused(landed)["orders-00000001.json"]
+    assert "orders-00000001.json" not in Root.at(landed).list("archive/2026-03-01/orders")
+
+
+def test_an_ingested_name_with_other_content_is_refused(filled):
+    place = Root.at(filled)
+    place.write("landing/orders/orders-00000001.json", b"{}\n")
+    batch = ingest.next_batch(filled, max_files=500, scheduled_for=AT)
+    assert (batch.files, batch.repeated) == ((), ())
+    ingest.commit(ingest.read(batch), run_id="again")
+    assert why_refused(filled) == {"orders-00000001.json": "was ingested in batch 1 with other content"}
+    assert ingest.next_batch(filled, max_files=500, scheduled_for=AT) is None
+
+
+def test_a_batch_has_at_most_so_many_bytes(landed):
+    batch = ingest.next_batch(landed, max_files=500, max_bytes=2_000_000, scheduled_for=AT)
+    assert 0 < sum(file.bytes for file in batch.files) <= 2_000_000
+    assert not batch.refused
+    small = ingest.next_batch(landed, max_files=500, max_bytes=400_000, scheduled_for=AT)
+    assert {(file.table, file.tick, file.why) for file in small.refused} >= {
+        ("lineitem", 1, f"has {Root.at(landed).size('landing/lineitem/lineitem-00000001.json'):,} bytes: "
+         "more than the 400,000 of a batch")
+    }  # fmt: skip
+
+
+LIMITS = {"max_files": 500, "max_bytes": 10**9, "max_bad_share": 0.01, "scheduled_for": AT, "run_id": "x"}
+
+
+def test_what_waits_is_drained_in_batches(landed, made):
+    done = ingest.drain(landed, **LIMITS | {"max_files": 3}, for_s=60)
+    assert done["files"].to_list() == [3, 3, 2, 2, 2]  # a tick's files together where a batch can hold them
+    assert_exactly(landed, made)
+
+
+def test_nothing_is_begun_when_the_time_is_over(landed):
+    assert ingest.drain(landed, **LIMITS, for_s=0).is_empty()
+    assert len(ingest.drain(landed, **LIMITS | {"max_files": 1}, for_s=0.001)) == 1
+
+
+def test_a_batch_of_bad_lines_ends_the_draining(landed):
+    Root.at(landed).write("landing/orders/orders-00000001.json", b"{}\n" * 500)
+    done = ingest.drain(landed, **LIMITS | {"max_files": 8}, for_s=60)
+    assert done.select("batch", "committed", "worst").rows() == [
+        (1, True, "every line fits"),
+        (2, False, "orders-00000001.json has 500 of 500"),
+    ]
+    assert lake.snapshot(landed).batch == 1
+
+
+def test_unknown_fields_are_kept(landed):
+    place, name = Root.at(landed), "landing/orders/orders-00000001.json"
+    lines = place.read(name).splitlines()
+    lines[0] = lines[0][:-1] + b',"channel":"web","score":[1,2.5]}'
+    place.write(name, b"\n".join(lines) + b"\n")
+    parsed = ingest.read(ingest.next_batch(landed, max_files=500, scheduled_for=AT))
+    assert (parsed.rescued, parsed.refused.height) == (1, 0)
+    ingest.commit(parsed, run_id="one")
+    rescued = lake.snapshot(landed).frame("orders", ["_rescued"]).collect()["_rescued"].drop_nulls()
+    assert [json.loads(value) for value in rescued] == [{"channel": "web", "score": [1, 2.5]}]

@@ -1,0 +1,284 @@
+"""Lines of JSON become typed rows, or a reason why they do not. Knows nothing of files, batches or the lake.
+
+A plain piece (no escapes, nothing nested, just the table's keys) is read at once by Polars; any other is cut smaller,
+and what is still not plain is read line by line, strictly: a wrong type, a key that comes twice, NaN, a lone surrogate
+or a number that no column holds is a reason to refuse the line. Unknown fields are no reason: they are kept, as JSON,
+in the column `_rescued`.
+"""
+
+import io
+import json
+import math
+import re
+
+import polars as pl
+
+from pipeline.tables import COUNT, DAY, KEY, MONEY, RESCUED, TEXT, TIME, Table
+
+RAW_CHARS = 4000  # of a refused line that quarantine keeps
+VALUE_CHARS = 80  # of a value that a reason shows
+LINE_BYTES = 1 << 20  # a longer line is refused unread
+PIECE_BYTES = 64 << 10  # a piece that is not plain is cut down to this before it is read line by line
+REFUSED = {"line": KEY, "reason": TEXT, "raw": TEXT}
+NOT_JSON_LINES = {
+    b"\x1f\x8b": "is compressed with gzip: JSON lines are wanted as they are",
+    b"\x28\xb5\x2f\xfd": "is compressed with zstd: JSON lines are wanted as they are",
+    b"BZh": "is compressed with bzip2: JSON lines are wanted as they are",
+    b"PK\x03\x04": "is a zip archive: JSON lines are wanted as they are",
+    b"PAR1": "is Parquet, not JSON lines",
+    b"\xff\xfe": "is UTF-16, not UTF-8",
+    b"\xfe\xff": "is UTF-16, not UTF-8",
+    b"{\x00": "is UTF-16, not UTF-8",
+    b"\x00{": "is UTF-16, not UTF-8",
+}
+MONEY_TEXT = r"^-?\d{1,13}(\.\d{1,2})?$"  # more decimals are not rounded: they do not fit
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%.f%:z"
+KINDS = {KEY: "a whole number", COUNT: "a whole number", MONEY: "an amount", DAY: "a date", TIME: "a time with zone"}
+BOUNDS = {KEY: 2**63, COUNT: 2**31}
+
+
+def refusal(data: bytes) -> str | None:
+    """Why a whole file is refused by what is in it; None when its lines are to be looked at."""
+    if not data:
+        return "is empty"
+    return next((why for beginning, why in NOT_JSON_LINES.items() if data.startswith(beginning)), None)
+
+
+def line_count(data: bytes) -> int:
+    """How many lines: a last one without its newline counts."""
+    return data.count(b"\n") + (not data.endswith(b"\n") and bool(data))
+
+
+def parse(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The rows that fit (the table's columns, typed, and `_rescued`), and the lines that do not (`REFUSED`).
+
+    Lines are counted from 1. The two together are as many as the lines.
+    """
+    plain = _plain(data, table)
+    if plain is not None:
+        return plain, pl.DataFrame(schema=REFUSED)
+    good, bad, line = [], [], 1
+    for piece in _pieces(data):
+        plain = _plain(piece, table)
+        rows, refused = (plain, None) if plain is not None else _line_by_line(piece, table, line)
+        good.append(rows)
+        if refused is not None:
+            bad.append(refused)
+        line += line_count(piece)
+    if not good:
+        return pl.DataFrame(schema=table.columns | {RESCUED: TEXT}), pl.DataFrame(schema=REFUSED)
+    return pl.concat(good), pl.concat(bad) if bad else pl.DataFrame(schema=REFUSED)
+
+
+def _plain(data: bytes, table: Table) -> pl.DataFrame | None:
+    """All the rows of a piece in which nothing is odd; None when something is, or when a row does not fit.
+
+    Polars alone would drop unknown fields, take the first of two equal keys and make a NUL of a lone surrogate. None of
+    that can be in a piece that has no backslash, one brace a line, and as many colons and quotes as its values and the
+    table's keys account for.
+    """
+    lines = line_count(data)
+    if not data or b"\\" in data or data.count(b"{") != lines or b"[" in data:
+        return None
+    if len(data) > LINE_BYTES and _longest_line(data) > LINE_BYTES:
+        return None
+    schema = {name: dtype if dtype in BOUNDS else TEXT for name, dtype in table.columns.items()}
+    try:
+        text = pl.read_ndjson(io.BytesIO(data), schema=schema)
+    except pl.exceptions.PolarsError:
+        return None
+    names = [name for name, dtype in schema.items() if dtype == TEXT]
+    quotes = 2 * len(schema) + 2 * len(names)  # in a line: around each key and each text
+    colons = int(text.select(pl.sum_horizontal(pl.col(names).str.count_matches(":", literal=True).sum())).item() or 0)
+    if text.height != lines or data.count(b'"') != quotes * lines or data.count(b":") != len(schema) * lines + colons:
+        return None
+    typed = text.select(_typed(name, dtype) for name, dtype in table.columns.items())
+    return typed.with_columns(pl.lit(None, TEXT).alias(RESCUED)) if typed.select(_fits(table)).item() else None
+
+
+def _longest_line(data: bytes) -> int:
+    import numpy as np
+
+    ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
+    return int(np.diff(ends, prepend=-1, append=len(data)).max())
+
+
+def _pieces(data: bytes):
+    """Whole lines, together at least PIECE_BYTES where there are so many."""
+    start = 0
+    while start < len(data):
+        end = data.find(b"\n", start + PIECE_BYTES) + 1 or len(data)
+        yield data[start:end]
+        start = end
+
+
+def _line_by_line(data: bytes, table: Table, first: int) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """What fits and what does not, of a piece whose first line has the number `first`."""
+    lines = data.split(b"\n")[: line_count(data)]
+    rows, numbers, refused = [], [], []
+    for number, line in enumerate(lines, start=first):
+        try:
+            rows.append(_row(line, table))
+            numbers.append(number)
+        except (ValueError, RecursionError) as error:  # ValueError: also what json and the decoder raise
+            reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+            refused.append((number, _short(reason, 4 * VALUE_CHARS), _as_text(line)))
+    schema = {name: dtype if dtype in BOUNDS else TEXT for name, dtype in table.columns.items()} | {RESCUED: TEXT}
+    text = pl.DataFrame(rows, schema=schema, orient="row")
+    typed = text.select(*(_typed(name, dtype) for name, dtype in table.columns.items()), RESCUED)
+    reasons = {} if typed.select(_fits(table)).item() else _misfits(typed.drop(RESCUED), text, table)
+    refused += [(numbers[row], why, _as_text(lines[numbers[row] - first])) for row, why in reasons.items()]
+    fits = typed.with_row_index("_row").filter(~pl.col("_row").is_in(list(reasons))).drop("_row")
+    return fits, pl.DataFrame(refused, schema=REFUSED, orient="row").sort("line")
+
+
+class _Number(float):
+    """A JSON number that is not whole, with its own text: money is never made a float."""
+
+    def __new__(cls, text: str):
+        number = super().__new__(cls, text)
+        if math.isinf(number):
+            raise ValueError(f"{text} is out of range")
+        number.text = text
+        return number
+
+
+def _row(line: bytes, table: Table) -> list:
+    """The values of a line in the table's order, money and times as text, and its unknown fields as JSON.
+
+    Raises ValueError with the reason, or RecursionError.
+    """
+    if len(line) > LINE_BYTES:
+        raise ValueError(f"a line of {len(line):,} bytes; at most {LINE_BYTES:,}")
+    if line.startswith(b"\xef\xbb\xbf"):
+        raise ValueError("not JSON: begins with a byte order mark")
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start + 1}") from None
+    try:
+        value = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at character {error.colno}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"not JSON: a {type(value).__name__}, not an object")
+    row, wrong = [], []
+    for name, dtype in table.columns.items():
+        try:
+            row.append(_value(value.pop(name, _MISSING), dtype))
+        except ValueError as error:
+            wrong.append(f"{name}: {error}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return [*row, json.dumps(value, allow_nan=False) if value else None]
+
+
+_MISSING = object()
+
+
+def _value(value, dtype):
+    """A JSON value as its column takes it: numbers as they are, everything else as text that is typed later."""
+    if value is _MISSING:
+        raise ValueError("missing")
+    if value is None:
+        raise ValueError("null")
+    if dtype in BOUNDS:
+        if type(value) is not int:
+            raise ValueError(f"{_shown(value)} is not a whole number")
+        if not -BOUNDS[dtype] <= value < BOUNDS[dtype]:
+            raise ValueError(f"{_shown(value)} is out of range")
+        return value
+    if dtype == MONEY and isinstance(value, _Number):
+        return value.text
+    if dtype == MONEY and type(value) is int:
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"{_shown(value)} is not {KINDS.get(dtype, 'a text')}")
+    if re.search("[\ud800-\udfff]", value):
+        raise ValueError("a lone surrogate, which no text has")
+    return value
+
+
+def _pairs(pairs: list[tuple]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"the key {_shown(twice)} comes twice")
+    return found
+
+
+def _constant(name: str):
+    raise ValueError(f"not JSON: {name}")
+
+
+_DECODER = json.JSONDecoder(parse_float=_Number, parse_constant=_constant, object_pairs_hook=_pairs)
+
+
+def _shown(value) -> str:
+    return _short(repr(value) if isinstance(value, str) else json.dumps(value), VALUE_CHARS)
+
+
+def _short(text: str, chars: int) -> str:
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= chars else f"{text[:chars]}…"
+
+
+def _as_text(line: bytes) -> str:
+    return line[:RAW_CHARS].decode("utf-8", "replace")
+
+
+def _typed(name: str, dtype) -> pl.Expr:
+    """Text to `dtype`; what does not fit becomes null."""
+    text = pl.col(name)
+    if dtype == DAY:
+        return text.str.to_date("%Y-%m-%d", strict=False)
+    if dtype == TIME:
+        return text.str.to_datetime(TIME_FORMAT, time_unit="us", time_zone="UTC", strict=False)
+    if dtype == MONEY:
+        return pl.when(text.str.contains(MONEY_TEXT)).then(text).cast(dtype, strict=False).alias(name)
+    return text
+
+
+def _fits(table: Table) -> pl.Expr:
+    """Whether every row keeps the table's rules: the same as `_schema`, in one pass."""
+    rules = [pl.col(name).is_not_null() for name in table.columns]
+    for name, (lowest, highest) in table.ranges.items():
+        rules += [pl.col(name) >= lowest] if lowest is not None else []
+        rules += [pl.col(name) <= highest] if highest is not None else []
+    rules += [pl.col(name).is_in(choices) for name, choices in table.choices.items()]
+    return pl.all_horizontal(rule.all() for rule in rules)
+
+
+def _misfits(frame: pl.DataFrame, text: pl.DataFrame, table: Table) -> dict[int, str]:
+    """Row number -> why it does not fit its table, for the rows that do not; `text`: what they were typed from."""
+    import pandera.polars as pa
+
+    try:
+        _schema(table, pa).validate(frame, lazy=True)
+    except pa.errors.SchemaErrors as error:
+        reasons: dict[int, list[str]] = {}
+        for case in error.failure_cases.sort("index").iter_rows(named=True):
+            row, name = case["index"], case["column"]
+            if case["check"] == "not_nullable":
+                why = f"{_shown(text[name][row])} is not {KINDS.get(table.columns[name], 'a text')}"
+            else:
+                why = f"{_short(str(case['failure_case']), VALUE_CHARS)} is not {case['check']}"
+            reasons.setdefault(row, []).append(f"{name}: {why}")
+        return {row: "; ".join(found) for row, found in reasons.items()}
+    return {}
+
+
+def _schema(table: Table, pa):
+    """The table as a pandera schema, which can say what is wrong with which row."""
+    checks: dict[str, list] = {column: [] for column in table.columns}
+    for column, (lowest, highest) in table.ranges.items():
+        if lowest is not None:
+            checks[column].append(pa.Check.ge(lowest, name=f"at least {lowest}", error=f"at least {lowest}"))
+        if highest is not None:
+            checks[column].append(pa.Check.le(highest, name=f"at most {highest}", error=f"at most {highest}"))
+    for column, choices in table.choices.items():
+        checks[column].append(pa.Check.isin(choices, error=f"one of {', '.join(choices)}"))
+    return pa.DataFrameSchema(
+        {column: pa.Column(dtype, checks[column], nullable=False) for column, dtype in table.columns.items()}
+    )

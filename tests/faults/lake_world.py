@@ -1,0 +1,221 @@
+"""A lake under test: generated files whose every row is known, stages as processes that may be killed, and a reader.
+
+A tick is a few real TPC-H orders with their line items under keys of its own (tick * 1000 and up), so that a row tells
+which file it came from; now and then a line is broken, or has a field more. What must come out is computed by DuckDB
+from the lines that were written, not by the code under test.
+"""
+
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import duckdb
+import polars as pl
+
+from pipeline import batches, compaction, durability, ingest, lake, source
+from pipeline.tables import TABLES
+from storage import LeaseHeld, Root
+
+AT = "2026-03-01T12:00:10+00:00"
+LIMITS = {"max_files": 500, "max_bytes": 50_000_000, "max_bad_share": 0.5, "for_s": 60.0}
+ORDERS = 6  # in a tick
+MONEY = {"orders": ["o_totalprice"], "lineitem": ["l_quantity", "l_extendedprice", "l_discount", "l_tax"]}
+KEYS = {"orders": "o_orderkey, 0", "lineitem": "l_orderkey, l_linenumber"}
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["faults.lake_world", "deltalake", "pandera.polars", "pyarrow.parquet"])
+
+
+class NotHeld(AssertionError):
+    """Something that is promised does not hold."""
+
+
+@functools.cache
+def real() -> dict[int, dict[str, pl.DataFrame]]:
+    """Some real ticks to take rows from."""
+    return source.make_ticks(source.Stream(0.01, 40, "2026-03-01T11:00:00+00:00"), range(2))
+
+
+class World:
+    """A root in `folder`, the files that were put into its landing, and what must be in the lake because of them."""
+
+    def __init__(self, folder: Path, seed: int, bad: float = 0.02):
+        self.folder, self.root = Path(folder), str(Path(folder) / "root")
+        self.random, self.bad, self.next_tick = random.Random(seed), bad, 0
+        self.quarantined: set[tuple[str, int]] = set()
+        (self.folder / "given").mkdir(parents=True, exist_ok=True)
+
+    def land(self, ticks: int = 1, small_tables: bool = False) -> None:
+        """Put the files of the next ticks into landing; with the first, a few rows of every other table too."""
+        for _ in range(ticks):
+            tick, self.next_tick = self.next_tick, self.next_tick + 1
+            for table, frame in self._frames(tick, small_tables and tick == 0).items():
+                lines = source.to_json_lines(frame).splitlines()
+                good = list(lines)
+                if table in MONEY and self.random.random() < self.bad * 5:
+                    number = self.random.randrange(len(lines))
+                    good = lines[:number] + lines[number + 1 :]
+                    lines[number] = self.random.choice([b"{oops", lines[number][:-9], lines[number] * 2, b""])
+                    self.quarantined.add((f"{table}-{tick:08d}.json", number + 1))
+                if table in MONEY and self.random.random() < self.bad * 5:
+                    lines = [line if b"key" not in line else line[:-1] + b',"extra":"one"}' for line in lines]
+                    good = [line[:-1] + b',"extra":"one"}' for line in good]
+                (self.folder / "given" / f"{table}-{tick:08d}.json").write_bytes(b"\n".join(good) + b"\n")
+                Root.at(self.root).write(source.file_name(table, tick), b"\n".join(lines) + b"\n")
+
+    def _frames(self, tick: int, small_tables: bool) -> dict[str, pl.DataFrame]:
+        made = real()[1]
+        orders = made["orders"].slice(tick * ORDERS % (made["orders"].height - ORDERS), ORDERS)
+        keys = dict(zip(orders["o_orderkey"], range(tick * 1000 + 1, tick * 1000 + 1 + ORDERS), strict=True))
+        lineitem = made["lineitem"].filter(pl.col("l_orderkey").is_in(list(keys)))
+        frames = {
+            "orders": orders.with_columns(pl.col("o_orderkey").replace_strict(keys)),
+            "lineitem": lineitem.with_columns(pl.col("l_orderkey").replace_strict(keys)),
+        }
+        others = {t: f.head(5) for t, f in real()[0].items() if t not in frames} if small_tables else {}
+        return others | frames
+
+    def process(self, stage: str, crash_at: str | None = None, mutant: str | None = None):
+        """A stage in a process of its own, started."""
+        child = processes.Process(target=_run, args=(stage, self.root, str(self.folder), crash_at, mutant))
+        child.start()
+        return child
+
+    def run(self, stage: str, crash_at: str | None = None, mutant: str | None = None) -> int:
+        """A stage to its end; its exit status, negative for a signal."""
+        child = self.process(stage, crash_at, mutant)
+        child.join(120)
+        if child.exitcode is None:
+            child.kill()
+            raise NotHeld(f"{stage} hangs")
+        return child.exitcode
+
+    def run_well(self, stage: str, mutant: str | None = None) -> None:
+        if status := self.run(stage, mutant=mutant):
+            raise NotHeld(f"a plain run of {stage} ended with {status}: {self.log()}")
+
+    def log(self) -> str:
+        with contextlib.suppress(FileNotFoundError):
+            return (self.folder / "log").read_text()[-400:]
+        return ""
+
+    @contextlib.contextmanager
+    def read_meanwhile(self):
+        """A reader that opens the snapshot every 100 ms meanwhile: no error, and never two batches in one."""
+        stop, found = self.folder / "stop", self.folder / "found.json"
+        stop.unlink(missing_ok=True)
+        reader = processes.Process(target=_read, args=(self.root, str(stop), str(found)))
+        reader.start()
+        try:
+            yield
+        finally:
+            stop.touch()
+            reader.join(60)
+        seen = json.loads(found.read_text())
+        if seen["wrong"]:
+            raise NotHeld(f"a reader saw {seen['wrong'][:2]} in {seen['reads']} reads")
+        self.reads = getattr(self, "reads", 0) + seen["reads"]
+
+    def verify(self, everything: bool = True) -> None:
+        """Every row once, every sum right to the cent, one batch in all tables. Raises NotHeld."""
+        if wrong := mixed(self.root):
+            raise NotHeld(wrong)
+        if not everything:
+            return
+        snapshot = lake.snapshot(self.root)
+        with duckdb.connect() as db:
+            for table, key in KEYS.items():
+                sums = ", ".join(f"sum({name}::decimal(15,2))" for name in MONEY[table])
+                ask = f"select count(*), count(distinct ({key})), {sums} from "
+                given = db.sql(f"{ask} read_json('{self.folder}/given/{table}-*.json', format='newline_delimited')")
+                there = db.sql(f"{ask} read_parquet({snapshot.files(table)})")
+                if (want := given.fetchone()) != (found := there.fetchone()):
+                    raise NotHeld(f"{table}: rows, keys and sums are {found}, not {want}")
+            files = snapshot.files("quarantine")
+            rows = db.sql(f"select file, line from read_parquet({files})").fetchall() if files else []
+        if sorted(rows) != sorted(self.quarantined):
+            raise NotHeld(f"quarantine has {len(rows)} rows, not the {len(self.quarantined)} that were broken")
+        waiting = [name for table in TABLES for name in Root.at(self.root).list(f"landing/{table}")]
+        if waiting:
+            raise NotHeld(f"{len(waiting)} files still wait")
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def mixed(root: str) -> str | None:
+    """What is wrong with the published snapshot: rows of another batch than the one it names; None when nothing is."""
+    if not lake.is_published(root):
+        return None
+    snapshot = lake.snapshot(root)
+    ingested = batches.ingested_until(Root.at(root), snapshot.batch)
+    for table, key in (("orders", "o_orderkey"), ("lineitem", "l_orderkey")):
+        ticks = snapshot.frame(table, [key]).collect()[key] // 1000
+        want = {tick for low, high in ingested.get(table, []) for tick in range(low, high + 1)}
+        if (there := set(ticks)) != want:
+            return (
+                f"batch {snapshot.batch} should have {len(want)} ticks of {table}, and has {len(there)}: {want ^ there}"
+            )
+    return None
+
+
+def stage(name: str, root: str) -> None:
+    """What the notebook does, without the notebook."""
+    durability.repair(root)
+    if name == "preprocess":
+        ingest.drain(root, **LIMITS, scheduled_for=AT, run_id=f"preprocess-{os.getpid()}")
+    elif name == "compact":
+        compaction.compact(root, target_mb=64, min_small_files=2, vacuum_hours=24, run_id=f"compact-{os.getpid()}")
+
+
+def _run(name: str, root: str, folder: str, crash_at: str | None, mutant: str | None) -> None:
+    log = os.open(f"{folder}/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 2)
+    if crash_at:
+        os.environ["ETL_CRASH_AT"] = crash_at
+    if mutant:
+        from faults import lake_mutants
+
+        lake_mutants.APPLY[mutant]()
+    try:
+        stage(name, root)
+    except (LeaseHeld, ingest.Overtaken) as error:  # said plainly, and nothing was done
+        print(error, file=sys.stderr)
+        sys.exit(3)
+
+
+def _read(root: str, stop: str, found: str) -> None:
+    reads, wrong = 0, []
+    while not os.path.exists(stop):
+        try:
+            if problem := mixed(root):
+                wrong.append(problem)
+        except Exception as error:
+            wrong.append(f"{type(error).__name__}: {str(error)[:200]}")
+        reads += 1
+        time.sleep(0.1)
+    Path(found).write_text(json.dumps({"reads": reads, "wrong": wrong}))
+
+
+def points(folder: Path, name: str, prepare, seed: int) -> list[str]:
+    """The crash points that a run of a stage comes to, each as often as it does."""
+    world = World(folder, seed, bad=0.2)
+    prepare(world)
+    names = world.folder / "points"
+    if status := world.run(name, crash_at=f"+{names}"):
+        raise NotHeld(f"a plain run of {name} ended with {status}: {world.log()}")
+    found = names.read_text().splitlines()
+    world.remove()
+    return found
+
+
+def was_killed(status: int) -> bool:
+    return status == -signal.SIGKILL
