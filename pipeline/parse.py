@@ -31,7 +31,10 @@ NOT_JSON_LINES = {
     b"{\x00": "is UTF-16, not UTF-8",
     b"\x00{": "is UTF-16, not UTF-8",
 }
-MONEY_TEXT = r"^-?\d{1,13}(\.\d{1,2})?$"  # more decimals are not rounded: they do not fit
+MONEY_TEXT = r"^-?[0-9]{1,13}(\.[0-9]{1,2})?$"  # more decimals are not rounded: they do not fit
+# beside the formats: those alone take year 6, year -1996 and blanks
+DAY_TEXT = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$"
+TIME_TEXT = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|[+-][0-9]{2}:[0-9]{2})$"
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%.f%:z"
 KINDS = {KEY: "a whole number", COUNT: "a whole number", MONEY: "an amount", DAY: "a date", TIME: "a time with zone"}
 BOUNDS = {KEY: 2**63, COUNT: 2**31}
@@ -232,12 +235,17 @@ def _typed(name: str, dtype) -> pl.Expr:
     """Text to `dtype`; what does not fit becomes null."""
     text = pl.col(name)
     if dtype == DAY:
-        return text.str.to_date("%Y-%m-%d", strict=False)
+        return _like(DAY_TEXT, text).str.to_date("%Y-%m-%d", strict=False).alias(name)
     if dtype == TIME:
-        return text.str.to_datetime(TIME_FORMAT, time_unit="us", time_zone="UTC", strict=False)
+        time = _like(TIME_TEXT, text).str.to_datetime(TIME_FORMAT, time_unit="us", time_zone="UTC", strict=False)
+        return time.alias(name)
     if dtype == MONEY:
-        return pl.when(text.str.contains(MONEY_TEXT)).then(text).cast(dtype, strict=False).alias(name)
+        return _like(MONEY_TEXT, text).cast(dtype, strict=False).alias(name)
     return text
+
+
+def _like(pattern: str, text: pl.Expr) -> pl.Expr:
+    return pl.when(text.str.contains(pattern)).then(text)
 
 
 def _fits(table: Table) -> pl.Expr:

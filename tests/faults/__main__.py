@@ -9,7 +9,19 @@ if not __package__:  # run as a folder: then that is where imports begin
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import typer  # noqa: E402
-from faults import answers, endings, loads, month, replay_scenarios, under_prefect, untrusted  # noqa: E402
+from faults import (
+    answers,
+    endings,
+    lake_crashes,
+    lake_damage,
+    lake_malformed,
+    lake_mutants,
+    loads,
+    month,
+    replay_scenarios,
+    under_prefect,
+    untrusted,
+)  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -31,6 +43,23 @@ SCENARIOS = [
     ("whence", replay_scenarios.whence_right, 20, 2, "runs of preprocess"),
     ("draws", answers.draws, 200, 3, "draws of parameters for each of TPC-H's questions"),
     ("scale", answers.at_scale, 100, 1, "hundredths of TPC-H's scale 1 through the pipeline, Polars and Dask"),
+    ("by hand", lake_malformed.by_hand, 40, 40, "malformed lines, and as many files"),
+    ("generated", lake_malformed.generated, 2000, 200, "malformed files"),
+    ("points", lake_crashes.at_every_point, 160, 6, "crashes of preprocess at named points"),
+    ("points of compact", lake_crashes.at_every_point_of_compact, 80, 4, "crashes of compact at named points"),
+    ("random", lake_crashes.at_random, 300, 6, "SIGKILLs of preprocess under load"),
+    ("random compact", lake_crashes.at_random_compact, 100, 3, "SIGKILLs of compact under load"),
+    ("overlapping", lake_crashes.overlapping, 40, 2, "times two of preprocess and two of compact at once"),
+    ("disk full", lake_damage.disk_full, 30, 2, "full disks"),
+    ("failing writes", lake_damage.failing_writes, 100, 2, "writes, syncs, renames and links that fail"),
+    (
+        "damage",
+        lake_damage.damaged_bytes,
+        10,
+        1,
+        "of each: zeroed, torn, flipped; commit, checkpoint, manifest, pointer",
+    ),
+    ("mutants", lake_mutants.mutants, 3, 1, "safeguards taken out"),
     ("cancelled", under_prefect.cancelled, 20, 2, "runs, cancelled in Prefect"),
     ("up", under_prefect.whence_after_up, 10, 1, "minutes, then whence"),
 ]

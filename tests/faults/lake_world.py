@@ -83,9 +83,9 @@ class World:
         others = {t: f.head(5) for t, f in real()[0].items() if t not in frames} if small_tables else {}
         return others | frames
 
-    def process(self, stage: str, crash_at: str | None = None, mutant: str | None = None):
-        """A stage in a process of its own, started."""
-        child = processes.Process(target=_run, args=(stage, self.root, str(self.folder), crash_at, mutant))
+    def process(self, stage: str, crash_at: str | None = None, mutant: str | None = None, wait_for: str | None = None):
+        """A stage in a process of its own, started; it begins when the file `wait_for` is there."""
+        child = processes.Process(target=_run, args=(stage, self.root, str(self.folder), crash_at, mutant, wait_for))
         child.start()
         return child
 
@@ -176,7 +176,7 @@ def stage(name: str, root: str) -> None:
         compaction.compact(root, target_mb=64, min_small_files=2, vacuum_hours=24, run_id=f"compact-{os.getpid()}")
 
 
-def _run(name: str, root: str, folder: str, crash_at: str | None, mutant: str | None) -> None:
+def _run(name: str, root: str, folder: str, crash_at: str | None, mutant: str | None, wait_for: str | None) -> None:
     log = os.open(f"{folder}/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 2)
     if crash_at:
@@ -185,6 +185,8 @@ def _run(name: str, root: str, folder: str, crash_at: str | None, mutant: str | 
         from faults import lake_mutants
 
         lake_mutants.APPLY[mutant]()
+    while wait_for and not os.path.exists(wait_for):
+        time.sleep(0.01)
     try:
         stage(name, root)
     except (LeaseHeld, ingest.Overtaken) as error:  # said plainly, and nothing was done

@@ -1,0 +1,124 @@
+"""The campaign itself under test: with a safeguard taken out it has to fail. One that does not notice is of no use."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from storage import PROJECT
+
+DOUBLING = "1.6.6"  # of deltalake: lets two overlapping compactions both commit
+
+
+def _no_transaction_check() -> None:
+    from deltalake import DeltaTable
+
+    DeltaTable.transaction_version = lambda self, app_id: None
+
+
+def _published_early() -> None:
+    from pipeline import lake
+
+    append = lake.append
+
+    def early(place, table, frame, *, batch, run_id):
+        if table == "lineitem":
+            published = lake.read_published(place) or {"as_of": "1970-01-01T00:00:00+00:00", "tables": {}}
+            versions = {name: lake.open_table(place, name).version() for name in lake.COLUMNS}
+            lake.publish(place, batch=batch, as_of=published["as_of"], versions=versions, run_id=run_id)
+        return append(place, table, frame, batch=batch, run_id=run_id)
+
+    lake.append = early
+
+
+def _no_lease() -> None:
+    from storage import LocalRoot
+
+    LocalRoot.lease = lambda self, rel, holder, ttl_s=300, wait_s=30: contextlib.nullcontext()
+
+
+def _librarys_compaction() -> None:
+    """delta-rs's own, of what is there now, with some time between its plan and its commit, and nothing compared."""
+    from deltalake.exceptions import CommitFailedError
+
+    from pipeline import compaction, lake
+
+    def compact_table(place, table, published, target_mb, min_small_files, run_id):
+        handle = lake.open_table(place, table)
+        time.sleep(0.3)
+        with contextlib.suppress(CommitFailedError):
+            handle.optimize.compact()
+        return {"table": table, "version": lake.open_table(place, table).version()}
+
+    compaction._compact_table = compact_table
+
+
+def _librarys_compaction_without_lease() -> None:
+    _no_lease()
+    _librarys_compaction()
+
+
+APPLY = {
+    "no transaction check": _no_transaction_check,
+    "published early": _published_early,
+    "no lease": _no_lease,
+    "the library's compaction": _librarys_compaction,
+    "the library's compaction without lease": _librarys_compaction_without_lease,
+}
+# what is taken out; on which deltalake (None: the pinned one); what has to fail
+KILLED_BY = [
+    ("no transaction check", None, "at_every_point", 200),
+    ("published early", None, "at_every_point", 200),
+    ("the library's compaction without lease", DOUBLING, "overlapping", 6),
+]
+
+
+def mutants(n: int, seed: int) -> str:
+    """The first n safeguards taken out, one by one; raises when the campaign does not notice."""
+    told = []
+    with tempfile.TemporaryDirectory(prefix="deltalake-") as other:
+        for what, version, scenario, numbers in KILLED_BY[:n]:
+            if version and not _install(version, other):
+                told.append(f"not tried: deltalake {version} could not be had")
+                continue
+            done = _campaign(scenario, numbers, seed, what, other if version else None)
+            if done.returncode == 0:
+                raise AssertionError(
+                    f"with {what} on deltalake {version or 'as pinned'} {scenario} passed: {done.stdout}"
+                )
+            if "NotHeld" not in done.stderr:
+                raise AssertionError(f"with {what} {scenario} ended by something else: {done.stderr[-600:]}")
+            told.append(f"{what}{f' on {version}' * bool(version)}: {done.stderr.strip().splitlines()[-1][:160]}")
+    return "; ".join(told)
+
+
+def _campaign(scenario: str, n: int, seed: int, mutant: str, packages: str | None) -> subprocess.CompletedProcess:
+    paths = [*filter(None, [packages]), str(PROJECT / "tests"), str(PROJECT)]
+    code = f"from faults import lake_crashes\nprint(lake_crashes.{scenario}({n}, {seed}, {mutant!r}))"
+    return subprocess.run(
+        [sys.executable, "-c", f"if __name__ == '__main__':\n exec({code!r})"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+
+
+def _install(version: str, folder: str) -> bool:
+    if Path(folder, "deltalake").exists():
+        return True
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        folder,
+        f"deltalake=={version}",
+    ]
+    return subprocess.run(command, capture_output=True).returncode == 0
