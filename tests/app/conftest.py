@@ -1,9 +1,16 @@
 """Roots for the API and the dashboard to read."""
 
 import shutil
+import sys
 
 import pytest
 from published import QUERY_RUN, TRAIN_RUN, add_run, fill
+
+
+@pytest.fixture(autouse=True)
+def _main(monkeypatch):
+    """Streamlit puts the page in the place of __main__, which processes that other tests start would run."""
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
 
 
 @pytest.fixture(scope="session")
