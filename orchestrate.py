@@ -7,6 +7,9 @@ check   parameters, notebooks and env files, without starting a kernel
 plan    every stage's next run, and where each parameter's value comes from
 runs    the index of runs
 whence  which run wrote a version of a table
+doctor  what is wrong with the data, the packages and the ports, and what to do
+rebuild     the lake again, from the archive
+quarantine  what did not fit: list, show, try again
 """
 
 import asyncio
@@ -29,11 +32,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from runner import params
-from storage import PROJECT, Root
+from storage import PROJECT, LeaseHeld, Root
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 runs_app = typer.Typer(no_args_is_help=True, help="The index of runs.")
 app.add_typer(runs_app, name="runs")
+quarantine_app = typer.Typer(no_args_is_help=True, help="The lines and files that did not fit.")
+app.add_typer(quarantine_app, name="quarantine")
 out, err = Console(), Console(stderr=True)
 if not out.is_terminal:
     out.width = 200  # a log file has no width to keep to
@@ -361,6 +366,131 @@ def runs_open(run_id: RunId, env: Env = "local", root: RootOption = None):
     url = place.url_of(f"{record['report']}/report.html")
     out.print(url, highlight=False, soft_wrap=True)
     webbrowser.open(url if "://" in url else f"file://{url}")
+
+
+@app.command()
+def doctor(
+    env: Env = "local",
+    root: RootOption = None,
+    prefect_port: Annotated[int, typer.Option(help="As of up.")] = 4200,
+    api_port: Annotated[int, typer.Option(help="As of up.")] = 8000,
+    dashboard_port: Annotated[int, typer.Option(help="As of up.")] = 8501,
+    as_json: AsJson = False,
+):
+    """What is wrong with lake, index, models, answers, packages and ports, and what to do. Changes nothing.
+
+    Exit status 1 when something is.
+    """
+    from pipeline import doctor as data
+    from runner import health, services
+
+    place = _root(env, root)
+    here = _services_folder(place.url)
+    api_url = f"http://{services.HOST}:{api_port}"
+    children = [
+        services.prefect_server(prefect_port, here / "prefect", here),
+        services.api(api_port, place.url, here),
+        services.dashboard(dashboard_port, place.url, api_url, here),
+    ]
+    found = data.examine(place.url)
+    found += [data.Finding(what, why, "make setup" if why else None) for what, why in health.packages()]
+    found += [
+        data.Finding(what, why, "see its owner with ss -ltnp" if why else None) for what, why in health.ports(children)
+    ]
+    wrong = [one for one in found if one.problem]
+    if as_json:
+        print(json.dumps({"ok": not wrong, "findings": [asdict(one) for one in found]}))
+    else:
+        table = Table(
+            "what", "wrong", "what to do", title=f"{len(wrong)} of {len(found)} are wrong", title_justify="left"
+        )
+        for one in wrong:
+            table.add_row(*map(escape, (one.what, one.problem, one.remedy)))
+        out.print(table if wrong else f"[green]ok[/]  {len(found)} looked at: {', '.join(one.what for one in found)}")
+    if wrong:
+        raise typer.Exit(1)
+
+
+@app.command()
+def rebuild(env: Env = "local", root: RootOption = None, as_json: AsJson = False):
+    """The lake again from its archive, swapped in whole; the one before stays beside it. End `up` first.
+
+    Refused when the archive no longer has every file that is in the lake: it keeps `archive_days` of compact.
+    """
+    from pipeline import rebuild as again
+
+    place = _root(env, root)
+    try:
+        tables = again.rebuild(place.url, run_id=f"rebuild-{datetime.now(UTC):%Y%m%dT%H%M%S}")
+    except (again.NotWhole, LeaseHeld) as error:
+        _refuse(str(error))
+    if as_json:
+        print(json.dumps(tables.to_dicts()))
+        return
+    table = Table("table", "rows", "rows before", "", title=f"{place.url}/lake was made again", title_justify="left")
+    for name, rows, before, equal in tables.iter_rows():
+        verdict = {True: "[green]equal", False: "[yellow]differs", None: "was not readable"}[equal]
+        table.add_row(name, f"{rows:,}", "" if before is None else f"{before:,}", verdict)
+    out.print(table)
+
+
+@quarantine_app.command("list")
+def quarantine_list(env: Env = "local", root: RootOption = None, as_json: AsJson = False):
+    """What did not fit: files with refused lines, and files that were refused whole, the newest first."""
+    from pipeline import quarantine
+
+    place = _root(env, root)
+    found = quarantine.overview(place.url)
+    if as_json:
+        print(json.dumps(found))
+        return
+    table = Table("file", "batch or day", "lines", "why")
+    for row in found:
+        table.add_row(row["file"], str(row["when"]), str(row["lines"] or "all of it"), escape(row["why"]))
+    out.print(table if found else "nothing was refused")
+
+
+@quarantine_app.command("show")
+def quarantine_show(
+    file: Annotated[str, typer.Argument(help="A file's name, such as orders-00000012.json.")],
+    env: Env = "local",
+    root: RootOption = None,
+    as_json: AsJson = False,
+):
+    """The refused lines of a file with their reasons, or why it was refused whole."""
+    from pipeline import quarantine
+
+    place = _root(env, root)
+    whole = [one for one in quarantine.refused_files(place.url) if one["file"] == file]
+    lines = quarantine.refused_lines(place.url, file).to_dicts()
+    if not whole and not lines:
+        _refuse(f"nothing of {file} was refused; `quarantine list` names what was")
+    if as_json:
+        print(json.dumps({"file": whole, "lines": lines}))
+        return
+    for one in whole:
+        out.print(f"{one['place']} {one['why']}", highlight=False, markup=False, soft_wrap=True)
+    for line in lines:
+        out.print(
+            f"{file}:{line['line']}: {line['reason']}", highlight=False, markup=False, soft_wrap=True, style="bold"
+        )
+        out.print(line["raw"], highlight=False, markup=False, soft_wrap=True)
+
+
+@quarantine_app.command("retry")
+def quarantine_retry(
+    file: Annotated[str, typer.Argument(help="A file's name, such as orders-00000012.json.")],
+    env: Env = "local",
+    root: RootOption = None,
+):
+    """Put a refused file, or those of its refused lines that fit by now, into landing again."""
+    from pipeline import quarantine
+
+    try:
+        made = quarantine.retry(_root(env, root).url, file)
+    except (LookupError, FileExistsError) as error:
+        _refuse(str(error.args[0]))
+    out.print(f"waits for the next run of preprocess: {', '.join(made)}", highlight=False, soft_wrap=True)
 
 
 def _load(env: str, *, root: str | None = None, overrides: list[str] = (), stage: str | None = None) -> params.Project:

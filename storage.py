@@ -178,6 +178,10 @@ class Root:
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._path(rel))
 
+    def move_tree(self, source: str, target: str) -> None:
+        """Move a folder to where nothing is: at once on this machine, file by file in an object store."""
+        self._fs.mv(self._path(source), self._path(target), recursive=True)
+
     def remove_tree(self, rel: str) -> None:
         """Remove a folder and all in it; one that is missing is fine."""
         with contextlib.suppress(FileNotFoundError):
@@ -348,6 +352,12 @@ class LocalRoot(Root):
 
     def remove(self, rel: str) -> None:
         Path(self._path(rel)).unlink(missing_ok=True)
+
+    def move_tree(self, source: str, target: str) -> None:
+        os.makedirs(os.path.dirname(self._path(target)), exist_ok=True)
+        os.rename(self._path(source), self._path(target))
+        for rel in (source, target):
+            _sync(os.path.dirname(self._path(rel)))
 
     def remove_tree(self, rel: str) -> None:
         shutil.rmtree(self._path(rel), ignore_errors=True)

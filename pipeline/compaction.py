@@ -366,9 +366,9 @@ def _publish(place: Root, names: list[str], run_id: str) -> None:
 def prune_archive(root: str, scheduled_for: str | None, days: int = ARCHIVE_DAYS) -> list[str]:
     """Remove the archive's days that are older than `days` before `scheduled_for` (ISO 8601). Returns them.
 
-    A run without a time of its own removes nothing.
+    What is removed cannot be made again from the archive. With 0 days, or without a time, nothing is removed.
     """
-    if scheduled_for is None:
+    if scheduled_for is None or not days:
         return []
     place, oldest = Root.at(root), date.fromisoformat(scheduled_for[:10]) - timedelta(days=days)
     old = [day for day in place.list("archive") if date.fromisoformat(day) < oldest]

@@ -55,6 +55,12 @@ def heal(place: Root, rel: str) -> bool:
     return bool(wrong)
 
 
+def is_whole(place: Root, rel: str) -> bool | None:
+    """Whether one half of a document is what was written; None when it is not there."""
+    data = _data(place, rel)
+    return None if data is None else _opened(data) is not None
+
+
 def _data(place: Root, rel: str) -> bytes | None:
     try:
         return place.read(rel)

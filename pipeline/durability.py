@@ -92,7 +92,7 @@ def _repair_log(place: Root, table: str, published: int, batch: int) -> Iterator
     names = place.list(log)
     commits = sorted(int(m[1]) for name in names if (m := COMMIT.fullmatch(name)))
     checkpoints = sorted(int(m[1]) for name in names if (m := CHECKPOINT.fullmatch(name)))
-    kept = _kept_names(place, table)
+    kept = kept_names(place, table)
     base = 0
     for version in reversed(checkpoints):
         if _checkpoint_is_whole(place, log, version, kept):
@@ -110,7 +110,7 @@ def _repair_log(place: Root, table: str, published: int, batch: int) -> Iterator
         data = place.read(commit) if version in commits else None
         if data is None and version == base and checkpoints:  # cleaned up: the checkpoint says it all
             continue
-        if data is not None and _is_kept(kept, f"{version:020d}", data):
+        if data is not None and is_kept(kept, f"{version:020d}", data):
             continue
         if (copy := _whole_copy(place, table, f"{version:020d}", kept)) is not None:
             place.write(commit, copy)
@@ -135,7 +135,7 @@ def _cut_off(place: Root, log: str, versions: range) -> None:
 def _checkpoint_is_whole(place: Root, log: str, version: int, kept: dict[str, list[str]]) -> bool:
     data, what = place.read(_checkpoint(log, version)), f"{version:020d}.checkpoint"
     if what in kept:
-        return _is_kept(kept, what, data)
+        return is_kept(kept, what, data)
     try:  # of a batch that was not sealed yet
         return pl.read_parquet(io.BytesIO(data)).height > 0
     except (pl.exceptions.PolarsError, OSError):
@@ -182,7 +182,7 @@ def _kept(table: str, what: str, data: bytes) -> str:
     return f"lake/kept_log/{table}/{what}-{hashlib.sha256(data).hexdigest()}"
 
 
-def _kept_names(place: Root, table: str) -> dict[str, list[str]]:
+def kept_names(place: Root, table: str) -> dict[str, list[str]]:
     """What was kept -> its sha256s; more than one when a commit was made again after a power cut."""
     found: dict[str, list[str]] = {}
     for name in place.list(f"lake/kept_log/{table}"):
@@ -191,7 +191,7 @@ def _kept_names(place: Root, table: str) -> dict[str, list[str]]:
     return found
 
 
-def _is_kept(kept: dict[str, list[str]], what: str, data: bytes) -> bool:
+def is_kept(kept: dict[str, list[str]], what: str, data: bytes) -> bool:
     """Whether these bytes are what was kept."""
     return hashlib.sha256(data).hexdigest() in kept.get(what, [])
 

@@ -178,7 +178,6 @@ def commit(parsed: Parsed, *, run_id: str) -> dict[str, int]:
     landing.set_aside(place, batch.repeated, batch.date)
     landing.refuse(place, batch.refused, batch.date, run_id)
     if batch.files or batch.manifest:
-        place.sync(sorted({f"archive/{batch.date}/{file.table}" for file in batch.files}))
         crash_point("before it is marked done")
         place.write(batches.done(batch.number), b"")
     crash_point("after all")

@@ -105,15 +105,17 @@ def archive(place: Root, files: Iterable[tuple[File, str]], date: str, run_id: s
 
     May be called again after a crash.
     """
-    changed = []
+    changed, folders = [], set()
     for file, sha256 in files:
         crash_point(f"before the archive: {file.table}")
         there = place.entry(file.landing)
         if there and (there.mark == file.mark or _is(place, file, sha256)):
             place.move(file.landing, file.archived(date))
+            folders.add(f"archive/{date}/{file.table}")
         elif there:  # when it is not there it was moved before
             changed.append(file.refused("changed while it was ingested: the lake has what it was before"))
         crash_point(f"after the archive: {file.table}")
+    place.sync(sorted(folders))
     refuse(place, changed, date, run_id)
     return changed
 

@@ -34,6 +34,14 @@ def refused_lines(root: str, file: str | None = None) -> pl.DataFrame:
     return lines.filter(pl.col("file") == file if file else True).sort("batch", "file", "line").collect()
 
 
+def overview(root: str) -> list[dict[str, Any]]:
+    """One line a file, the newest first: file, when (its batch, or the day it was refused), lines (null: all), why."""
+    lines = refused_lines(root).group_by("batch", "file").agg(pl.len().alias("lines"), pl.first("reason").alias("why"))
+    by_line = lines.sort("batch", "file", descending=True).rename({"batch": "when"}).to_dicts()
+    whole = [{"file": f["file"], "when": f["date"], "lines": None, "why": f["why"]} for f in refused_files(root)]
+    return [*whole, *by_line]
+
+
 def retry(root: str, file: str) -> list[str]:
     """Put what was refused of a file into landing again; returns the places, to be ingested by the next run.
 

@@ -52,7 +52,7 @@ def _at_points(stage: str, prepare, n: int, seed: int, mutant: str | None) -> st
             world.remove()
         if killed < len(chosen):
             raise NotHeld(f"only {killed} of {len(chosen)} were killed")
-    return f"{killed} killed at {len(set(chosen))} of {len(by_name)} named points (first and last time each)"
+    return f"{killed} killed, at {len({point.rpartition('@')[0] for point in chosen})} of {len(by_name)} named points"
 
 
 def at_random(n: int, seed: int, mutant: str | None = None) -> str:
