@@ -34,7 +34,7 @@ QUICK_S = 10  # one that ends sooner after its start is not started again at onc
 SLOWEST_S = 60  # between two starts of one that always ends
 # A variable that Python or a library reads when it starts or is imported: what was preloaded has read the server's.
 READ_AT_START = (
-    *("PYTHON", "LD_", "LC_", "LANG", "HOME", "IPYTHON", "JUPYTER", "MALLOC_", "JE_", "ARROW_", "POLARS_"),
+    *("PYTHON", "LD_", "LC_", "LANG", "HOME", "IPYTHON", "JUPYTER_CONFIG_", "MALLOC_", "JE_", "ARROW_", "POLARS_"),
     *("OMP_", "GOMP_", "OPENBLAS_", "MKL_", "NUMEXPR_", "RAYON_", "TOKIO_", "MPL", "MATPLOTLIB", "DASK_", "BOKEH_"),
     *("NUMBA_", "XGBOOST_", "PANDERA_", "GLIBC_", "SSL_"),
 )

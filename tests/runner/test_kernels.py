@@ -12,9 +12,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import nbformat
 import psutil
 import pytest
 from faults import toy
+from jupyter_client import AsyncKernelManager
+from jupyter_client.provisioning import KernelProvisionerFactory
 from test_engine import run, saved
 
 from runner import journal, kernels, warm
@@ -109,7 +112,7 @@ def test_its_death_is_told_as_it_was(server, tmp_path, code, state, reason):
 
 def test_deadline_memory_and_samples_hold_for_it(server, tmp_path):
     record = forked_run(
-        tmp_path, "child = psutil.Popen(['sleep', '1000'])\nimport time\ntime.sleep(99)", deadline_s=2.5
+        tmp_path, "child = psutil.Popen(['sleep', '1000'])\nimport time\ntime.sleep(99)", deadline_s=4
     )
     nb, run_json = saved(record)
     assert record.state == "timed_out" and run_json["error"]["frame"]["code"] == "time.sleep(99)"
@@ -229,35 +232,38 @@ def test_a_preload_that_fails_is_one_warning_and_started_again_later(monkeypatch
     assert keeper.process is first or keeper._failures == 2
 
 
-def test_papermill_and_jupyter_use_it_unmodified(server, monkeypatch, tmp_path):
-    import papermill
-    from jupyter_client import KernelManager
-    from jupyter_client.provisioning import KernelProvisionerFactory
-
-    factory = KernelProvisionerFactory.instance()
-    monkeypatch.setattr(factory, "default_provisioner_name", "forked-kernel")
-    source = toy.request(tmp_path, FORKED + "forked").notebook
-    nb = papermill.execute_notebook(source, None, progress_bar=False)
+def test_papermill_uses_it_unmodified(server, tmp_path):
+    nbformat.write(toy.request(tmp_path, FORKED + "forked").notebook, tmp_path / "a.ipynb")
+    env = os.environ | {"JUPYTER_DEFAULT_PROVISIONER_NAME": "forked-kernel"}
+    command = [Path(sys.executable).with_name("papermill"), "a.ipynb", "b.ipynb", "--no-progress-bar"]
+    subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True)
+    nb = nbformat.read(tmp_path / "b.ipynb", as_version=4)
     assert nb.cells[0].outputs[0].data["text/plain"] == "True"
-    manager = KernelManager(kernel_name="python3")
-    manager.start_kernel(cwd=str(tmp_path))
-    client = manager.client()
-    client.start_channels()
-    try:
-        seen = []
-        for _ in range(2):  # a restarted kernel is a new one, at the place where its clients look for it
-            client.wait_for_ready(timeout=30)
-            shown = client.execute_interactive(
-                "import os; print(os.getpid(), os.getcwd())", output_hook=seen.append, timeout=30
-            )
-            assert shown["content"]["status"] == "ok"
-            manager.restart_kernel(now=False)
-        pids, folders = zip(*(m["content"]["text"].split() for m in seen if m["msg_type"] == "stream"), strict=True)
-        assert len(set(pids)) == 2 and set(folders) == {str(tmp_path)}
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
-        manager.cleanup_resources()
+
+
+def test_jupyter_uses_it_unmodified_and_can_restart_it(server, monkeypatch, tmp_path):
+    monkeypatch.setattr(KernelProvisionerFactory.instance(), "default_provisioner_name", "forked-kernel")
+
+    async def use() -> list[str]:
+        manager, seen = AsyncKernelManager(kernel_name="python3"), []
+        await manager.start_kernel(cwd=str(tmp_path))
+        client = manager.client()
+        client.start_channels()
+        try:
+            for _ in range(2):  # a restarted kernel is a new one, at the place where its clients look for it
+                await client.wait_for_ready(timeout=30)
+                look = "import os; print(os.getpid(), os.getcwd())"
+                shown = await client.execute_interactive(look, output_hook=seen.append, timeout=30)
+                assert shown["content"]["status"] == "ok"
+                await manager.restart_kernel(now=False)
+        finally:
+            client.stop_channels()
+            await manager.shutdown_kernel(now=True)
+            await manager.cleanup_resources()
+        return [message["content"]["text"] for message in seen if message["msg_type"] == "stream"]
+
+    pids, folders = zip(*map(str.split, asyncio.run(use())), strict=True)
+    assert len(set(pids)) == 2 and set(folders) == {str(tmp_path)}
 
 
 def test_a_server_killed_again_and_again_fails_no_run(server, tmp_path, caplog):
