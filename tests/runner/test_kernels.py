@@ -155,14 +155,15 @@ def belongs(process: psutil.Process, folder: str) -> bool:
 def test_what_a_killed_black_box_leaves_is_found_again(server, tmp_path):
     """Forked without exec, a process still shows the fork server's environment, not its own."""
     forked = warm.take(os.environ | {"PYTHONPATH": warm.python_path()})
-
     assert asyncio.run(forked.begin(dict(os.environ), str(tmp_path), None, None))
     kernel = psutil.Process(forked.pid)
     kernel.suspend()
     assert belongs(kernel, str(forked.folder)) and "ETL_KERNEL_FOLDER" not in kernel.environ()
     kernels.end_all_of(forked.folder)
-    assert forked.wait(10) == -signal.SIGKILL and not toy.alive([kernel])
+    status = forked.wait(10)
     forked.close()
+    assert status == -signal.SIGKILL
+    toy.until(lambda: not toy.alive([kernel]), 5, "the kernel's end")
 
 
 def test_other_variables_at_the_start_mean_a_cold_kernel(server, monkeypatch, tmp_path):
