@@ -8,6 +8,7 @@ waits for its reader, so that a cell which prints without end neither fills memo
 import atexit
 import contextlib
 import faulthandler
+import gc
 import importlib
 import json
 import mmap
@@ -114,6 +115,8 @@ def serve(folder: Path, orders: socket.socket, modules: list[str]) -> None:
     app = IPKernelApp.instance()
     app.initialize(sys.argv[1:])
     set_by_kernel = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    gc.collect()
+    gc.freeze()  # what is imported stays: no collection, the one that IPython ends with included, looks at it again
     with orders, orders.makefile("rwb") as talk:
         line = talk.readline()
         if not line:
