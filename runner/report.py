@@ -87,6 +87,7 @@ def html(record: Any, nb: Any) -> str:
     ]
     page = {
         "record": record,
+        "ok": record.state in ("ok", "noop"),
         "state": record.state.replace("_", " "),
         "facts": [(name, value) for name, value in facts if value],
         "figures": [
