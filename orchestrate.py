@@ -190,6 +190,7 @@ def whence(
 ):
     """The run that wrote a version of a table of the lake, and its report."""
     from runner import provenance, runs
+    from runner import report as reports
 
     table, _, number = version.partition("@")
     if number and not number.isdecimal():
@@ -203,7 +204,7 @@ def whence(
     if found["run_id"]:
         with contextlib.suppress(KeyError):  # a run in JupyterLab is in no index
             record = runs.get(place, found["run_id"])
-            report = place.url_of(f"{record['report']}/report.html") if record["kept"] else None
+            report = reports.url_of(place, record) if record["kept"] else None
             found |= {"state": record["state"], "report": report}
     if as_json:
         print(json.dumps(found))
@@ -360,10 +361,15 @@ def runs_open(run_id: RunId, env: Env = "local", root: RootOption = None):
     """Open a run's report in the browser."""
     import webbrowser
 
+    from runner import report as reports
+
     place, record = _root(env, root), _get_run(run_id, env, root)
     if not record["kept"]:
         _refuse(f"the report of {record['run_id']} was swept; `runs show` has its row")
-    url = place.url_of(f"{record['report']}/report.html")
+    page = f"{record['report']}/{reports.PAGE}"
+    if not place.exists(page):  # an old one: a sweep removed it
+        place.write(page, reports.page_of(place, record))
+    url = place.url_of(page)
     out.print(url, highlight=False, soft_wrap=True)
     webbrowser.open(url if "://" in url else f"file://{url}")
 

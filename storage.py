@@ -139,6 +139,11 @@ class Root:
             return []
         return sorted(name for path in found if (name := path.rstrip("/").rsplit("/", 1)[-1]))
 
+    def files(self, rel: str) -> "list[str]":
+        """The places of all files under a folder, at any depth; none when there is no such folder."""
+        start = len(self._path(""))
+        return sorted(path[start:] for path in self._fs.find(self._path(rel)))
+
     def entries(self, rel: str) -> "list[Entry]":
         """What is directly under a place, by name; none when there is no such folder."""
         try:
@@ -341,6 +346,11 @@ class LocalRoot(Root):
             return sorted(name for name in os.listdir(self._path(rel)) if not name.startswith("."))
         except FileNotFoundError:
             return []
+
+    def files(self, rel: str) -> "list[str]":
+        start = len(self._path(""))
+        walked = os.walk(self._path(rel))
+        return sorted(f"{folder}/{name}"[start:] for folder, _, names in walked for name in names if name[0] != ".")
 
     def move(self, source: str, target: str) -> None:
         os.makedirs(os.path.dirname(self._path(target)), exist_ok=True)

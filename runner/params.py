@@ -260,7 +260,7 @@ _EXPECTED = {
     "root": "a folder or a URL",
     "machine": "null or key: value lines",
     "dask": "null, {n_workers: 1 or more}, {address: URL} or {coiled: {...}}",
-    "retention": "numbers from 0 for all_hours, hourly_days and days, true or false for daily and slowest",
+    "retention": "numbers from 0 for all_hours, hourly_days, page_days and days, true or false for daily and slowest",
     "ready_kernels": "a whole number from 0 to 16",
     "stages": "a stage's name and, under it, what to override",
 }

@@ -14,6 +14,7 @@ from typing import Any
 from storage import Root
 
 log = logging.getLogger(__name__)
+PAGE = "report.html"
 
 # What a notebook's outputs may contain. Everything else is dropped: scripts, forms, frames, anything fetched.
 TAGS = set(
@@ -54,13 +55,19 @@ def write_page(root: Root, record: Any, nb: Any, place: str | None = None) -> No
     except Exception:
         log.exception("run %s has no report.html", record.run_id)
     else:
-        root.write(f"{place or record.report}/report.html", page)
+        root.write(f"{place or record.report}/{PAGE}", page)
+
+
+def url_of(root: Root, record: dict) -> str:
+    """Where a person finds a run's report: its page, or the notebook when there is none (any more)."""
+    page = f"{record['report']}/{PAGE}"
+    return root.url_of(page if root.exists(page) else f"{record['report']}/report.ipynb")
 
 
 def page_of(root: Root, record: dict) -> bytes:
-    """report.html of a run by its run.json; made anew where it was never written. Raises FileNotFoundError."""
+    """report.html of a run by its run.json; made anew where there is none (any more). Raises FileNotFoundError."""
     try:
-        return root.read(f"{record['report']}/report.html")
+        return root.read(f"{record['report']}/{PAGE}")
     except FileNotFoundError:
         import nbformat
 

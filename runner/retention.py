@@ -5,6 +5,7 @@ day, the first ok one of each hour for a day and of each day after that, and eve
 A run that loses its report by these rules can never be wanted again, so sweeps need no memory: each reads the index,
 looks at what is there and removes the rest. One that is killed is finished by the next. Of a report run.json goes
 first, and a folder without it is no report: neither `runs` nor a reader takes a half removed one for whole.
+A kept report is the notebook and the record; its page goes after some days and is made again when somebody asks for it.
 """
 
 import datetime
@@ -14,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat
 
-from runner import runs
+from runner import report, runs
 from storage import Root
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class Rules(BaseModel):
     hourly_days: NonNegativeFloat = 1  # the first ok run of each hour
     daily: bool = True  # the first ok run of each day
     slowest: bool = True  # the slowest ok run of each day
+    page_days: NonNegativeFloat = 7  # report.html, half of a report's size; made anew from the notebook when asked for
     days: NonNegativeFloat | None = None  # after that, none at all; null: no end
 
 
@@ -74,11 +76,12 @@ def sweep(
     """Remove the reports that the rules do not keep; safe to kill, to repeat and to run twice at once.
 
     Returns counts: runs (rows in the index), kept and removed (reports there), missing (wanted, not there: not
-    delivered yet) and unknown (folders of no run in the index: a run under way, perhaps; left alone).
+    delivered yet), unknown (folders of no run in the index: a run under way, perhaps; left alone) and pages (removed
+    from kept reports).
     """
-    now = now or datetime.datetime.now(datetime.UTC)
+    now, rules = now or datetime.datetime.now(datetime.UTC), rules or Rules()
     index = runs.scan(root).select("run_id", "stage", "state", "ended_at", "seconds", "report").collect()
-    kept = wanted(index, rules or Rules(), now)
+    kept = wanted(index, rules, now)
     known, keep = set(index["report"]), set(kept["report"])
     expected = set(kept.filter(kept["state"] != "noop")["report"])
     days = [f"{PLACE}/{stage}/{day}" for stage in root.list(PLACE) for day in root.list(f"{PLACE}/{stage}")]
@@ -86,12 +89,19 @@ def sweep(
     doomed = sorted(there & known - keep)
     if not dry_run:
         root.remove_trees(doomed, first=runs.COMPLETE)
+    youngest = f"{now - datetime.timedelta(days=rules.page_days):%Y-%m-%d}"
+    old = [name for day in days if day.rpartition("/")[2] < youngest for name in root.files(day)]
+    pages = [name for name in old if name.endswith(f"/{report.PAGE}") and name.rpartition("/")[0] in keep]
+    if not dry_run:
+        for page in pages:
+            root.remove(page)
     return {
         "runs": len(index),
         "kept": len(there & keep),
         "removed": len(doomed),
         "missing": len(expected - there),
         "unknown": len(there - known),
+        "pages": len(pages),
     }
 
 

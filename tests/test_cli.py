@@ -270,7 +270,7 @@ def test_a_sweep_says_what_it_did(greeting):
     done = orchestrate(project, "runs", "sweep", "--root", root, "--json")
     assert done.returncode == 0, done.stderr
     json.loads(done.stdout)
-    assert Root.at(root).exists(f"{first['report']}/report.html"), "the only run, so the slowest"
+    assert Root.at(root).exists(f"{first['report']}/report.ipynb"), "the only run, so the slowest"
 
 
 def test_quick_commands_import_nothing_heavy(project):

@@ -17,11 +17,11 @@ NOOP_SHARE = {"generate": 0, "preprocess": 0.05, "compact": 0.2, "query": 0, "tr
 BAD = {"failed": 50, "check_failed": 20, "timed_out": 15, "killed": 10, "cancelled": 5}  # per cent of the bad ones
 # bytes of report.html, report.ipynb and run.json, as measured on the notebooks
 REPORT_BYTES = {
-    "generate": (36_200, 27_900, 3_300),
-    "preprocess": (40_200, 37_200, 3_300),
-    "compact": (40_800, 39_100, 3_100),
-    "query": (97_200, 102_000, 3_600),
-    "train": (54_000, 43_200, 3_600),
+    "generate": (37_800, 32_300, 3_400),
+    "preprocess": (40_200, 37_200, 3_400),
+    "compact": (41_700, 40_000, 3_100),
+    "query": (303_400, 356_400, 6_300),
+    "train": (55_200, 45_100, 3_900),
 }
 EARLY_BYTES = (24_200, 12_000, 3_400)  # of a run that failed in one of its first cells
 CARD_BYTES = (3_000, 2_000, 500)  # more in one that failed in one of its last: the card, the stack, the last minute

@@ -111,9 +111,7 @@ def test_its_death_is_told_as_it_was(server, tmp_path, code, state, reason):
 
 
 def test_deadline_memory_and_samples_hold_for_it(server, tmp_path):
-    record = forked_run(
-        tmp_path, "child = psutil.Popen(['sleep', '1000'])\nimport time\ntime.sleep(99)", deadline_s=4
-    )
+    record = forked_run(tmp_path, "child = psutil.Popen(['sleep', '1000'])\nimport time\ntime.sleep(99)", deadline_s=4)
     nb, run_json = saved(record)
     assert record.state == "timed_out" and run_json["error"]["frame"]["code"] == "time.sleep(99)"
     assert "Its last minute" in nb.cells[-2].source

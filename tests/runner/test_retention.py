@@ -108,6 +108,21 @@ def test_what_is_removed_is_never_wanted_again(day):
 
 
 @pytest.mark.parametrize("where", ["root", "s3_root"])
+def test_the_page_of_an_old_report_goes_and_the_report_stays(request, where, day):
+    root, some = Root.at(request.getfixturevalue(where)), day[:6]
+    synthetic.write_index(root, some, recent=0)
+    for record in some:
+        for name in synthetic.FILES:
+            root.write(f"{record.report}/{name}", b"{}")
+    for rules, names in ((Rules(page_days=2), synthetic.FILES), (Rules(page_days=0), synthetic.FILES[1:])):
+        counts = retention.sweep(root, rules, now=NOW + HOUR)
+        assert counts["kept"] > 0 and counts["pages"] == (0 if names == synthetic.FILES else counts["kept"])
+        for row in runs.list(root):
+            assert not row["kept"] or root.list(row["report"]) == sorted(names)
+    assert retention.sweep(root, Rules(page_days=0), now=NOW + HOUR)["pages"] == 0
+
+
+@pytest.mark.parametrize("where", ["root", "s3_root"])
 def test_a_sweep_leaves_what_is_wanted_and_finishes_what_was_left(request, where, day):
     root, some = Root.at(request.getfixturevalue(where)), day[:24]
     synthetic.write_index(root, some, recent=2)
@@ -123,7 +138,7 @@ def test_a_sweep_leaves_what_is_wanted_and_finishes_what_was_left(request, where
     stray = doomed[2] + "0"
     root.write(f"{stray}/report.ipynb", b"{}")  # its row is still to come
     assert not {row["report"] for row in runs.list(root, limit=100) if row["kept"]} & {half, gone}
-    counts = {"runs": 24, "kept": len(wanted), "removed": len(doomed) - 1, "missing": 0, "unknown": 1}
+    counts = {"runs": 24, "kept": len(wanted), "removed": len(doomed) - 1, "missing": 0, "unknown": 1, "pages": 0}
     assert retention.sweep(root, now=NOW, dry_run=True) == retention.sweep(root, now=NOW) == counts
     listed = runs.list(root, limit=100)
     assert len(listed) == 24 and {row["report"] for row in listed if row["kept"]} == wanted
