@@ -59,6 +59,7 @@ def by_dask(
     """The answer, by the workers of the Dask scheduler at `address`; they spill what does not fit their memory."""
     import distributed
 
+    _have_renamed_frames_shuffled()
     with distributed.Client(address):  # becomes the scheduler of everything computed inside
         frames = {name: _dask_frame(snapshot, name, columns, window.get(name)) for name, columns in tables.items()}
         return answer(**frames, **parameters).collect("polars").to_native()
@@ -93,6 +94,15 @@ def _dask_frame(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Dask support is moving out of Narwhals", FutureWarning)
         return nw.from_native(frame)
+
+
+def _have_renamed_frames_shuffled() -> None:
+    """Dask 2026.8 believes that a renamed frame is still partitioned by the columns of the shuffle before it, also by
+    those that are gone: of many partitions a join then fails with KeyError, or with "'tuple' object is not callable".
+    """
+    from dask.dataframe.dask_expr._expr import RenameFrame
+
+    RenameFrame.unique_partition_mapping_columns_from_shuffle = property(lambda frame: set())
 
 
 def _read(piece: Piece, columns: list[str], since: tuple[str, datetime] | None) -> "pd.DataFrame":

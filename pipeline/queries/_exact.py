@@ -1,7 +1,7 @@
 """Exact money on every engine, and the step from a large frame to a small one.
 
 Polars rounds a product of decimals to the larger scale of the two, and Narwhals cannot cast to a decimal on Dask.
-Whole numbers behave alike everywhere, are exact and several times as fast. So a question is given every decimal as a
+Whole numbers behave alike everywhere, are exact and twice as fast. So a question is given every decimal as a
 whole number of hundredths: prices, balances and quantities in cents, discounts and taxes in percents. It turns the
 few numbers that are left at the end into decimals.
 """
