@@ -153,7 +153,7 @@ def dask_engine(root: str) -> Iterator[tuple[Callable, Callable]]:
             threads_per_worker=1,
             memory_limit=WORKER_MEMORY,
             host="127.0.0.1",
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             silence_logs="CRITICAL",
         ) as cluster,
         distributed.Client(cluster, set_as_default=False) as client,
