@@ -16,11 +16,12 @@ import polars as pl
 
 from pipeline import batches, documents, lake
 from pipeline.documents import Damaged
-from storage import Root, crash_point
+from storage import Root
 
 COMMIT = re.compile(r"(\d{20})\.json")
 CHECKPOINT = re.compile(r"(\d{20})\.checkpoint\.parquet")
 LAST = "_last_checkpoint"
+KEPT_VERSIONS = 10_080  # a week of a batch a minute: what `whence` can still tell when the log no longer does
 REBUILD = "`orchestrate.py rebuild` makes the lake again from the archive"
 
 
@@ -205,10 +206,9 @@ def _whole_copy(place: Root, table: str, what: str, kept: dict[str, list[str]]) 
 
 
 def forget(place: Root, table: str) -> None:
-    """Remove what is kept of versions that the log itself has cleaned up."""
-    names = place.list(f"lake/{table}/_delta_log")
-    oldest = min((int(m[1]) for name in names if (m := COMMIT.fullmatch(name))), default=0)
-    for name in place.list(f"lake/kept_log/{table}"):
-        if int(name[:20]) < oldest:
+    """Remove what is kept of the oldest versions, beyond a week's."""
+    names = place.list(f"lake/kept_log/{table}")
+    newest = max((int(name[:20]) for name in names), default=0)
+    for name in names:
+        if int(name[:20]) < newest - KEPT_VERSIONS:
             place.remove(f"lake/kept_log/{table}/{name}")
-            crash_point(f"forgotten: {table}")

@@ -60,28 +60,36 @@ def parse(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
     plain = _plain(data, table)
     if plain is not None:
         return plain, pl.DataFrame(schema=REFUSED)
-    good, bad, line = [], [], 1
+    good = [pl.DataFrame(schema=table.columns | {RESCUED: TEXT})]
+    bad, line = [pl.DataFrame(schema=REFUSED)], 1
     for piece in _pieces(data):
         plain = _plain(piece, table)
-        rows, refused = (plain, None) if plain is not None else _line_by_line(piece, table, line)
+        rows, refused = (plain, bad[0]) if plain is not None else _line_by_line(piece, table, line)
         good.append(rows)
-        if refused is not None:
-            bad.append(refused)
+        bad.append(refused)
         line += line_count(piece)
-    if not good:
-        return pl.DataFrame(schema=table.columns | {RESCUED: TEXT}), pl.DataFrame(schema=REFUSED)
-    return pl.concat(good), pl.concat(bad) if bad else pl.DataFrame(schema=REFUSED)
+    return pl.concat(good), pl.concat(bad)
+
+
+def parse_all(files: list[bytes], table: Table) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
+    """As `parse`, of several files: the rows of all of them in their order, and each one's lines that do not fit."""
+    if len(files) > 1:
+        plain = _plain(b"".join(data if data.endswith(b"\n") else data + b"\n" for data in files), table)
+        if plain is not None:
+            return plain, [pl.DataFrame(schema=REFUSED)] * len(files)
+    parsed = [parse(data, table) for data in files]
+    rows = [pl.DataFrame(schema=table.columns | {RESCUED: TEXT}), *(rows for rows, _ in parsed)]
+    return pl.concat(rows), [bad for _, bad in parsed]
 
 
 def _plain(data: bytes, table: Table) -> pl.DataFrame | None:
     """All the rows of a piece in which nothing is odd; None when something is, or when a row does not fit.
 
-    Polars alone would drop unknown fields, take the first of two equal keys and make a NUL of a lone surrogate. None of
-    that can be in a piece that has no backslash, one brace a line, and as many colons and quotes as its values and the
-    table's keys account for.
+    Polars alone would drop unknown fields, take the first of two equal keys, write down a nested value as text and make
+    a NUL of a lone surrogate. None of that can be in a piece that has no backslash, no text that begins with a bracket,
+    and as many colons and quotes as its values and the table's keys account for.
     """
-    lines = line_count(data)
-    if not data or b"\\" in data or data.count(b"{") != lines or b"[" in data:
+    if not data or b"\\" in data:
         return None
     if len(data) > LINE_BYTES and _longest_line(data) > LINE_BYTES:
         return None
@@ -91,19 +99,30 @@ def _plain(data: bytes, table: Table) -> pl.DataFrame | None:
     except pl.exceptions.PolarsError:
         return None
     names = [name for name, dtype in schema.items() if dtype == TEXT]
-    quotes = 2 * len(schema) + 2 * len(names)  # in a line: around each key and each text
-    colons = int(text.select(pl.sum_horizontal(pl.col(names).str.count_matches(":", literal=True).sum())).item() or 0)
-    if text.height != lines or data.count(b'"') != quotes * lines or data.count(b":") != len(schema) * lines + colons:
+    free = [name for name in names if table.columns[name] == TEXT]  # the other texts are typed: no bracket passes
+    nested = pl.any_horizontal(pl.col(free).str.contains(r"^[\[{]").any(), pl.lit(False))
+    colons = pl.sum_horizontal(pl.col(names).str.count_matches(":", literal=True).sum())
+    odd, inside = text.select(nested.alias("odd"), colons.alias("colons")).row(0)
+    lines, quotes = line_count(data), 2 * len(schema) + 2 * len(names)  # around each key and each text
+    if odd or text.height != lines or data.count(b":") != len(schema) * lines + (inside or 0):
+        return None
+    if data.count(b'"') != quotes * lines:
         return None
     typed = text.select(_typed(name, dtype) for name, dtype in table.columns.items())
     return typed.with_columns(pl.lit(None, TEXT).alias(RESCUED)) if typed.select(_fits(table)).item() else None
 
 
 def _longest_line(data: bytes) -> int:
-    import numpy as np
-
-    ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
-    return int(np.diff(ends, prepend=-1, append=len(data)).max())
+    """The bytes of the longest line, or LINE_BYTES where there is none above."""
+    longest = start = 0
+    while start + LINE_BYTES < len(data):  # one jump a megabyte where no line is long
+        end = data.rfind(b"\n", start, start + LINE_BYTES + 1)
+        if end < start:
+            end = data.find(b"\n", start)
+            return (len(data) if end < 0 else end) - start
+        start = end + 1
+        longest = LINE_BYTES
+    return longest
 
 
 def _pieces(data: bytes):

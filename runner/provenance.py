@@ -73,10 +73,7 @@ def whence(root: Root, table: str, version: int | None = None) -> dict[str, Any]
         if not there:
             raise LookupError(f"there is no table {table} under {root.url}")
         version = max(there)
-    try:
-        lines = root.read(f"{log}/{version:020d}.json").splitlines()
-    except FileNotFoundError:
-        raise LookupError(f"there is no version {version} of {table} under {root.url}, or no more") from None
+    lines = _commit(root, table, version).splitlines()
     found = [action["commitInfo"] for action in map(json.loads, lines) if "commitInfo" in action]
     info = found[0] if found else {}
     return {
@@ -87,6 +84,17 @@ def whence(root: Root, table: str, version: int | None = None) -> dict[str, Any]
         "run_id": info.get("run_id"),
         "stage": info.get("stage"),
     }
+
+
+def _commit(root: Root, table: str, version: int) -> bytes:
+    """The commit of a version, from where it is kept a second time when the log was cleaned up. Raises LookupError."""
+    place, kept = f"lake/{table}/_delta_log/{version:020d}.json", f"lake/kept_log/{table}"
+    if root.exists(place):
+        return root.read(place)
+    for name in root.list(kept):
+        if name.startswith(f"{version:020d}-"):
+            return root.read(f"{kept}/{name}")
+    raise LookupError(f"there is no version {version} of {table} under {root.url}, or no more")
 
 
 def _iso(milliseconds: int) -> str:

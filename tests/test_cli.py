@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ import time
 import polars as pl
 import pytest
 from deltalake import write_deltalake
-from support import AT, environment, orchestrate, write_stage
+from support import AT, environment, free_port, orchestrate, write_stage
 
 from storage import Root
 
@@ -293,3 +294,36 @@ def test_quick_commands_import_nothing_heavy(project):
 @pytest.mark.parametrize("when", ["yesterday", "2026-13-01"])
 def test_a_time_that_is_none_is_refused(project, when):
     assert orchestrate(project, "run", "query", "--at", when).returncode == 2
+
+
+def test_doctor_quarantine_and_rebuild(project, filled):
+    (project / "pyproject.toml").write_text(
+        '[project]\ndependencies = ["polars==0.1", "no-such-thing-at-all", "typer"]\n'
+    )
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        free = [f"--{name}-port={free_port()}" for name in ("prefect", "dashboard")]
+        done = orchestrate(project, "doctor", "--root", filled, f"--api-port={port}", *free, "--json")
+    assert done.returncode == 1
+    found = json.loads(done.stdout)
+    wrong = {one["what"]: one["problem"] for one in found["findings"] if one["problem"]}
+    assert set(wrong) == {"polars==0.1", "no-such-thing-at-all", f"port {port}"}
+    assert "is installed" in wrong["polars==0.1"]
+    assert all(one["remedy"] for one in found["findings"] if one["problem"])
+
+    Root.at(filled).write("landing/orders/orders-00000009.json", b"\x1f\x8b")
+    assert orchestrate(project, "run", "preprocess", "--root", filled).returncode == 0
+    (listed,) = json.loads(orchestrate(project, "quarantine", "list", "--root", filled, "--json").stdout)
+    assert (listed["file"], listed["lines"]) == ("orders-00000009.json", None)
+    shown = orchestrate(project, "quarantine", "show", listed["file"], "--root", filled)
+    assert "is compressed with gzip" in shown.stdout
+    assert (
+        "landing/orders/orders-00000009.json"
+        in orchestrate(project, "quarantine", "retry", listed["file"], "--root", filled).stdout
+    )
+    assert orchestrate(project, "quarantine", "retry", "orders-1.json", "--root", filled).returncode == 1
+
+    again = json.loads(orchestrate(project, "rebuild", "--root", filled, "--json").stdout)
+    assert all(row["equal"] for row in again) and sum(row["rows"] for row in again) > 10_000

@@ -63,6 +63,16 @@ def test_who_may_import_whom(part):
         assert not {module.split(".")[0] for module in imports(tree)} & NEVER[part], name
 
 
+def test_orchestrate_knows_the_domain_only_where_a_command_asks_for_it():
+    """It starts without pipeline; doctor, rebuild and quarantine are the lake's own and import it when they are run."""
+    tree = ast.parse((PROJECT / "orchestrate.py").read_text())
+    commands = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    asking = {name for name, node in commands.items() if any(m.split(".")[0] == "pipeline" for m in imports(node))}
+    assert asking == {"doctor", "rebuild", "quarantine_list", "quarantine_show", "quarantine_retry"}
+    top = ast.Module([node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
+    assert {m.split(".")[0] for m in imports(top)} & PACKAGES == {"runner", "storage"}
+
+
 def test_coiled_and_prefect_are_imported_only_where_they_are_used():
     for name, tree in sources("runner"):
         if "coiled" in {module.split(".")[0] for module in imports(tree)}:

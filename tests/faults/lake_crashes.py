@@ -41,11 +41,12 @@ def _at_points(stage: str, prepare, n: int, seed: int, mutant: str | None) -> st
         for i, point in enumerate(chosen):
             world = World(Path(folder) / str(i), seed, bad=0.2)
             prepare(world)
-            killed += was_killed(world.run(stage, crash_at=point, mutant=mutant))
             try:
-                world.verify(everything=False)
-                world.run_well(stage, mutant=mutant)
-                world.run_well("preprocess", mutant=mutant)
+                with world.read_meanwhile():
+                    killed += was_killed(world.run(stage, crash_at=point, mutant=mutant))
+                    world.verify(everything=False)
+                    world.run_well(stage, mutant=mutant)
+                    world.run_well("preprocess", mutant=mutant)
                 world.verify()
             except NotHeld as error:
                 raise NotHeld(f"after a crash at {point!r}: {error}") from None
@@ -71,9 +72,10 @@ def _at_random(stage: str, n: int, seed: int, mutant: str | None) -> str:
         world.land(2, small_tables=True)
         began = time.monotonic()
         world.run_well("preprocess", mutant)
-        longest, killed = 1.2 * (time.monotonic() - began), 0
+        longest, killed, begun = 1.2 * (time.monotonic() - began), 0, 0
         with world.read_meanwhile():
-            for i in range(n):
+            while killed < n and begun < 4 * n:
+                begun += 1
                 world.land(pick.choice([1, 1, 2]))
                 if stage == "compact":
                     world.run_well("preprocess", mutant)
@@ -82,15 +84,15 @@ def _at_random(stage: str, n: int, seed: int, mutant: str | None) -> str:
                 child.kill()
                 child.join()
                 killed += was_killed(child.exitcode)
-                if i % 25 == 24:
+                if begun % 25 == 0:
                     world.run_well("preprocess", mutant)
                     world.verify()
             world.run_well(stage, mutant)
             world.run_well("preprocess", mutant)
         world.verify()
-        if killed < n / 4:
-            raise NotHeld(f"only {killed} of {n} were killed before their end")
-        return f"{killed} of {n} killed before their end, {world.next_tick} ticks exact, {world.reads} reads"
+        if killed < n:
+            raise NotHeld(f"only {killed} of {begun} were killed before their end")
+        return f"{killed} of {begun} killed before their end, {world.next_tick} ticks exact, {world.reads} reads"
 
 
 def overlapping(n: int, seed: int, mutant: str | None = None) -> str:

@@ -15,7 +15,7 @@ from storage import Root
 
 FAILURES = ["write:error=ENOSPC", "write:error=EIO", "fsync:error=EIO", "rename:error=EIO", "linkat,link:error=ENOSPC"]
 
-DEADLINE_S = 15  # of a run, as the schedule's: a hang ends there
+DEADLINE_S = 6  # of a run, as the schedule's: a hang ends there
 
 
 def disk_full(n: int, seed: int) -> str:

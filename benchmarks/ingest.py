@@ -1,0 +1,232 @@
+"""How fast JSON becomes tables: this project, pandas with write_deltalake, and the limit that Polars sets.
+
+The same files of TPC-H orders and line items are ingested by each, in a process of its own, round after round:
+
+- `ours`: as preprocess runs it, with every promise kept (checked rows, manifest, exactly once, synced, archived);
+- `pandas`: `pandas.read_json` of each file and `write_deltalake`, as simple pipelines do it;
+- `limit`: Polars reads the files and writes bare Parquet; `as text` leaves amounts, dates and times the texts they are
+  in JSON, `typed` makes them what the tables have.
+
+Then what one tick costs on a lake of 10,000 versions, beside one on a fresh lake. Medians are printed and written to
+outputs/benchmarks/ingest.json.
+
+    python benchmarks/ingest.py [--rounds 3] [--versions 10000]
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from storage import PROJECT, Root
+
+AT = "2026-03-01T12:00:10+00:00"
+SCALE = 0.1  # of the files that are ingested: 150,000 orders, 600,000 line items, 290 MB
+SHAPES = {"4 ticks of 73 MB": 4, "288 ticks of 1 MB": 288}
+LIMITS = {"max_files": 500, "max_bytes": 256_000_000, "max_bad_share": 0.0, "for_s": 1e9, "scheduled_for": AT}
+AGE_S = 60  # between two versions of the old lake, as on schedule
+TICKS = 15  # measured on each lake, in turn
+
+
+def ours(root: str) -> None:
+    from pipeline import durability, ingest
+
+    durability.repair(root)
+    ingest.drain(root, **LIMITS, run_id="bench")
+
+
+def with_pandas(root: str) -> None:
+    import pandas
+    from deltalake import write_deltalake
+
+    for path in sorted(Path(root, "landing").rglob("*.json")):
+        write_deltalake(f"{root}/lake/{path.parent.name}", pandas.read_json(path, lines=True), mode="append")
+
+
+def limit_as_text(root: str) -> None:
+    import polars as pl
+
+    from pipeline.parse import BOUNDS
+    from pipeline.tables import STREAMED, TABLES
+
+    for table in STREAMED:
+        columns = TABLES[table].columns
+        schema = {name: dtype if dtype in BOUNDS else pl.String for name, dtype in columns.items()}
+        pl.scan_ndjson(f"{root}/landing/{table}/*.json", schema=schema).collect().write_parquet(
+            f"{root}/{table}.parquet"
+        )
+
+
+def limit_typed(root: str) -> None:
+    import polars as pl
+
+    from pipeline.parse import BOUNDS
+    from pipeline.tables import DAY, STREAMED, TABLES, TIME
+
+    for table in STREAMED:
+        columns = TABLES[table].columns
+        schema = {name: dtype if dtype in BOUNDS else pl.String for name, dtype in columns.items()}
+        typed = {
+            name: pl.col(name).str.to_date()
+            if dtype == DAY
+            else pl.col(name).str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%:z")
+            if dtype == TIME
+            else pl.col(name).cast(dtype)
+            for name, dtype in columns.items()
+        }
+        frame = pl.scan_ndjson(f"{root}/landing/{table}/*.json", schema=schema).with_columns(**typed).collect()
+        frame.write_parquet(f"{root}/{table}.parquet")
+
+
+WAYS = {"ours": ours, "pandas": with_pandas, "limit, as text": limit_as_text, "limit, typed": limit_typed}
+
+
+def in_this_process(way: str, root: str) -> None:
+    """One way, once, on the files in `root`; prints seconds (imports not counted) and the peak of memory in MB."""
+    import deltalake  # noqa: F401
+    import pandas  # noqa: F401
+    import polars
+    import pyarrow.parquet  # noqa: F401
+
+    from pipeline import compaction, ingest  # noqa: F401
+
+    polars.DataFrame({"a": [1]}).lazy().filter(polars.col("a") > 0).collect()  # its threads are up
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    WAYS[way](root)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"seconds": time.perf_counter() - began, "mb": (after - before) / 1024}))
+
+
+def throughput(folder: Path, rounds: int) -> dict:
+    found = {}
+    for shape, slices in SHAPES.items():
+        files = folder / "files"
+        size, rows = _land(str(files), slices)
+        taken: dict[str, list[dict]] = {way: [] for way in WAYS}
+        for _ in range(rounds):
+            for way in WAYS:
+                root = folder / "root"
+                shutil.copytree(files, root)
+                os.sync()  # what the copy left to be written is not this one's to pay
+                command = [sys.executable, __file__, "--way", way, "--root", str(root)]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    raise RuntimeError(f"{way}: {done.stderr[-2000:]}")
+                taken[way].append(json.loads(done.stdout))
+                shutil.rmtree(root)
+        shutil.rmtree(files)
+        found[shape] = {"mb": size / 1e6, "rows": rows, "taken": taken}
+    return found
+
+
+def _land(root: str, slices: int) -> tuple[int, int]:
+    from pipeline import source
+
+    stream = source.Stream(SCALE, slices, "2026-03-01T11:00:00+00:00")
+    ticks = range(1, slices + 1)  # without tick 0, which brings the small tables
+    written = source.land(root, stream, source.make_ticks(stream, ticks))
+    return int(written["bytes"].sum()), int(written["rows"].sum())
+
+
+def aged(root: str, versions: int) -> None:
+    """A lake whose streamed tables have that many versions, each a minute older than the next, and compacted."""
+    from pipeline import batches, compaction, documents, durability, lake
+
+    place, made = Root.at(root), _ticks(1)[0]
+    lake.create_tables(place, "bench")
+    pointer = {"tables": dict.fromkeys(lake.COLUMNS, 0)}
+    for number in range(1, versions + 1):
+        for table, frame in made.items():
+            pointer["tables"][table] = lake.append(place, table, frame.head(2), batch=number, run_id="bench")
+            _date_back(place, table, pointer["tables"][table], (versions - number) * AGE_S)
+        if number % 30 == 0 or number == versions:
+            documents.keep(
+                place, batches.manifest(number), {"batch": number, "ingested": {}, "files": [], "date": AT[:10]}
+            )
+            place.write(batches.done(number), b"")
+            for table, version in pointer["tables"].items():
+                durability.seal(place, table, after=max(version - 60, -1), until=version)
+            lake.publish(place, batch=number, as_of=AT, versions=pointer["tables"], run_id="bench")
+            compaction.compact(root, target_mb=128, min_small_files=8, vacuum_hours=24, run_id="bench")
+            pointer = lake.read_published(place)
+
+
+def _date_back(place: Root, table: str, version: int, age_s: float) -> None:
+    """A commit as old as it would be on schedule: the log is cleaned up by the age of its files."""
+    then = time.time() - age_s
+    os.utime(place.url_of(f"lake/{table}/_delta_log/{version:020d}.json"), (then, then))
+
+
+def _ticks(count: int) -> list[dict]:
+    from pipeline import source
+
+    stream = source.Stream(0.1, 288, "2026-03-01T11:00:00+00:00")
+    made = source.make_ticks(stream, range(1, count + 1))
+    return [made[tick] for tick in sorted(made)]
+
+
+def ticks(folder: Path, versions: int) -> dict:
+    """Seconds of each of some ticks on an old lake and on a fresh one, one after the other."""
+    from pipeline import source
+
+    stream = source.Stream(0.1, 288, "2026-03-01T11:00:00+00:00")
+    roots = {"old": str(folder / "old"), "fresh": str(folder / "fresh")}
+    began = time.perf_counter()
+    aged(roots["old"], versions)
+    aged(roots["fresh"], 1)
+    print(f"{versions} versions made in {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    taken: dict[str, list[float]] = {name: [] for name in roots}
+    for number, made in enumerate(_ticks(TICKS + 2)):
+        for name, root in roots.items():
+            source.land(root, stream, {versions + number: made})
+            began = time.perf_counter()
+            ours(root)
+            taken[name].append(time.perf_counter() - began)
+    log = len(list(Path(roots["old"], "lake/orders/_delta_log").iterdir()))
+    return {"versions": versions, "log_files": log, "seconds": {name: every[2:] for name, every in taken.items()}}
+
+
+def main(rounds: int, versions: int) -> None:
+    folder, console = Path(tempfile.mkdtemp(prefix="bench-")), Console()
+    result = {"load": os.getloadavg(), "throughput": throughput(folder, rounds), "ticks": ticks(folder, versions)}
+    for shape, found in result["throughput"].items():
+        table = Table("way", "seconds", "MB/s", "rows/s", "memory MB", "ours is", title=f"{shape}, {rounds} rounds")
+        medians = {way: statistics.median(one["seconds"] for one in every) for way, every in found["taken"].items()}
+        for way, median in medians.items():
+            memory = max(one["mb"] for one in found["taken"][way])
+            speed = f"{found['mb'] / median:.0f}", f"{found['rows'] / median:,.0f}"
+            table.add_row(
+                way, f"{median:.2f}", *speed, f"{memory:,.0f}", f"{median / medians['ours']:.2f} times as fast"
+            )
+        console.print(table)
+    every = result["ticks"]["seconds"]
+    old, fresh = (statistics.median(every[name]) for name in ("old", "fresh"))
+    console.print(
+        f"a tick: {old * 1000:.0f} ms on {versions:,} versions ({result['ticks']['log_files']} files in the log), "
+        f"{fresh * 1000:.0f} ms on a fresh lake: {old / fresh:.2f} times; load {result['load'][0]:.1f}"
+    )
+    Root.at(PROJECT / "outputs").write("benchmarks/ingest.json", json.dumps(result, indent=1).encode())
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--versions", type=int, default=10_000)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--root", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.way:
+        in_this_process(asked.way, asked.root)
+    else:
+        main(asked.rounds, asked.versions)
