@@ -5,8 +5,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -14,19 +12,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
+from nbformat.v4 import new_code_cell, new_notebook
 from rich.console import Console
 from rich.table import Table
 
 from runner import services, warm
+from runner.engine import RunRecord, RunRequest, execute
 from storage import PROJECT, Root
 
 IMPORTS = "\n".join(
-    [  # what the five stages import
+    [  # what the five stages import, at their beginning or on the way
         "from IPython.display import Markdown, display",
         "from pipeline import charts, compaction, ingest, lake, model, queries, source",
         "from runner.notebook import check, record, stop",
+        "import deltalake, holoviews.plotting.mpl, hvplot.plotting.core, pandera.polars, PIL.Image, pyarrow, xgboost",
     ]
 )
+CELLS = [IMPORTS, "import polars as pl", "pl.DataFrame({'x': range(rows)}).describe()"]
 
 
 @contextlib.contextmanager
@@ -35,6 +37,40 @@ def own_state() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as folder:
         os.environ |= {"ETL_SPOOL": f"{folder}/spool", "ETL_KERNELS": f"{folder}/kernels"}
         yield Path(folder)
+
+
+def notebook() -> dict:
+    """Three cells around nothing, with the imports of all stages."""
+    parameters = new_code_cell("rows: int = 1  # of the frame", metadata={"tags": ["parameters"]})
+    kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return new_notebook(cells=[parameters, *map(new_code_cell, CELLS)], metadata={"kernelspec": kernelspec})
+
+
+def run(folder: Path, i: int, page_later: bool = True) -> RunRecord:
+    """One run of it by this runner, which has to be ok."""
+    request = RunRequest(
+        stage="bench",
+        run_id=f"bench-20260101T000000-{i:06x}",
+        root=str(folder / "root"),
+        notebook=notebook(),
+        parameters={"rows": 1000},
+        origins={},
+        scheduled_for="2026-01-01T00:00:00+00:00",
+        deadline_s=120,
+    )
+    record = execute(request, page_later=page_later)
+    assert record.ok, record.reason
+    return record
+
+
+@contextlib.contextmanager
+def without_fork_server(folder: Path) -> Iterator[None]:
+    """Runs get cold kernels."""
+    place, os.environ["ETL_KERNELS"] = os.environ["ETL_KERNELS"], str(folder / "none")
+    try:
+        yield
+    finally:
+        os.environ["ETL_KERNELS"] = place
 
 
 @contextlib.contextmanager
@@ -115,9 +151,8 @@ def machine() -> dict:
 
 def publish(name: str, title: str, columns: list[str], rows: list[list[str]], result: dict, began: dict) -> None:
     """The table on the screen; the result in outputs/benchmarks/<name>.json."""
-    table = Table(
-        title=title, title_justify="left", caption=f"load before {began['load'][0]}, after {os.getloadavg()[0]:.1f}"
-    )
+    load = f"load before {began['load'][0]}, after {os.getloadavg()[0]:.1f}"
+    table = Table(title=title, title_justify="left", caption=load)
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap=i == 0)
     for row in rows:
@@ -125,7 +160,3 @@ def publish(name: str, title: str, columns: list[str], rows: list[list[str]], re
     Console(width=110).print(table)
     found = {"benchmark": name, "machine": began, "load_after": os.getloadavg(), **result}
     Root.at(PROJECT / "outputs").write(f"benchmarks/{name}.json", json.dumps(found, indent=1).encode())
-
-
-def python(*arguments: str, **options) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, *arguments], **options)

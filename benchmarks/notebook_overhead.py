@@ -4,10 +4,9 @@ One small notebook that imports what the five stages import is run by each in tu
 the time until the executed notebook and the record are saved, and CPU seconds of the whole run: the kernel's start in
 the background, the row and the page included.
 
-    python benchmarks/notebook_overhead.py [ROUNDS] [MORE WARM RUNS]
+    python benchmarks/notebook_overhead.py [ROUNDS] [MORE RUNS WITH A READY KERNEL]
 """
 
-import os
 import resource
 import subprocess
 import sys
@@ -20,52 +19,23 @@ import nbformat
 import papermill
 
 from runner import journal
-from runner.engine import RunRecord, RunRequest, execute
+from runner.engine import RunRecord
 
-CELLS = [measure.IMPORTS, "import polars as pl", "pl.DataFrame({'x': range(rows)}).describe()"]
 PAUSE_S = 2  # for the next kernel to come up, as between two runs of a schedule
+READY = "this runner, ready kernel"
 
 
 def main(rounds: int, more: int) -> None:
     began = measure.machine()
     with measure.own_state() as folder:
-        kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        parameters = nbformat.v4.new_code_cell("rows: int = 1  # of the frame", metadata={"tags": ["parameters"]})
-        cells = [parameters, *map(nbformat.v4.new_code_cell, CELLS)]
-        notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernelspec})
         source, report = folder / "stage.ipynb", folder / "report.ipynb"
-        nbformat.write(notebook, source)
-        command = [
-            Path(sys.executable).with_name("papermill"),
-            source,
-            report,
-            "-p",
-            "rows",
-            "1000",
-            "--no-progress-bar",
-        ]
-
-        def ours(i: int) -> RunRecord:
-            request = RunRequest(
-                stage="bench",
-                run_id=f"bench-20260101T000000-{i:06x}",
-                root=str(folder / "root"),
-                notebook=notebook,
-                parameters={"rows": 1000},
-                origins={},
-                scheduled_for="2026-01-01T00:00:00+00:00",
-                deadline_s=60,
-            )
-            record = execute(request, page_later=True)
-            assert record.ok, record.reason
-            return record
+        nbformat.write(measure.notebook(), source)
+        command = [str(Path(sys.executable).with_name("papermill")), str(source), str(report)]
+        command += ["-p", "rows", "1000", "--no-progress-bar"]
 
         def cold(i: int) -> RunRecord:
-            place, os.environ["ETL_KERNELS"] = os.environ["ETL_KERNELS"], str(folder / "none")
-            try:
-                return ours(i + 1_000_000)
-            finally:
-                os.environ["ETL_KERNELS"] = place
+            with measure.without_fork_server(folder):
+                return measure.run(folder, i + 1_000_000)
 
         runs: dict[str, Callable[[int], object]] = {
             "papermill command": lambda _: subprocess.run(command, check=True, capture_output=True),
@@ -73,8 +43,8 @@ def main(rounds: int, more: int) -> None:
                 source, report, {"rows": 1000}, progress_bar=False, log_output=False
             ),
             "this runner, cold kernel": cold,
-            "this runner, ready kernel": ours,
-            "a plain function with the same body": lambda _: exec("\n".join(["rows = 1000", *CELLS]), {}),
+            READY: lambda i: measure.run(folder, i),
+            "a plain function with the same body": lambda _: exec("\n".join(["rows = 1000", *measure.CELLS]), {}),
         }
         with measure.fork_server(1, folder):
             for name in list(runs)[1:]:  # the command has nothing to warm up
@@ -84,42 +54,26 @@ def main(rounds: int, more: int) -> None:
             taken: dict[str, list[float]] = {name: [] for name in runs}
             cpu: list[float] = []
             for i in range(rounds + more):
-                for name, run in runs.items():
-                    if i >= rounds and name != "this runner, ready kernel":
-                        continue
+                for name in runs if i < rounds else [READY]:
                     before, at = _cpu_s(), time.perf_counter()
-                    got = run(i)
+                    got = runs[name](i)
                     taken[name].append(time.perf_counter() - at)
                     journal.settle()
-                    if name == "this runner, ready kernel":
+                    if name == READY:
                         cpu.append(_cpu_s() - before + got.receipt["cpu_s"])
-                    time.sleep(PAUSE_S if isinstance(got, RunRecord) else 0)
+                    time.sleep(PAUSE_S)
     medians = {name: measure.median(seconds) for name, seconds in taken.items()}
-    warm = taken["this runner, ready kernel"]
-    p95 = measure.quantile(warm, 0.95)
     baseline = medians["papermill command"]
-    rows = [
-        [
-            name,
-            str(len(taken[name])),
-            f"{median:.3f}",
-            f"{measure.quantile(taken[name], 0.95):.3f}",
-            f"{baseline / median:.1f}",
-        ]
-        for name, median in medians.items()
-    ]
-    rows.append(
-        [
-            "CPU seconds of a run with a ready kernel, all in all",
-            str(len(cpu)),
-            f"{measure.median(cpu):.2f}",
-            f"{measure.quantile(cpu, 0.95):.2f}",
-            "",
-        ]
-    )
+    rows = [_row(name, seconds, f"{baseline / medians[name]:.1f}") for name, seconds in taken.items()]
+    rows.append(_row("CPU seconds of a run with a ready kernel, all in all", cpu, ""))
     title = f"Around one small notebook, {rounds} rounds; seconds from request to saved report"
-    result = {"rounds": rounds, "seconds": taken, "cpu_s": cpu, "medians": medians, "p95_ready": p95}
+    result = {"rounds": rounds, "seconds": taken, "cpu_s": cpu, "medians": medians}
+    result |= {"p95_ready_s": measure.quantile(taken[READY], 0.95), "times_faster": baseline / medians[READY]}
     measure.publish("notebook_overhead", title, ["what", "runs", "median", "p95", "times faster"], rows, result, began)
+
+
+def _row(name: str, values: list[float], faster: str) -> list[str]:
+    return [name, str(len(values)), f"{measure.median(values):.3f}", f"{measure.quantile(values, 0.95):.3f}", faster]
 
 
 def _cpu_s() -> float:
