@@ -69,9 +69,10 @@ def _summary(results: list[dict]) -> dict:
 
 async def _forget_deployments() -> None:
     from prefect import get_client
+    from prefect.client.schemas.sorting import DeploymentSort
 
     async with get_client() as client:
-        for deployment in await client.read_deployments():
+        for deployment in await client.read_deployments(sort=DeploymentSort.NAME_ASC):
             await client.delete_deployment(deployment.id)
 
 
