@@ -22,11 +22,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
 
+import polars as pl
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from pipeline import lake, queries, source
+from pipeline.tables import RESCUED
 from storage import PROJECT, Root
 
 THREADS, WORKERS, WORKER_MEMORY = 2, 2, "4GB"
@@ -82,6 +84,7 @@ def lake_at(scale: float) -> str:
     for tick in range(stream.slices):
         frames = source.make_tick(stream, tick)
         for table, frame in frames.items():
+            frame = frame.with_columns(pl.lit(None, pl.String).alias(RESCUED))
             versions[table] = lake.append(root, table, frame, batch=tick + 1, run_id="benchmark")
     as_of = frames["orders"]["o_order_time"].max().isoformat()
     lake.publish(root, batch=stream.slices, as_of=as_of, versions=versions, run_id="benchmark")
