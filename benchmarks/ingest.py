@@ -49,7 +49,7 @@ def with_pandas(root: str) -> None:
     import pandas
     from deltalake import write_deltalake
 
-    for path in sorted(Path(root, "landing").rglob("*.json")):
+    for path in sorted(Path(root, "landing").glob("*/*.json")):
         write_deltalake(f"{root}/lake/{path.parent.name}", pandas.read_json(path, lines=True), mode="append")
 
 

@@ -23,13 +23,18 @@ def at_every_point(n: int, seed: int, mutant: str | None = None) -> str:
     return _at_points("preprocess", _to_preprocess, n, seed, mutant)
 
 
+def at_commits(n: int, seed: int, mutant: str | None = None) -> str:
+    """As `at_every_point`, only around the commits to the tables."""
+    return _at_points("preprocess", _to_preprocess, n, seed, mutant, only=" the commit")
+
+
 def at_every_point_of_compact(n: int, seed: int, mutant: str | None = None) -> str:
     return _at_points("compact", _to_compact, n, seed, mutant)
 
 
-def _at_points(stage: str, prepare, n: int, seed: int, mutant: str | None) -> str:
+def _at_points(stage: str, prepare, n: int, seed: int, mutant: str | None, only: str = "") -> str:
     with tempfile.TemporaryDirectory(prefix="lake-") as folder:
-        found = points(Path(folder) / "points", stage, prepare, seed)
+        found = [point for point in points(Path(folder) / "points", stage, prepare, seed) if only in point]
         by_name: dict[str, list[str]] = {}
         for point in found:
             by_name.setdefault(point.rpartition("@")[0], []).append(point)

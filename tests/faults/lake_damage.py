@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from faults.lake_world import NotHeld, World, was_killed
+from faults.lake_world import NotHeld, World, stage, was_killed
 
 from storage import Root
 
@@ -104,14 +104,15 @@ def _until_traced(pid: int) -> None:
     raise RuntimeError("strace did not attach: ptrace is not allowed here")
 
 
-WHOLE, UNFINISHED = "nothing under way", ["sealed: lineitem", "after the commit: orders", "published"]
+UNFINISHED = ["sealed: lineitem", "after the commit: orders", "published"]
 
 
 def damaged_bytes(n: int, seed: int) -> str:
     """Zeroed, torn and flipped bytes in commit, checkpoint, manifest and pointer, n times each, batch done or not."""
     pick = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="lake-") as folder:
-        worlds = [_prepared(Path(folder, str(i)), seed, stop) for i, stop in enumerate([None, *UNFINISHED])]
+        worlds = [lived := _lived(Path(folder, "lived"), seed)]
+        worlds += [_stopped(lived, Path(folder, str(i)), stop) for i, stop in enumerate(UNFINISHED)]
         repaired = refused = 0
         for what in ("commit", "checkpoint", "manifest", "pointer"):
             for how in ("zeroed", "torn", "flipped"):
@@ -121,24 +122,34 @@ def damaged_bytes(n: int, seed: int) -> str:
         return f"{12 * n} damages: {repaired} repaired, {refused} refused with a message and nothing lost"
 
 
-def _prepared(folder: Path, seed: int, stop: str | None) -> World:
-    """A lake with two checkpoints and some commits after them; with `stop` a batch that was killed there."""
+def _lived(folder: Path, seed: int) -> World:
+    """A lake with a checkpoint and some commits after it."""
     world = World(folder, seed, bad=0.05)
-    for ticks in range(24):
+    for ticks in range(22):
         world.land(1, small_tables=ticks == 0)
-        world.run_well("preprocess")
-    if stop:
-        world.land(1)
-        if not was_killed(world.run("preprocess", crash_at=stop)):
-            raise NotHeld(f"preprocess did not come to {stop!r}")
+        stage("preprocess", world.root)
+    return world
+
+
+def _copied(world: World, folder: Path) -> World:
+    shutil.copytree(world.folder, folder)
+    copy = World(folder, world.next_tick)
+    copy.quarantined, copy.next_tick = set(world.quarantined), world.next_tick
+    return copy
+
+
+def _stopped(lived: World, folder: Path, stop: str) -> World:
+    """As `lived`, with a batch that was killed at that point."""
+    world = _copied(lived, folder)
+    world.land(1)
+    if not was_killed(world.run("preprocess", crash_at=stop)):
+        raise NotHeld(f"preprocess did not come to {stop!r}")
     return world
 
 
 def _one_damage(base: World, folder: Path, what: str, how: str, pick: random.Random) -> bool:
     """Damage one file of a copy, run preprocess: True when it was repaired. Raises NotHeld when rows are lost."""
-    shutil.copytree(base.folder, folder)
-    world = World(folder, 0)
-    world.quarantined = base.quarantined
+    world = _copied(base, folder)
     rel = _victim(Root.at(world.root), what, pick)
     path = Path(world.root, rel)
     before = path.read_bytes()

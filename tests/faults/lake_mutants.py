@@ -70,8 +70,8 @@ APPLY = {
 }
 # what is taken out; on which deltalake (None: the pinned one); what has to fail
 KILLED_BY = [
-    ("no transaction check", None, "at_every_point", 200),
-    ("published early", None, "at_every_point", 200),
+    ("no transaction check", None, "at_commits", 40),
+    ("published early", None, "at_commits", 40),
     ("the library's compaction without lease", DOUBLING, "overlapping", 6),
 ]
 
