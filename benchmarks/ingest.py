@@ -140,14 +140,18 @@ def _land(root: str, slices: int) -> tuple[int, int]:
 
 def aged(root: str, versions: int) -> None:
     """A lake whose streamed tables have that many versions, each a minute older than the next, and compacted."""
-    from pipeline import batches, compaction, documents, durability, lake
+    import polars as pl
 
-    place, made = Root.at(root), _ticks(1)[0]
+    from pipeline import batches, compaction, documents, durability, lake
+    from pipeline.tables import RESCUED
+
+    rescued = pl.lit(None, pl.String).alias(RESCUED)
+    place, made = Root.at(root), {table: frame.head(2).with_columns(rescued) for table, frame in _ticks(1)[0].items()}
     lake.create_tables(place, "bench")
     pointer = {"tables": dict.fromkeys(lake.COLUMNS, 0)}
     for number in range(1, versions + 1):
         for table, frame in made.items():
-            pointer["tables"][table] = lake.append(place, table, frame.head(2), batch=number, run_id="bench")
+            pointer["tables"][table] = lake.append(place, table, frame, batch=number, run_id="bench")
             _date_back(place, table, pointer["tables"][table], (versions - number) * AGE_S)
         if number % 30 == 0 or number == versions:
             documents.keep(
@@ -198,7 +202,7 @@ def ticks(folder: Path, versions: int) -> dict:
 
 def main(rounds: int, versions: int) -> None:
     folder, console = Path(tempfile.mkdtemp(prefix="bench-")), Console()
-    result = {"load": os.getloadavg(), "throughput": throughput(folder, rounds), "ticks": ticks(folder, versions)}
+    result: dict = {"load": os.getloadavg(), "throughput": throughput(folder, rounds)}
     for shape, found in result["throughput"].items():
         table = Table("way", "seconds", "MB/s", "rows/s", "memory MB", "ours is", title=f"{shape}, {rounds} rounds")
         medians = {way: statistics.median(one["seconds"] for one in every) for way, every in found["taken"].items()}
@@ -209,6 +213,7 @@ def main(rounds: int, versions: int) -> None:
                 way, f"{median:.2f}", *speed, f"{memory:,.0f}", f"{median / medians['ours']:.2f} times as fast"
             )
         console.print(table)
+    result["ticks"] = ticks(folder, versions)
     every = result["ticks"]["seconds"]
     old, fresh = (statistics.median(every[name]) for name in ("old", "fresh"))
     console.print(

@@ -10,8 +10,10 @@ import time
 import polars as pl
 import pytest
 from deltalake import write_deltalake
-from support import AT, environment, free_port, orchestrate, write_stage
+from support import AT, environment, free_port, ingest_all, orchestrate, write_stage
+from typer.testing import CliRunner
 
+from orchestrate import app as orchestrate_app
 from storage import Root
 
 
@@ -68,6 +70,9 @@ def test_every_command_has_help(project):
         ("runs", "sweep"),
         ("replay",),
         ("whence",),
+        ("doctor",),
+        ("rebuild",),
+        ("quarantine",),
     ):
         done = orchestrate(project, *command, "--help")
         assert done.returncode == 0 and "Usage" in done.stdout
@@ -296,7 +301,7 @@ def test_a_time_that_is_none_is_refused(project, when):
     assert orchestrate(project, "run", "query", "--at", when).returncode == 2
 
 
-def test_doctor_quarantine_and_rebuild(project, filled):
+def test_doctor_names_a_wrong_package_and_a_taken_port(project, filled):
     (project / "pyproject.toml").write_text(
         '[project]\ndependencies = ["polars==0.1", "no-such-thing-at-all", "typer"]\n'
     )
@@ -313,17 +318,18 @@ def test_doctor_quarantine_and_rebuild(project, filled):
     assert "is installed" in wrong["polars==0.1"]
     assert all(one["remedy"] for one in found["findings"] if one["problem"])
 
-    Root.at(filled).write("landing/orders/orders-00000009.json", b"\x1f\x8b")
-    assert orchestrate(project, "run", "preprocess", "--root", filled).returncode == 0
-    (listed,) = json.loads(orchestrate(project, "quarantine", "list", "--root", filled, "--json").stdout)
-    assert (listed["file"], listed["lines"]) == ("orders-00000009.json", None)
-    shown = orchestrate(project, "quarantine", "show", listed["file"], "--root", filled)
-    assert "is compressed with gzip" in shown.stdout
-    assert (
-        "landing/orders/orders-00000009.json"
-        in orchestrate(project, "quarantine", "retry", listed["file"], "--root", filled).stdout
-    )
-    assert orchestrate(project, "quarantine", "retry", "orders-1.json", "--root", filled).returncode == 1
 
-    again = json.loads(orchestrate(project, "rebuild", "--root", filled, "--json").stdout)
+def test_what_was_refused_is_listed_shown_and_tried_again_and_the_lake_rebuilt(filled):
+    def run(*arguments: str) -> tuple[int, str]:
+        done = CliRunner().invoke(orchestrate_app, [*arguments, "--root", filled])
+        return done.exit_code, done.stdout
+
+    Root.at(filled).write("landing/orders/orders-00000009.json", b"\x1f\x8b")
+    ingest_all(filled)
+    (listed,) = json.loads(run("quarantine", "list", "--json")[1])
+    assert (listed["file"], listed["lines"]) == ("orders-00000009.json", None)
+    assert "is compressed with gzip" in run("quarantine", "show", listed["file"])[1]
+    assert "landing/orders/orders-00000009.json" in run("quarantine", "retry", listed["file"])[1]
+    assert run("quarantine", "retry", "orders-1.json")[0] == 1
+    again = json.loads(run("rebuild", "--json")[1])
     assert all(row["equal"] for row in again) and sum(row["rows"] for row in again) > 10_000
