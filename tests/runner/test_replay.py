@@ -317,8 +317,8 @@ def test_whence_is_right_for_every_version_and_honest_about_none(root):
     newest = provenance.whence(place, "orders")
     assert (newest["version"], newest["run_id"], newest["stage"]) == (24, "preprocess-24", "preprocess")
     assert newest["operation"] == "WRITE" and datetime.fromisoformat(newest["at"]).year >= 2026
-    for table, version in (("orders", 25), ("ordres", None)):
-        with pytest.raises(LookupError, match=f"of {table}"):
+    for table, version, why in (("orders", 25, "no version 25 of orders"), ("ordres", None, "no table ordres")):
+        with pytest.raises(LookupError, match=why):
             provenance.whence(place, table, version)
 
 
