@@ -5,6 +5,7 @@ ETL_SECRETS_DIR (as Docker and Kubernetes mount them). YAML, the injected cell a
 """
 
 import base64
+import contextlib
 import html
 import itertools
 import json
@@ -18,6 +19,8 @@ from urllib.parse import quote, quote_plus
 NAME = re.compile(r"[A-Z][A-Z0-9_]{0,99}")  # upper case: most values put there by mistake are not
 SHORTEST = 4  # characters: a shorter value is found in any text by chance
 SHORTEST_CORE = 8  # characters of base64: fewer are found in the pictures of a large report by chance
+BASE64_LINE = 76  # characters, as MIME and the command `base64` write it
+QUOTES = ("&#x27;", "&#39;", "&apos;", "'")  # an apostrophe where other quotes are escaped
 # the value of a variable of such a name is a secret, whether a stage asks for it or not
 TELLING = re.compile(r"_(KEY|TOKEN|SECRET|PASSWORD|AUTH_STRING)\Z")
 SHORTEST_TELLING = 8
@@ -129,17 +132,25 @@ def _forms(value: str) -> Iterator[str]:
     yield from (repr(raw)[2:-1], raw.hex(), raw.hex().upper())
     for percent in (quote(raw), quote(raw, safe=""), quote_plus(raw), quote_plus(raw, safe="/")):
         yield from (percent, re.sub("%..", lambda match: match[0].lower(), percent))
+    encoded = {raw, json.dumps(value)[1:-1].encode()}
+    with contextlib.suppress(UnicodeEncodeError):
+        encoded.add(value.encode("latin-1"))  # as in a picture's title
+    yield from itertools.chain.from_iterable(map(_base64, encoded))
+
+
+def _base64(raw: bytes) -> Iterator[str]:
+    """`raw` alone, in lines, and inside of more."""
     for encode in (base64.b64encode, base64.urlsafe_b64encode):
         whole = encode(raw).decode()
         yield from (whole, whole.rstrip("="))
+        lines = [whole[at : at + BASE64_LINE] for at in range(0, len(whole), BASE64_LINE)]
         for before in range(3):  # inside longer base64 it begins at one of three places
-            core = encode(b"\0" * before + raw).decode()[-(-before * 8 // 6) : (before + len(raw)) * 8 // 6]
-            if len(core) >= SHORTEST_CORE:
-                yield core
+            lines.append(encode(b"\0" * before + raw).decode()[-(-before * 8 // 6) : (before + len(raw)) * 8 // 6])
+        yield from (line for line in lines if len(line) >= SHORTEST_CORE)
 
 
 def _escapes(text: str) -> list[str]:
-    """In JSON, in Python's repr of a text without and with both kinds of quotes, in HTML."""
+    """In JSON, in Python's repr of a text without and with both kinds of quotes, in HTML and XML."""
     dumped = [json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False)]
-    marked = [html.escape(text), html.escape(text, quote=False), html.escape(text).replace("&#x27;", "&#39;")]
+    marked = [html.escape(text, quote=False), *(html.escape(text).replace("&#x27;", quote) for quote in QUOTES)]
     return [*dumped, repr(text)[1:-1], repr(text + "'\"")[1:-4], *marked]

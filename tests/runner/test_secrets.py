@@ -72,8 +72,11 @@ WRITTEN = {
     "JSON with its letters": json.dumps([VALUE], ensure_ascii=False),
     "repr": repr(VALUE),
     "repr of bytes": repr(VALUE.encode()),
+    "JSON in base64": base64.b64encode(json.dumps({"k": VALUE}).encode()).decode(),
+    "a picture's latin-1 in base64": base64.b64encode(b"Title\0" + VALUE.encode("latin-1")).decode(),
     "repr beside both quotes": repr([VALUE, "'" + VALUE + '"']),
     "HTML": html.escape(VALUE) + html.escape(VALUE, quote=False) + html.escape(VALUE).replace("&#x27;", "&#39;"),
+    "XML": html.escape(VALUE).replace("&#x27;", "'") + html.escape(VALUE).replace("&#x27;", "&apos;"),
     "URL": f"https://user:{quote(VALUE, safe='')}@host/{quote(VALUE)}?{quote_plus(VALUE)}",
     "URL in lower case": quote(VALUE, safe="").replace("%3C", "%3c").replace("%2B", "%2b").lower(),
     "hexadecimal": VALUE.encode().hex() + " " + VALUE.encode().hex().upper(),
@@ -140,6 +143,13 @@ def test_lines_of_a_key_are_found_one_by_one():
     key = "-----BEGIN KEY-----\nMIIEvQIBADANBgkqhkiG9w0B\nAQEFAASCBKcwggSjAgEAAoIB\n-----END KEY-----"
     redacted = Redactor({"K": key}).text(f"<td>{key.splitlines()[1]}</td> -----BEGIN KEY-----")
     assert redacted == "<td>‹secret K›</td> -----BEGIN KEY-----"
+
+
+def test_long_base64_is_found_in_lines_as_the_command_writes_it():
+    token = "".join(f"part{n:03d}" for n in range(30))
+    shown = Redactor({"TOKEN": token}).text(base64.encodebytes(token.encode() + b"\n").decode())
+    assert [line for line in shown.splitlines() if "secret TOKEN" not in line] == []
+    assert len(shown) < 150, shown
 
 
 def test_nothing_to_replace_costs_nothing():
