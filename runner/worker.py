@@ -75,7 +75,10 @@ class InPlaceWorker(BaseWorker):
         _cancel.set(event)
         # a sync flow sleeps about a second at its end to join the heartbeat's thread
         with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-            run_flow(self.flows[flow_run.deployment_id], flow_run=flow_run, return_type="state")
+            try:
+                run_flow(self.flows[flow_run.deployment_id], flow_run=flow_run, return_type="state")
+            except (KeyboardInterrupt, SystemExit) as error:  # the flow's own, which Prefect has recorded as a crash
+                log.error("flow run %s ended with %r", flow_run.name, error)
 
     async def _heed_cancels(self) -> None:
         """Cancel what somebody cancels on Prefect's page or by its API; Prefect's worker heeds it before a run only."""

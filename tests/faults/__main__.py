@@ -21,6 +21,7 @@ from faults import (
     replay_scenarios,
     under_prefect,
     untrusted,
+    workers,
 )  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -61,6 +62,7 @@ SCENARIOS = [
     ),
     ("mutants", lake_mutants.mutants, 3, 1, "safeguards taken out"),
     ("cancelled", under_prefect.cancelled, 20, 2, "runs, cancelled in Prefect"),
+    ("workers", workers.same_states, 1, 1, "time all flows by both workers"),
     ("up", under_prefect.whence_after_up, 10, 1, "minutes, then whence"),
 ]
 
