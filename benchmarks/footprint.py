@@ -140,7 +140,7 @@ async def _pause_all() -> None:
     from prefect.client.schemas.sorting import DeploymentSort
 
     async with get_client() as client:
-        for deployment in await client.read_deployments(sort=DeploymentSort.NAME_ASC):
+        for deployment in await client.read_deployments(limit=200, sort=DeploymentSort.NAME_ASC):
             await client.update_deployment(deployment.id, DeploymentUpdate(paused=True))
 
 

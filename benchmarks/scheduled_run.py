@@ -72,7 +72,7 @@ async def _forget_deployments() -> None:
     from prefect.client.schemas.sorting import DeploymentSort
 
     async with get_client() as client:
-        for deployment in await client.read_deployments(sort=DeploymentSort.NAME_ASC):
+        for deployment in await client.read_deployments(limit=200, sort=DeploymentSort.NAME_ASC):
             await client.delete_deployment(deployment.id)
 
 

@@ -33,6 +33,10 @@ SERVER_ENVIRONMENT = {
     "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": "1209600",
     "PREFECT_SERVER_SERVICES_FOREMAN_ENABLED": "false",  # watches for lost workers; ours is watched by `up`
     "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_ENABLED": "false",  # no flow here pauses
+    # loops that mostly find nothing; a run here that is late is late by less than any of them
+    "PREFECT_SERVER_SERVICES_LATE_RUNS_LOOP_SECONDS": "60",  # 5 by default
+    "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_LOOP_SECONDS": "60",  # 20
+    "PREFECT_SERVER_SERVICES_REPOSSESSOR_LOOP_SECONDS": "30",  # 15; a dead server's slot is free so much later
     "PREFECT_LOGGING_LEVEL": "WARNING",
 }
 
