@@ -59,7 +59,7 @@ def by_dask(
     """The answer, by the workers of the Dask scheduler at `address`; they spill what does not fit their memory."""
     import distributed
 
-    _have_renamed_frames_shuffled()
+    _always_shuffle()
     with distributed.Client(address):  # becomes the scheduler of everything computed inside
         frames = {name: _dask_frame(snapshot, name, columns, window.get(name)) for name, columns in tables.items()}
         return answer(**frames, **parameters).collect("polars").to_native()
@@ -96,13 +96,20 @@ def _dask_frame(
         return nw.from_native(frame)
 
 
-def _have_renamed_frames_shuffled() -> None:
-    """Dask 2026.8 believes that a renamed frame is still partitioned by the columns of the shuffle before it, also by
-    those that are gone: of many partitions a join then fails with KeyError, or with "'tuple' object is not callable".
-    """
-    from dask.dataframe.dask_expr._expr import RenameFrame
+def _always_shuffle() -> None:
+    """Have Dask forget by which columns it believes a frame to be partitioned already.
 
-    RenameFrame.unique_partition_mapping_columns_from_shuffle = property(lambda frame: set())
+    Dask 2026.8 believes it of the result of a broadcast join, which is not, and then groups each partition by itself:
+    wrong answers without an error, as soon as the smaller table has two pieces. After a rename it looks for columns
+    that are gone: KeyError, or "'tuple' object is not callable".
+    """
+    from dask.dataframe.dask_expr._expr import Expr
+
+    belief, kinds = "unique_partition_mapping_columns_from_shuffle", [Expr]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        if belief in vars(kind):
+            setattr(kind, belief, property(lambda expression: set()))
 
 
 def _read(piece: Piece, columns: list[str], since: tuple[str, datetime] | None) -> "pd.DataFrame":

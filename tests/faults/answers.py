@@ -21,6 +21,7 @@ from support import AT, ingest_all
 from tpch_sql import PARAMETERS, QUESTIONS, connect, tpch, unlike
 
 from pipeline import lake, queries, source
+from pipeline.queries import _engines
 from runner import compute, params
 from storage import PROJECT, Root
 
@@ -76,6 +77,22 @@ def at_scale(hundredths: int, seed: int) -> str:
         return (
             f"scale {scale}: {_compare(environment.root, connection)} answers of each engine equal SQL's, s: {seconds}"
         )
+
+
+def in_pieces(hundredths: int, seed: int) -> str:
+    """Every answer by two Dask workers at that scale, from as many pieces of the tables as there are at scale 10."""
+    with tempfile.TemporaryDirectory(prefix="pieces-") as folder, _small_cluster() as address:
+        snapshot, connection = one_tick(Path(folder), hundredths / 100)
+        rows, _engines.PIECE_ROWS = _engines.PIECE_ROWS, _engines.PIECE_ROWS * hundredths // 1000
+        try:
+            for question in queries.questions():
+                answer = queries.ask(question, snapshot, dask=address)
+                expected = QUESTIONS[question.name](connection, snapshot.as_of)
+                assert not (found := unlike(answer, expected)), f"{question.name}: {found}"
+            count = len(_engines.pieces(snapshot, "lineitem"))
+        finally:
+            _engines.PIECE_ROWS = rows
+    return f"{len(QUESTIONS)} answers by Dask equal SQL's, line items in {count} pieces"
 
 
 def one_tick(folder: Path, scale: float) -> tuple[lake.Snapshot, duckdb.DuckDBPyConnection]:
