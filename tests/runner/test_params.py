@@ -340,10 +340,10 @@ BAD_ENVS = {
     'or "6 hours", got int 5',
     "root: o\nstages:\n  preprocess:\n    parameters: {root: x}": "4: root is supplied by the runner; it comes from "
     "the env file or --root",
-    "root: o\nretention:\n  days: long": "3: retention: expected numbers from 0 for all_hours, hourly_days, page_days and "
-    "days, true or false for daily and slowest, got str 'long'",
-    "root: o\nretention: forever": "2: retention: expected numbers from 0 for all_hours, hourly_days, page_days and days, "
-    "true or false for daily and slowest, got str 'forever'",
+    "root: o\nretention:\n  days: long": "3: retention: expected numbers from 0 for all_hours, hourly_days, page_days "
+    "and days, true or false for daily and slowest, got str 'long'",
+    "root: o\nretention: forever": "2: retention: expected numbers from 0 for all_hours, hourly_days, page_days and "
+    "days, true or false for daily and slowest, got str 'forever'",
     "root: o\nretention: {day: 7}": "2: unknown key 'day'; did you mean 'days'?",
     "root: o\nbase: local": "2: unknown key 'base'",
     "root: o\nmachine: {{ here }}": "2: a key here is not text; put it in quotes",
