@@ -7,6 +7,7 @@ waits for its reader, so that a cell which prints without end neither fills memo
 
 import atexit
 import contextlib
+import ctypes
 import faulthandler
 import gc
 import importlib
@@ -105,6 +106,7 @@ def serve(folder: Path, orders: socket.socket, modules: list[str]) -> None:
     sys.stdin = open(os.devnull)  # noqa: SIM115
     os.dup2(sys.stdin.fileno(), 0)
     reseed()
+    free_blas()
     prepare(str(folder))
     for name in modules:
         with contextlib.suppress(Exception):  # the notebook's own import will say what is wrong
@@ -152,6 +154,14 @@ def reseed() -> None:
     """Random streams that forked processes would share; Python's own reseeds itself."""
     if numpy_random := sys.modules.get("numpy.random"):
         numpy_random.seed()
+
+
+def free_blas() -> None:
+    """Give NumPy's BLAS the threads it was not given in the fork server."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    path = next((line.split(maxsplit=5)[5] for line in maps if "scipy_openblas64_" in line), None)
+    if path and "OPENBLAS_NUM_THREADS" not in os.environ:
+        ctypes.CDLL(path).scipy_openblas_set_num_threads64_(len(os.sched_getaffinity(0)))
 
 
 def prepare(folder: str) -> None:

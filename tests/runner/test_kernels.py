@@ -82,12 +82,15 @@ def test_a_run_cannot_tell_a_forked_kernel_from_a_cold_one(server, cold, tmp_pat
     monkeypatch.setenv("ETL_TEST", "of this run")
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     look = (
-        "import os, signal, sys, threading, time, gc, matplotlib\n"
+        "import os, signal, sys, threading, time, gc, matplotlib, numpy, ctypes\n"
+        "maps = open('/proc/self/maps').read().split()\n"
+        "blas = ctypes.CDLL(next(part for part in maps if 'scipy_openblas64_' in part))\n"
         "kinds = {n: str(signal.getsignal(n)).split(' at ')[0] for n in (2, 10, 15, 17)}\n"
         "of_kernel = ('ETL_KERNELS', 'ETL_KERNEL_FOLDER', 'JPY_PARENT_PID')\n"
         "record(env={k: v for k, v in os.environ.items() if k not in of_kernel}, cwd=os.getcwd(), path=sys.path,\n"
         "       flags=str(sys.flags), signals=kinds, zone=time.tzname, main=sys.modules['__main__'].__name__,\n"
         "       argv=[os.path.basename(a) for a in sys.argv], backend=matplotlib.get_backend(), gc=gc.isenabled(),\n"
+        "       blas=blas.scipy_openblas_get_num_threads64_(),\n"
         "       stdin=os.readlink('/proc/self/fd/0'), group=os.getpgid(0) == os.getpid() == os.getsid(0),\n"
         "       parent=os.environ['JPY_PARENT_PID'] == str(os.getppid()), blocked=str(signal.pthread_sigmask(0, [])),\n"
         "       threads=sorted(t.name for t in threading.enumerate() if 'Poller' not in type(t).__name__))"
