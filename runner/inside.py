@@ -113,19 +113,30 @@ def serve(folder: Path, orders: socket.socket, modules: list[str]) -> None:
             importlib.import_module(name)
     before = dict(os.environ)
     from ipykernel.kernelapp import IPKernelApp
+    from tornado.ioloop import IOLoop
 
     app = IPKernelApp.instance()
     app.initialize(sys.argv[1:])
+    app.shell.run_cell("0", silent=True)  # the first cell takes several times as long as any other
+    app.shell.display_formatter.format(0)
     set_by_kernel = {name: value for name, value in os.environ.items() if before.get(name) != value}
     gc.collect()
     gc.freeze()  # what is imported stays: no collection, the one that IPython ends with included, looks at it again
-    with orders, orders.makefile("rwb") as talk:
-        line = talk.readline()
-        if not line:
-            os._exit(0)
-        follow(json.loads(line), set_by_kernel | {name: os.environ[name] for name in OWN})
-        talk.write(b"\n")
-    app.start()
+    kept = set_by_kernel | {name: os.environ[name] for name in OWN}
+    loop = IOLoop.current()
+
+    def obey(*_) -> None:
+        loop.remove_handler(orders)
+        orders.setblocking(True)
+        with orders, orders.makefile("rwb") as talk:
+            line = talk.readline()
+            if not line:
+                os._exit(0)
+            follow(json.loads(line), kept)
+            talk.write(b"\n")
+
+    loop.add_handler(orders, obey, loop.READ)
+    app.start()  # the kernel is at work while it waits
     leave()
 
 
