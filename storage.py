@@ -266,12 +266,15 @@ class LocalRoot(Root):
             if error.errno == errno.ENXIO:
                 raise Unreadable("is a socket") from None
             raise
-        with open(descriptor, "rb") as file:
+        try:
             there = os.fstat(descriptor)
             if problem := _no_file(there.st_mode):
                 raise Unreadable(problem)
             _refuse_above(there.st_size, most)
-            data = file.read(there.st_size + 1)
+            with open(descriptor, "rb", closefd=False) as file:
+                data = file.read(there.st_size + 1)
+        finally:
+            os.close(descriptor)
         if len(data) != there.st_size:
             raise Unreadable("changed while it was read")
         return data

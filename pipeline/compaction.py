@@ -182,28 +182,12 @@ def _rewrite(place: Root, table: str, files: list[tuple[str, int]]) -> Rewrite:
         raise RowsDiffer(
             f"{table}: {frame.height} rows of {len(files)} files do not come back from one: left as it was"
         )
-    return Rewrite(tuple(files), path, len(buffer.getvalue()), after.height, checksum(after), _stats(after))
+    return Rewrite(tuple(files), path, len(buffer.getvalue()), after.height, checksum(after), lake.statistics(after))
 
 
 def checksum(frame: pl.DataFrame) -> int:
     """The sum of a hash of each row: the same in any order of rows."""
     return int(frame.select(sorted(frame.columns)).hash_rows(seed=0).cast(pl.Int128).sum())
-
-
-def _stats(frame: pl.DataFrame) -> dict:
-    """A file's statistics as the Delta log has them; texts have none but their nulls."""
-    ranged = frame.select(pl.selectors.numeric() | pl.selectors.temporal())
-    stats: dict = {"numRecords": frame.height, "minValues": {}, "maxValues": {}}
-    for name, side in (("minValues", ranged.min()), ("maxValues", ranged.max())):
-        values = side.row(0, named=True) if side.height else {}
-        stats[name] = {column: _plain(value) for column, value in values.items() if value is not None}
-    return stats | {"nullCount": frame.null_count().row(0, named=True)}
-
-
-def _plain(value):
-    if isinstance(value, datetime):
-        return value.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-    return value.isoformat() if isinstance(value, date) else float(value) if not isinstance(value, int) else value
 
 
 def _swap(place: Root, table: str, rewrites: list[Rewrite], run_id: str) -> int:

@@ -138,7 +138,8 @@ def read(batch: Batch) -> Parsed:
             for file, why in looked.refused:
                 refused.append(file.refused(why))
             for (file, sha256, size), lines, bad in zip(looked.files, looked.lines, looked.bad, strict=True):
-                quarantined.append(_for_quarantine(bad, batch, file))
+                if bad.height:
+                    quarantined.append(_for_quarantine(bad, batch, file))
                 files.append((file.table, file.name, size, sha256, lines, lines - bad.height, bad.height))
                 kept.append(file)
                 crash_point(f"read: {file.table}")
@@ -193,8 +194,8 @@ def _look(place: Root, batch: Batch, group: list[File], expected: dict[str, str]
             continue
         files.append((file, sha256, len(data)))
         pieces.append(data)
-    rows, bad = parse.parse_all(pieces, TABLES[group[0].table])
     lines = [parse.line_count(data) for data in pieces]
+    rows, bad = parse.parse_all(pieces, TABLES[group[0].table], sum(lines))
     if sum(lines) != rows.height + sum(frame.height for frame in bad):
         raise AssertionError(f"{group[0].landing} and others: {sum(lines)} lines, but {rows.height} rows fit")
     return _Looked(files, rows, lines, bad, refused)

@@ -5,18 +5,22 @@ by one small file: `lake/published.json` names the version of every table that b
 those versions and nothing else.
 """
 
+import io
 import json
+import time
+import uuid
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import polars as pl
 
 from pipeline import documents
 from pipeline.tables import KEY, RESCUED, TABLES, TEXT
-from storage import Root
+from storage import Root, crash_point
 
 if TYPE_CHECKING:
     import pyarrow
@@ -152,25 +156,60 @@ def append(place: Root, table: str, frame: pl.DataFrame, *, batch: int, run_id: 
     """Append a batch's rows exactly once; returns the version that holds them.
 
     delta-rs does not deduplicate by itself, so the transaction is checked and written through one and the same handle:
-    of two writers with the same batch the second fails to commit, looks again, and finds it done.
+    of two writers with the same batch the second fails to commit, looks again, and finds it done. The rows are written
+    by Polars, on every core, and are on the disk before the commit that names them.
+    Raises ValueError when a key is null or the columns are not the table's.
     """
-    from deltalake import CommitProperties, Transaction, write_deltalake
+    from deltalake import CommitProperties, Transaction
     from deltalake.exceptions import CommitFailedError
+    from deltalake.transaction import AddAction
 
-    data = frame.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(arrow_schema(table))
+    if frame.schema != pl.Schema(COLUMNS[table]):
+        raise ValueError(f"{table} has the columns {pl.Schema(COLUMNS[table])}, not {frame.schema}")
+    if nulls := [key for key in KEYS[table] if frame[key].null_count()]:
+        raise ValueError(f"{table}: {', '.join(nulls)} may not be null")
     properties = CommitProperties(
         custom_metadata={"run_id": run_id, "stage": "preprocess", "batch": str(batch)},
         app_transactions=[Transaction(APP_ID, batch)],
     )
+    path = None
     while True:
         handle = open_table(place, table)
         if (handle.transaction_version(APP_ID) or 0) >= batch:
+            if path:
+                place.remove(f"lake/{table}/{path}")
             return handle.version()
+        if path is None:
+            buffer, path = io.BytesIO(), f"batch-{batch:08d}-{uuid.uuid4()}.zstd.parquet"
+            frame.write_parquet(buffer, compression_level=1)
+            place.write(f"lake/{table}/{path}", buffer.getvalue())
+            stats, size = json.dumps(statistics(frame)), buffer.tell()
+            crash_point(f"written, not committed: {table}")
+        added = AddAction(path, size, {}, time.time_ns() // 1_000_000, True, stats)
         try:
-            write_deltalake(handle, data, mode="append", commit_properties=properties)
+            handle.create_write_transaction([added], "append", handle.schema(), commit_properties=properties)
         except CommitFailedError:
             continue
+        handle.update_incremental()
         return handle.version()
+
+
+def statistics(frame: pl.DataFrame) -> dict:
+    """What a file's rows have, as the Delta log says it; texts have no bounds, only their nulls."""
+    ranged = frame.select(pl.selectors.numeric() | pl.selectors.temporal())
+    lowest, highest = (side.row(0, named=True) for side in (ranged.min(), ranged.max()))
+    return {
+        "numRecords": frame.height,
+        "minValues": {name: _plain(value) for name, value in lowest.items() if value is not None},
+        "maxValues": {name: _plain(value) for name, value in highest.items() if value is not None},
+        "nullCount": frame.null_count().row(0, named=True),
+    }
+
+
+def _plain(value: int | float | Decimal | date | datetime) -> int | float | str:
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return value.isoformat() if isinstance(value, date) else value if isinstance(value, int) else float(value)
 
 
 def last_batch(place: Root, table: str) -> int:

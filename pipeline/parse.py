@@ -57,24 +57,26 @@ def parse(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
 
     Lines are counted from 1. The two together are as many as the lines.
     """
-    plain = _plain(data, table)
+    plain = _plain(data, table, line_count(data))
     if plain is not None:
         return plain, pl.DataFrame(schema=REFUSED)
     good = [pl.DataFrame(schema=table.columns | {RESCUED: TEXT})]
     bad, line = [pl.DataFrame(schema=REFUSED)], 1
     for piece in _pieces(data):
-        plain = _plain(piece, table)
+        lines = line_count(piece)
+        plain = _plain(piece, table, lines)
         rows, refused = (plain, bad[0]) if plain is not None else _line_by_line(piece, table, line)
         good.append(rows)
         bad.append(refused)
-        line += line_count(piece)
+        line += lines
     return pl.concat(good), pl.concat(bad)
 
 
-def parse_all(files: list[bytes], table: Table) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
-    """As `parse`, of several files: the rows of all of them in their order, and each one's lines that do not fit."""
-    if len(files) > 1:
-        plain = _plain(b"".join(data if data.endswith(b"\n") else data + b"\n" for data in files), table)
+def parse_all(files: list[bytes], table: Table, lines: int) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
+    """As `parse`, of several files of `lines` lines: the rows of all in their order, and each one's that do not fit."""
+    if files:
+        whole = files[0] if len(files) == 1 else b"".join(d if d.endswith(b"\n") else d + b"\n" for d in files)
+        plain = _plain(whole, table, lines)
         if plain is not None:
             return plain, [pl.DataFrame(schema=REFUSED)] * len(files)
     parsed = [parse(data, table) for data in files]
@@ -82,8 +84,8 @@ def parse_all(files: list[bytes], table: Table) -> tuple[pl.DataFrame, list[pl.D
     return pl.concat(rows), [bad for _, bad in parsed]
 
 
-def _plain(data: bytes, table: Table) -> pl.DataFrame | None:
-    """All the rows of a piece in which nothing is odd; None when something is, or when a row does not fit.
+def _plain(data: bytes, table: Table, lines: int) -> pl.DataFrame | None:
+    """All the rows of a piece of `lines` lines in which nothing is odd; None when something is, or a row does not fit.
 
     Polars alone would drop unknown fields, take the first of two equal keys, write down a nested value as text and make
     a NUL of a lone surrogate. None of that can be in a piece that has no backslash, no text that begins with a bracket,
@@ -99,12 +101,14 @@ def _plain(data: bytes, table: Table) -> pl.DataFrame | None:
     except pl.exceptions.PolarsError:
         return None
     names = [name for name, dtype in schema.items() if dtype == TEXT]
-    free = [name for name in names if table.columns[name] == TEXT]  # the other texts are typed: no bracket passes
-    nested = pl.any_horizontal(pl.col(free).str.contains(r"^[\[{]").any(), pl.lit(False))
-    colons = pl.sum_horizontal(pl.col(names).str.count_matches(":", literal=True).sum())
-    odd, inside = text.select(nested.alias("odd"), colons.alias("colons")).row(0)
-    lines, quotes = line_count(data), 2 * len(schema) + 2 * len(names)  # around each key and each text
-    if odd or text.height != lines or data.count(b":") != len(schema) * lines + (inside or 0):
+    free = pl.col([name for name in names if table.columns[name] == TEXT])  # the others are typed: no bracket passes
+    nested = pl.any_horizontal((free.str.starts_with("[") | free.str.starts_with("{")).any())
+    odd, inside = text.select(
+        nested.alias("odd"), pl.sum_horizontal(free.str.count_matches(":", literal=True).sum())
+    ).row(0)
+    quotes = 2 * len(schema) + 2 * len(names)  # around each key and each text
+    colons = len(schema) + 3 * list(table.columns.values()).count(TIME)  # after each key, and in a time with its offset
+    if odd or text.height != lines or data.count(b":") != colons * lines + (inside or 0):
         return None
     if data.count(b'"') != quotes * lines:
         return None

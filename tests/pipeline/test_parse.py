@@ -66,8 +66,8 @@ def test_what_fits_is_kept_however_it_is_written(odd):
 def test_what_polars_alone_would_take_is_not_taken_for_plain(odd):
     """Unknown fields dropped, the first of two equal keys, numbers as text, a NUL for a surrogate: found one by one."""
     data = json.dumps(json.loads(line()), separators=(",", ":")).encode() + b"\n"
-    assert parse._plain(data, ORDERS).height == 1
-    assert parse._plain(data + odd.replace('": ', '":').replace(', "', ',"').encode() + b"\n", ORDERS) is None
+    assert parse._plain(data, ORDERS, 1).height == 1
+    assert parse._plain(data + odd.replace('": ', '":').replace(', "', ',"').encode() + b"\n", ORDERS, 2) is None
 
 
 def test_a_clean_piece_reads_the_same_line_by_line(made):
@@ -77,7 +77,7 @@ def test_a_clean_piece_reads_the_same_line_by_line(made):
         data = to_json_lines(made[0][table].head(200))
         rows, refused = parse._line_by_line(data, TABLES[table], 1)
         assert refused.is_empty()
-        assert_frame_equal(parse._plain(data, TABLES[table]), rows)
+        assert_frame_equal(parse._plain(data, TABLES[table], data.count(b"\n")), rows)
 
 
 def test_lines_are_numbered_through_a_long_file(made):
