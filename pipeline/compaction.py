@@ -288,11 +288,12 @@ def _vacuum(place: Root, table: str, hours: int, suspicion: str | None, run_id: 
     if suspicion:
         return {"removed": 0, "note": f"not vacuumed: {suspicion}"}
     handle = lake.open_table(place, table)
+    handle.cleanup_metadata()  # what the log's retention allows; a checkpoint alone was not seen to do it
+    durability.forget(place, table)
     if not handle.vacuum(retention_hours=hours):  # it would be two commits all the same
         return {"removed": 0}
     properties = CommitProperties(custom_metadata={"run_id": run_id, "stage": "compact"})
     removed = handle.vacuum(retention_hours=hours, dry_run=False, commit_properties=properties)
-    durability.forget(place, table)
     crash_point(f"vacuumed: {table}")
     return {"removed": len(removed), "version": handle.version()}
 

@@ -1,7 +1,10 @@
 """The same rows in fewer files."""
 
+import os
 import re
+import time
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
@@ -10,7 +13,7 @@ from deltalake.exceptions import CommitFailedError
 from polars.testing import assert_frame_equal
 from support import AT, ingest_all
 
-from pipeline import compaction, ingest, lake, source
+from pipeline import compaction, durability, ingest, lake, source
 from pipeline.tables import TABLES
 from storage import Root
 
@@ -202,6 +205,26 @@ def test_a_table_that_changed_its_rows_is_put_back(scattered, monkeypatch):
     with pytest.raises(RuntimeError, match="put back"):
         compaction.compact(scattered, **ASK, run_id="compact-1")
     assert lake.snapshot(scattered) == before
+
+
+def test_a_log_that_is_old_is_cut_and_the_lake_stays_whole(root, stream, made, monkeypatch):
+    for tick in range(45):
+        source.land(root, stream, {tick: {"orders": made[1]["orders"].head(1)}})
+        ingest_all(root)
+    log, days_ago = Path(root, "lake/orders/_delta_log"), time.time() - 3 * 86_400
+    for path in [*log.glob("*[0-9].json"), *log.glob("*.parquet")]:
+        if path.suffix == ".json":
+            path.write_text(re.sub(r'"timestamp":\d+', f'"timestamp":{days_ago * 1000:.0f}', path.read_text(), count=1))
+        os.utime(path, (days_ago, days_ago))
+    for kept in Path(root, "lake/kept_log/orders").glob("*.json"):  # of what the log says now
+        kept.unlink()
+    durability.seal(Root.at(root), "orders", after=-1, until=45)
+    monkeypatch.setattr(compaction, "clock_problem", lambda *_: None)
+    compaction.compact(root, **ASK, run_id="compact-1")
+    left = sorted(path.name for path in log.glob("*[0-9].json"))
+    assert left[0] == f"{39:020d}.json"  # from the newest checkpoint on
+    assert durability.repair(root) == []
+    assert lake.snapshot(root).frame("orders").collect().height == 45
 
 
 def test_old_days_of_the_archive_go(filled):
