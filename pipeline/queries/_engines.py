@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from pipeline.lake import Snapshot
 
-PIECE_ROWS = 1 << 20  # of a file that one Dask task reads: delta-rs's row group
+PIECE_ROWS = 1 << 20  # of a file that one Dask task reads
 Window = dict[str, tuple[str, datetime]]  # table -> the time column, and since when its rows matter
 
 
