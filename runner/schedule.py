@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -52,7 +53,14 @@ def stage_flow(
     def name() -> str:
         return f"{stage.name} {_scheduled_time():%H:%M:%S}"
 
-    @flow(name=stage.name, flow_run_name=name, description=f"notebooks/{stage.name}.ipynb", validate_parameters=False)
+    @flow(
+        name=stage.name,
+        flow_run_name=name,
+        description=f"notebooks/{stage.name}.ipynb",
+        validate_parameters=False,
+        persist_result=False,
+        result_storage=Path("unused"),  # else every run asks the server for one, twice
+    )
     def run(parameters: dict[str, Any] | None = None) -> State:
         given = [
             f"{stage.name}.{key}={yaml.safe_dump(value, default_flow_style=True)}"
@@ -130,7 +138,7 @@ async def serve(
         lost, overdue = await reconcile(client, list(flows))
         if lost or overdue:
             on_status(f"closed {lost} runs that an earlier process left, and {overdue} that were missed")
-        worker = InPlaceWorker(flows, work_pool_name=POOL, name="here", prefetch_seconds=1)
+        worker = InPlaceWorker(flows, work_pool_name=POOL, name="here")
         task = asyncio.create_task(worker.start(printer=log.info))
         try:
             on_status(f"{len(flows)} deployments; one pass over all stages first")
