@@ -30,7 +30,7 @@ def main(runs: int, kills: int) -> None:
             measure.run(folder, i)
             if (i + 1) % LOOK_EVERY == 0:
                 journal.settle()
-                seen.append((i + 1, server.memory_full_info().uss / 1e6, me.memory_full_info().uss / 1e6))
+                seen.append((i + 1, server.memory_info().rss / 1e6, me.memory_info().rss / 1e6))
         later = seen[len(seen) // 5 :]  # what is imported on the way and caches that fill are no leak
         slopes = [100 * _slope([(row[0], row[column]) for row in later]) for column in (1, 2)]
         zombies = [p.pid for p in psutil.process_iter(["status"]) if p.info["status"] == psutil.STATUS_ZOMBIE]

@@ -151,6 +151,7 @@ def _box(folder: Path, lifeline: socket.socket, orders: socket.socket, late: lis
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.setsid()
     blackbox.guard()
+    folder.mkdir(mode=0o700)  # not before the fork: a server that is killed would leave it
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,10 +133,10 @@ class Kernel:
 
 
 def new_folder() -> Path:
-    """A folder for the sockets, the log and the stacks of one kernel, which removes it when it is closed."""
+    """Where the sockets, the log and the stacks of one kernel will be; whoever makes it removes it in the end."""
     # a unix socket's path must stay under 108 characters; a deep TMPDIR does not leave that
     base = tempfile.gettempdir() if len(tempfile.gettempdir()) < 70 else "/tmp"
-    return Path(tempfile.mkdtemp(prefix="kernel-", dir=base))
+    return Path(base, f"kernel-{uuid.uuid4().hex[:12]}")
 
 
 async def start(
@@ -166,6 +167,7 @@ async def start(
             manager.provisioner.process = forked
             return Kernel(manager, forked.folder, forked.lifeline, forked)
     folder = new_folder()
+    folder.mkdir(mode=0o700)
     announce(folder)
     ours, lifeline = socket.socketpair()
     manager = _manager(name, folder)

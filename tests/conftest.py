@@ -16,6 +16,12 @@ from pipeline import source
 from storage import PROJECT
 
 SCALE, SLICES = 0.01, 40
+LONGEST = ("test_faults", "test_up", "test_notebooks", "test_s3", "test_end_to_end", "test_worker", "test_kernels")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: at the end nobody waits for one of them."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session", autouse=True)
