@@ -16,7 +16,7 @@ import psutil
 
 from runner import journal, warm
 
-LOOK_EVERY = 20  # runs between two looks at the memory
+LOOKS = 25  # at the memory
 AT_ONCE = 3
 
 
@@ -28,7 +28,7 @@ def main(runs: int, kills: int) -> None:
         seen = []
         for i in range(runs):
             measure.run(folder, i)
-            if (i + 1) % LOOK_EVERY == 0:
+            if (i + 1) % max(1, runs // LOOKS) == 0:
                 journal.settle()
                 seen.append((i + 1, server.memory_info().rss / 1e6, me.memory_info().rss / 1e6))
         later = seen[len(seen) // 5 :]  # what is imported on the way and caches that fill are no leak

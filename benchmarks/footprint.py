@@ -21,7 +21,6 @@ import psutil
 from runner import runs
 from storage import PROJECT, Root
 
-PORTS = {"prefect": 4296, "api": 8096, "dashboard": 8596}
 LOOK_S = 5
 KERNELS = "kernels"
 ROLES = {  # by a word of the command line; of a child, else its parent's
@@ -37,7 +36,8 @@ def main(full_s: float, idle_s: float) -> None:
     began = measure.machine()
     with measure.own_state() as folder:
         root, log = folder / "root", folder / "up.log"
-        options = [part for name, port in PORTS.items() for part in (f"--{name}-port", str(port))]
+        ports = {name: str(measure.free_port()) for name in ("prefect", "api", "dashboard")}
+        options = [part for name, port in ports.items() for part in (f"--{name}-port", port)]
         command = [sys.executable, "orchestrate.py", "up", "--root", str(root), *options]
         with log.open("wb") as out:
             up = subprocess.Popen(command, cwd=PROJECT, stdout=out, stderr=out, start_new_session=True)
@@ -46,10 +46,10 @@ def main(full_s: float, idle_s: float) -> None:
             if up.poll() is not None:
                 sys.exit(log.read_text())
             time.sleep(10)  # what the start has left to do
-            full = _measured(up.pid, full_s, Root.at(root))
-            asyncio.run(_pause_all())
+            full = measured(up.pid, full_s, Root.at(root))
+            asyncio.run(_pause_all(ports["prefect"]))
             time.sleep(30)  # runs under way end
-            idle = _measured(up.pid, idle_s, Root.at(root))
+            idle = measured(up.pid, idle_s, Root.at(root))
         finally:
             up.send_signal(signal.SIGINT)
             up.wait(60)
@@ -70,7 +70,7 @@ def main(full_s: float, idle_s: float) -> None:
 KINDS = (("memory_mb", 0), ("cpu_percent", 1))
 
 
-def _measured(pid: int, seconds: float, root: Root) -> dict:
+def measured(pid: int, seconds: float, root: Root) -> dict:
     """Of every role: mean memory in MB, CPU in percent of a core."""
     since, at = datetime.now(UTC), time.monotonic()
     before, looks, all_mb = _lasting_cpu_s(pid), defaultdict(list), []
@@ -109,11 +109,8 @@ def _roles(pid: int) -> dict[psutil.Process, str]:
         except psutil.Error:
             continue
         role = next((role for word, role in ROLES.items() if word in line), of.get(parent, "worker"))
-        if role == "fork server" and of.get(parent) in (
-            "fork server",
-            KERNELS,
-        ):  # forked, a kernel looks like its server
-            role = KERNELS
+        if role == "fork server" and of.get(parent) in ("fork server", KERNELS):
+            role = KERNELS  # forked, it looks like its server
         if "runner.inside" in line or "blackbox" in line:
             role = KERNELS
         found[process], of[process.pid] = role, role
@@ -133,8 +130,8 @@ def _lasting_cpu_s(pid: int) -> dict[str, float]:
     return used
 
 
-async def _pause_all() -> None:
-    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{PORTS['prefect']}/api"
+async def _pause_all(port: str) -> None:
+    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
     from prefect import get_client
     from prefect.client.schemas.actions import DeploymentUpdate
     from prefect.client.schemas.sorting import DeploymentSort

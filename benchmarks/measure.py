@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import socket
 import statistics
 import tempfile
 import time
@@ -88,8 +89,9 @@ def fork_server(ready: int, folder: Path) -> Iterator[warm.Keeper]:
 
 
 @contextlib.contextmanager
-def prefect_server(folder: Path, port: int) -> Iterator[psutil.Process]:
+def prefect_server(folder: Path) -> Iterator[psutil.Process]:
     """A server as `up` has it; this process and those it starts use it."""
+    port = free_port()
     home = {"PREFECT_HOME": str(folder / "prefect"), "PREFECT_API_URL": f"http://{services.HOST}:{port}/api"}
     os.environ |= home | {"PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false", "PREFECT_LOGGING_LEVEL": "WARNING"}
     server = services.prefect_server(port, folder / "prefect", folder)
@@ -99,6 +101,13 @@ def prefect_server(folder: Path, port: int) -> Iterator[psutil.Process]:
         yield psutil.Process(server.process.pid)
     finally:
         services.stop([server])
+
+
+def free_port() -> int:
+    """One that nobody has now."""
+    with socket.socket() as probe:
+        probe.bind((services.HOST, 0))
+        return probe.getsockname()[1]
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:

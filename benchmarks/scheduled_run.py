@@ -21,7 +21,6 @@ from pathlib import Path
 import measure
 import nbformat
 
-PORT = 4297
 EVERY_S = (5, 10)
 SYSTEMS = ("serve", "worker")
 PARAMETERS = 'root: str = "outputs/dev"  # root\nrun_id: str = "dev"  # run'
@@ -30,7 +29,7 @@ PARAMETERS = 'root: str = "outputs/dev"  # root\nrun_id: str = "dev"  # run'
 def main(pairs: int, seconds: int) -> None:
     began = measure.machine()
     found: dict[str, list[dict]] = {system: [] for system in SYSTEMS}
-    with measure.own_state() as folder, measure.prefect_server(folder, PORT) as server:
+    with measure.own_state() as folder, measure.prefect_server(folder) as server:
         for pair in range(pairs):
             for system in SYSTEMS:
                 place = folder / f"{system}-{pair}"

@@ -16,7 +16,16 @@ from pipeline import source
 from storage import PROJECT
 
 SCALE, SLICES = 0.01, 40
-LONGEST = ("test_faults", "test_up", "test_notebooks", "test_s3", "test_end_to_end", "test_worker", "test_kernels")
+LONGEST = (
+    "test_faults",
+    "test_up",
+    "test_notebooks",
+    "test_s3",
+    "test_end_to_end",
+    "test_benchmarks",
+    "test_cli",
+    "test_replay",
+)
 
 
 def pytest_collection_modifyitems(items):

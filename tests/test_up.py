@@ -13,6 +13,11 @@ from pathlib import Path
 import pytest
 from support import environment, free_port, write_stage
 
+from storage import PROJECT, Root
+
+sys.path.insert(0, str(PROJECT / "benchmarks"))
+import footprint  # noqa: E402
+
 
 def get(url: str, body: dict | None = None):
     data = json.dumps(body).encode() if body is not None else None
@@ -125,6 +130,9 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path):
         assert b"planted" in get(f"http://127.0.0.1:{up.api}/reports/{run_id}")
         assert json.loads(get(f"http://127.0.0.1:{up.api}/health"))
         assert b"<!DOCTYPE html>" in get(f"http://127.0.0.1:{up.dashboard}/").replace(b"doctype", b"DOCTYPE")
+        found = footprint.measured(up.process.pid, 1, Root.at(str(root)))
+        assert {"Prefect server", "API", "dashboard", "worker"} <= set(found["memory_mb"]), found
+        assert 300 < found["peak_mb"] < 2000, found
         up.end(signal.SIGINT)
         assert up.process.returncode == 0, up.log.read_text()[-2000:]
     finally:

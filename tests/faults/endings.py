@@ -88,7 +88,7 @@ def hangs(n: int, seed: int, deadline_s: float = 6) -> str:
     return f"{len(took)} of {n} ended, at most {max(took):.1f} s after the deadline, each shows its line"
 
 
-FAMILY = """import pathlib, subprocess, sys
+FAMILY = """import os, pathlib, subprocess, sys
 subprocess.Popen(["sh", "-c", "trap '' INT TERM; sleep 1000 & wait"])
 subprocess.Popen(["sleep", "1000"], start_new_session=True)
 """

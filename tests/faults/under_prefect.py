@@ -12,6 +12,7 @@ import time
 import urllib.error
 from pathlib import Path
 
+import psutil
 from faults import toy
 from faults.endings import FAMILY, WAIT
 from support import write_stage
@@ -29,7 +30,7 @@ def cancelled(n: int, seed: int) -> str:
         project = toy.project(Path(folder) / "project")
         marks = Path(folder) / "marks"
         marks.mkdir()
-        code = f"{FAMILY}pathlib.Path({str(marks)!r}, run_id).touch()"
+        code = f"{FAMILY}pathlib.Path({str(marks)!r}, f'{{run_id}} {{os.getpid()}}').touch()"
         write_stage(project, "waits", code, WAIT, yml="")
         up = Up(project, root)
         try:
@@ -40,12 +41,14 @@ def cancelled(n: int, seed: int) -> str:
                     new = {path.name for path in marks.iterdir()} - seen
                     return new and up.flow_runs("waits", state_type="RUNNING") and new.pop()
 
-                run_id = toy.until(lambda f=under_way: _quietly(f), 240, f"turn {turn}: a run under way")
-                seen.add(run_id)
+                mark = toy.until(lambda f=under_way: _quietly(f), 240, f"turn {turn}: a run under way")
+                seen.add(mark)
+                run_id, kernel = mark.split()
+                box = psutil.Process(int(kernel)).parent()
                 [flow_run] = up.flow_runs("waits", state_type="RUNNING")
                 time.sleep(rng.uniform(0, 0.5))
-                kernels = [p for p in toy.family(up.process.pid) if _is_of_a_run(p)]
-                assert kernels, f"turn {turn}: no kernel"
+                kernels = [box, *toy.family(box.pid)]
+                assert len(kernels) > 2, f"turn {turn}: {kernels}"
                 url = f"http://127.0.0.1:{up.prefect}/api/flow_runs/{flow_run['id']}"
                 try:
                     get(f"{url}/set_state", {"state": {"type": "CANCELLING"}})
@@ -70,16 +73,6 @@ def cancelled(n: int, seed: int) -> str:
             up.process.kill()
             up.process.wait()
     return f"{n} of {n} Cancelled in Prefect and in the index, every process of the run gone within {slowest:.1f} s"
-
-
-def _is_of_a_run(process) -> bool:
-    try:
-        return any(word in " ".join(process.cmdline()) for word in ("runner.inside", "ipykernel", "sleep 1000"))
-    except OSError:
-        return False
-    except Exception as error:
-        assert type(error).__name__ in ("NoSuchProcess", "ZombieProcess", "AccessDenied"), error
-        return False
 
 
 def _quietly(condition):
