@@ -36,7 +36,7 @@ demo: setup  ## One pass of all stages on a scratch root (ROOT=outputs/dev, or s
 	@$(BIN)/python orchestrate.py run all --env dev --root $(ROOT)
 
 test: setup  ## Run the tests
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 faults: setup  ## Provoke every fault in full numbers (most of an hour)
 	@$(BIN)/python tests/faults
