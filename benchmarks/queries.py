@@ -1,11 +1,13 @@
 """TPC-H's 22 questions from the lake: Polars, DuckDB's own SQL over the same Parquet files, and two Dask workers.
 
 Each engine has a process of its own and two threads (Dask: two workers of 4 GB, one thread each). They take turns,
-question by question and round after round; medians of wall and CPU seconds, the highest peak of memory, and the ratio
-of Polars to DuckDB are printed and written to outputs/benchmarks/queries.json. With several scales also how the total
-grows with the data. The lakes stay in outputs/benchmarks/tpch; scale 10 takes 8 GB and some minutes to make.
+question by question and round after round, after one that warms up and whose answers are compared; medians of wall and
+CPU seconds, the highest peak of memory, the ratio of Polars to DuckDB and what workers were lost on the way are printed
+and written to outputs/benchmarks/queries.json. With several scales also how the total grows with the data. The lakes
+stay in outputs/benchmarks/tpch; scale 10 takes 4 GB and some minutes to make.
 
     python benchmarks/queries.py [--scale 0.1 --scale 1 --scale 10] [--engine polars --engine duckdb --engine dask]
+        [--question 9 --question 21] [--rounds 3]
 """
 
 import contextlib
@@ -39,28 +41,33 @@ ORIGIN = "2026-01-01T00:00:00+00:00"
 
 @dataclass(frozen=True)
 class Taken:
-    """What one answer cost. `wall`, `cpu`: seconds; `peak_mb`: resident memory of all the engine's processes."""
+    """What one answer cost. `wall`, `cpu`: seconds; `peak_mb`: resident memory of all the engine's processes; `lost`:
+    workers that ended meanwhile, also those that were started again."""
 
     wall: float
     cpu: float
     peak_mb: float
+    lost: int
 
 
 def main(
     scale: Annotated[list[float], typer.Option(help="TPC-H scale factor, 1 is a gigabyte.")] = [0.1, 1],  # noqa: B006
     engine: Annotated[list[str], typer.Option(help="polars, duckdb or dask.")] = ["polars", "duckdb", "dask"],  # noqa: B006
-    rounds: Annotated[int, typer.Option(help="How often each question is asked.")] = 3,
+    rounds: Annotated[int, typer.Option(help="How often each question is asked, after once to compare.")] = 3,
+    question: Annotated[list[int], typer.Option(help="By its number.")] = list(NUMBERS),  # noqa: B006
 ):
     console, results = Console(width=130), {}
     for factor in scale:
         root = lake_at(factor)
         console.print(f"scale {factor:g}: load {os.getloadavg()[0]:.1f}", highlight=False)
-        taken, unlike = measure(root, engine, rounds)
+        taken, unlike = measure(root, engine, question, rounds)
         results[f"{factor:g}"] = {
             name: {n: [asdict(t) for t in ts] for n, ts in one.items()} for name, one in taken.items()
         }
         console.print(table_of(factor, taken, rounds))
         console.print(f"answers unlike DuckDB's: {', '.join(unlike) or 'none'}", highlight=False)
+        lost = sum(cost.lost for one in taken.values() for costs in one.values() for cost in costs)
+        console.print(f"workers lost: {lost}; load at the end {os.getloadavg()[0]:.1f}", highlight=False)
         Root.at(FOLDER).write("queries.json", json.dumps(results, indent=1).encode())
     for name in engine:
         totals = [
@@ -91,17 +98,22 @@ def lake_at(scale: float) -> str:
     return root.url
 
 
-def measure(root: str, engines: list[str], rounds: int) -> tuple[dict[str, dict[int, list[Taken]]], list[str]]:
-    """Engine -> question -> what each round took, and where an engine's answer is not DuckDB's."""
-    taken: dict[str, dict[int, list[Taken]]] = {name: {n: [] for n in NUMBERS} for name in engines}
+def measure(
+    root: str, engines: list[str], numbers: list[int], rounds: int
+) -> tuple[dict[str, dict[int, list[Taken]]], list[str]]:
+    """Engine -> question -> what each round took, and where an engine's answer is not DuckDB's.
+
+    With no rounds what the first answers took, which are compared and pay for all that is done once.
+    """
+    taken: dict[str, dict[int, list[Taken]]] = {name: {n: [] for n in numbers} for name in engines}
     unlike = []
     with contextlib.ExitStack() as stack:
         asked = {name: stack.enter_context(process(name, root)) for name in engines}
-        for turn, number in itertools.product(range(rounds + 1), NUMBERS):  # the first warms up, and is compared
+        for turn, number in itertools.product(range(rounds + 1), numbers):
             rows = {}
             for name in engines if turn % 2 else engines[::-1]:
                 rows[name], cost = asked[name](number)
-                if turn:
+                if turn or not rounds:
                     taken[name][number].append(cost)
             if "duckdb" in rows and not turn:
                 unlike += [f"{name} q{number:02}" for name in engines if not alike(rows[name], rows["duckdb"])]
@@ -130,24 +142,34 @@ def process(engine: str, root: str) -> Iterator[Callable[[int], tuple[list[tuple
 
 def serve(engine: str, root: str, pipe: Connection) -> None:
     """Answer numbers with rows and what they took, until there is None."""
-    with ENGINES[engine](root) as (answer, processes):
+    with ENGINES[engine](root) as (answer, processes, lost):
         while (number := pipe.recv()) is not None:
             processes(forget_peak)
-            cpu, began = sum(processes(time.process_time)), time.perf_counter()
+            gone, cpu, began = len(lost), sum(processes(time.process_time)), time.perf_counter()
             rows = answer(number)
             wall = time.perf_counter() - began
-            pipe.send((rows, Taken(wall, sum(processes(time.process_time)) - cpu, sum(processes(peak_mb)))))
+            cost = sum(processes(time.process_time)) - cpu, sum(processes(peak_mb)), len(lost) - gone
+            pipe.send((rows, Taken(wall, *cost)))
 
 
 @contextlib.contextmanager
-def polars_engine(root: str) -> Iterator[tuple[Callable, Callable]]:
+def polars_engine(root: str) -> Iterator[tuple[Callable, Callable, list]]:
     snapshot, known = lake.snapshot(root), {question.name: question for question in queries.questions()}
-    yield lambda number: queries.ask(known[f"q{number:02}"], snapshot).rows(), lambda function: [function()]
+    yield lambda number: queries.ask(known[f"q{number:02}"], snapshot).rows(), lambda function: [function()], []
 
 
 @contextlib.contextmanager
-def dask_engine(root: str) -> Iterator[tuple[Callable, Callable]]:
+def dask_engine(root: str) -> Iterator[tuple[Callable, Callable, list]]:
     import distributed
+
+    class Lost(distributed.SchedulerPlugin):
+        """Workers that are gone, also those that their nanny starts again."""
+
+        def __init__(self):
+            self.workers = []
+
+        def remove_worker(self, scheduler, worker, **_):
+            self.workers.append(worker)
 
     snapshot, known = lake.snapshot(root), {question.name: question for question in queries.questions()}
     with (
@@ -161,15 +183,17 @@ def dask_engine(root: str) -> Iterator[tuple[Callable, Callable]]:
         ) as cluster,
         distributed.Client(cluster, set_as_default=False) as client,
     ):
-        address = cluster.scheduler_address
+        address, lost = cluster.scheduler_address, Lost()
+        cluster.scheduler.add_plugin(lost)
         yield (
             lambda number: queries.ask(known[f"q{number:02}"], snapshot, dask=address).rows(),
             lambda function: [function(), *client.run(function).values()],
+            lost.workers,
         )
 
 
 @contextlib.contextmanager
-def duckdb_engine(root: str) -> Iterator[tuple[Callable, Callable]]:
+def duckdb_engine(root: str) -> Iterator[tuple[Callable, Callable, list]]:
     import duckdb
     import duckdb_extension_tpch
 
@@ -178,7 +202,7 @@ def duckdb_engine(root: str) -> Iterator[tuple[Callable, Callable]]:
     connection.execute(f"LOAD '{extension}'; SET threads = {THREADS}")
     for table in lake.TABLES:
         connection.execute(f"CREATE VIEW {table} AS FROM read_parquet({snapshot.files(table)})")
-    yield lambda number: connection.execute(f"PRAGMA tpch({number})").fetchall(), lambda function: [function()]
+    yield lambda number: connection.execute(f"PRAGMA tpch({number})").fetchall(), lambda function: [function()], []
 
 
 ENGINES = {"polars": polars_engine, "duckdb": duckdb_engine, "dask": dask_engine}
@@ -208,7 +232,8 @@ def alike(rows: list[tuple], others: list[tuple]) -> bool:
 
 def table_of(scale: float, taken: dict[str, dict[int, list[Taken]]], rounds: int) -> Table:
     """A line a question and one for all of them."""
-    table = Table(title=f"TPC-H at scale {scale:g}, medians of {rounds}, {THREADS} threads", title_justify="left")
+    which = f"medians of {rounds}" if rounds else "the first answers"
+    table = Table(title=f"TPC-H at scale {scale:g}, {which}, {THREADS} threads", title_justify="left")
     table.add_column("question")
     for name in taken:
         for figure in ("wall s", "CPU s", "peak MB"):
@@ -226,11 +251,12 @@ def table_of(scale: float, taken: dict[str, dict[int, list[Taken]]], rounds: int
     for name, one in medians.items():
         walls, cpus, peaks = zip(*one.values(), strict=True)
         medians[name] = {**one, "all": (sum(walls), sum(cpus), max(peaks))}
-    for line in (*NUMBERS, "all"):
+    lines = list(next(iter(medians.values())))
+    for line in lines:
         costs = [medians[name][line] for name in taken]
         cells = [text for wall, cpu, peak in costs for text in (f"{wall:.3f}", f"{cpu:.3f}", f"{peak:,.0f}")]
         ratio = [f"{medians['polars'][line][0] / medians['duckdb'][line][0]:.2f}"] if paired else []
-        table.add_row(line if line == "all" else f"q{line:02}", *cells, *ratio, end_section=line == 22)
+        table.add_row(line if line == "all" else f"q{line:02}", *cells, *ratio, end_section=line == lines[-2])
     return table
 
 
