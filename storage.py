@@ -62,6 +62,14 @@ def crash_point(name: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def object_store_options() -> dict[str, str]:
+    """What deltalake and Polars need besides a URL. They do not read every variable that botocore does."""
+    options = {k: v for k, v in os.environ.items() if k.startswith("AWS_") and v}
+    if options.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+        options["AWS_ALLOW_HTTP"] = "true"
+    return options
+
+
 class Root:
     """A root in an object store, through fsspec. One PUT makes an object appear whole."""
 
@@ -87,11 +95,8 @@ class Root:
 
     @property
     def storage_options(self) -> dict[str, str]:
-        """What deltalake and Polars need besides the URL. They do not read every variable that botocore does."""
-        options = {k: v for k, v in os.environ.items() if k.startswith("AWS_") and v}
-        if options.get("AWS_ENDPOINT_URL", "").startswith("http://"):
-            options["AWS_ALLOW_HTTP"] = "true"
-        return options
+        """What deltalake and Polars need besides the URL."""
+        return object_store_options()
 
     def _path(self, rel: str) -> str:
         return f"{self._prefix}/{rel}"

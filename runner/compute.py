@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
+from typing import Any
 
 from runner import provenance
 from runner.engine import RunRecord, RunRequest, execute
@@ -41,8 +42,9 @@ def run_stage(
     scheduled_for = (scheduled_for or datetime.now(UTC)).astimezone(UTC)
     cancel = cancel or threading.Event()
     for attempt in range(1, stage.retries + 2):
-        with cluster(stage.dask if "dask" in stage.supplied else None) as address:
+        with cluster(stage.dask if "dask" in stage.supplied else None) as (address, variables):
             request = make_request(stage, environment, scheduled_for, attempt, address, parent)
+            request.variables.update(variables)
             record = _dispatch(request, stage.machine, on_cell, cancel, page_later)
         if record.state not in RETRIED or attempt > stage.retries:
             return record
@@ -92,21 +94,23 @@ def make_request(
 
 
 @contextlib.contextmanager
-def cluster(dask: dict | None) -> Iterator[str | None]:
-    """Open the cluster that an env file's `dask` block asks for; the address of its scheduler, None without a block.
+def cluster(dask: dict | None) -> Iterator[tuple[str | None, dict[str, str]]]:
+    """Open the cluster that an env file's `dask` block asks for.
 
-    `{n_workers: N}`: processes on this machine, gone with the block. `{address: URL}`: one that is there already.
-    `{coiled: {...}}`: machines, with the arguments of coiled.Cluster.
+    The address of its scheduler, None without a block, and the variables that a process needs to speak to it.
+    `{n_workers: N}`: processes on this machine, gone with the block. `{address: URL}`: one that is there already, whose
+    certificates, if it has any, are in Dask's own variables. `{coiled: {...}}`: machines, with the arguments of
+    coiled.Cluster.
     """
     if not dask:
-        yield None
+        yield None, {}
     elif "address" in dask:
-        yield dask["address"]
+        yield dask["address"], {}
     elif "coiled" in dask:
         import coiled
 
         with coiled.Cluster(**dask["coiled"]) as machines:
-            yield machines.scheduler_address
+            yield machines.scheduler_address, _certificates(machines.security)
     else:
         from distributed import LocalCluster
 
@@ -115,7 +119,14 @@ def cluster(dask: dict | None) -> Iterator[str | None]:
         with LocalCluster(
             n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
         ) as processes:
-            yield processes.scheduler_address
+            yield processes.scheduler_address, {}
+
+
+def _certificates(security: Any) -> dict[str, str]:
+    """Coiled's certificate of one cluster, in Dask's configuration: it proves both sides, and signs itself."""
+    tls = "DASK_DISTRIBUTED__COMM__TLS__"
+    certificate, key = security.tls_scheduler_cert, security.tls_scheduler_key
+    return {f"{tls}CA_FILE": certificate, f"{tls}CLIENT__CERT": certificate, f"{tls}CLIENT__KEY": key}
 
 
 def _dispatch(

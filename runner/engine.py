@@ -63,6 +63,7 @@ class RunRequest:
     provenance: dict[str, Any] = field(default_factory=dict)  # of code and machine, as the record keeps it
     secrets: list[str] = field(default_factory=list)  # names whose values may never be written
     memory_mb: int | None = None  # of the kernel's whole process tree; above it the run is killed
+    variables: dict[str, str] = field(default_factory=dict)  # of the kernel, besides this process's; never written
 
 
 @dataclass
@@ -341,7 +342,7 @@ class _Run:
         """Run cell after cell. Raises what ends the run early."""
         from runner import kernels, warm
 
-        env = {**os.environ, "PYTHONPATH": warm.python_path()}
+        env = {**os.environ, **self.request.variables, "PYTHONPATH": warm.python_path()}
         notebooks = PROJECT / "notebooks"  # a cloud machine gets the code without it
         cwd = notebooks if notebooks.is_dir() else PROJECT
         box = {"journal": self.journal.path, "memory_mb": self.request.memory_mb}

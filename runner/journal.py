@@ -51,7 +51,7 @@ class Journal:
             (self.folder / "notebook.ipynb").write_text(json.dumps(redactor.tree(nb), default=str))
         except OSError as error:
             self._refused(error)
-        asked = {name: value for name, value in vars(request).items() if name != "notebook"}
+        asked = {name: value for name, value in vars(request).items() if name not in ("notebook", "variables")}
         self.event("start", request=asked, pid=os.getpid(), pid_started=_started(os.getpid()))
 
     def event(self, event: str, **fields: Any) -> None:

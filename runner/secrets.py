@@ -53,8 +53,9 @@ def missing(request: Any) -> list[str]:
 
 def for_request(request: Any) -> "Redactor":
     """Of the secrets a RunRequest names and of all variables whose names tell."""
+    variables = os.environ | request.variables
     values = {
-        name: value for name, value in os.environ.items() if TELLING.search(name) and len(value) >= SHORTEST_TELLING
+        name: value for name, value in variables.items() if TELLING.search(name) and len(value) >= SHORTEST_TELLING
     }
     for name in request.secrets:
         try:

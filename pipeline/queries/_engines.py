@@ -4,15 +4,16 @@ Both read the files of one snapshot, only the columns asked for, every decimal a
 leave out files that hold nothing in the question's window by the statistics in Delta's log.
 """
 
+import functools
+import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
 
-from storage import Root
+from storage import Root, object_store_options
 
 if TYPE_CHECKING:
     import narwhals as nw
@@ -24,11 +25,9 @@ PIECE_ROWS = 1 << 20  # of a file that one Dask task reads
 Window = dict[str, tuple[str, datetime]]  # table -> the time column, and since when its rows matter
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Some rows of one Parquet file of the lake under `root`."""
+class Piece(NamedTuple):
+    """Some rows of one Parquet file."""
 
-    root: str
     url: str
     first: int
     rows: int
@@ -56,7 +55,10 @@ def by_dask(
     window: Window,
     parameters: dict[str, Any],
 ) -> pl.DataFrame:
-    """The answer, by the workers of the Dask scheduler at `address`; they spill what does not fit their memory."""
+    """The answer, by the workers of the Dask scheduler at `address`; they spill what does not fit their memory.
+
+    They need this project's packages, in the same versions, and not the project itself.
+    """
     import distributed
 
     _always_shuffle()
@@ -73,7 +75,7 @@ def pieces(snapshot: "Snapshot", table: str, since: tuple[str, datetime] | None 
         newest = pl.col(f"max.{column}").dt.offset_by("1ms")  # the log cuts times to whole milliseconds
         files = files.filter((newest >= oldest).fill_null(True))
     return [
-        Piece(snapshot.root, f"{Root.at(snapshot.root).url_of(f'lake/{table}')}/{path}", first, PIECE_ROWS)
+        Piece(f"{Root.at(snapshot.root).url_of(f'lake/{table}')}/{path}", first, PIECE_ROWS)
         for path, rows in files.select("path", "num_records").iter_rows()
         for first in range(0, rows, PIECE_ROWS)
     ]
@@ -88,7 +90,9 @@ def _dask_frame(
     empty = _pandas(_rows(snapshot.frame(table).clear(), columns, since))
     parts = pieces(snapshot, table, since)
     if parts:
-        frame = dd.from_map(_read, parts, columns=columns, since=since, meta=empty, enforce_metadata=False)
+        frame = dd.from_map(
+            _Sent(_read), *zip(*parts, strict=True), columns=columns, since=since, meta=empty, enforce_metadata=False
+        )
     else:
         frame = dd.from_pandas(empty, npartitions=1)
     with warnings.catch_warnings():
@@ -112,10 +116,41 @@ def _always_shuffle() -> None:
             setattr(kind, belief, property(lambda expression: set()))
 
 
-def _read(piece: Piece, columns: list[str], since: tuple[str, datetime] | None) -> "pd.DataFrame":
+class _Sent:
+    """A function that is pickled with its code, not by the name of a module that workers may not have."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self.function(*arguments, **named)
+
+    def __reduce__(self) -> tuple:
+        import cloudpickle
+
+        return cloudpickle.loads, (_code(self.function),)
+
+
+@functools.cache
+def _code(function: Callable) -> bytes:
+    import cloudpickle
+
+    import storage
+
+    ours = (sys.modules[__name__], storage)
+    for module in ours:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        return cloudpickle.dumps(function)
+    finally:
+        for module in ours:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+def _read(url: str, first: int, rows: int, columns: list[str], since: tuple[str, datetime] | None) -> "pd.DataFrame":
     """A piece, on a worker: credentials are those of its own environment."""
-    file = pl.scan_parquet(piece.url, storage_options=Root.at(piece.root).storage_options or None)
-    return _pandas(_rows(file.slice(piece.first, piece.rows), columns, since))
+    file = pl.scan_parquet(url, storage_options=object_store_options() if "://" in url else None)
+    return _pandas(_rows(file.slice(first, rows), columns, since))
 
 
 def _rows(frame: pl.LazyFrame, columns: list[str], since: tuple[str, datetime] | None) -> pl.LazyFrame:

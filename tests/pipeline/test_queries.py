@@ -1,6 +1,8 @@
 """The questions give DuckDB's answers on the same data, to the last digit of money, on Polars and on Dask."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -224,6 +226,21 @@ def test_many_pieces_are_joined_grouped_and_renamed_on_dask(asked, cluster, monk
 
 
 @pytest.fixture
+def bare_cluster():
+    """The address of a scheduler in another process whose worker cannot import the project."""
+    script = Path(__file__).parents[1] / "bare_cluster.py"
+    cluster = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    yield cluster.stdout.readline().strip()
+    cluster.communicate(timeout=60)
+
+
+def test_workers_need_the_packages_and_not_the_project(asked, bare_cluster, monkeypatch):
+    monkeypatch.setattr(_engines, "PIECE_ROWS", 20_000)
+    for name in ("q05", "top_customers"):
+        assert ask(named(name), asked[0], dask=bare_cluster).equals(ask(named(name), asked[0])), name
+
+
+@pytest.fixture
 def two_days(root) -> str:
     """A lake of two batches: a tick, and another two days later."""
     stream = source.Stream(0.01, 40, "2026-03-01T12:00:00+00:00")
@@ -255,13 +272,22 @@ def test_a_question_that_fails_keeps_no_other_from_its_answer(asked, caplog):
     def answer(region):
         raise RuntimeError("no such luck")
 
+    def chart(result):
+        raise ValueError("not to be drawn")
+
     broken = replace(named("q05"), name="broken", tables={"region": ["r_name"]}, answer=answer)
-    failed, found = queries.ask_all([broken, named("q01")], asked[0])
-    assert (failed.frame, failed.problem, failed.drawn) == (None, "RuntimeError: no such luck", False)
-    assert (found.frame.height, found.problem, found.drawn) == (4, "", True)
-    assert "no such luck" in caplog.text
-    assert queries.overview([failed, found]).select("question", "rows", "problem").rows() == [
+    plain = replace(named("q04"), name="plain", chart=chart)
+    asked_for = [broken, plain, named("q01"), named("q02")]
+    failed, undrawn, found, chartless = queries.ask_all(asked_for, asked[0], draw=lambda chart, frame: chart(frame))
+    assert (failed.frame, failed.picture, failed.problem) == (None, None, "RuntimeError: no such luck")
+    assert (undrawn.frame.height, undrawn.picture) == (5, None)
+    assert undrawn.problem == "the chart: ValueError: not to be drawn"
+    assert (found.frame.height, found.problem, found.picture is not None) == (4, "", True)
+    assert (chartless.frame is not None, chartless.problem, chartless.picture) == (True, "", None)
+    assert "no such luck" in caplog.text and "not to be drawn" in caplog.text
+    assert queries.overview([failed, undrawn, found]).select("question", "rows", "problem").rows() == [
         ("broken", None, "RuntimeError: no such luck"),
+        ("plain", 5, "the chart: ValueError: not to be drawn"),
         ("q01", 4, ""),
     ]
 

@@ -1,15 +1,18 @@
 """Where a run's work is done: here without Coiled, or with the calls that the installed Coiled really takes."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 import threading
 from datetime import UTC, datetime
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import yaml
 
+from pipeline import lake, queries
 from runner import compute, params
 from storage import PROJECT
 
@@ -66,16 +69,16 @@ def test_a_machine_cannot_reach_a_folder_of_this_one():
 
 
 def test_no_block_is_no_cluster_and_an_address_is_passed_on():
-    with compute.cluster(None) as address:
-        assert address is None
-    with compute.cluster({"address": "tcp://10.0.0.1:8786"}) as address:
-        assert address == "tcp://10.0.0.1:8786"
+    with compute.cluster(None) as found:
+        assert found == (None, {})
+    with compute.cluster({"address": "tcp://10.0.0.1:8786"}) as found:
+        assert found == ("tcp://10.0.0.1:8786", {})
 
 
 def test_a_local_cluster_listens_on_loopback_and_goes():
     from distributed import Client
 
-    with compute.cluster({"n_workers": 1}) as address:
+    with compute.cluster({"n_workers": 1}) as (address, _):
         assert address.startswith("tcp://127.0.0.1:")
         with Client(address) as client:
             assert client.submit(sum, [1, 2]).result(timeout=60) == 3
@@ -87,9 +90,31 @@ def test_a_coiled_cluster_takes_the_blocks_arguments():
     coiled = pytest.importorskip("coiled")
     with mock.patch.object(coiled, "Cluster", autospec=True) as cluster:
         cluster.return_value.__enter__.return_value.scheduler_address = "tls://1.2.3.4:8786"
-        with compute.cluster({"coiled": {"n_workers": 4, "region": "us-east-2"}}) as address:
+        with compute.cluster({"coiled": {"n_workers": 4, "region": "us-east-2"}}) as (address, _):
             assert address == "tls://1.2.3.4:8786"
     cluster.assert_called_once_with(n_workers=4, region="us-east-2")
+
+
+def test_the_questions_are_answered_on_a_cluster_of_coileds(filled):
+    """By its own client; the cluster's key gets to the kernel, and nowhere else."""
+    pytest.importorskip("coiled")
+    script = PROJECT / "tests" / "coiled_machines.py"
+    done = subprocess.run([sys.executable, script, filled], capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["state"] == "ok", told["reason"]
+    assert told["wanted"]["name"] == "questions", told["wanted"]
+    assert told["deleted"]
+    assert told["parameters"]["dask"].startswith("tls://127.0.0.1:")
+    for question in queries.questions():
+        if question.name in told["parameters"]["questions"]:
+            pointer, answer = queries.current(filled, question.name)
+            assert pointer["run_id"] == told["run_id"]
+            assert answer.equals(queries.ask(question, lake.snapshot(filled)))
+    a_line = told["key"].splitlines()[5].encode()
+    written = [path for path in Path(filled).rglob("*") if path.is_file()]
+    assert Path(filled, told["report"], "report.html") in written
+    assert not [path for path in written if a_line in path.read_bytes()]
 
 
 def test_a_cancelled_run_is_not_repeated(cloud, tmp_path):

@@ -21,7 +21,7 @@ VALUE = "s3cr+et/<&'\"é \\ % =value"
 
 
 def asks_for(*names):
-    return SimpleNamespace(secrets=list(names))
+    return SimpleNamespace(secrets=list(names), variables={})
 
 
 @pytest.fixture
