@@ -50,17 +50,14 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What came of asking a question: a frame, or None and the problem in words."""
+    """What came of asking a question. `frame`: None without an answer; `picture`: None where there is nothing to draw;
+    `problem`: in words, "" when all went well; `seconds`: of the answer, without its picture."""
 
     question: Question
     frame: pl.DataFrame | None
+    picture: Any
     problem: str
     seconds: float
-
-    @property
-    def drawn(self) -> bool:
-        """Whether there is something to draw."""
-        return bool(self.question.chart and self.frame is not None and self.frame.height)
 
 
 def questions() -> list[Question]:
@@ -104,17 +101,29 @@ def ask(question: Question, snapshot: "Snapshot", *, dask: str | None = None, **
     return by_dask(dask, question.answer, snapshot, question.tables, window, parameters)
 
 
-def ask_all(asked: Iterable[Question], snapshot: "Snapshot", *, dask: str | None = None) -> list[Answer]:
-    """Every question's answer, one after the other; one that fails is told, and the next is asked."""
+def ask_all(
+    asked: Iterable[Question],
+    snapshot: "Snapshot",
+    *,
+    draw: Callable[[Callable, pl.DataFrame], Any] | None = None,
+    dask: str | None = None,
+) -> list[Answer]:
+    """Every question's answer, one after the other; one that fails is told, and the next is asked.
+
+    `draw` makes a picture of a question's chart and its answer; an answer whose picture fails is an answer.
+    """
     answers = []
     for question in asked:
-        began, frame, problem = time.perf_counter(), None, ""
+        began, frame, seconds, picture, problem = time.perf_counter(), None, None, None, ""
         try:
             frame = ask(question, snapshot, dask=dask)
+            seconds = time.perf_counter() - began
+            if draw and question.chart and frame.height:
+                picture = draw(question.chart, frame)
         except Exception as error:
             log.exception("%s failed", question.name)
-            problem = f"{type(error).__name__}: {error}"
-        answers.append(Answer(question, frame, problem, time.perf_counter() - began))
+            problem = f"{'' if frame is None else 'the chart: '}{type(error).__name__}: {error}"
+        answers.append(Answer(question, frame, picture, problem, seconds or time.perf_counter() - began))
     return answers
 
 
