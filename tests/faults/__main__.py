@@ -44,7 +44,7 @@ SCENARIOS = [
     ("whence", replay_scenarios.whence_right, 20, 2, "runs of preprocess"),
     ("draws", answers.draws, 200, 3, "draws of parameters for each of TPC-H's questions"),
     ("pieces", answers.in_pieces, 10, 1, "hundredths of scale 1, in as many pieces as scale 10, on Dask"),
-    ("scale", answers.at_scale, 100, 1, "hundredths of TPC-H's scale 1 through the pipeline, Polars and Dask"),
+    ("scale", answers.at_scales, 100, 1, "hundredths of scale 1, and two below, through the pipeline, both engines"),
     ("by hand", lake_malformed.by_hand, 40, 40, "malformed lines, and as many files"),
     ("generated", lake_malformed.generated, 2000, 200, "malformed files"),
     ("points", lake_crashes.at_every_point, 160, 6, "crashes of preprocess at named points"),
