@@ -45,8 +45,8 @@ class Picture:
 class Grid:
     """A frame as a notebook shows it: no types, no quotes, numbers as people write them."""
 
-    def __init__(self, frame: pl.DataFrame, rows: int):
-        self.frame, self.rows = frame, rows
+    def __init__(self, frame: pl.DataFrame, rows: int, letters: int | None):
+        self.frame, self.rows, self.letters = frame, rows, letters
 
     def __repr__(self) -> str:
         return repr(self.frame.head(self.rows))
@@ -56,32 +56,40 @@ class Grid:
         sides = [' align="right"' if dtype.is_numeric() else "" for dtype in shown.dtypes]
         names = [html.escape(name.replace("_", " ")) for name in shown.columns]
         head = "".join(f"<th{side}>{name}</th>" for side, name in zip(sides, names, strict=True))
-        body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in shown.iter_rows())
+        cells = [[_text(*item) for item in zip(shown.columns, row, strict=True)] for row in shown.iter_rows()]
+        rows = [[f"<td{side}>{self._cut(cell)}</td>" for side, cell in zip(sides, row, strict=True)] for row in cells]
+        body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
         more = self.frame.height - shown.height
-        note = f"<p><small>and {more:,} more rows</small></p>" if more else ""
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
+        note = f"<p><small>and {more:,} more row{'s' if more > 1 else ''}</small></p>" if more else ""
+        kind = ' class="short"' if self.letters else ""
+        return f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
+
+    def _cut(self, text: str) -> str:
+        return html.escape(text if not self.letters or len(text) <= self.letters else text[: self.letters] + "…")
 
 
-def table(frame: pl.DataFrame, rows: int = 10) -> Grid:
-    """The first `rows` rows, to be shown."""
-    return Grid(frame, rows)
+def table(frame: pl.DataFrame, rows: int = 10, letters: int | None = None) -> Grid:
+    """The first `rows` rows, to be shown; of each text the first `letters`, on one line."""
+    return Grid(frame, rows, letters)
 
 
-def _cell(value: Any) -> str:
-    """Numbers to the right, with separators; times to the second."""
+def _text(column: str, value: Any) -> str:
+    """Numbers with separators, money to the cent, times to the second; keys and years are names, not amounts."""
     match value:
-        case bool():
-            text = str(value)
-        case int() | Decimal():
-            return f'<td align="right">{value:,}</td>'
+        case None:
+            return "–"
+        case int() if column == "year" or column.endswith("_key") or isinstance(value, bool):
+            return str(value)
+        case int():
+            return f"{value:,}"
+        case Decimal():
+            return f"{value:,.2f}"
         case float():
             digits = ",.4g" if abs(value) < 1000 else ",.2f" if abs(value) < 1e6 else ",.0f"
-            return f'<td align="right">{value:{digits}}</td>'
+            return f"{value:{digits}}"
         case datetime():
-            text = f"{value:%Y-%m-%d %H:%M:%S}"
-        case _:
-            text = "" if value is None else str(value)
-    return f"<td>{html.escape(text)}</td>"
+            return f"{value:%Y-%m-%d %H:%M:%S}"
+    return str(value)
 
 
 def plot(frame: pl.DataFrame):
@@ -213,7 +221,8 @@ def _tidy_matplotlib(figure: "Figure") -> None:
         slanted = {"rotation": 30, "ha": "right"} if sum(map(len, names[::step])) > MOST_LETTERS else {}
         axes.set_xticks(axes.get_xticks()[::step], names[::step], **slanted)
         if len(names) < 3 and not y_named:  # one bar need not fill the page
-            axes.set_xlim(-1, len(names))
+            places = axes.get_xticks()
+            axes.set_xlim(places[0] - 1, places[-1] + 1)
     if isinstance(axes.xaxis.get_major_locator(), dates.DateLocator):
         locator = dates.AutoDateLocator(maxticks=8)
         axes.xaxis.set_major_locator(locator)

@@ -134,6 +134,8 @@ def figure(value: Any) -> str:
     """A value as people read it: 1,234,567 or 0.12389."""
     if value is None:
         return "none"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {figure(one)}" for name, one in value.items())
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"

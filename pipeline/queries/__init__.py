@@ -47,6 +47,12 @@ class Question:
     chart: Callable[[pl.DataFrame], Any] | None = field(repr=False)
     window: Callable[..., Window] | None = field(repr=False)
 
+    @property
+    def given(self) -> str:
+        """A sentence: with which parameters it is asked; "" when there are none."""
+        words = [f"{name.replace('_', ' ')} {_in_words(value)}" for name, value in self.parameters.items()]
+        return f"With {'; '.join(words)}." if words else ""
+
 
 @dataclass(frozen=True, eq=False)
 class Answer:
@@ -58,6 +64,10 @@ class Answer:
     picture: Any
     problem: str
     seconds: float
+
+
+def _in_words(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def questions() -> list[Question]:

@@ -121,15 +121,20 @@ def test_a_table_reads_as_people_write_and_holds_no_markup():
     frame = pl.DataFrame(
         {
             "part_key": [1234567, None],
+            "rows": [1234567, None],
             "name": ["<script>x</script>", None],
-            "price": [Decimal("1234.50"), None],
+            "price": [Decimal("1234.5049"), None],
             "share": [0.123456, 1e7],
             "at": [datetime(2026, 3, 1, 12, 0, 5, 999), None],
         }
     )
     text = charts.table(frame, rows=1)._repr_html_()
-    assert '<th align="right">part key</th><th>name</th>' in text
-    assert '<td align="right">1,234,567</td><td>&lt;script&gt;x&lt;/script&gt;</td>' in text
+    assert '<th align="right">part key</th><th align="right">rows</th><th>name</th>' in text
+    assert (
+        '<td align="right">1234567</td><td align="right">1,234,567</td><td>&lt;script&gt;x&lt;/script&gt;</td>' in text
+    )
     assert '<td align="right">1,234.50</td><td align="right">0.1235</td><td>2026-03-01 12:00:05</td>' in text
-    assert "and 1 more rows" in text
-    assert charts.table(frame, rows=2)._repr_html_().count("<td></td>") == 4
+    assert "and 1 more row<" in text
+    assert charts.table(frame, rows=2)._repr_html_().count(">–</td>") == 5
+    short = charts.table(frame, rows=1, letters=9)._repr_html_()
+    assert '<table class="short">' in short and "<td>&lt;script&gt;x…</td>" in short

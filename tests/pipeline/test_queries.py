@@ -53,6 +53,9 @@ def test_questions_are_found_by_their_file_and_describe_themselves():
         if question.name.startswith("q"):
             assert question.text.endswith(f"(TPC-H Q{int(question.name[1:])})")
     assert named("q05").parameters == {"region_name": "ASIA", "first_day": date(1994, 1, 1)}
+    assert named("q05").given == "With region name ASIA; first day 1994-01-01."
+    assert named("q22").given == "With codes 13, 31, 23, 29, 30, 18, 17."
+    assert named("recommended_suppliers").given == ""
     assert [question.name for question in questions() if question.live] == [
         "late_deliveries",
         "revenue_per_minute",
