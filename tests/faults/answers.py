@@ -64,7 +64,8 @@ def at_scales(hundredths: int, seed: int) -> str:
 
 
 def _at_scale(scale: float) -> str:
-    project = params.load(PROJECT, "full", [f"generate.scale={scale}", "generate.slices=12", "generate.history=11"])
+    ticks = [f"generate.scale={scale}", "generate.slices=12", "generate.history=11", "preprocess.max_files=2"]
+    project = params.load(PROJECT, "full", ticks)
     with tempfile.TemporaryDirectory(prefix="scale-") as folder:
         environment, seconds = replace(project.environment, root=f"{folder}/root"), {}
 
