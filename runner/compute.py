@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -42,10 +42,16 @@ def run_stage(
     scheduled_for = (scheduled_for or datetime.now(UTC)).astimezone(UTC)
     cancel = cancel or threading.Event()
     for attempt in range(1, stage.retries + 2):
-        with cluster(stage.dask if "dask" in stage.supplied else None) as (address, variables):
+        with contextlib.ExitStack() as stack:
+            address, variables, refused = None, {}, ""
+            try:
+                address, variables = stack.enter_context(cluster(stage.dask if "dask" in stage.supplied else None))
+            except Exception as error:  # the run's report tells it
+                log.exception("%s has no Dask cluster", stage.name)
+                refused = f"no Dask cluster: {type(error).__name__}: {error}"
             request = make_request(stage, environment, scheduled_for, attempt, address, parent)
-            request.variables.update(variables)
-            record = _dispatch(request, stage.machine, on_cell, cancel, page_later)
+            request = replace(request, variables=variables, refused=refused)
+            record = _dispatch(request, None if refused else stage.machine, on_cell, cancel, page_later)
         if record.state not in RETRIED or attempt > stage.retries:
             return record
         delay_s = FIRST_DELAY_S * 2 ** (attempt - 1)
@@ -114,6 +120,7 @@ def cluster(dask: dict | None) -> Iterator[tuple[str | None, dict[str, str]]]:
     else:
         from distributed import LocalCluster
 
+        logging.getLogger("distributed.shuffle._scheduler_plugin").setLevel(logging.ERROR)  # it warns of every shuffle
         workers = dask["n_workers"]
         # addresses default to every interface; 1 thread: the engines underneath have threads of their own
         with LocalCluster(

@@ -64,6 +64,7 @@ class RunRequest:
     secrets: list[str] = field(default_factory=list)  # names whose values may never be written
     memory_mb: int | None = None  # of the kernel's whole process tree; above it the run is killed
     variables: dict[str, str] = field(default_factory=dict)  # of the kernel, besides this process's; never written
+    refused: str = ""  # why it cannot begin
 
 
 @dataclass
@@ -199,8 +200,8 @@ class _Run:
     def execute(self) -> None:
         """Run it through Papermill; complete the record and the notebook's metadata."""
         _register_engine()
-        if missing := hidden.missing(self.request):
-            self.record.state, self.record.reason = "failed", "; ".join(missing)
+        if refused := [self.request.refused] if self.request.refused else hidden.missing(self.request):
+            self.record.state, self.record.reason = "failed", " ".join("; ".join(refused).split())[:300]
         else:
             self._execute()
         self._complete()

@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from pipeline.queries._engines import Window, by_dask, by_polars
+from pipeline.queries._engines import Window, by_dask, by_polars, connected
 from pipeline.queries._results import changes, current, figure, history, save
 
 if TYPE_CHECKING:
+    import distributed
+
     from pipeline.lake import Snapshot
 
 __all__ = ["Answer", "Question", "ask", "ask_all", "changes", "current", "figure", "history", "overview"]
@@ -95,10 +97,12 @@ def _question(name: str) -> Question:
     )
 
 
-def ask(question: Question, snapshot: "Snapshot", *, dask: str | None = None, **parameters: Any) -> pl.DataFrame:
-    """The answer from one snapshot, by Polars in this process or by the Dask cluster at the address `dask`.
+def ask(
+    question: Question, snapshot: "Snapshot", *, dask: "str | distributed.Client | None" = None, **parameters: Any
+) -> pl.DataFrame:
+    """The answer from one snapshot, by Polars in this process or by a Dask cluster: its address, or a client of it.
 
-    Raises TypeError for a parameter that the question does not have.
+    Raises TypeError for a parameter that the question does not have, OSError when no cluster answers.
     """
     unknown = sorted(set(parameters) - set(question.parameters))
     if unknown:
@@ -108,7 +112,8 @@ def ask(question: Question, snapshot: "Snapshot", *, dask: str | None = None, **
     window = question.window(**parameters) if question.window else {}
     if dask is None:
         return by_polars(question.answer, snapshot, question.tables, window, parameters)
-    return by_dask(dask, question.answer, snapshot, question.tables, window, parameters)
+    with connected(dask) as client:
+        return by_dask(client, question.answer, snapshot, question.tables, window, parameters)
 
 
 def ask_all(
@@ -120,21 +125,26 @@ def ask_all(
 ) -> list[Answer]:
     """Every question's answer, one after the other; one that fails is told, and the next is asked.
 
-    `draw` makes a picture of a question's chart and its answer; an answer whose picture fails is an answer.
+    `draw` makes a picture of a question's chart and its answer; an answer whose picture fails is an answer. `dask`: the
+    address of a cluster. Raises OSError when nobody answers there: then no question would have an answer.
     """
-    answers = []
-    for question in asked:
-        began, frame, seconds, picture, problem = time.perf_counter(), None, None, None, ""
-        try:
-            frame = ask(question, snapshot, dask=dask)
-            seconds = time.perf_counter() - began
-            if draw and question.chart and frame.height:
-                picture = draw(question.chart, frame)
-        except Exception as error:
-            log.exception("%s failed", question.name)
-            problem = f"{'' if frame is None else 'the chart: '}{type(error).__name__}: {error}"
-        answers.append(Answer(question, frame, picture, problem, seconds or time.perf_counter() - began))
-    return answers
+    with connected(dask) as client:
+        return [_answer(question, snapshot, draw, client) for question in asked]
+
+
+def _answer(
+    question: Question, snapshot: "Snapshot", draw: Callable | None, client: "distributed.Client | None"
+) -> Answer:
+    began, frame, seconds, picture, problem = time.perf_counter(), None, None, None, ""
+    try:
+        frame = ask(question, snapshot, dask=client)
+        seconds = time.perf_counter() - began
+        if draw and question.chart and frame.height:
+            picture = draw(question.chart, frame)
+    except Exception as error:
+        log.exception("%s failed", question.name)
+        problem = f"{'' if frame is None else 'the chart: '}{type(error).__name__}: {error}"
+    return Answer(question, frame, picture, problem, seconds or time.perf_counter() - began)
 
 
 def overview(answers: list[Answer]) -> pl.DataFrame:

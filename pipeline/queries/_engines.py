@@ -4,10 +4,11 @@ Both read the files of one snapshot, only the columns asked for, every decimal a
 leave out files that hold nothing in the question's window by the statistics in Delta's log.
 """
 
+import contextlib
 import functools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,7 @@ import polars as pl
 from storage import Root, object_store_options
 
 if TYPE_CHECKING:
+    import distributed
     import narwhals as nw
     import pandas as pd
 
@@ -47,22 +49,32 @@ def by_polars(
     return answer(**frames, **parameters).collect("polars", engine="streaming").to_native()
 
 
+@contextlib.contextmanager
+def connected(dask: "str | distributed.Client | None") -> "Iterator[distributed.Client | None]":
+    """A client of the Dask scheduler at that address, or `dask` itself. Raises OSError when nobody answers there."""
+    if not isinstance(dask, str):
+        yield dask
+        return
+    import distributed
+
+    with distributed.Client(dask, set_as_default=False) as client:
+        yield client
+
+
 def by_dask(
-    address: str,
+    client: "distributed.Client",
     answer: Callable,
     snapshot: "Snapshot",
     tables: dict[str, list[str]],
     window: Window,
     parameters: dict[str, Any],
 ) -> pl.DataFrame:
-    """The answer, by the workers of the Dask scheduler at `address`; they spill what does not fit their memory.
+    """The answer, by the workers of a Dask cluster; they spill what does not fit their memory.
 
     They need this project's packages, in the same versions, and not the project itself.
     """
-    import distributed
-
     _always_shuffle()
-    with distributed.Client(address):  # becomes the scheduler of everything computed inside
+    with client.as_current():  # the scheduler of everything computed inside
         frames = {name: _dask_frame(snapshot, name, columns, window.get(name)) for name, columns in tables.items()}
         return answer(**frames, **parameters).collect("polars").to_native()
 

@@ -154,7 +154,12 @@ def _small_cluster() -> Iterator[str]:
     from distributed import LocalCluster
 
     with LocalCluster(
-        n_workers=2, threads_per_worker=1, memory_limit="4GB", host="127.0.0.1", dashboard_address="127.0.0.1:0"
+        n_workers=2,
+        threads_per_worker=1,
+        memory_limit="4GB",
+        host="127.0.0.1",
+        dashboard_address="127.0.0.1:0",
+        silence_logs="CRITICAL",
     ) as cluster:
         before = set(cluster.scheduler.workers)
         yield cluster.scheduler_address

@@ -8,6 +8,7 @@ from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 
+import dask.config
 import narwhals as nw
 import polars as pl
 import pytest
@@ -293,6 +294,11 @@ def test_a_question_that_fails_keeps_no_other_from_its_answer(asked, caplog):
         ("plain", 5, "the chart: ValueError: not to be drawn"),
         ("q01", 4, ""),
     ]
+
+
+def test_no_cluster_at_the_address_is_an_error_at_once_and_not_one_for_each_question(asked):
+    with dask.config.set({"distributed.comm.timeouts.connect": "300ms"}), pytest.raises(OSError, match="127.0.0.1:1"):
+        queries.ask_all([named("q01"), named("q04")], asked[0], dask="tcp://127.0.0.1:1")
 
 
 def test_a_saved_answer_is_current_and_says_where_it_came_from(asked, root, tmp_path):

@@ -117,6 +117,18 @@ def test_the_questions_are_answered_on_a_cluster_of_coileds(filled):
     assert not [path for path in written if a_line in path.read_bytes()]
 
 
+def test_a_run_whose_cluster_cannot_be_had_fails_and_says_so(tmp_path):
+    """Here for a misspelt argument; the same goes for a service that is down."""
+    pytest.importorskip("coiled")
+    local = params.load(PROJECT, "local")
+    stage = dataclasses.replace(local.stages["query"], dask={"coiled": {"n_wrokers": 2}}, retries=0)
+    record = compute.run_stage(stage, dataclasses.replace(local.environment, root=str(tmp_path)), scheduled_for=AT)
+    assert (record.state, record.reason[:27]) == ("failed", "no Dask cluster: TypeError:")
+    assert "n_wrokers" in record.reason
+    page = (tmp_path / record.report / "report.html").read_text()
+    assert "no Dask cluster" in page and "n_wrokers" in page
+
+
 def test_a_cancelled_run_is_not_repeated(cloud, tmp_path):
     stage = dataclasses.replace(params.load(PROJECT, "local").stages["query"], retries=3)
     environment = dataclasses.replace(cloud.environment, root=str(tmp_path))
