@@ -118,6 +118,7 @@ def main(root: str) -> None:
     machines = LocalCluster(
         n_workers=1,
         threads_per_worker=1,
+        processes=False,
         protocol="tls://",
         security=security,
         host="127.0.0.1",
