@@ -17,10 +17,10 @@ from pathlib import Path
 import duckdb
 import hypothesis
 from hypothesis import strategies
-from support import AT, ingest_all
+from support import AT
 from tpch_sql import PARAMETERS, QUESTIONS, connect, tpch, unlike
 
-from pipeline import lake, queries, source
+from pipeline import ingest, lake, queries, source
 from pipeline.queries import _engines
 from runner import compute, params
 from storage import PROJECT, Root
@@ -115,7 +115,8 @@ def one_tick(folder: Path, scale: float) -> tuple[lake.Snapshot, duckdb.DuckDBPy
     """A lake that one tick filled, and DuckDB over the Parquet files of the same data."""
     stream = source.Stream(scale, 1, "2026-03-01T12:00:00+00:00")
     source.land(f"{folder}/root", stream, source.make_ticks(stream, range(1)))
-    ingest_all(f"{folder}/root")
+    while batch := ingest.next_batch(f"{folder}/root", max_files=500, scheduled_for=AT):
+        ingest.commit(ingest.read(batch), run_id="preprocess-test")
     return lake.snapshot(f"{folder}/root"), connect(generated(folder, scale), placed=_origin(f"{folder}/root"))
 
 
