@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from pipeline import batches, compaction, documents, durability, lake, model
+from pipeline import batches, compaction, documents, kept, lake, model
 from pipeline.documents import Damaged
 from pipeline.durability import CHECKPOINT, COMMIT
 from pipeline.tables import TABLES
@@ -86,11 +86,10 @@ def _table(place: Root, table: str) -> Iterator[tuple[str, str]]:
         published = lake.read_published(place)
     except Damaged:
         published = None
-    kept = durability.kept_names(place, table)
     for name in place.list(log):
         match = COMMIT.fullmatch(name) or CHECKPOINT.fullmatch(name)
         what = name.removesuffix(".json").removesuffix(".parquet")
-        if match and what in kept and not durability.is_kept(kept, what, place.read(f"{log}/{name}")):
+        if match and not kept.has(place, table, what, place.read(f"{log}/{name}")) and kept.sha256s(place, table, what):
             yield f"{log}/{name} is not what was written", RUN_PREPROCESS
     version = published["tables"].get(table) if published else None
     try:

@@ -2,11 +2,9 @@
 
 delta-rs does not sync what it writes to a local disk: after a power cut the last commit may be empty (then its rows
 vanish without a word) or torn (then the table does not open). So before a batch is published its commits and their
-data are synced, and each commit is kept a second time under a name that has its sha256
-(`lake/kept_log/<table>/<version>-<sha256>.json`; of a checkpoint only the name). A run begins by comparing the two.
+data are synced, and each commit is kept a second time (`pipeline.kept`). A run begins by comparing the two.
 """
 
-import hashlib
 import io
 import json
 import re
@@ -14,7 +12,7 @@ from collections.abc import Iterator
 
 import polars as pl
 
-from pipeline import batches, documents, lake
+from pipeline import batches, documents, kept, lake
 from pipeline.documents import Damaged
 from storage import Root
 
@@ -36,11 +34,11 @@ def seal(place: Root, table: str, *, after: int, until: int) -> None:
             continue
         if place.may_tear:
             place.sync([f"lake/{table}/{path}" for path, _ in _added(data)] + [commit])
-        place.write(_kept(table, f"{version:020d}", data) + ".json", data)
+        place.write(kept.place_of(table, f"{version:020d}", data), data)
         checkpoint = f"{log}/{version:020d}.checkpoint.parquet"
         if (version + 1) % lake.CHECKPOINT_INTERVAL == 0 and place.exists(checkpoint):
             place.sync([checkpoint])
-            place.write(_kept(table, f"{version:020d}.checkpoint", place.read(checkpoint)), b"")
+            place.write(kept.place_of(table, f"{version:020d}.checkpoint", place.read(checkpoint)), b"")
     place.sync([log, f"lake/{table}"])
 
 
@@ -93,10 +91,9 @@ def _repair_log(place: Root, table: str, published: int, batch: int) -> Iterator
     names = place.list(log)
     commits = sorted(int(m[1]) for name in names if (m := COMMIT.fullmatch(name)))
     checkpoints = sorted(int(m[1]) for name in names if (m := CHECKPOINT.fullmatch(name)))
-    kept = kept_names(place, table)
     base = 0
     for version in reversed(checkpoints):
-        if _checkpoint_is_whole(place, log, version, kept):
+        if _checkpoint_is_whole(place, table, version):
             base = version
             break
         place.remove(_checkpoint(log, version))
@@ -111,9 +108,9 @@ def _repair_log(place: Root, table: str, published: int, batch: int) -> Iterator
         data = place.read(commit) if version in commits else None
         if data is None and version == base and checkpoints:  # cleaned up: the checkpoint says it all
             continue
-        if data is not None and is_kept(kept, f"{version:020d}", data):
+        if data is not None and kept.has(place, table, f"{version:020d}", data):
             continue
-        if (copy := _whole_copy(place, table, f"{version:020d}", kept)) is not None:
+        if (copy := kept.copy_of(place, table, f"{version:020d}")) is not None:
             place.write(commit, copy)
             yield f"{table}: commit {version} was {'damaged' if data else 'empty or gone'}: written again from its copy"
         elif data is not None and _is_whole(place, table, data, batch + 1):
@@ -133,10 +130,12 @@ def _cut_off(place: Root, log: str, versions: range) -> None:
     place.remove(f"{log}/{LAST}")
 
 
-def _checkpoint_is_whole(place: Root, log: str, version: int, kept: dict[str, list[str]]) -> bool:
-    data, what = place.read(_checkpoint(log, version)), f"{version:020d}.checkpoint"
-    if what in kept:
-        return is_kept(kept, what, data)
+def _checkpoint_is_whole(place: Root, table: str, version: int) -> bool:
+    data, what = place.read(_checkpoint(f"lake/{table}/_delta_log", version)), f"{version:020d}.checkpoint"
+    if kept.has(place, table, what, data):
+        return True
+    if kept.sha256s(place, table, what):
+        return False
     try:  # of a batch that was not sealed yet
         return pl.read_parquet(io.BytesIO(data)).height > 0
     except (pl.exceptions.PolarsError, OSError):
@@ -177,32 +176,6 @@ def _added(data: bytes) -> list[tuple[str, int]]:
     """The files that a commit adds, with their sizes."""
     actions = (json.loads(line) for line in data.splitlines())
     return [(action["add"]["path"], action["add"]["size"]) for action in actions if "add" in action]
-
-
-def _kept(table: str, what: str, data: bytes) -> str:
-    return f"lake/kept_log/{table}/{what}-{hashlib.sha256(data).hexdigest()}"
-
-
-def kept_names(place: Root, table: str) -> dict[str, list[str]]:
-    """What was kept -> its sha256s; more than one when a commit was made again after a power cut."""
-    found: dict[str, list[str]] = {}
-    for name in place.list(f"lake/kept_log/{table}"):
-        what, _, sha256 = name.removesuffix(".json").partition("-")
-        found.setdefault(what, []).append(sha256)
-    return found
-
-
-def is_kept(kept: dict[str, list[str]], what: str, data: bytes) -> bool:
-    """Whether these bytes are what was kept."""
-    return hashlib.sha256(data).hexdigest() in kept.get(what, [])
-
-
-def _whole_copy(place: Root, table: str, what: str, kept: dict[str, list[str]]) -> bytes | None:
-    for sha256 in kept.get(what, []):
-        data = place.read(f"lake/kept_log/{table}/{what}-{sha256}.json")
-        if hashlib.sha256(data).hexdigest() == sha256:
-            return data
-    return None
 
 
 def forget(place: Root, table: str) -> None:

@@ -133,7 +133,7 @@ def read(batch: Batch) -> Parsed:
     expected = {f["name"]: f["sha256"] for f in batch.manifest["files"]} if batch.manifest else {}
     good: dict[str, list[pl.DataFrame]] = {}
     quarantined, files, kept, refused = [], [], [], list(batch.refused)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count() + 1) as pool:  # one reads and hashes while Polars has the cores
         for looked in pool.map(lambda group: _look(place, batch, group, expected), _groups(batch.files)):
             for file, why in looked.refused:
                 refused.append(file.refused(why))
@@ -229,14 +229,16 @@ def _commit_tables(place: Root, parsed: Parsed, run_id: str) -> dict[str, int]:
     """Append to each table, make it durable, publish. Returns table -> version."""
     number = parsed.batch.number
     published = lake.read_published(place) or {"batch": 0, "tables": {}, "as_of": None}
-    lake.create_tables(place, run_id, there=published["tables"])
     versions = {table: published["tables"].get(table, 0) for table in lake.COLUMNS}
     if published["batch"] >= number:
         return versions
-    for table, frame in (parsed.frames | {"quarantine": parsed.refused}).items():
-        if frame.height:
+    frames = {t: frame for t, frame in (parsed.frames | {"quarantine": parsed.refused}).items() if frame.height}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        encoded = pool.map(lake.encode, frames, frames.values())
+        lake.create_tables(place, run_id, there=published["tables"])
+        for table, rows in zip(frames, encoded, strict=True):
             crash_point(f"before the commit: {table}")
-            versions[table] = lake.append(place, table, frame, batch=number, run_id=run_id)
+            versions[table] = lake.append(place, table, rows, batch=number, run_id=run_id)
             crash_point(f"after the commit: {table}")
     for table, version in versions.items():
         if version != published["tables"].get(table):

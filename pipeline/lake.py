@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from pipeline import documents
+from pipeline import documents, kept
 from pipeline.tables import KEY, RESCUED, TABLES, TEXT
 from storage import Root, crash_point
 
@@ -65,7 +65,11 @@ class Snapshot:
         return self.table(table).file_uris()
 
     def table(self, table: str) -> "DeltaTable":
-        return open_table(Root.at(self.root), table, self.versions[table])
+        """A handle on the version. Raises documents.Damaged rather than open a log that is not what was written."""
+        place, version = Root.at(self.root), self.versions[table]
+        if place.may_tear and (part := kept.damaged(place, table, version, CHECKPOINT_INTERVAL)):
+            raise documents.Damaged(f"{part} is not what was written: run preprocess, which puts it right")
+        return open_table(place, table, version)
 
     def rows(self) -> pl.DataFrame:
         """One row a table: table, version, rows, files, mb (counted from the log, no data is read)."""
@@ -152,22 +156,36 @@ def create_tables(place: Root, run_id: str, there: Container[str] = ()) -> None:
         )
 
 
-def append(place: Root, table: str, frame: pl.DataFrame, *, batch: int, run_id: str) -> int:
+@dataclass(frozen=True)
+class Encoded:
+    """Rows of one table as a Parquet file. `stats`: what the Delta log says of them, as JSON."""
+
+    data: bytes
+    stats: str
+
+
+def encode(table: str, frame: pl.DataFrame) -> Encoded:
+    """Rows as they are appended. Raises ValueError when a key is null or the columns are not the table's."""
+    if frame.schema != pl.Schema(COLUMNS[table]):
+        raise ValueError(f"{table} has the columns {pl.Schema(COLUMNS[table])}, not {frame.schema}")
+    if nulls := [key for key in KEYS[table] if frame[key].null_count()]:
+        raise ValueError(f"{table}: {', '.join(nulls)} may not be null")
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer, compression_level=1)
+    return Encoded(buffer.getvalue(), json.dumps(statistics(frame)))
+
+
+def append(place: Root, table: str, rows: Encoded, *, batch: int, run_id: str) -> int:
     """Append a batch's rows exactly once; returns the version that holds them.
 
     delta-rs does not deduplicate by itself, so the transaction is checked and written through one and the same handle:
-    of two writers with the same batch the second fails to commit, looks again, and finds it done. The rows are written
-    by Polars, on every core, and are on the disk before the commit that names them.
-    Raises ValueError when a key is null or the columns are not the table's.
+    of two writers with the same batch the second fails to commit, looks again, and finds it done. The rows are on the
+    disk before the commit that names them.
     """
     from deltalake import CommitProperties, Transaction
     from deltalake.exceptions import CommitFailedError
     from deltalake.transaction import AddAction
 
-    if frame.schema != pl.Schema(COLUMNS[table]):
-        raise ValueError(f"{table} has the columns {pl.Schema(COLUMNS[table])}, not {frame.schema}")
-    if nulls := [key for key in KEYS[table] if frame[key].null_count()]:
-        raise ValueError(f"{table}: {', '.join(nulls)} may not be null")
     properties = CommitProperties(
         custom_metadata={"run_id": run_id, "stage": "preprocess", "batch": str(batch)},
         app_transactions=[Transaction(APP_ID, batch)],
@@ -180,12 +198,10 @@ def append(place: Root, table: str, frame: pl.DataFrame, *, batch: int, run_id: 
                 place.remove(f"lake/{table}/{path}")
             return handle.version()
         if path is None:
-            buffer, path = io.BytesIO(), f"batch-{batch:08d}-{uuid.uuid4()}.zstd.parquet"
-            frame.write_parquet(buffer, compression_level=1)
-            place.write(f"lake/{table}/{path}", buffer.getvalue())
-            stats, size = json.dumps(statistics(frame)), buffer.tell()
+            path = f"batch-{batch:08d}-{uuid.uuid4()}.zstd.parquet"
+            place.write(f"lake/{table}/{path}", rows.data)
             crash_point(f"written, not committed: {table}")
-        added = AddAction(path, size, {}, time.time_ns() // 1_000_000, True, stats)
+        added = AddAction(path, len(rows.data), {}, time.time_ns() // 1_000_000, True, rows.stats)
         try:
             handle.create_write_transaction([added], "append", handle.schema(), commit_properties=properties)
         except CommitFailedError:

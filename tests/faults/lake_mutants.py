@@ -24,12 +24,12 @@ def _published_early() -> None:
 
     append = lake.append
 
-    def early(place, table, frame, *, batch, run_id):
+    def early(place, table, rows, *, batch, run_id):
         if table == "lineitem":
             published = lake.read_published(place) or {"as_of": "1970-01-01T00:00:00+00:00", "tables": {}}
             versions = {name: lake.open_table(place, name).version() for name in lake.COLUMNS}
             lake.publish(place, batch=batch, as_of=published["as_of"], versions=versions, run_id=run_id)
-        return append(place, table, frame, batch=batch, run_id=run_id)
+        return append(place, table, rows, batch=batch, run_id=run_id)
 
     lake.append = early
 

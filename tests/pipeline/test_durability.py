@@ -39,6 +39,18 @@ def test_a_published_commit_is_written_again_from_its_copy(filled, damage):
     assert heights(filled) == before
 
 
+@pytest.mark.parametrize("damage", [b"", b"torn", b"flipped"])
+def test_a_reader_is_refused_what_was_not_written_until_it_is_repaired(filled, damage):
+    """An empty commit would be read as one without rows, one with a flipped bit as if it were right."""
+    before, path = heights(filled), commit_of(filled, "orders")
+    data = path.read_bytes()
+    path.write_bytes({b"": b"", b"torn": data[:200], b"flipped": data.replace(b'"numRecords', b'"numRecordt')}[damage])
+    with pytest.raises(documents.Damaged, match=f"{path.name} is not what was written: run preprocess"):
+        lake.snapshot(filled).frame("orders")
+    durability.repair(filled)
+    assert heights(filled) == before
+
+
 def test_a_torn_commit_of_an_unfinished_batch_is_made_again(filled, stream, monkeypatch):
     source.land(filled, stream, source.make_ticks(stream, range(3, 4)))
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
@@ -70,6 +82,8 @@ def test_a_damaged_checkpoint_is_left_out(root, stream, made):
     log = Path(root, "lake/orders/_delta_log")
     (checkpoint,) = log.glob("*.checkpoint.parquet")
     checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    with pytest.raises(documents.Damaged, match="checkpoint.parquet is not what was written"):
+        lake.snapshot(root).frame("orders")
     assert durability.repair(root) == ["orders: checkpoint 19 was damaged: removed, the commits before it say the same"]
     Path(log, "_last_checkpoint").write_text("{oops")
     assert durability.repair(root) == ["orders: _last_checkpoint was damaged: removed, the log says the same"]
