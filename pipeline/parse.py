@@ -11,6 +11,7 @@ import json
 import math
 import re
 
+import numpy as np
 import polars as pl
 
 from pipeline.tables import COUNT, DAY, KEY, MONEY, RESCUED, TEXT, TIME, Table
@@ -36,6 +37,10 @@ MONEY_TEXT = r"^-?[0-9]{1,13}(\.[0-9]{1,2})?$"  # more decimals are not rounded:
 DAY_TEXT = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$"
 TIME_TEXT = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|[+-][0-9]{2}:[0-9]{2})$"
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%.f%:z"
+# the form of nearly all of the stream, which Polars reads in a third of the time: milliseconds, UTC
+UTC_TEXT = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}\+00:00$"
+UTC_FORMAT, UTC_CHARS = "%Y-%m-%dT%H:%M:%S.%3f", 23
+COUNTED_BYTES = 1 << 18  # at once: they stay in the core's cache
 KINDS = {KEY: "a whole number", COUNT: "a whole number", MONEY: "an amount", DAY: "a date", TIME: "a time with zone"}
 BOUNDS = {KEY: 2**63, COUNT: 2**31}
 
@@ -49,7 +54,14 @@ def refusal(data: bytes) -> str | None:
 
 def line_count(data: bytes) -> int:
     """How many lines: a last one without its newline counts."""
-    return data.count(b"\n") + (not data.endswith(b"\n") and bool(data))
+    return _count(data, b"\n") + (not data.endswith(b"\n") and bool(data))
+
+
+def _count(data: bytes, byte: bytes) -> int:
+    """As data.count(byte), in a quarter of its time where there are many, and other threads run meanwhile."""
+    values = np.frombuffer(data, np.uint8)
+    parts = (values[start : start + COUNTED_BYTES] for start in range(0, len(values), COUNTED_BYTES))
+    return sum(int(np.count_nonzero(part == byte[0])) for part in parts)
 
 
 def parse(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -102,18 +114,26 @@ def _plain(data: bytes, table: Table, lines: int) -> pl.DataFrame | None:
         return None
     names = [name for name, dtype in schema.items() if dtype == TEXT]
     free = pl.col([name for name in names if table.columns[name] == TEXT])  # the others are typed: no bracket passes
-    nested = pl.any_horizontal((free.str.starts_with("[") | free.str.starts_with("{")).any())
-    odd, inside = text.select(
-        nested.alias("odd"), pl.sum_horizontal(free.str.count_matches(":", literal=True).sum())
-    ).row(0)
+    if b"[" in data or _count(data, b"{") != lines:
+        nested = pl.any_horizontal((free.str.starts_with("[") | free.str.starts_with("{")).any())
+        if text.select(nested).item():
+            return None
+    inside = text.select(pl.sum_horizontal(free.str.count_matches(":", literal=True).sum())).item() or 0
     quotes = 2 * len(schema) + 2 * len(names)  # around each key and each text
     colons = len(schema) + 3 * list(table.columns.values()).count(TIME)  # after each key, and in a time with its offset
-    if odd or text.height != lines or data.count(b":") != colons * lines + (inside or 0):
+    if text.height != lines or _count(data, b":") != colons * lines + inside or _count(data, b'"') != quotes * lines:
         return None
-    if data.count(b'"') != quotes * lines:
-        return None
-    typed = text.select(_typed(name, dtype) for name, dtype in table.columns.items())
+    typed = _all_typed(text, table)
     return typed.with_columns(pl.lit(None, TEXT).alias(RESCUED)) if typed.select(_fits(table)).item() else None
+
+
+def _all_typed(text: pl.DataFrame, table: Table) -> pl.DataFrame:
+    """As `_typed` of each column; of times first those of the stream's own form, then the others."""
+    times = [name for name, dtype in table.columns.items() if dtype == TIME]
+    typed = text.select(_utc(name) if name in times else _typed(name, dtype) for name, dtype in table.columns.items())
+    rest = text.select(pl.when(typed[name].is_null()).then(name).alias(name) for name in times)
+    others = rest.select(_typed(name, TIME) for name in times)
+    return typed.with_columns(typed[name].fill_null(others[name]) for name in times)
 
 
 def _longest_line(data: bytes) -> int:
@@ -258,13 +278,21 @@ def _typed(name: str, dtype) -> pl.Expr:
     """Text to `dtype`; what does not fit becomes null."""
     text = pl.col(name)
     if dtype == DAY:
-        return _like(DAY_TEXT, text).str.to_date("%Y-%m-%d", strict=False).alias(name)
+        return _like(DAY_TEXT, text).str.to_date("%Y-%m-%d", strict=False, cache=False).alias(name)
     if dtype == TIME:
-        time = _like(TIME_TEXT, text).str.to_datetime(TIME_FORMAT, time_unit="us", time_zone="UTC", strict=False)
-        return time.alias(name)
+        return _time(_like(TIME_TEXT, text).str.replace("Z$", "+00:00"), TIME_FORMAT).alias(name)
     if dtype == MONEY:
         return _like(MONEY_TEXT, text).cast(dtype, strict=False).alias(name)
     return text
+
+
+def _utc(name: str) -> pl.Expr:
+    """Text of the stream's own form to a time; any other becomes null."""
+    return _time(_like(UTC_TEXT, pl.col(name)).str.head(UTC_CHARS), UTC_FORMAT).alias(name)
+
+
+def _time(text: pl.Expr, form: str) -> pl.Expr:
+    return text.str.to_datetime(form, time_unit="us", time_zone="UTC", strict=False, cache=False)
 
 
 def _like(pattern: str, text: pl.Expr) -> pl.Expr:

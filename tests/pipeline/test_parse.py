@@ -1,6 +1,7 @@
 """Lines become rows or reasons: the two together are all lines, whichever way a piece is read."""
 
 import json
+from datetime import datetime
 
 import polars as pl
 import pytest
@@ -68,6 +69,32 @@ def test_what_polars_alone_would_take_is_not_taken_for_plain(odd):
     data = json.dumps(json.loads(line()), separators=(",", ":")).encode() + b"\n"
     assert parse._plain(data, ORDERS, 1).height == 1
     assert parse._plain(data + odd.replace('": ', '":').replace(', "', ',"').encode() + b"\n", ORDERS, 2) is None
+
+
+TIMES = [
+    "2026-03-01T11:59:37.919+00:00",  # the stream's own form
+    "2026-03-01T11:59:37+00:00",
+    "2026-03-01T11:59:37.919Z",
+    "2026-03-01T11:59:37.9+00:00",
+    "2026-03-01T11:59:37.919123+00:00",
+    "2026-03-01T11:59:37.919+01:30",
+    "1969-12-31T23:59:59.999+00:00",
+    "2024-02-29T00:00:00.000+00:00",
+]
+
+
+def test_a_time_is_the_same_in_whichever_form():
+    lines = "".join(line(o_order_time=time) + "\n" for time in TIMES).encode()
+    plain = parse._plain(b"".join(lines.splitlines(keepends=True)[:2]), ORDERS, 2)
+    kept, refused = parse.parse(lines, ORDERS)
+    assert refused.is_empty()
+    assert kept["o_order_time"].to_list() == [datetime.fromisoformat(time) for time in TIMES]
+    assert plain["o_order_time"].to_list() == kept["o_order_time"].to_list()[:2]
+
+
+@pytest.mark.parametrize("time", ["2026-02-29T11:59:37.919+00:00", "2026-03-01T24:00:00.000+00:00", "2026-03-01T11:59"])
+def test_a_time_that_is_none_is_refused(time):
+    assert parse.parse(line(o_order_time=time).encode(), ORDERS)[1]["reason"].str.contains("o_order_time").all()
 
 
 def test_a_clean_piece_reads_the_same_line_by_line(made):
