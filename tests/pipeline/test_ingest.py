@@ -2,16 +2,18 @@
 
 import json
 import multiprocessing
+from pathlib import Path
 
 import duckdb
 import polars as pl
 import pytest
+import yaml
 from polars.testing import assert_frame_equal
 from support import AT, ingest_all
 
 from pipeline import batches, ingest, lake, quarantine, source
 from pipeline.tables import TABLES
-from storage import Root
+from storage import PROJECT, Root
 
 
 def rows(root: str, table: str) -> pl.DataFrame:
@@ -203,6 +205,27 @@ def test_what_waits_is_drained_in_batches(landed, made):
     done = ingest.drain(landed, **LIMITS | {"max_files": 3}, for_s=60)
     assert done["files"].to_list() == [3, 3, 2, 2, 2]  # a tick's files together where a batch can hold them
     assert_exactly(landed, made)
+
+
+def test_500_waiting_files_are_in_after_at_most_three_runs(root, made):
+    """With the limits that preprocess has, as its notebook uses them: a batch, then what else waits."""
+    limits = yaml.safe_load((PROJECT / "params/preprocess.yml").read_text())["parameters"]
+    for_s = limits.pop("drain_s")
+    one, items = made[1]["orders"].head(1), made[1]["lineitem"].head(1)
+    for tick in range(250):
+        for table, frame in (("orders", one), ("lineitem", items)):
+            key = frame.columns[0]
+            lines = source.to_json_lines(frame.with_columns(pl.lit(tick + 1, pl.Int64).alias(key)))
+            path = Path(root, source.file_name(table, tick))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(lines)
+    runs = 0
+    while any(Root.at(root).list(f"landing/{table}") for table in TABLES):
+        runs += 1
+        assert runs <= 3
+        ingest.drain(root, **limits, for_s=for_s, scheduled_for=AT, run_id=f"preprocess-{runs}")
+    assert rows(root, "orders")["o_orderkey"].to_list() == [*range(1, 251)]
+    assert rows(root, "lineitem")["l_orderkey"].to_list() == [*range(1, 251)]
 
 
 def test_nothing_is_begun_when_the_time_is_over(landed):

@@ -4,7 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
+import polars as pl
 import pytest
+from deltalake import write_deltalake
 from polars.testing import assert_frame_equal
 from support import AT, ingest_all
 
@@ -13,9 +15,10 @@ from pipeline.tables import TABLES
 from storage import Root
 
 
-@pytest.fixture
-def lived(root, stream, made) -> str:
-    """A lake of three batches with a bad line and an unknown field, compacted, and a file that waits."""
+@pytest.fixture(scope="module")
+def lived_once(tmp_path_factory, stream, made) -> str:
+    """A lake of three batches with a bad line and an unknown field, compacted."""
+    root = str(tmp_path_factory.mktemp("lived") / "root")
     for tick, frames in made.items():
         source.land(root, stream, {tick: frames})
         if tick == 1:
@@ -25,6 +28,13 @@ def lived(root, stream, made) -> str:
             Root.at(root).write(name, b"\n".join(lines))
         ingest_all(root)
     compaction.compact(root, target_mb=64, min_small_files=2, vacuum_hours=24, run_id="compact-1")
+    return root
+
+
+@pytest.fixture
+def lived(root, lived_once) -> str:
+    """A copy of it."""
+    shutil.copytree(lived_once, root)
     return root
 
 
@@ -119,29 +129,51 @@ def flip(data: bytes) -> bytes:
 
 
 PLANTED = {
-    "the published snapshot": lambda root: _edit(root / "lake/published.json", flip),
-    "the manifests": lambda root: _edit(root / "lake/batches/00000002.json", flip),
-    "table orders": lambda root: _edit(root / f"lake/orders/_delta_log/{2:020d}.json", flip),
-    "table lineitem": lambda root: next((root / "lake/lineitem").glob("compacted-*")).unlink(),
-    "table region": lambda root: (root / f"lake/region/_delta_log/{1:020d}.json").write_bytes(b""),
-    "the answers": lambda root: (root / "results/q01/current.json").write_text('{"file": "results/q01/gone"}'),
-    "the model": lambda root: (root / "models/m/model.json").write_text("{}"),
-    "landing": lambda root: shutil.copy(root / "lake/batches/00000003.json", root / "lake/batches/00000004.json"),
+    "a flipped bit in the pointer": (
+        "the published snapshot",
+        lambda root: _edit(root / "lake/published.json", flip),
+    ),
+    "a flipped bit in a manifest": ("the manifests", lambda root: _edit(root / "lake/batches/00000002.json", flip)),
+    "a flipped bit in a commit": (
+        "table orders",
+        lambda root: _edit(root / f"lake/orders/_delta_log/{2:020d}.json", flip),
+    ),
+    "an empty commit": (
+        "table region",
+        lambda root: (root / f"lake/region/_delta_log/{1:020d}.json").write_bytes(b""),
+    ),
+    "a data file gone": ("table lineitem", lambda root: next((root / "lake/lineitem").glob("compacted-*")).unlink()),
+    "a data file cut off": (
+        "table part",
+        lambda root: _edit(next((root / "lake/part").glob("batch-*")), lambda data: data[:-1]),
+    ),
+    "a run's row gone": ("the index of runs", lambda root: next((root / "lake/runs").glob("*.parquet")).unlink()),
+    "an answer gone": (
+        "the answers",
+        lambda root: (root / "results/q01/current.json").write_text('{"file": "results/q01/gone"}'),
+    ),
+    "another model than was published": ("the model", lambda root: (root / "models/m/model.json").write_text("{}")),
+    "a batch that was left unfinished": (
+        "landing",
+        lambda root: shutil.copy(root / "lake/batches/00000003.json", root / "lake/batches/00000004.json"),
+    ),
 }
 
 
 @pytest.mark.parametrize("what", PLANTED)
 def test_doctor_names_what_is_planted_and_what_to_do(lived, what):
-    root = Path(lived)
-    Root.at(lived).write("results/q01/current.json", json.dumps({"file": "results/q01/x.parquet"}).encode())
-    Root.at(lived).write("results/q01/x.parquet", b"PAR1")
-    if what == "the model":
+    root, (named, plant) = Path(lived), PLANTED[what]
+    place = Root.at(lived)
+    place.write("results/q01/current.json", json.dumps({"file": "results/q01/x.parquet"}).encode())
+    place.write("results/q01/x.parquet", b"PAR1")
+    write_deltalake(place.url_of("lake/runs"), pl.DataFrame({"run_id": ["query-1"]}))
+    if named == "the model":
         pointer = {"model_id": "m", "sha256": "0" * 64, "run_id": "train-1", "metrics": {}}
-        Root.at(lived).write("models/current.json", json.dumps(pointer).encode())
+        place.write("models/current.json", json.dumps(pointer).encode())
         (root / "models/m").mkdir()
     else:
         assert not [one for one in doctor.examine(lived) if one.problem]
-    PLANTED[what](root)
+    plant(root)
     wrong = [one for one in doctor.examine(lived) if one.problem]
-    assert {one.what for one in wrong} == {what}
+    assert {one.what for one in wrong} == {named}
     assert all(one.remedy for one in wrong)
