@@ -12,4 +12,7 @@ ELSEWHERE = {"deaths", "hangs", "canary", "replays", "whence", "scale", "pieces"
     [pytest.param(s[1], s[3], id=s[0].replace(" ", "-")) for s in SCENARIOS if s[0] not in ELSEWHERE],
 )
 def test_what_is_promised_holds(scenario, few):
-    assert scenario(few, seed=1)
+    found = scenario(few, seed=1)
+    if found.startswith("not provoked"):
+        pytest.skip(found)
+    assert found

@@ -53,7 +53,7 @@ SCENARIOS = [
     ("random compact", lake_crashes.at_random_compact, 100, 3, "SIGKILLs of compact under load"),
     ("overlapping", lake_crashes.overlapping, 40, 2, "times two of preprocess and two of compact at once"),
     ("disk full", lake_damage.disk_full, 30, 2, "full disks"),
-    ("failing writes", lake_damage.failing_writes, 100, 2, "writes, syncs, renames and links that fail"),
+    ("failing writes", lake_damage.failing_writes, 120, 2, "writes, syncs, renames and links that fail"),
     (
         "damage",
         lake_damage.damaged_bytes,

@@ -3,46 +3,62 @@
 import contextlib
 import os
 import random
+import re
 import shutil
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from faults.lake_world import NotHeld, World, stage, was_killed
 
+from pipeline import lake
 from storage import Root
 
-FAILURES = ["write:error=ENOSPC", "write:error=EIO", "fsync:error=EIO", "rename:error=EIO", "linkat,link:error=ENOSPC"]
-
-DEADLINE_S = 6  # of a run, as the schedule's: a hang ends there
+ERRORS = ["ENOSPC", "EIO"]
+CALLS = "write,ftruncate,fsync,fdatasync,rename,link,linkat"
+COMMIT = "{root}/lake/{table}/_delta_log/{version:020d}.json#1"  # what delta-rs writes before it links the commit
 
 
 def disk_full(n: int, seed: int) -> str:
-    """n times a disk that is full after a random number of bytes, then has room again."""
+    """n runs that meet a disk that is full after a random number of bytes; then it has room again."""
     pick = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="lake-") as folder, _small_disk(Path(folder, "root")) as disk:
         if not disk:
             return "not provoked: only root may mount a small disk"
-        world, failed = World(Path(folder), seed), 0
+        world, met, begun = World(Path(folder), seed), 0, 0
+        room = {"preprocess": 60_000, "compact": 60_000}  # bytes; how many a run needs is learnt from those before
         world.land(2, small_tables=True)
         world.run_well("preprocess")
         with world.read_meanwhile():
-            for i in range(n):
+            while met < n and begun < 5 * n + 10:
+                stage = ["preprocess", "preprocess", "compact"][begun % 3]
+                begun += 1
                 world.land(2)
-                filler = Path(world.root, "filler")
-                there = os.statvfs(world.root)
-                room = pick.randrange(0, 120_000) // there.f_frsize
-                filler.write_bytes(b"\0" * (there.f_bavail - room) * there.f_frsize)
-                status = world.run(["preprocess", "preprocess", "compact"][i % 3])
+                _fill(world, pick.uniform(0, room[stage]))
+                status = world.run(stage)
                 if status not in (0, 1):
                     raise NotHeld(f"on a full disk it ended with {status}: {world.log()}")
-                failed += status == 1
-                filler.unlink()
+                met += status == 1
+                room[stage] *= 1.1 if status == 1 else 0.7
+                Path(world.root, "filler").unlink()
                 world.verify(everything=False)
                 world.run_well("preprocess")
                 world.verify()
-        return f"{failed} of {n} runs met the full disk and said so, {world.next_tick} ticks exact, {world.reads} reads"
+        if met < n:
+            raise NotHeld(f"only {met} of {begun} runs met the full disk")
+        return (
+            f"{met} of {begun} runs met the full disk and said so, {world.next_tick} ticks exact, {world.reads} reads"
+        )
+
+
+def _fill(world: World, room: float) -> None:
+    """Leave so many bytes on the world's disk."""
+    there = os.statvfs(world.root)
+    blocks = max(there.f_bavail - int(room) // there.f_frsize, 0)
+    Path(world.root, "filler").write_bytes(b"\0" * blocks * there.f_frsize)
 
 
 @contextlib.contextmanager
@@ -56,44 +72,96 @@ def _small_disk(where: Path):
             subprocess.run(["umount", "-l", where], check=True)
 
 
+class Call(NamedTuple):
+    """A system call of a run of preprocess that changes files: the `nth` of its main thread by that name, or, with
+    `table`, the one by which a thread of delta-rs writes or links that table's commit."""
+
+    name: str
+    nth: int
+    table: str | None = None
+
+    def options(self, world: World, error: str) -> list[str]:
+        """Those with which strace makes it fail: it alone, not the same call on what is no file."""
+        inject = ["-e", f"trace={self.name}", "-e", f"inject={self.name}:error={error}:when={self.nth}"]
+        if not self.table:
+            return inject
+        version = lake.open_table(Root.at(world.root), self.table).version() + 1
+        return ["-f", "-P", COMMIT.format(root=world.root, table=self.table, version=version), *inject]
+
+
 def failing_writes(n: int, seed: int) -> str:
-    """The k-th write, sync, rename or link of preprocess fails, for k = 1 to n."""
+    """Every write, truncation, sync, rename and link of preprocess fails, one a run, until n runs have failed by it."""
     if not shutil.which("strace"):
         return "not provoked: strace is not installed"
     with tempfile.TemporaryDirectory(prefix="lake-") as folder:
-        world, failed, ended = World(Path(folder), seed), 0, 0
+        world, failed, begun = World(Path(folder), seed, bad=0), 0, 0  # no line is bad: each run makes the same calls
         world.land(2, small_tables=True)
         world.run_well("preprocess")
+        try:
+            calls = _calls(world)
+        except PermissionError as error:
+            return f"not provoked: {error}"
+        if not {(call.name, call.table) for call in calls} >= {("write", t) for t in (None, "orders", "lineitem")}:
+            raise NotHeld(f"these calls of preprocess were seen, its writes not among them: {calls}")
+        ways = [(call, error) for error in ERRORS for call in calls]
+        random.Random(seed).shuffle(ways)
         with world.read_meanwhile():
-            for k in range(1, n + 1):
+            while failed < n and begun < 2 * n + 10:
+                call, error = ways[begun % len(ways)]
+                begun += 1
                 world.land(1)
-                go = world.folder / "go"
-                child = world.process("preprocess", wait_for=str(go))
-                inject = FAILURES[k % len(FAILURES)]
-                tracer = subprocess.Popen(
-                    ["strace", "-qq", "-f", "-o", "/dev/null", "-p", str(child.pid)]
-                    + ["-e", f"trace={inject.partition(':')[0]}", "-e", f"inject={inject}:when={(k - 1) // 2 + 1}"],
-                    stderr=subprocess.DEVNULL,
-                )
-                _until_traced(child.pid)
-                go.touch()
-                child.join(DEADLINE_S)
-                if child.exitcode is None:  # a thread of the library's was not woken: that is a write too
-                    child.kill()
-                    child.join()
-                    ended += 1
-                status = child.exitcode
-                tracer.wait(10)
-                go.unlink()
+                status = _traced(world, call.options(world, error))
                 failed += status != 0
                 try:
+                    if status not in (0, 1):
+                        raise NotHeld(f"it ended with {status}: {world.log()}")
                     world.verify(everything=False)
                     world.run_well("preprocess")
                     world.verify()
-                except NotHeld as error:
-                    raise NotHeld(f"{inject}, the {k}-th, run ended with {status}: {error}") from None
-        found = f"{failed} of {n} runs failed by it, {ended} of them ended by a deadline"
+                except NotHeld as wrong:
+                    raise NotHeld(f"{error} of {call}: {wrong}") from None
+        if failed < n:
+            raise NotHeld(f"only {failed} of {begun} runs failed")
+        found = f"{failed} of {begun} runs failed by it, of {len(ways)} ways"
         return f"{found}; {world.next_tick} ticks exact, {world.reads} reads"
+
+
+def _calls(world: World) -> list[Call]:
+    """What a plain run of preprocess calls to change files."""
+    trace = world.folder / "trace"
+    world.land(1)
+    if status := _traced(world, ["-f", "-e", f"trace={CALLS}"], trace):
+        raise NotHeld(f"a plain run of preprocess under strace ended with {status}: {world.log()}")
+    seen: Counter[str] = Counter()
+    found, lines = [], [line.split(maxsplit=1) for line in trace.read_text().splitlines()]
+    main = lines[0][0]  # it truncates the lease first
+    for thread, call in lines:
+        name = call.partition("(")[0]
+        if commit := re.search(r"/lake/(\w+)/_delta_log/\d{20}\.json#1", call):
+            found.append(Call(name, 1, commit[1]))
+        elif thread == main and name in CALLS.split(","):
+            seen[name] += 1
+            found.append(Call(name, seen[name]))
+    return found
+
+
+def _traced(world: World, options: list[str], trace: Path = Path("/dev/null")) -> int:
+    """A run of preprocess under strace; its exit status. Raises PermissionError where no process may be traced."""
+    go = world.folder / "go"
+    child = world.process("preprocess", wait_for=str(go))
+    command = ["strace", "-qq", "-y", "-o", trace, "-p", str(child.pid), *options]
+    tracer = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        _until_traced(child.pid)
+        go.touch()
+        child.join(60)
+        if child.exitcode is None:
+            raise NotHeld(f"it hangs under {options}")
+        return child.exitcode
+    finally:
+        child.kill()
+        tracer.wait(10)
+        go.unlink(missing_ok=True)
 
 
 def _until_traced(pid: int) -> None:
@@ -101,7 +169,7 @@ def _until_traced(pid: int) -> None:
         if "TracerPid:\t0\n" not in Path(f"/proc/{pid}/status").read_text():
             return
         time.sleep(0.02)
-    raise RuntimeError("strace did not attach: ptrace is not allowed here")
+    raise PermissionError("strace may not attach to a process here")
 
 
 UNFINISHED = ["sealed: lineitem", "after the commit: orders", "published"]
@@ -113,13 +181,17 @@ def damaged_bytes(n: int, seed: int) -> str:
     with tempfile.TemporaryDirectory(prefix="lake-") as folder:
         worlds = [lived := _lived(Path(folder, "lived"), seed)]
         worlds += [_stopped(lived, Path(folder, str(i)), stop) for i, stop in enumerate(UNFINISHED)]
-        repaired = refused = 0
+        repaired = refused = reads = refusals = 0
         for what in ("commit", "checkpoint", "manifest", "pointer"):
             for how in ("zeroed", "torn", "flipped"):
                 for _ in range(n):
-                    told = _one_damage(worlds[pick.randrange(len(worlds))], Path(folder, "now"), what, how, pick)
+                    world = _copied(worlds[pick.randrange(len(worlds))], Path(folder, "now"))
+                    told = _one_damage(world, what, how, pick)
                     repaired, refused = repaired + told, refused + (not told)
-        return f"{12 * n} damages: {repaired} repaired, {refused} refused with a message and nothing lost"
+                    reads, refusals = reads + world.reads, refusals + world.refusals
+                    world.remove()
+        found = f"{repaired} repaired, {refused} refused with a message and nothing lost"
+        return f"{12 * n} damages: {found}; {reads} reads, {refusals} of them refused with a message"
 
 
 def _lived(folder: Path, seed: int) -> World:
@@ -147,9 +219,8 @@ def _stopped(lived: World, folder: Path, stop: str) -> World:
     return world
 
 
-def _one_damage(base: World, folder: Path, what: str, how: str, pick: random.Random) -> bool:
-    """Damage one file of a copy, run preprocess: True when it was repaired. Raises NotHeld when rows are lost."""
-    world = _copied(base, folder)
+def _one_damage(world: World, what: str, how: str, pick: random.Random) -> bool:
+    """Damage one file, read, run preprocess: True when it was repaired. Raises NotHeld when rows are lost."""
     rel = _victim(Root.at(world.root), what, pick)
     path = Path(world.root, rel)
     before = path.read_bytes()
@@ -159,17 +230,19 @@ def _one_damage(base: World, folder: Path, what: str, how: str, pick: random.Ran
         "torn": before[:at],
         "flipped": before[:at] + bytes([before[at] ^ 1 << pick.randrange(8)]) + before[at + 1 :],
     }[how]
-    path.write_bytes(after)
     try:
-        if status := world.run("preprocess"):
-            if "Damaged" not in world.log():
-                raise NotHeld(f"it ended with {status}, not with a message: {world.log()}")
-            path.write_bytes(before)
-            world.run_well("preprocess")
-        world.verify()
+        with world.read_meanwhile(may_refuse=True):
+            world.await_read()
+            path.write_bytes(after)
+            world.await_read()
+            if status := world.run("preprocess"):
+                if "Damaged" not in world.log():
+                    raise NotHeld(f"it ended with {status}, not with a message: {world.log()}")
+                path.write_bytes(before)
+                world.run_well("preprocess")
+            world.verify()
     except Exception as error:
         raise NotHeld(f"{rel} {how} at {at} of {len(before)}: {type(error).__name__}: {error}") from None
-    world.remove()
     return status == 0
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import duckdb
 import polars as pl
 
-from pipeline import batches, compaction, durability, ingest, lake, source
+from pipeline import batches, compaction, documents, durability, ingest, lake, source
 from pipeline.tables import TABLES
 from storage import LeaseHeld, Root
 
@@ -51,6 +51,7 @@ class World:
         self.folder, self.root = Path(folder), str(Path(folder) / "root")
         self.random, self.bad, self.next_tick = random.Random(seed), bad, 0
         self.quarantined: set[tuple[str, int]] = set()
+        self.reads = self.refusals = 0
         (self.folder / "given").mkdir(parents=True, exist_ok=True)
 
     def land(self, ticks: int = 1, small_tables: bool = False) -> None:
@@ -108,11 +109,15 @@ class World:
         return ""
 
     @contextlib.contextmanager
-    def read_meanwhile(self):
-        """A reader that opens the snapshot every 100 ms meanwhile: no error, and never two batches in one."""
+    def read_meanwhile(self, may_refuse: bool = False):
+        """A reader that opens the snapshot every 100 ms meanwhile: no error, and never two batches in one.
+
+        Where bytes are damaged it may be refused, if it is told which; then, too, it sees no wrong row.
+        """
         stop, found = self.folder / "stop", self.folder / "found.json"
         stop.unlink(missing_ok=True)
-        reader = processes.Process(target=_read, args=(self.root, str(stop), str(found)))
+        self._reading = processes.Value("i")
+        reader = processes.Process(target=_read, args=(self.root, str(stop), str(found), self._reading))
         reader.start()
         try:
             yield
@@ -120,9 +125,17 @@ class World:
             stop.touch()
             reader.join(60)
         seen = json.loads(found.read_text())
-        if seen["wrong"]:
-            raise NotHeld(f"a reader saw {seen['wrong'][:2]} in {seen['reads']} reads")
-        self.reads = getattr(self, "reads", 0) + seen["reads"]
+        if seen["wrong"] or (seen["refused"] and not may_refuse):
+            raise NotHeld(f"a reader saw {(seen['wrong'] + seen['refused'])[:2]} in {seen['reads']} reads")
+        self.reads, self.refusals = self.reads + seen["reads"], self.refusals + len(seen["refused"])
+
+    def await_read(self) -> None:
+        """Wait until the reader has read once from now on."""
+        enough, until = self._reading.value + 2, time.monotonic() + 60  # one may be under way
+        while self._reading.value < enough:
+            if time.monotonic() > until:
+                raise NotHeld("the reader hangs")
+            time.sleep(0.01)
 
     def verify(self, everything: bool = True) -> None:
         """Every row once, every sum right to the cent, one batch in all tables. Raises NotHeld."""
@@ -194,17 +207,19 @@ def _run(name: str, root: str, folder: str, crash_at: str | None, mutant: str | 
         sys.exit(3)
 
 
-def _read(root: str, stop: str, found: str) -> None:
-    reads, wrong = 0, []
+def _read(root: str, stop: str, found: str, reading) -> None:
+    wrong, refused = [], []
     while not os.path.exists(stop):
         try:
             if problem := mixed(root):
                 wrong.append(problem)
+        except documents.Damaged as error:
+            refused.append(str(error))
         except Exception as error:
             wrong.append(f"{type(error).__name__}: {str(error)[:200]}")
-        reads += 1
+        reading.value += 1
         time.sleep(0.1)
-    Path(found).write_text(json.dumps({"reads": reads, "wrong": wrong}))
+    Path(found).write_text(json.dumps({"reads": reading.value, "wrong": wrong, "refused": refused}))
 
 
 def points(folder: Path, name: str, prepare, seed: int) -> list[str]:
