@@ -19,7 +19,7 @@ def _to_compact(world: World) -> None:
 
 
 def at_every_point(n: int, seed: int, mutant: str | None = None) -> str:
-    """Killed at a named point, read, run again: the first time a point is come to and the last, in n worlds."""
+    """Killed at a named point, read, run again: the first time a point is come to and the last, in n equal worlds."""
     return _at_points("preprocess", _to_preprocess, n, seed, mutant)
 
 
@@ -34,7 +34,9 @@ def at_every_point_of_compact(n: int, seed: int, mutant: str | None = None) -> s
 
 def _at_points(stage: str, prepare, n: int, seed: int, mutant: str | None, only: str = "") -> str:
     with tempfile.TemporaryDirectory(prefix="lake-") as folder:
-        found = [point for point in points(Path(folder) / "points", stage, prepare, seed) if only in point]
+        prepared = World(Path(folder) / "prepared", seed, bad=0.2)
+        prepare(prepared)
+        found = [point for point in points(prepared.copied(Path(folder) / "points"), stage) if only in point]
         by_name: dict[str, list[str]] = {}
         for point in found:
             by_name.setdefault(point.rpartition("@")[0], []).append(point)
@@ -44,8 +46,7 @@ def _at_points(stage: str, prepare, n: int, seed: int, mutant: str | None, only:
         chosen += pick.choices(found, k=n - len(chosen))
         killed = 0
         for i, point in enumerate(chosen):
-            world = World(Path(folder) / str(i), seed, bad=0.2)
-            prepare(world)
+            world = prepared.copied(Path(folder) / str(i))
             try:
                 with world.read_meanwhile():
                     killed += was_killed(world.run(stage, crash_at=point, mutant=mutant))

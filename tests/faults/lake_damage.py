@@ -1,6 +1,7 @@
 """A disk that is full, a write that fails, and bytes that are not what was written."""
 
 import contextlib
+import itertools
 import os
 import random
 import re
@@ -176,22 +177,20 @@ UNFINISHED = ["sealed: lineitem", "after the commit: orders", "published"]
 
 
 def damaged_bytes(n: int, seed: int) -> str:
-    """Zeroed, torn and flipped bytes in commit, checkpoint, manifest and pointer, n times each, batch done or not."""
+    """n times zeroed, torn or flipped bytes in commit, checkpoint, manifest or pointer, in turn, batch done or not."""
     pick = random.Random(seed)
+    ways = zip(["commit", "checkpoint", "manifest", "pointer"] * 3, ["zeroed", "torn", "flipped"] * 4, strict=True)
     with tempfile.TemporaryDirectory(prefix="lake-") as folder:
         worlds = [lived := _lived(Path(folder, "lived"), seed)]
         worlds += [_stopped(lived, Path(folder, str(i)), stop) for i, stop in enumerate(UNFINISHED)]
-        repaired = refused = reads = refusals = 0
-        for what in ("commit", "checkpoint", "manifest", "pointer"):
-            for how in ("zeroed", "torn", "flipped"):
-                for _ in range(n):
-                    world = _copied(worlds[pick.randrange(len(worlds))], Path(folder, "now"))
-                    told = _one_damage(world, what, how, pick)
-                    repaired, refused = repaired + told, refused + (not told)
-                    reads, refusals = reads + world.reads, refusals + world.refusals
-                    world.remove()
-        found = f"{repaired} repaired, {refused} refused with a message and nothing lost"
-        return f"{12 * n} damages: {found}; {reads} reads, {refusals} of them refused with a message"
+        repaired = reads = refusals = 0
+        for what, how in itertools.islice(itertools.cycle(ways), n):
+            world = pick.choice(worlds).copied(Path(folder, "now"))
+            repaired += _one_damage(world, what, how, pick)
+            reads, refusals = reads + world.reads, refusals + world.refusals
+            world.remove()
+        found = f"{repaired} repaired, {n - repaired} refused with a message and nothing lost"
+        return f"{n} damages: {found}; {reads} reads, {refusals} of them refused with a message"
 
 
 def _lived(folder: Path, seed: int) -> World:
@@ -203,16 +202,9 @@ def _lived(folder: Path, seed: int) -> World:
     return world
 
 
-def _copied(world: World, folder: Path) -> World:
-    shutil.copytree(world.folder, folder)
-    copy = World(folder, world.next_tick)
-    copy.quarantined, copy.next_tick = set(world.quarantined), world.next_tick
-    return copy
-
-
 def _stopped(lived: World, folder: Path, stop: str) -> World:
     """As `lived`, with a batch that was killed at that point."""
-    world = _copied(lived, folder)
+    world = lived.copied(folder)
     world.land(1)
     if not was_killed(world.run("preprocess", crash_at=stop)):
         raise NotHeld(f"preprocess did not come to {stop!r}")

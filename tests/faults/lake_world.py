@@ -54,6 +54,13 @@ class World:
         self.reads = self.refusals = 0
         (self.folder / "given").mkdir(parents=True, exist_ok=True)
 
+    def copied(self, folder: Path) -> "World":
+        """The same world again, in another folder."""
+        shutil.copytree(self.folder, folder)
+        copy = World(folder, self.next_tick, self.bad)
+        copy.quarantined, copy.next_tick = set(self.quarantined), self.next_tick
+        return copy
+
     def land(self, ticks: int = 1, small_tables: bool = False) -> None:
         """Put the files of the next ticks into landing; with the first, a few rows of every other table too."""
         for _ in range(ticks):
@@ -222,16 +229,12 @@ def _read(root: str, stop: str, found: str, reading) -> None:
     Path(found).write_text(json.dumps({"reads": reading.value, "wrong": wrong, "refused": refused}))
 
 
-def points(folder: Path, name: str, prepare, seed: int) -> list[str]:
+def points(world: World, name: str) -> list[str]:
     """The crash points that a run of a stage comes to, each as often as it does."""
-    world = World(folder, seed, bad=0.2)
-    prepare(world)
     names = world.folder / "points"
     if status := world.run(name, crash_at=f"+{names}"):
         raise NotHeld(f"a plain run of {name} ended with {status}: {world.log()}")
-    found = names.read_text().splitlines()
-    world.remove()
-    return found
+    return names.read_text().splitlines()
 
 
 def was_killed(status: int) -> bool:
