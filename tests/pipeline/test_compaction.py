@@ -169,6 +169,7 @@ def test_what_nothing_names_any_more_is_vacuumed_once_the_clock_is_known(scatter
         if b'"remove"' in (data := place.read(rel)):
             stamp = int(re.search(rb'"deletionTimestamp": ?(\d+)', data)[1])
             place.write(rel, data.replace(str(stamp).encode(), str(stamp - 2 * 86_400_000).encode()))
+    durability.seal(place, "lineitem", after=-1, until=before.versions["lineitem"])  # as if it had been written so
     done = compaction.compact(scattered, **ASK, run_id="compact-3")
     assert done.filter(table="lineitem")["removed"][0] == 3
     assert lake.snapshot(scattered).frame("lineitem").collect().height == before.frame("lineitem").collect().height
