@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -115,9 +116,11 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path):
     up = Up(small, root)
     try:
         scheduled = {"auto_scheduled": True}
-        eventually(
+        completed = eventually(
             lambda: up.flow_runs("works", state_name="Completed", **scheduled), 180, "a scheduled run Completed", up
         )
+        begun, due = (datetime.fromisoformat(completed[0][time]) for time in ("start_time", "expected_start_time"))
+        assert begun >= due  # Prefect's engine lets runs begin up to half a second early
         failed = eventually(lambda: up.flow_runs("breaks", state_type="FAILED", **scheduled), 60, "a scheduled Failed")
         assert "planted" in failed[0]["state"]["message"]
         assert not up.flow_runs("breaks", state_type="COMPLETED")
