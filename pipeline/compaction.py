@@ -205,8 +205,7 @@ def _swap(place: Root, table: str, rewrites: list[Rewrite], run_id: str) -> int:
                 place.remove(f"lake/{table}/{rewrite.path}")
             raise Overlapped(f"{table}: another writer replaced files that this compaction had read: left as it is")
         version = handle.version() + 1
-        lines = "\n".join(map(json.dumps, _actions(rewrites, handle.version(), run_id)))
-        if place.create(f"lake/{table}/_delta_log/{version:020d}.json", lines.encode()):
+        if lake.commit(place, table, version, _actions(rewrites, handle.version(), run_id)):
             return version
 
 

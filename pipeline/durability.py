@@ -88,9 +88,9 @@ def _repair_manifest(place: Root, number: int, published: dict | None) -> Iterat
 def _repair_log(place: Root, table: str, published: int, batch: int) -> Iterator[str]:
     """The log of one table, from its newest checkpoint on. `published`: the version readers open."""
     log = f"lake/{table}/_delta_log"
-    names = place.list(log)
-    commits = sorted(int(m[1]) for name in names if (m := COMMIT.fullmatch(name)))
-    checkpoints = sorted(int(m[1]) for name in names if (m := CHECKPOINT.fullmatch(name)))
+    names = [name for name in place.list(log) if name[:20].isdigit()]
+    commits = {int(name[:20]) for name in names if name[20:] == ".json"}
+    checkpoints = [int(name[:20]) for name in names if name[20:] == ".checkpoint.parquet"]
     base = 0
     for version in reversed(checkpoints):
         if _checkpoint_is_whole(place, table, version):

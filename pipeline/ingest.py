@@ -238,7 +238,8 @@ def _commit_tables(place: Root, parsed: Parsed, run_id: str) -> dict[str, int]:
         lake.create_tables(place, run_id, there=published["tables"])
         for table, rows in zip(frames, encoded, strict=True):
             crash_point(f"before the commit: {table}")
-            versions[table] = lake.append(place, table, rows, batch=number, run_id=run_id)
+            after = published["tables"].get(table, -1)
+            versions[table] = lake.append(place, table, rows, batch=number, run_id=run_id, after=after)
             crash_point(f"after the commit: {table}")
     for table, version in versions.items():
         if version != published["tables"].get(table):

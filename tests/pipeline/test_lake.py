@@ -1,6 +1,7 @@
 """The snapshot is the one way to read, and every commit says who made it."""
 
 import json
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -30,9 +31,41 @@ def test_a_snapshot_stays_as_it_was(filled):
     height = before.frame("orders").collect().height
     place = Root.at(filled)
     one = before.frame("orders", list(lake.COLUMNS["orders"])).collect().head(1)
-    lake.append(place, "orders", lake.encode("orders", one), batch=2, run_id="x")
+    lake.append(place, "orders", lake.encode("orders", one), batch=2, run_id="x", after=before.versions["orders"])
     assert before.frame("orders").collect().height == height
     assert lake.snapshot(filled).frame("orders").collect().height == height
+
+
+def test_a_batch_is_appended_once_and_another_writers_version_is_not_taken(filled, monkeypatch):
+    """Also by a writer that looked before the other had committed."""
+    place, before = Root.at(filled), lake.snapshot(filled)
+    one = before.frame("orders", list(lake.COLUMNS["orders"])).collect().head(1)
+    ask = {"rows": lake.encode("orders", one), "run_id": "x", "after": before.versions["orders"]}
+    version = lake.append(place, "orders", batch=2, **ask)
+    assert lake.append(place, "orders", batch=2, **ask) == version
+    heads = iter([(before.versions["orders"], 0)])  # what it saw then; after that, what is there
+    head = lake.head
+    monkeypatch.setattr(lake, "head", lambda *asked: next(heads, None) or head(*asked))
+    assert lake.append(place, "orders", batch=2, **ask) == version
+    assert lake.open_table(place, "orders").version() == version
+    assert lake.last_batch(place, "orders") == 2
+    assert len([*Path(filled, "lake/orders").glob("batch-00000002-*")]) == 1
+
+
+def test_every_twentieth_version_has_a_checkpoint_that_delta_reads(filled):
+    place, before = Root.at(filled), lake.snapshot(filled)
+    one = before.frame("orders", list(lake.COLUMNS["orders"])).collect().head(1)
+    rows, height = lake.encode("orders", one), before.frame("orders").collect().height
+    for batch in range(2, 22):
+        version = lake.append(place, "orders", rows, batch=batch, run_id="x", after=before.versions["orders"])
+    log = Path(filled, "lake/orders/_delta_log")
+    assert [path.name for path in log.glob("*.parquet")] == [f"{19:020d}.checkpoint.parquet"]
+    for commit in log.glob("*[0-9].json"):
+        if int(commit.stem) < 19:
+            commit.unlink()
+    handle = lake.open_table(place, "orders")
+    assert (handle.version(), handle.transaction_version(lake.APP_ID)) == (version, 21)
+    assert lake.file_stats(handle)[1] == height + 20
 
 
 def test_columns_are_read_in_the_order_asked(filled):
