@@ -1,16 +1,17 @@
 """What is wrong with the data under a root, found by looking at all of it, and what to do about it. Changes nothing."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from pipeline import batches, compaction, documents, kept, lake, model
 from pipeline.documents import Damaged
-from pipeline.durability import CHECKPOINT, COMMIT
 from pipeline.tables import TABLES
 from storage import Root
 
+PART = re.compile(r"\d{20}(\.checkpoint\.parquet|\.json)")  # of a table's log
 RUN_PREPROCESS = "run preprocess: it puts this right before anything else"
 REBUILD = "end `up`, then `orchestrate.py rebuild`"
 WAITS = timedelta(minutes=30)  # for a file in landing, with a schedule of a minute
@@ -87,7 +88,7 @@ def _table(place: Root, table: str) -> Iterator[tuple[str, str]]:
     except Damaged:
         published = None
     for name in place.list(log):
-        match = COMMIT.fullmatch(name) or CHECKPOINT.fullmatch(name)
+        match = PART.fullmatch(name)
         what = name.removesuffix(".json").removesuffix(".parquet")
         if match and not kept.has(place, table, what, place.read(f"{log}/{name}")) and kept.sha256s(place, table, what):
             yield f"{log}/{name} is not what was written", RUN_PREPROCESS

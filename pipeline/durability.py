@@ -7,7 +7,6 @@ data are synced, and each commit is kept a second time (`pipeline.kept`). A run 
 
 import io
 import json
-import re
 from collections.abc import Iterator
 
 import polars as pl
@@ -16,8 +15,6 @@ from pipeline import batches, documents, kept, lake
 from pipeline.documents import Damaged
 from storage import Root
 
-COMMIT = re.compile(r"(\d{20})\.json")
-CHECKPOINT = re.compile(r"(\d{20})\.checkpoint\.parquet")
 LAST = "_last_checkpoint"
 KEPT_VERSIONS = 10_080  # a week of a batch a minute: what `whence` can still tell when the log no longer does
 REBUILD = "`orchestrate.py rebuild` makes the lake again from the archive"
