@@ -91,8 +91,8 @@ def lake_at(scale: float) -> str:
     for tick in range(stream.slices):
         frames = source.make_tick(stream, tick)
         for table, frame in frames.items():
-            frame = frame.with_columns(pl.lit(None, pl.String).alias(RESCUED))
-            versions[table] = lake.append(root, table, frame, batch=tick + 1, run_id="benchmark")
+            rows = lake.encode(table, frame.with_columns(pl.lit(None, pl.String).alias(RESCUED)))
+            versions[table] = lake.append(root, table, rows, batch=tick + 1, run_id="benchmark", after=versions[table])
     as_of = frames["orders"]["o_order_time"].max().isoformat()
     lake.publish(root, batch=stream.slices, as_of=as_of, versions=versions, run_id="benchmark")
     return root.url
