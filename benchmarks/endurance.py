@@ -5,7 +5,6 @@ python benchmarks/endurance.py [RUNS] [KILLS]
 
 import os
 import sys
-import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,6 @@ AT_ONCE = 3
 def main(runs: int, kills: int) -> None:
     began = measure.machine()
     with measure.own_state() as folder, measure.fork_server(1, folder) as keeper:
-        before = _kernel_folders()
         server, me = psutil.Process(keeper.process.pid), psutil.Process()
         seen = []
         for i in range(runs):
@@ -35,11 +33,11 @@ def main(runs: int, kills: int) -> None:
         slopes = [100 * _slope([(row[0], row[column]) for row in later]) for column in (1, 2)]
         zombies = [p.pid for p in psutil.process_iter(["status"]) if p.info["status"] == psutil.STATUS_ZOMBIE]
         zombies = [pid for pid in zombies if psutil.Process(pid).ppid() in (server.pid, me.pid)]
-        measure.wait_until(lambda: len(_kernel_folders() - before) <= keeper.ready, 20)
+        measure.wait_until(lambda: len(_kernel_folders(folder)) <= keeper.ready, 20)
         failed = _killed(folder, keeper, kills)
         keeper.process.kill()
-        measure.wait_until(lambda: not _kernel_folders() - before, 20)
-        left = sorted(_kernel_folders() - before)
+        measure.wait_until(lambda: not _kernel_folders(folder), 20)
+        left = _kernel_folders(folder)
     rows = [
         ["memory of the fork server, MB per 100 runs", f"{slopes[0]:+.2f}"],
         ["memory of the worker's process, MB per 100 runs", f"{slopes[1]:+.2f}"],
@@ -79,8 +77,8 @@ def _killed(folder: Path, keeper: warm.Keeper, kills: int) -> int:
         return sum(each.result() for each in working)
 
 
-def _kernel_folders() -> set[str]:
-    return {str(path) for path in Path(tempfile.gettempdir()).glob("kernel-*")}
+def _kernel_folders(folder: Path) -> list[str]:
+    return [str(path) for path in folder.glob("kernel-*")]
 
 
 def _slope(points: list[tuple[float, float]]) -> float:

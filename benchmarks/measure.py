@@ -34,9 +34,10 @@ CELLS = [IMPORTS, "import polars as pl", "pl.DataFrame({'x': range(rows)}).descr
 
 @contextlib.contextmanager
 def own_state() -> Iterator[Path]:
-    """A folder for everything; spool and fork server of this benchmark alone."""
+    """A folder for everything; spool, fork server and temporary files of this benchmark alone."""
     with tempfile.TemporaryDirectory(prefix="etl-bench-", ignore_cleanup_errors=True) as folder:
-        os.environ |= {"ETL_SPOOL": f"{folder}/spool", "ETL_KERNELS": f"{folder}/kernels"}
+        tempfile.tempdir = folder
+        os.environ |= {"ETL_SPOOL": f"{folder}/spool", "ETL_KERNELS": f"{folder}/kernels", "TMPDIR": folder}
         yield Path(folder)
 
 
