@@ -243,19 +243,7 @@ def _actions(rewrites: list[Rewrite], read_version: int, run_id: str) -> list[di
             }
             for path, size in removed
         ),
-        *(
-            {
-                "add": {
-                    "path": rewrite.path,
-                    "partitionValues": {},
-                    "size": rewrite.bytes,
-                    "modificationTime": now,
-                    "dataChange": False,
-                    "stats": json.dumps(rewrite.stats),
-                }
-            }
-            for rewrite in rewrites
-        ),
+        *(lake.add(one.path, one.bytes, json.dumps(one.stats), now, changes=False) for one in rewrites),
     ]
 
 

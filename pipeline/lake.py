@@ -227,16 +227,22 @@ def _append_actions(path: str, rows: Encoded, read_version: int, batch: int, run
         "stage": "preprocess",
         "batch": str(batch),
     }
-    added = {
-        "path": path,
-        "partitionValues": {},
-        "size": len(rows.data),
-        "modificationTime": now,
-        "dataChange": True,
-        "stats": rows.stats,
-    }
     transaction = {"appId": APP_ID, "version": batch, "lastUpdated": now}
-    return [{"commitInfo": about}, {"txn": transaction}, {"add": added}]
+    return [{"commitInfo": about}, {"txn": transaction}, add(path, len(rows.data), rows.stats, now, changes=True)]
+
+
+def add(path: str, size: int, stats: str, now: int, *, changes: bool) -> dict:
+    """A commit's line that adds a file. `now`: in milliseconds; `changes`: whether its rows are new to the table."""
+    return {
+        "add": {
+            "path": path,
+            "partitionValues": {},
+            "size": size,
+            "modificationTime": now,
+            "dataChange": changes,
+            "stats": stats,
+        }
+    }
 
 
 def commit(place: Root, table: str, version: int, actions: list[dict]) -> bool:
