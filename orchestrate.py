@@ -31,8 +31,8 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from runner import params
-from storage import PROJECT, LeaseHeld, Root
+from etl import params
+from etl.storage import PROJECT, LeaseHeld, Root
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 runs_app = typer.Typer(no_args_is_help=True, help="The index of runs.")
@@ -61,7 +61,9 @@ def up(
     dashboard_port: Annotated[int, typer.Option(help="The dashboard.")] = 8501,
 ):
     """Everything: Prefect's server unless PREFECT_API_URL is set, the schedules, API and dashboard. Ctrl-C ends all."""
-    from runner import journal, services, warm
+    from etl.kernels import client
+    from etl.runs import journal
+    from etl.serve import services
 
     project = _load(env, root=root)
     _log_to_terminal()
@@ -90,16 +92,17 @@ def up(
             child.wait_ready()
             out.print(f"{child.name:15} {child.page}", highlight=False)
         if project.environment.ready_kernels:
-            children.append(warm.Keeper(project.environment.ready_kernels, here / "kernels.log"))
+            children.append(client.Keeper(project.environment.ready_kernels, here / "kernels.log"))
             children[-1].start()
-        from runner import retention, schedule
+        from etl.reports import retention
+        from etl.serve import flows
 
         retention.sweep_regularly(Root.at(project.environment.root), project.environment.retention)
 
         def on_record(record) -> None:
             _print_record(record, report=f"{api_url}/reports/{record.run_id}")
 
-        asyncio.run(schedule.serve(project, api_url, children, on_record=on_record, on_status=_print_status))
+        asyncio.run(flows.serve(project, api_url, children, on_record=on_record, on_status=_print_status))
     except KeyboardInterrupt:
         status = 0
         out.print("ending every child …")
@@ -157,7 +160,7 @@ def run(
 @app.command()
 def replay(run_id: RunId, env: Env = "local", root: RootOption = None, as_json: AsJson = False):
     """A run again, on the versions it read, in outputs/replay/<run>: exit status 0 only when the same comes out."""
-    from runner import replay as replays
+    from etl.runs import replay as replays
 
     earlier = _get_run(run_id, env, root)
     (stage,), environment, _ = _recorded(earlier, env, root)
@@ -189,8 +192,8 @@ def whence(
     as_json: AsJson = False,
 ):
     """The run that wrote a version of a table of the lake, and its report."""
-    from runner import provenance, runs
-    from runner import report as reports
+    from etl.reports import page as reports
+    from etl.runs import index, provenance
 
     table, _, number = version.partition("@")
     if number and not number.isdecimal():
@@ -203,7 +206,7 @@ def whence(
     found |= {"state": None, "report": None}
     if found["run_id"]:
         with contextlib.suppress(KeyError):  # a run in JupyterLab is in no index
-            record = runs.get(place, found["run_id"])
+            record = index.get(place, found["run_id"])
             report = reports.url_of(place, record) if record["kept"] else None
             found |= {"state": record["state"], "report": report}
     if as_json:
@@ -267,10 +270,10 @@ def runs_list(
     as_json: AsJson = False,
 ):
     """The last runs, newest first."""
-    from runner import runs
+    from etl.runs import index
 
     between = {"since": since and _time(since), "until": until and _time(until)}
-    found = runs.list(_root(env, root), stage=stage, state=state, limit=limit, **between)
+    found = index.list(_root(env, root), stage=stage, state=state, limit=limit, **between)
     if as_json:
         print(json.dumps(found, default=str))
         return
@@ -305,7 +308,7 @@ def runs_show(run_id: RunId, env: Env = "local", root: RootOption = None, as_jso
 @runs_app.command("tail")
 def runs_tail(run_id: RunId, env: Env = "local", root: RootOption = None):
     """What a run prints, as it comes; of one that has ended, all of it. Exit status 1 unless it ends ok or noop."""
-    from runner import journal
+    from etl.runs import journal
 
     state = heading = None
     try:
@@ -330,7 +333,7 @@ def runs_tail(run_id: RunId, env: Env = "local", root: RootOption = None):
 @runs_app.command("diff")
 def runs_diff(a: RunId, b: RunId, env: Env = "local", root: RootOption = None, as_json: AsJson = False):
     """What differs between two runs: parameters, code, inputs, seconds, metrics, and how they ended."""
-    from runner import replay as replays
+    from etl.runs import replay as replays
 
     differences = replays.diff(*(_get_run(run_id, env, root) for run_id in (a, b)))
     if as_json:
@@ -349,7 +352,7 @@ def runs_sweep(
     as_json: AsJson = False,
 ):
     """Remove the reports that tell nothing new, by the env file's `retention`; every run's row stays."""
-    from runner import retention
+    from etl.reports import retention
 
     environment = _load(env, root=root).environment
     counts = retention.sweep(Root.at(environment.root), environment.retention, dry_run=dry_run)
@@ -361,7 +364,7 @@ def runs_open(run_id: RunId, env: Env = "local", root: RootOption = None):
     """Open a run's report in the browser."""
     import webbrowser
 
-    from runner import report as reports
+    from etl.reports import page as reports
 
     place, record = _root(env, root), _get_run(run_id, env, root)
     if not record["kept"]:
@@ -387,8 +390,8 @@ def doctor(
 
     Exit status 1 when something is.
     """
-    from pipeline import doctor as data
-    from runner import health, services
+    from etl.lake import doctor as data
+    from etl.serve import health, services
 
     place = _root(env, root)
     here = _services_folder(place.url)
@@ -423,7 +426,7 @@ def rebuild(env: Env = "local", root: RootOption = None, as_json: AsJson = False
 
     Refused when the archive no longer has every file that is in the lake: it keeps `archive_days` of compact.
     """
-    from pipeline import rebuild as again
+    from etl.lake import rebuild as again
 
     place = _root(env, root)
     try:
@@ -443,7 +446,7 @@ def rebuild(env: Env = "local", root: RootOption = None, as_json: AsJson = False
 @quarantine_app.command("list")
 def quarantine_list(env: Env = "local", root: RootOption = None, as_json: AsJson = False):
     """What did not fit: files with refused lines, and files that were refused whole, the newest first."""
-    from pipeline import quarantine
+    from etl.lake import quarantine
 
     place = _root(env, root)
     found = quarantine.overview(place.url)
@@ -464,7 +467,7 @@ def quarantine_show(
     as_json: AsJson = False,
 ):
     """The refused lines of a file with their reasons, or why it was refused whole."""
-    from pipeline import quarantine
+    from etl.lake import quarantine
 
     place = _root(env, root)
     whole = [one for one in quarantine.refused_files(place.url) if one["file"] == file]
@@ -490,7 +493,7 @@ def quarantine_retry(
     root: RootOption = None,
 ):
     """Put a refused file, or those of its refused lines that fit by now, into landing again."""
-    from pipeline import quarantine
+    from etl.lake import quarantine
 
     try:
         made = quarantine.retry(_root(env, root).url, file)
@@ -512,7 +515,7 @@ def _load(env: str, *, root: str | None = None, overrides: list[str] = (), stage
 
 def _recorded(run: dict, env: str, root: str | None, overrides: list[str] = (), stage: str | None = None) -> tuple:
     """([the stage with a run's parameters], the environment, how those differ); a refusal is printed, exit status 2."""
-    from runner import replay as replays
+    from etl.runs import replay as replays
 
     if stage not in (None, run["stage"]):
         raise typer.BadParameter(f"{run['run_id']} is a run of {run['stage']}, not of {stage}")
@@ -528,7 +531,7 @@ def _recorded(run: dict, env: str, root: str | None, overrides: list[str] = (), 
 
 def _reconcile() -> None:
     """Close the runs that a process which is gone left running."""
-    from runner import journal
+    from etl.runs import journal
 
     for run_id in journal.reconcile():
         err.print(f"closed {run_id}, which an earlier process left running", highlight=False)
@@ -561,13 +564,13 @@ def _run_one(
     """One run with a progress bar; recorded in Prefect when a server answers."""
     with _progress(stage, quiet) as on_cell:
         if _prefect_answers():
-            from runner import schedule
+            from etl.serve import flows
 
-            return schedule.run_recorded(stage, environment, scheduled_for, on_cell, parent)
-        from runner import compute
+            return flows.run_recorded(stage, environment, scheduled_for, on_cell, parent)
+        from etl.runs import dispatch
 
         asked = {"scheduled_for": scheduled_for, "on_cell": on_cell, "parent": parent, "page_later": True}
-        return compute.run_stage(stage, environment, **asked)
+        return dispatch.run_stage(stage, environment, **asked)
 
 
 @contextlib.contextmanager
@@ -594,7 +597,7 @@ def _progress(stage: params.Stage, quiet: bool) -> Iterator[Callable[[int, int, 
 
 def _prefect_answers() -> bool:
     """Whether runs can be recorded in Prefect: PREFECT_API_URL is set, or `up` is at work on this machine."""
-    from runner import services
+    from etl.serve import services
 
     if "PREFECT_API_URL" not in os.environ:
         local = f"http://{services.HOST}:4200/api"
@@ -605,10 +608,10 @@ def _prefect_answers() -> bool:
 
 
 def _get_run(run_id: str, env: str, root: str | None) -> dict:
-    from runner import runs
+    from etl.runs import index
 
     try:
-        return runs.get(_root(env, root), run_id)
+        return index.get(_root(env, root), run_id)
     except KeyError:
         _refuse(f"there is no run {run_id}; `runs list` names them")
 

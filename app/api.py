@@ -21,10 +21,11 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from app.settings import Settings
-from pipeline import lake, model, queries
-from runner import report as reports
-from runner import runs
-from storage import Root
+from etl.lake import snapshot as lake
+from etl.reports import page as reports
+from etl.runs import index
+from etl.storage import Root
+from pipeline import model, queries
 
 BODY_LIMIT = 1_000_000  # bytes; 1,000 line items are about a quarter of it
 ITEM_LIMIT = 1000
@@ -152,7 +153,7 @@ class Answer(QuestionInfo):
     )
 
 
-State = Literal[runs.STATES]
+State = Literal[index.STATES]
 
 
 class Run(BaseModel):
@@ -366,7 +367,7 @@ def list_runs(
     limit: Annotated[int, Query(ge=1, le=1000, description="At most so many")] = 50,
 ) -> list[Run]:
     """The last runs, newest first."""
-    return runs.list(root, stage=stage, state=state, since=since, until=until, limit=limit)
+    return index.list(root, stage=stage, state=state, since=since, until=until, limit=limit)
 
 
 @app.get(
@@ -449,6 +450,6 @@ def _run(root: Root, run_id: str) -> dict:
     try:
         if not RUN_ID.fullmatch(run_id):
             raise KeyError(run_id)
-        return runs.get(root, run_id)
+        return index.get(root, run_id)
     except KeyError:
         raise HTTPException(404, f"there is no run {ascii(run_id)}; /runs lists them") from None

@@ -9,9 +9,10 @@ import polars as pl
 import streamlit as st
 
 from app.settings import Settings
-from pipeline import charts, queries
-from runner import runs
-from storage import Root
+from etl import charts
+from etl.runs import index
+from etl.storage import Root
+from pipeline import queries
 
 LOOK_S = 15  # between two looks at the root
 TABLE_PX = 213  # a head and five rows
@@ -48,9 +49,9 @@ def answer(root_url: str, question: str, pointer: bytes) -> tuple[dict[str, Any]
 def latest_runs(root_url: str) -> list[dict[str, Any]]:
     """The last runs of all, newest first, and at least one of every stage that has a report."""
     root = Root.at(root_url)
-    latest = runs.list(root, limit=200)
+    latest = index.list(root, limit=200)
     for stage in set(root.list("reports")) - {run["stage"] for run in latest}:
-        latest += runs.list(root, stage=stage, limit=1)
+        latest += index.list(root, stage=stage, limit=1)
     return latest
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import measure
 import psutil
 
-from runner import journal, warm
+from etl.kernels import client
+from etl.runs import journal
 
 LOOKS = 25  # at the memory
 AT_ONCE = 3
@@ -50,7 +51,7 @@ def main(runs: int, kills: int) -> None:
     measure.publish("endurance", title, ["what", "found"], rows, result | {"failed": failed}, began)
 
 
-def _killed(folder: Path, keeper: warm.Keeper, kills: int) -> int:
+def _killed(folder: Path, keeper: client.Keeper, kills: int) -> int:
     """How many runs failed, with `AT_ONCE` runs under way all the time."""
     over = threading.Event()
 
@@ -67,11 +68,11 @@ def _killed(folder: Path, keeper: warm.Keeper, kills: int) -> int:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         working = [pool.submit(work, worker) for worker in range(AT_ONCE)]
         for _ in range(kills):
-            measure.wait_until((warm.place() / "socket").exists)
+            measure.wait_until((client.place() / "socket").exists)
             time.sleep(1 + os.urandom(1)[0] / 256)
             keeper.process.kill()
             keeper.process.wait()
-            (warm.place() / "socket").unlink(missing_ok=True)
+            (client.place() / "socket").unlink(missing_ok=True)
             keeper.start()
         over.set()
         return sum(each.result() for each in working)

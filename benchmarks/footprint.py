@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 import measure
 import psutil
 
-from runner import runs
-from storage import PROJECT, Root
+from etl.runs import index
+from etl.storage import PROJECT, Root
 
 LOOK_S = 5
 KERNELS = "kernels"
@@ -27,7 +27,7 @@ ROLES = {  # by a word of the command line; of a child, else its parent's
     "prefect server": "Prefect server",
     "uvicorn": "API",
     "streamlit": "dashboard",
-    "runner.forkserver": "fork server",
+    "etl.kernels.forkserver": "fork server",
     "orchestrate.py": "worker",
 }
 
@@ -88,7 +88,7 @@ def measured(pid: int, seconds: float, root: Root) -> dict:
     took = time.monotonic() - at
     after = _lasting_cpu_s(pid)
     cpu_s = {role: after[role] - before.get(role, 0) for role in after}
-    found = [runs.get(root, row["run_id"]) for row in runs.list(root, since=since, limit=10_000)]
+    found = [index.get(root, row["run_id"]) for row in index.list(root, since=since, limit=10_000)]
     cpu_s[KERNELS] = sum(run["receipt"].get("cpu_s") or 0 for run in found)
     return {
         "seconds": took,
@@ -111,7 +111,7 @@ def _roles(pid: int) -> dict[psutil.Process, str]:
         role = next((role for word, role in ROLES.items() if word in line), of.get(parent, "worker"))
         if role == "fork server" and of.get(parent) in ("fork server", KERNELS):
             role = KERNELS  # forked, it looks like its server
-        if "runner.inside" in line or "blackbox" in line:
+        if "etl.kernels.in_kernel" in line or "blackbox" in line:
             role = KERNELS
         found[process], of[process.pid] = role, role
     return found

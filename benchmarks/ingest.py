@@ -33,7 +33,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from storage import PROJECT, Root
+from etl.storage import PROJECT, Root
 
 AT = "2026-03-01T12:00:10+00:00"
 SCALE = 0.1  # of the files that are ingested: 150,000 orders, 600,000 line items, 290 MB
@@ -44,7 +44,7 @@ TICKS = 15  # measured on each lake, in turn
 
 
 def ours(root: str) -> None:
-    from pipeline import durability, ingest
+    from etl.lake import durability, ingest
 
     durability.repair(root)
     ingest.drain(root, **LIMITS, run_id="bench")
@@ -63,7 +63,7 @@ def with_pandas_typed(root: str) -> None:
     import pyarrow as pa
     from deltalake import write_deltalake
 
-    from pipeline import lake
+    from etl.lake import snapshot as lake
     from pipeline.tables import RESCUED
 
     for path in sorted(Path(root, "landing").glob("*/*.json")):
@@ -80,7 +80,7 @@ def with_pandas_typed(root: str) -> None:
 def limit_as_text(root: str) -> None:
     import polars as pl
 
-    from pipeline.parse import BOUNDS
+    from etl.lake.parse import BOUNDS
     from pipeline.tables import STREAMED, TABLES
 
     for table in STREAMED:
@@ -94,7 +94,7 @@ def limit_as_text(root: str) -> None:
 def limit_typed(root: str) -> None:
     import polars as pl
 
-    from pipeline.parse import BOUNDS
+    from etl.lake.parse import BOUNDS
     from pipeline.tables import DAY, STREAMED, TABLES, TIME
 
     for table in STREAMED:
@@ -128,7 +128,7 @@ def in_this_process(way: str, root: str) -> None:
     import polars
     import pyarrow.parquet  # noqa: F401
 
-    from pipeline import compaction, ingest  # noqa: F401
+    from etl.lake import compaction, ingest  # noqa: F401
 
     polars.DataFrame({"a": [1]}).lazy().filter(polars.col("a") > 0).collect()  # its threads are up
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
@@ -174,7 +174,8 @@ def aged(root: str, versions: int) -> None:
     """A lake whose streamed tables have that many versions, each a minute older than the next, and compacted."""
     import polars as pl
 
-    from pipeline import batches, compaction, documents, durability, lake
+    from etl.lake import compaction, documents, durability, ledger
+    from etl.lake import snapshot as lake
     from pipeline.tables import RESCUED
 
     rescued = pl.lit(None, pl.String).alias(RESCUED)
@@ -191,9 +192,9 @@ def aged(root: str, versions: int) -> None:
             _date_back(place, table, handle.version(), (versions - number) * AGE_S)
         if number % 30 == 0 or number == versions:
             documents.keep(
-                place, batches.manifest(number), {"batch": number, "ingested": {}, "files": [], "date": AT[:10]}
+                place, ledger.manifest(number), {"batch": number, "ingested": {}, "files": [], "date": AT[:10]}
             )
-            place.write(batches.done(number), b"")
+            place.write(ledger.done(number), b"")
             for table, handle in handles.items():
                 durability.seal(place, table, after=pointer["tables"][table], until=handle.version())
                 pointer["tables"][table] = handle.version()
@@ -211,7 +212,7 @@ def _append(place: Root, table: str, handle, rows, number: int) -> None:
     from deltalake import CommitProperties, Transaction
     from deltalake.transaction import AddAction
 
-    from pipeline import lake
+    from etl.lake import snapshot as lake
 
     path = f"batch-{number:08d}.zstd.parquet"
     Path(place.url_of(f"lake/{table}/{path}")).write_bytes(rows.data)

@@ -17,15 +17,16 @@ from nbformat.v4 import new_code_cell, new_notebook
 from rich.console import Console
 from rich.table import Table
 
-from runner import services, warm
-from runner.engine import RunRecord, RunRequest, execute
-from storage import PROJECT, Root
+from etl.kernels import client
+from etl.runs.engine import RunRecord, RunRequest, execute
+from etl.serve import services
+from etl.storage import PROJECT, Root
 
 IMPORTS = "\n".join(
     [  # what the five stages import, at their beginning or on the way
         "from IPython.display import Markdown, display",
         "from pipeline import charts, compaction, ingest, lake, model, queries, source",
-        "from runner.notebook import check, record, stop",
+        "from etl.notebook import check, record, stop",
         "import deltalake, holoviews.plotting.mpl, hvplot.plotting.core, pandera.polars, PIL.Image, pyarrow, xgboost",
     ]
 )
@@ -76,12 +77,12 @@ def without_fork_server(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def fork_server(ready: int, folder: Path) -> Iterator[warm.Keeper]:
+def fork_server(ready: int, folder: Path) -> Iterator[client.Keeper]:
     """A fork server with `ready` kernels that wait."""
-    keeper = warm.Keeper(ready, folder / "kernels.log")
+    keeper = client.Keeper(ready, folder / "kernels.log")
     keeper.start()
     try:
-        wait_until((warm.place() / "socket").exists)
+        wait_until((client.place() / "socket").exists)
         time.sleep(3)  # its first kernels come up
         yield keeper
     finally:

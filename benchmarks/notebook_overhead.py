@@ -18,8 +18,8 @@ import measure
 import nbformat
 import papermill
 
-from runner import journal
-from runner.engine import RunRecord
+from etl.runs import journal
+from etl.runs.engine import RunRecord
 
 PAUSE_S = 2  # for the next kernel to come up, as between two runs of a schedule
 READY = "this runner, ready kernel"

@@ -29,9 +29,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import lake, queries, source
+from etl.lake import snapshot as lake
+from etl.storage import PROJECT, Root
+from pipeline import queries, source
 from pipeline.tables import RESCUED
-from storage import PROJECT, Root
 
 THREADS, WORKERS, WORKER_MEMORY = 2, 2, "4GB"
 FOLDER = PROJECT / "outputs" / "benchmarks"

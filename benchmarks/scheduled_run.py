@@ -102,11 +102,13 @@ def serve(seconds: float, folder: Path) -> None:
 
 def worker(seconds: float, folder: Path) -> None:
     """As `up` does it, fork server included."""
-    from runner import params, schedule, warm
+    from etl import params
+    from etl.kernels import client as kernel_client
+    from etl.serve import flows
 
     _write_project(folder)
     project = params.load(folder, "local")
-    keeper = warm.Keeper(2, folder / "kernels.log")
+    keeper = kernel_client.Keeper(2, folder / "kernels.log")
     keeper.start()
     on, late = asyncio.Event(), []
 
@@ -120,7 +122,7 @@ def worker(seconds: float, folder: Path) -> None:
             on.set()
 
     async def for_a_while() -> float:
-        serving = asyncio.create_task(schedule.serve(project, None, [keeper], on_record, on_status))
+        serving = asyncio.create_task(flows.serve(project, None, [keeper], on_record, on_status))
         waiting = asyncio.create_task(on.wait())
         await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
         before = _own_cpu_s()
@@ -143,7 +145,7 @@ def _write_project(folder: Path) -> None:
     (folder / "params/env/local.yml").write_text(f"root: {folder}/root\n")
     kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     cells = [
-        nbformat.v4.new_code_cell("import time\nbegan = time.time()\nfrom runner.notebook import check, record, stop"),
+        nbformat.v4.new_code_cell("import time\nbegan = time.time()\nfrom etl.notebook import check, record, stop"),
         nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell("record(began=began)"),
     ]

@@ -14,7 +14,7 @@ from pathlib import Path
 import measure
 import nbformat
 
-from runner import journal
+from etl.runs import journal
 
 AT_ONCE = 8
 READY = 2

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
 
-from storage import Root
+from etl.storage import Root
 
 if TYPE_CHECKING:
     import numpy as np
@@ -210,7 +210,7 @@ def calibration(booster: "xgboost.Booster", held_out: pl.DataFrame, bins: int = 
 
 def calibration_chart(result: pl.DataFrame):
     """Predicted against observed, beside the diagonal of a model that is right about how sure it is."""
-    from pipeline.charts import plot
+    from etl.charts import plot
 
     labels = {"xlabel": "predicted probability of late", "ylabel": "share that was late"}
     diagonal = pl.DataFrame({"predicted": [0.0, 1.0], "observed": [0.0, 1.0]})
@@ -243,7 +243,7 @@ def by_days(booster: "xgboost.Booster", held_out: pl.DataFrame) -> pl.DataFrame:
 
 def by_days_chart(result: pl.DataFrame):
     """The model beside the true probability: where the lines part, there is something left to learn."""
-    from pipeline.charts import plot
+    from etl.charts import plot
 
     labels = {"xlabel": "days from shipping to the promised day", "ylabel": "probability of late"}
     title = "Late by days left, held-out rows"

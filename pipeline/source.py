@@ -22,8 +22,8 @@ from pathlib import Path
 
 import polars as pl
 
+from etl.storage import Root
 from pipeline.tables import STREAMED, TABLES
-from storage import Root
 
 TICK_S = 30  # seconds of event time between two ticks
 SHIP_STEP = timedelta(minutes=36)  # one day between order and shipping takes this long in the live stream
@@ -230,7 +230,7 @@ def repeated_keys(made: dict[int, dict[str, pl.DataFrame]]) -> int:
 
 def chart(rows: pl.DataFrame):
     """Rows per tick as bars; `rows` as from `rows_per_tick`."""
-    from pipeline.charts import plot
+    from etl.charts import plot
 
     return plot(rows).bar(
         x="tick", y=["orders", "lineitem"], stacked=True, title="Rows per tick", xlabel="tick", ylabel="rows"

@@ -2,7 +2,7 @@
 
 import sys
 
-for name in ("pipeline", "runner", "storage"):
+for name in ("pipeline", "etl"):
     sys.modules[name] = None  # an import of it fails
 
 

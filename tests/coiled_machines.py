@@ -110,8 +110,9 @@ def main(root: str) -> None:
     from distributed import LocalCluster
     from distributed.security import Security
 
-    from runner import compute, params
-    from storage import PROJECT
+    from etl import params
+    from etl.runs import dispatch
+    from etl.storage import PROJECT
 
     os.environ["DASK_COILED__CLIENT_PUBLIC_IP"] = "127.0.0.1"  # or the client asks another host for it
     security = Security.temporary()
@@ -132,7 +133,7 @@ def main(root: str) -> None:
 
     project = params.load(PROJECT, "local", ["query.questions=[q01, q05, top_customers]"])
     stage = replace(project.stages["query"], dask={"coiled": ASKED | {"credentials": None}}, retries=0)
-    record = compute.run_stage(stage, replace(project.environment, root=root))
+    record = dispatch.run_stage(stage, replace(project.environment, root=root))
     told = {name: getattr(record, name) for name in ("run_id", "state", "reason", "parameters", "report")}
     print(json.dumps(told | {"wanted": plane.wanted, "deleted": plane.deleted, "key": plane.key}))
     sys.stdout.flush()

@@ -6,7 +6,7 @@ from pathlib import Path
 from prefect import flow, get_run_logger, runtime
 from prefect.states import Cancelled, Failed
 
-from runner.worker import cancel_event
+from etl.serve.worker import cancel_event
 
 
 @flow

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from runner.worker import InPlaceWorker  # isort: skip  # before Prefect's settings are read
+from etl.serve.worker import InPlaceWorker  # isort: skip  # before Prefect's settings are read
 
 import compared_flows
 from prefect import Flow, get_client

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from support import free_port, ingest_all, s3_variables
 
+from etl.storage import PROJECT
 from pipeline import source
-from storage import PROJECT
 
 SCALE, SLICES = 0.01, 40
 LONGEST = (
@@ -75,9 +75,9 @@ def project(tmp_path) -> Path:
     """A copy of the project whose notebooks and YAML a test may change."""
     copy = tmp_path / "project"
     copy.mkdir()
-    for name in ("app", "notebooks", "params", "pipeline", "runner"):
+    for name in ("app", "etl", "notebooks", "params", "pipeline"):
         shutil.copytree(PROJECT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    for name in ("orchestrate.py", "storage.py"):
+    for name in ("orchestrate.py",):
         shutil.copy(PROJECT / name, copy)
     return copy
 

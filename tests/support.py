@@ -8,7 +8,7 @@ from pathlib import Path
 
 import nbformat
 
-from pipeline import ingest
+from etl.lake import ingest
 
 AT = "2026-03-01T12:00:10+00:00"  # a scheduled time; any will do
 SMALL = ("-p", "scale=0.01", "-p", "slices=40", "-p", "history=2", "-p", "min_rows=500")  # for the command line
@@ -60,7 +60,7 @@ def write_stage(project, name: str, *cells: str, parameters: str = "", yml: str 
     nb = nbformat.v4.new_notebook(
         cells=[
             nbformat.v4.new_markdown_cell(f"# {name}"),
-            nbformat.v4.new_code_cell("from runner.notebook import check, record, stop"),
+            nbformat.v4.new_code_cell("from etl.notebook import check, record, stop"),
             nbformat.v4.new_code_cell(declared, metadata={"tags": ["parameters"]}),
             *(nbformat.v4.new_code_cell(cell) for cell in cells),
         ],

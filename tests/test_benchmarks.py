@@ -8,7 +8,7 @@ import sys
 import pytest
 from support import environment
 
-from storage import PROJECT
+from etl.storage import PROJECT
 
 
 @pytest.mark.parametrize(

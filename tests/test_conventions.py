@@ -10,20 +10,30 @@ from pathlib import Path
 import pytest
 import yaml
 
-from runner import params
-from storage import PROJECT
+from etl import params
+from etl.storage import PROJECT
 
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
-PACKAGES = {"app", "orchestrate", "pipeline", "runner", "storage"}
+PACKAGES = {"app", "etl", "orchestrate", "pipeline"}
 MAY_IMPORT = {  # of the project's own modules
-    "pipeline": {"pipeline", "storage"},
-    "runner": {"runner", "storage"},
-    "app": {"app", "pipeline", "runner.journal", "runner.report", "runner.runs", "storage"},  # reading only
-    "notebooks": {"pipeline", "runner.notebook"},
+    "pipeline": {"pipeline", "etl.charts", "etl.lake", "etl.questions", "etl.storage"},
+    "etl": {"etl", "pipeline.tables", "pipeline.model", "pipeline.queries"},
+    "app": {
+        "app",
+        "pipeline",
+        "etl.runs.journal",
+        "etl.reports.page",
+        "etl.runs.index",
+        "etl.lake",
+        "etl.questions",
+        "etl.charts",
+        "etl.storage",
+    },  # reading only
+    "notebooks": {"pipeline", "etl.notebook", "etl.lake", "etl.charts"},
 }
 NEVER = {
     "pipeline": {"prefect", "papermill", "coiled", "streamlit", "fastapi"},
-    "runner": {"streamlit", "fastapi"},
+    "etl": {"streamlit", "fastapi"},
     "app": {"prefect", "papermill", "coiled"},
     "notebooks": {"prefect", "papermill", "coiled"},
 }
@@ -67,20 +77,20 @@ def test_orchestrate_knows_the_domain_only_where_a_command_asks_for_it():
     """It starts without pipeline; doctor, rebuild and quarantine are the lake's own and import it when they are run."""
     tree = ast.parse((PROJECT / "orchestrate.py").read_text())
     commands = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    asking = {name for name, node in commands.items() if any(m.split(".")[0] == "pipeline" for m in imports(node))}
+    asking = {name for name, node in commands.items() if any(m.startswith("etl.lake.") for m in imports(node))}
     assert asking == {"doctor", "rebuild", "quarantine_list", "quarantine_show", "quarantine_retry"}
     top = ast.Module([node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
-    assert {m.split(".")[0] for m in imports(top)} & PACKAGES == {"runner", "storage"}
+    assert {m.split(".")[0] for m in imports(top)} & PACKAGES == {"etl"}
 
 
 def test_coiled_and_prefect_are_imported_only_where_they_are_used():
-    for name, tree in sources("runner"):
+    for name, tree in sources("etl"):
         if "coiled" in {module.split(".")[0] for module in imports(tree)}:
-            assert name == "runner/compute.py"
+            assert name == "etl/runs/dispatch.py"
             top = imports(ast.Module([n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))], []))
             assert "coiled" not in top
         if "prefect" in {module.split(".")[0] for module in imports(tree)}:
-            assert name in ("runner/schedule.py", "runner/worker.py")
+            assert name in ("etl/serve/flows.py", "etl/serve/worker.py")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -145,7 +155,7 @@ def test_every_make_target_is_in_the_readme_or_in_help():
 def test_no_line_of_code_is_left_unfinished():
     for path in [
         *PROJECT.glob("*.py"),
-        *(p for part in ("app", "pipeline", "runner") for p in (PROJECT / part).rglob("*.py")),
+        *(p for part in ("app", "etl", "pipeline") for p in (PROJECT / part).rglob("*.py")),
     ]:
         with tokenize.open(path) as file:
             comments = [t.string for t in tokenize.generate_tokens(file.readline) if t.type == tokenize.COMMENT]

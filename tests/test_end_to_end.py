@@ -14,9 +14,10 @@ from polars.testing import assert_frame_equal
 from support import AT, SMALL, orchestrate
 from tpch_sql import QUESTIONS, connect, unlike
 
-from pipeline import lake, queries
+from etl.lake import snapshot as lake
+from etl.storage import PROJECT, Root
+from pipeline import queries
 from pipeline.tables import TABLES
-from storage import PROJECT, Root
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import pytest
 from nbclient import NotebookClient
 from support import SMALL, environment, orchestrate
 
+from etl import params
+from etl.storage import PROJECT
 from pipeline.queries import questions
-from runner import params
-from storage import PROJECT
 
 STAGES = list(params.load(PROJECT).stages)
 
@@ -18,9 +18,9 @@ STAGES = list(params.load(PROJECT).stages)
 def lab(tmp_path_factory):
     """A copy of the project in which the stages' defaults make a small stream, its scratch root empty."""
     copy = tmp_path_factory.mktemp("lab")
-    for name in ("notebooks", "params", "pipeline", "runner"):
+    for name in ("etl", "notebooks", "params", "pipeline"):
         shutil.copytree(PROJECT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("orchestrate.py", "storage.py"):
+    for name in ("orchestrate.py",):
         shutil.copy(PROJECT / name, copy)
     return copy
 

@@ -4,8 +4,8 @@ from fastapi.testclient import TestClient
 from streamlit.testing.v1 import AppTest
 from support import SMALL, orchestrate, s3_variables
 
-from pipeline import lake
-from storage import PROJECT
+from etl.lake import snapshot as lake
+from etl.storage import PROJECT
 
 
 def test_one_pass_on_s3_and_the_api_and_dashboard_read_it(s3_root, s3_server, monkeypatch):

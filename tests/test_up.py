@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from support import environment, free_port, write_stage
 
-from storage import PROJECT, Root
+from etl.storage import PROJECT, Root
 
 sys.path.insert(0, str(PROJECT / "benchmarks"))
 import footprint  # noqa: E402

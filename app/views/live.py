@@ -8,9 +8,11 @@ import polars as pl
 import streamlit as st
 
 from app import shown
-from pipeline import charts, lake, model, queries
-from runner import journal
-from storage import Root
+from etl import charts
+from etl.lake import snapshot as lake
+from etl.runs import journal
+from etl.storage import Root
+from pipeline import model, queries
 
 FOLLOW_S = 2  # between two looks at the runs under way
 LINES = 12  # of a run's output, the last
@@ -146,7 +148,7 @@ def model_card(published: dict[str, Any]) -> None:
 @st.cache_data(max_entries=8, show_spinner=False)
 def loss_chart(metrics: dict[str, Any]) -> Any:
     """The model's log loss between the best possible and that of always giving the share of late items."""
-    from pipeline.charts import plot
+    from etl.charts import plot
 
     late, best, loss = metrics["late_share"], metrics["best_log_loss"], metrics["log_loss"]
     guess = -late * math.log(late) - (1 - late) * math.log1p(-late)

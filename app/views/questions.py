@@ -6,8 +6,9 @@ import polars as pl
 import streamlit as st
 
 from app import shown
-from pipeline import charts, queries
-from storage import Root
+from etl import charts
+from etl.storage import Root
+from pipeline import queries
 
 ASKED = "question"  # in the page's URL, so that an answer can be linked
 
@@ -75,7 +76,7 @@ def read_from(question: queries.Question) -> None:
 @st.cache_data(max_entries=32, show_spinner=False)
 def history_chart(history: pl.DataFrame) -> Any:
     """A figure over time; `history`: as_of, and the figure under its name."""
-    from pipeline.charts import in_units, plot
+    from etl.charts import in_units, plot
 
     def chart(frame: pl.DataFrame) -> Any:
         name = frame.columns[1]

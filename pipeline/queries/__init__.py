@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from pipeline.queries._engines import Window, by_dask, by_polars, connected
-from pipeline.queries._results import changes, current, figure, history, save
+from etl.questions.engines import Window, by_dask, by_polars, connected
+from etl.questions.results import changes, current, figure, history, save
 
 if TYPE_CHECKING:
     import distributed
 
-    from pipeline.lake import Snapshot
+    from etl.lake.snapshot import Snapshot
 
 __all__ = ["Answer", "Question", "ask", "ask_all", "changes", "current", "figure", "history", "overview"]
 __all__ += ["questions", "save"]

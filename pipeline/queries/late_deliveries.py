@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 
 import narwhals as nw
 
-from pipeline.queries._exact import gathered
+from etl.questions.exact import gathered
 
 TABLES = {
     "orders": ["o_orderkey", "o_order_time"],
@@ -48,7 +48,7 @@ def answer(orders, lineitem, *, as_of: datetime, hours: int = 24):
 def chart(result):
     import polars as pl
 
-    from pipeline.charts import plot
+    from etl.charts import plot
 
     percent = result.select("ship_mode", percent=100 * pl.col("late_share"))
     title = "Line items that come late"

@@ -8,7 +8,7 @@ from datetime import date, timedelta
 
 import narwhals as nw
 
-from pipeline.queries._exact import gathered, money, revenue
+from etl.questions.exact import gathered, money, revenue
 
 TABLES = {
     "lineitem": [
@@ -64,7 +64,7 @@ def answer(lineitem, *, days: int = 90):
 def chart(result):
     import polars as pl
 
-    from pipeline.charts import in_units, plot
+    from etl.charts import in_units, plot
 
     returned = pl.col("return_flag").replace({"A": "accepted", "R": "returned", "N": "not received"})
     status = pl.col("line_status").replace({"F": "filled", "O": "open"})

@@ -6,7 +6,7 @@ first, 100 of them. (TPC-H Q2)
 
 import narwhals as nw
 
-from pipeline.queries._exact import gathered, money
+from etl.questions.exact import gathered, money
 
 TABLES = {
     "region": ["r_regionkey", "r_name"],

@@ -8,7 +8,7 @@ from datetime import date
 
 import narwhals as nw
 
-from pipeline.queries._exact import gathered, money, revenue
+from etl.questions.exact import gathered, money, revenue
 
 TABLES = {
     "customer": ["c_custkey", "c_mktsegment"],
@@ -41,7 +41,7 @@ def answer(customer, orders, lineitem, *, segment: str = "BUILDING", day: date =
 def chart(result):
     import polars as pl
 
-    from pipeline.charts import in_units, plot
+    from etl.charts import in_units, plot
 
     frame, unit = in_units(result.with_columns(order=pl.col("order_key").cast(pl.String)).reverse(), "revenue")
     title = "Unshipped orders of the highest revenue"

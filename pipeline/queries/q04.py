@@ -7,8 +7,8 @@ from datetime import date
 
 import narwhals as nw
 
+from etl.questions.exact import gathered
 from pipeline.queries._dates import months_later
-from pipeline.queries._exact import gathered
 
 TABLES = {
     "orders": ["o_orderkey", "o_orderdate", "o_orderpriority"],
@@ -37,7 +37,7 @@ def answer(orders, lineitem, *, first_day: date = date(1993, 7, 1)):
 
 
 def chart(result):
-    from pipeline.charts import in_units, plot
+    from etl.charts import in_units, plot
 
     frame, unit = in_units(result, "orders")
     title = "Orders with an item that came late, by priority"

@@ -8,7 +8,7 @@ from datetime import date
 
 import narwhals as nw
 
-from pipeline.queries._exact import gathered, money, revenue
+from etl.questions.exact import gathered, money, revenue
 
 TABLES = {
     "region": ["r_regionkey", "r_name"],
@@ -61,7 +61,7 @@ def answer(
 
 
 def chart(result):
-    from pipeline.charts import in_units, plot
+    from etl.charts import in_units, plot
 
     frame, unit = in_units(result.reverse(), "revenue")  # bars go upwards
     title = "Revenue from customers of the supplier's own nation"

@@ -9,8 +9,8 @@ from decimal import Decimal
 
 import narwhals as nw
 
+from etl.questions.exact import cents, gathered, money
 from pipeline.queries._dates import months_later
-from pipeline.queries._exact import cents, gathered, money
 
 TABLES = {
     "lineitem": ["l_shipdate", "l_discount", "l_quantity", "l_extendedprice"],

@@ -8,7 +8,7 @@ from datetime import date
 
 import narwhals as nw
 
-from pipeline.queries._exact import gathered, money, revenue
+from etl.questions.exact import gathered, money, revenue
 
 TABLES = {
     "nation": ["n_nationkey", "n_name"],
@@ -46,7 +46,7 @@ def answer(nation, supplier, customer, orders, lineitem, *, one_nation: str = "F
 def chart(result):
     import polars as pl
 
-    from pipeline.charts import in_units, plot
+    from etl.charts import in_units, plot
 
     ways = result.with_columns(
         way=pl.col("from_nation").str.to_titlecase() + " to " + pl.col("to_nation").str.to_titlecase(),

@@ -7,7 +7,7 @@ from datetime import date
 
 import narwhals as nw
 
-from pipeline.queries._exact import gathered, revenue
+from etl.questions.exact import gathered, revenue
 
 TABLES = {
     "region": ["r_regionkey", "r_name"],
@@ -67,7 +67,7 @@ def answer(
 def chart(result):
     import polars as pl
 
-    from pipeline.charts import plot
+    from etl.charts import plot
 
     percent = result.select(pl.col("year").cast(pl.String), percent=100 * pl.col("market_share"))
     return plot(percent).bar(x="year", y="percent", title="Market share", xlabel="", ylabel="percent")

@@ -5,7 +5,7 @@ What profit did each nation's suppliers make in each year with parts that have a
 
 import narwhals as nw
 
-from pipeline.queries._exact import gathered, money, revenue
+from etl.questions.exact import gathered, money, revenue
 
 TABLES = {
     "nation": ["n_nationkey", "n_name"],
@@ -51,7 +51,7 @@ def answer(nation, supplier, part, partsupp, orders, lineitem, *, color: str = "
 def chart(result):
     import polars as pl
 
-    from pipeline.charts import in_units, plot
+    from etl.charts import in_units, plot
 
     by_year = result.group_by("year").agg(pl.col("profit").sum()).sort("year")
     frame, unit = in_units(by_year.with_columns(pl.col("year").cast(pl.String)), "profit")

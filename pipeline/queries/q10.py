@@ -8,8 +8,8 @@ from datetime import date
 
 import narwhals as nw
 
+from etl.questions.exact import gathered, money, revenue
 from pipeline.queries._dates import months_later
-from pipeline.queries._exact import gathered, money, revenue
 
 TABLES = {
     "nation": ["n_nationkey", "n_name"],
@@ -55,7 +55,7 @@ def answer(nation, customer, orders, lineitem, *, first_day: date = date(1993, 1
 
 
 def chart(result):
-    from pipeline.charts import in_units, plot
+    from etl.charts import in_units, plot
 
     frame, unit = in_units(result.head(12).reverse(), "revenue")
     title = "Revenue lost to returned items, by customer"

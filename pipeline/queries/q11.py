@@ -7,7 +7,7 @@ from decimal import Decimal
 
 import narwhals as nw
 
-from pipeline.queries._exact import gathered, money
+from etl.questions.exact import gathered, money
 
 TABLES = {
     "nation": ["n_nationkey", "n_name"],

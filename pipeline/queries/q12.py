@@ -8,8 +8,8 @@ from datetime import date
 
 import narwhals as nw
 
+from etl.questions.exact import gathered
 from pipeline.queries._dates import months_later
-from pipeline.queries._exact import gathered
 
 TABLES = {
     "orders": ["o_orderkey", "o_orderpriority"],
@@ -42,7 +42,7 @@ def answer(orders, lineitem, *, one_mode: str = "MAIL", other_mode: str = "SHIP"
 
 
 def chart(result):
-    from pipeline.charts import plot
+    from etl.charts import plot
 
     title = "Shipped in time, arrived late"
     return plot(result).bar(x="ship_mode", y=["urgent", "other"], stacked=True, title=title, xlabel="", ylabel="items")

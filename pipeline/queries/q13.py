@@ -7,7 +7,7 @@ import re
 
 import narwhals as nw
 
-from pipeline.queries._exact import gathered
+from etl.questions.exact import gathered
 
 TABLES = {
     "customer": ["c_custkey"],
@@ -36,7 +36,7 @@ def answer(customer, orders, *, word: str = "special", later_word: str = "reques
 
 
 def chart(result):
-    from pipeline.charts import in_units, plot
+    from etl.charts import in_units, plot
 
     frame, unit = in_units(result.sort("orders"), "customers")
     return plot(frame).bar(x="orders", y="customers", title="Customers by orders placed", xlabel="orders", ylabel=unit)

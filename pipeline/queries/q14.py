@@ -7,8 +7,8 @@ from datetime import date
 
 import narwhals as nw
 
+from etl.questions.exact import gathered, revenue
 from pipeline.queries._dates import months_later
-from pipeline.queries._exact import gathered, revenue
 
 TABLES = {
     "part": ["p_partkey", "p_type"],

@@ -7,8 +7,8 @@ from datetime import date
 
 import narwhals as nw
 
+from etl.questions.exact import gathered, money, revenue
 from pipeline.queries._dates import months_later
-from pipeline.queries._exact import gathered, money, revenue
 
 TABLES = {
     "supplier": ["s_suppkey", "s_name", "s_address", "s_phone"],

@@ -6,7 +6,7 @@ that begin in some way are left out. (TPC-H Q16)
 
 import narwhals as nw
 
-from pipeline.queries._exact import gathered
+from etl.questions.exact import gathered
 
 TABLES = {
     "supplier": ["s_suppkey", "s_comment"],

@@ -6,7 +6,7 @@ For parts of one brand in one kind of container. (TPC-H Q17)
 
 import narwhals as nw
 
-from pipeline.queries._exact import gathered
+from etl.questions.exact import gathered
 
 TABLES = {
     "part": ["p_partkey", "p_brand", "p_container"],

@@ -6,7 +6,7 @@ quantity. (TPC-H Q18)
 
 import narwhals as nw
 
-from pipeline.queries._exact import cents, gathered, money
+from etl.questions.exact import cents, gathered, money
 
 TABLES = {
     "customer": ["c_custkey", "c_name"],

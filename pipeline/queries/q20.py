@@ -8,8 +8,8 @@ from datetime import date
 
 import narwhals as nw
 
+from etl.questions.exact import gathered
 from pipeline.queries._dates import months_later
-from pipeline.queries._exact import gathered
 
 TABLES = {
     "nation": ["n_nationkey", "n_name"],

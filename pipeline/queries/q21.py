@@ -6,7 +6,7 @@ Which suppliers of a nation were the only ones late in orders of several supplie
 
 import narwhals as nw
 
-from pipeline.queries._exact import gathered
+from etl.questions.exact import gathered
 
 TABLES = {
     "nation": ["n_nationkey", "n_name"],
@@ -64,7 +64,7 @@ def answer(nation, supplier, orders, lineitem, *, nation_name: str = "SAUDI ARAB
 
 
 def chart(result):
-    from pipeline.charts import plot
+    from etl.charts import plot
 
     title = "Line items that kept orders waiting, by supplier"
     return plot(result.head(12).reverse()).barh(x="supplier", y="waiting", title=title, xlabel="", ylabel="line items")

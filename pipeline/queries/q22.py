@@ -6,7 +6,7 @@ country code of their phone. (TPC-H Q22)
 
 import narwhals as nw
 
-from pipeline.queries._exact import gathered, money
+from etl.questions.exact import gathered, money
 
 TABLES = {
     "customer": ["c_custkey", "c_phone", "c_acctbal"],
@@ -39,7 +39,7 @@ def answer(customer, orders, *, codes: tuple[str, ...] = CODES):
 
 
 def chart(result):
-    from pipeline.charts import in_units, plot
+    from etl.charts import in_units, plot
 
     frame, unit = in_units(result, "account_balance")
     title = "Balance of customers who never ordered"

@@ -5,7 +5,7 @@ Who sells a type of part for the least in a region? Of equal prices the supplier
 
 import narwhals as nw
 
-from pipeline.queries._exact import gathered, money
+from etl.questions.exact import gathered, money
 
 TABLES = {
     "region": ["r_regionkey", "r_name"],
@@ -61,7 +61,7 @@ def answer(region, nation, supplier, part, partsupp):
 def chart(result):
     import polars as pl
 
-    from pipeline.charts import plot
+    from etl.charts import plot
 
     # a part type is three words, the first is its class
     by_class = (

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 
 import narwhals as nw
 
-from pipeline.queries._exact import gathered, money, revenue
+from etl.questions.exact import gathered, money, revenue
 
 TABLES = {
     "orders": ["o_orderkey", "o_order_time"],
@@ -72,7 +72,7 @@ def _span(as_of: datetime, minutes: int) -> tuple[datetime, datetime]:
 
 
 def chart(result):
-    from pipeline.charts import in_units, plot
+    from etl.charts import in_units, plot
 
     frame, unit = in_units(result, "revenue")
     title = "Revenue of new orders, by minute"

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 
 import narwhals as nw
 
-from pipeline.queries._exact import gathered, money, revenue
+from etl.questions.exact import gathered, money, revenue
 
 TABLES = {
     "nation": ["n_nationkey", "n_name"],
@@ -61,7 +61,7 @@ def answer(nation, customer, orders, lineitem, *, as_of: datetime, hours: int = 
 
 
 def chart(result):
-    from pipeline.charts import in_units, plot
+    from etl.charts import in_units, plot
 
     frame, unit = in_units(result.head(12).reverse(), "revenue")  # bars go upwards
     title = "Revenue of the last hour, by customer"

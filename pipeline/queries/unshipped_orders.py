@@ -7,7 +7,7 @@ from datetime import datetime
 
 import narwhals as nw
 
-from pipeline.queries._exact import gathered, money, revenue
+from etl.questions.exact import gathered, money, revenue
 
 TABLES = {
     "customer": ["c_custkey", "c_mktsegment"],
@@ -69,7 +69,7 @@ def answer(customer, orders, lineitem, *, as_of: datetime, top: int = 50):
 def chart(result):
     import polars as pl
 
-    from pipeline.charts import in_units, plot
+    from etl.charts import in_units, plot
 
     by_priority = result.group_by("segment", "priority").agg(pl.col("revenue").sum()).sort("segment", "priority")
     frame, unit = in_units(by_priority, "revenue")

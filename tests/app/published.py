@@ -2,10 +2,13 @@
 
 import nbformat
 
-from pipeline import ingest, lake, model, queries, source
-from runner import report, runs
-from runner.engine import RunRecord
-from storage import Root
+from etl.lake import ingest
+from etl.lake import snapshot as lake
+from etl.reports import page
+from etl.runs import index
+from etl.runs.engine import RunRecord
+from etl.storage import Root
+from pipeline import model, queries, source
 
 AT = "2026-11-22T12:00:00+00:00"
 DAY = AT[:10]
@@ -54,5 +57,5 @@ def add_run(url: str, run_id: str, state: str = "ok", reason: str = "", minute: 
     cells = [nbformat.v4.new_markdown_cell(f"# What {stage} did"), nbformat.v4.new_code_cell("1 + 1")]
     for cell in cells:
         cell.metadata["runner"] = {"state": "ok", "seconds": 0.1}
-    report.write(Root.at(url), record, nbformat.v4.new_notebook(cells=cells))
-    runs.append(Root.at(url), record)
+    page.write(Root.at(url), record, nbformat.v4.new_notebook(cells=cells))
+    index.append(Root.at(url), record)

@@ -18,7 +18,8 @@ import uvicorn
 from published import QUERY_RUN, TRAIN_RUN, publish_model
 
 from app.api import BODY_LIMIT, LineItem, app
-from pipeline import lake, model, queries
+from etl.lake import snapshot as lake
+from pipeline import model, queries
 
 ITEM = LineItem.model_config["json_schema_extra"]["example"]
 

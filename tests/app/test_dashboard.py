@@ -9,10 +9,11 @@ import pytest
 from published import QUERY_RUN, add_run
 from streamlit.testing.v1 import AppTest
 
-from pipeline import lake, queries
-from runner import engine
-from runner.engine import RunRequest
-from storage import PROJECT, Root
+from etl.lake import snapshot as lake
+from etl.runs import engine
+from etl.runs.engine import RunRequest
+from etl.storage import PROJECT, Root
+from pipeline import queries
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
 WORK = """import pathlib, time

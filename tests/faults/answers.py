@@ -20,10 +20,13 @@ from hypothesis import strategies
 from support import AT
 from tpch_sql import PARAMETERS, QUESTIONS, connect, tpch, unlike
 
-from pipeline import ingest, lake, queries, source
-from pipeline.queries import _engines
-from runner import compute, params
-from storage import PROJECT, Root
+from etl import params
+from etl.lake import ingest
+from etl.lake import snapshot as lake
+from etl.questions import engines
+from etl.runs import dispatch
+from etl.storage import PROJECT, Root
+from pipeline import queries, source
 
 # TPC-H specification 3.0.1, clause 2.4: what the validation output begins with at scale 1
 VALIDATION = {
@@ -71,7 +74,7 @@ def _at_scale(scale: float) -> str:
 
         def run(name: str, dask: dict | None = None) -> str:
             stage = replace(project.stages[name], dask=dask)
-            record = compute.run_stage(stage, environment, scheduled_for=datetime.fromisoformat(AT))
+            record = dispatch.run_stage(stage, environment, scheduled_for=datetime.fromisoformat(AT))
             assert record.ok, f"{name}: {record.reason}"
             what = f"{name} on Dask" if dask else name
             seconds[what] = round(seconds.get(what, 0) + record.seconds, 1)
@@ -99,15 +102,15 @@ def in_pieces(hundredths: int, seed: int) -> str:
     """Every answer by two Dask workers at that scale, from as many pieces of the tables as there are at scale 10."""
     with tempfile.TemporaryDirectory(prefix="pieces-") as folder, _small_cluster() as address:
         snapshot, connection = one_tick(Path(folder), hundredths / 100)
-        rows, _engines.PIECE_ROWS = _engines.PIECE_ROWS, _engines.PIECE_ROWS * hundredths // 1000
+        rows, engines.PIECE_ROWS = engines.PIECE_ROWS, engines.PIECE_ROWS * hundredths // 1000
         try:
             for question in queries.questions():
                 answer = queries.ask(question, snapshot, dask=address)
                 expected = QUESTIONS[question.name](connection, snapshot.as_of)
                 assert not (found := unlike(answer, expected)), f"{question.name}: {found}"
-            count = len(_engines.pieces(snapshot, "lineitem"))
+            count = len(engines.pieces(snapshot, "lineitem"))
         finally:
-            _engines.PIECE_ROWS = rows
+            engines.PIECE_ROWS = rows
     return f"{len(QUESTIONS)} answers by Dask equal SQL's, line items in {count} pieces"
 
 

@@ -9,8 +9,8 @@ import sys
 import threading
 from datetime import datetime
 
-from runner import retention
-from storage import Root
+from etl.reports import retention
+from etl.storage import Root
 
 
 def main(url: str, now: str, event: str, number: str) -> None:

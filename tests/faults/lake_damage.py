@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from faults.lake_world import NotHeld, World, stage, was_killed
 
-from storage import Root
+from etl.storage import Root
 
 ERRORS = ["ENOSPC", "EIO"]
 CALLS = "write,ftruncate,fsync,fdatasync,rename,link,linkat"

@@ -10,9 +10,10 @@ import tempfile
 import polars as pl
 from faults.lake_world import AT, NotHeld
 
-from pipeline import ingest, lake, parse, quarantine
+from etl.lake import ingest, parse, quarantine
+from etl.lake import snapshot as lake
+from etl.storage import Root
 from pipeline.tables import TABLES
-from storage import Root
 
 GOOD = json.loads(
     '{"o_orderkey":1,"o_custkey":370,"o_orderstatus":"O","o_totalprice":"186600.18","o_orderdate":"1996-01-02",'

@@ -8,20 +8,20 @@ import tempfile
 import time
 from pathlib import Path
 
-from storage import PROJECT
+from etl.storage import PROJECT
 
 DOUBLING = "1.6.6"  # of deltalake: lets two overlapping compactions both commit
 
 
 def _no_transaction_check() -> None:
-    from pipeline import lake
+    from etl.lake import snapshot as lake
 
     head = lake.head
     lake.head = lambda place, table, after: (head(place, table, after)[0], 0)
 
 
 def _published_early() -> None:
-    from pipeline import lake
+    from etl.lake import snapshot as lake
 
     append = lake.append
 
@@ -36,7 +36,7 @@ def _published_early() -> None:
 
 
 def _no_lease() -> None:
-    from storage import LocalRoot
+    from etl.storage import LocalRoot
 
     LocalRoot.lease = lambda self, rel, holder, ttl_s=300, wait_s=30: contextlib.nullcontext()
 
@@ -45,7 +45,8 @@ def _librarys_compaction() -> None:
     """delta-rs's own, of what is there now, with some time between its plan and its commit, and nothing compared."""
     from deltalake.exceptions import CommitFailedError
 
-    from pipeline import compaction, lake
+    from etl.lake import compaction
+    from etl.lake import snapshot as lake
 
     def compact_table(place, table, published, target_mb, min_small_files, run_id):
         handle = lake.open_table(place, table)

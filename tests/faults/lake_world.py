@@ -20,9 +20,11 @@ from pathlib import Path
 import duckdb
 import polars as pl
 
-from pipeline import batches, compaction, documents, durability, ingest, lake, source
+from etl.lake import compaction, documents, durability, ingest, ledger
+from etl.lake import snapshot as lake
+from etl.storage import LeaseHeld, Root
+from pipeline import source
 from pipeline.tables import TABLES
-from storage import LeaseHeld, Root
 
 AT = "2026-03-01T12:00:10+00:00"
 LIMITS = {"max_files": 500, "max_bytes": 50_000_000, "max_bad_share": 0.5, "for_s": 60.0}
@@ -176,7 +178,7 @@ def mixed(root: str) -> str | None:
     if not lake.is_published(root):
         return None
     snapshot = lake.snapshot(root)
-    ingested = batches.ingested_until(Root.at(root), snapshot.batch)
+    ingested = ledger.ingested_until(Root.at(root), snapshot.batch)
     for table, key in (("orders", "o_orderkey"), ("lineitem", "l_orderkey")):
         ticks = snapshot.frame(table, [key]).collect()[key] // 1000
         want = {tick for low, high in ingested.get(table, []) for tick in range(low, high + 1)}

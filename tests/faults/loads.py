@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 from faults import toy
 
-from runner import runs
-from storage import Root
+from etl.runs import index
+from etl.storage import Root
 
 MB = 1_000_000
 # noise compresses to nothing less, and no cap on long text applies to pictures of this size
@@ -73,7 +73,7 @@ def _written() -> int:
 
 def tailed(n: int, seed: int) -> str:
     """`n` lines printed over time: each is seen by who follows the run within 2 s."""
-    from runner import journal
+    from etl.runs import journal
 
     lags = []
     code = (
@@ -113,7 +113,7 @@ def printed(n: int, seed: int) -> str:
             time.sleep(0.1)
         seconds = time.monotonic() - began
         assert process.returncode == 0, f"exit status {process.returncode}"
-        [row] = runs.list(Root.at(str(root)))
+        [row] = index.list(Root.at(str(root)))
         files = {path.name: path for path in (root / row["report"]).iterdir()}
         for name in ("report.ipynb", "report.html", "run.json"):
             assert files[name].stat().st_size < MB, f"{name}: {files[name].stat().st_size / MB:.1f} MB"
@@ -162,7 +162,7 @@ def at_once(n: int, seed: int, width: int = 8) -> str:
         for i, record in enumerate(records):
             nb, _ = toy.report(root, record)
             assert f"{i}\n" in json.dumps(nb.cells).encode().decode("unicode_escape"), f"run {i}"
-        rows = {row["run_id"] for row in runs.list(Root.at(str(root)), limit=n + 1)}
+        rows = {row["run_id"] for row in index.list(Root.at(str(root)), limit=n + 1)}
         assert rows == {one.run_id for one in asked}, f"{len(rows)} rows"
     assert not ports, f"listening: {sorted(ports)[:3]}"
     return f"{n} of {n} reports and rows, {width} at a time, {seconds / n:.2f} s a run; no TCP port in {looks} looks"

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from faults import killed_sweep, synthetic
 
-from runner import retention, runs
-from storage import PROJECT, Root
+from etl.reports import retention
+from etl.runs import index
+from etl.storage import PROJECT, Root
 
 MB = 1_000_000
 
@@ -29,7 +30,7 @@ def swept(n: int, seed: int) -> str:
         made = [record for record in records if record.state != "noop"]
         synthetic.write_reports(root, made, templates)
         slowest = max(
-            _seconds(lambda asked=asked: runs.list(root, **asked))
+            _seconds(lambda asked=asked: index.list(root, **asked))
             for asked in ({}, {"stage": "query"}, {"state": "failed"}, {"since": synthetic.END}, {"limit": 200})
         )
         assert slowest < 0.5, f"a list took {slowest:.2f} s"
@@ -45,7 +46,7 @@ def swept(n: int, seed: int) -> str:
         share = (len(made) - len(there)) // (kills + 1)  # so that the last one has something to remove, too
         for _ in range(kills):
             _sweep_and_kill(root, rng.choice(("os.remove", "os.rmdir")), rng.randrange(1, share))
-            listed = runs.list(root, limit=1000)
+            listed = index.list(root, limit=1000)
             assert all(row["kept"] == (row["report"] in _reports_of(root, row)) for row in listed)
             assert bad <= (still := _reports(root)) and there <= still, "a sweep that was killed removed too much"
         retention.sweep(root, now=synthetic.END)

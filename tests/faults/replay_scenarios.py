@@ -12,10 +12,12 @@ from datetime import UTC, datetime, timedelta
 
 import polars as pl
 
+from etl import params
+from etl.runs import dispatch, provenance
+from etl.runs import index as run_index
+from etl.runs import replay as replays
+from etl.storage import PROJECT, Root
 from pipeline import queries, source
-from runner import compute, params, provenance, runs
-from runner import replay as replays
-from storage import PROJECT, Root
 
 START = datetime(2026, 3, 1, 12, 0, 10, tzinfo=UTC)
 STREAM = source.Stream(0.01, 40, "2026-03-01T11:00:00+00:00")
@@ -64,7 +66,7 @@ def check_whence(root: str) -> str:
     """Every version of every table under `root`: its run is in the index, was at work at the time, and what runs
     recorded as written is theirs. A row of the index is from the run whose row it is."""
     place, versions = Root.at(root), 0
-    index = {row["run_id"]: runs.get(place, row["run_id"]) for row in runs.list(place, limit=10**6)}
+    index = {row["run_id"]: run_index.get(place, row["run_id"]) for row in run_index.list(place, limit=10**6)}
     tables = [name for name in place.list("lake") if place.exists(f"lake/{name}/_delta_log/{0:020d}.json")]
     for table in tables:
         numbers = [int(m[1]) for name in place.list(f"lake/{table}/_delta_log") if (m := provenance.COMMIT.match(name))]
@@ -101,9 +103,9 @@ def _grow(root: str, rng: random.Random, made: int) -> int:
 def _run(stage: str, root: str, minute: int, **values) -> dict:
     project = params.load(PROJECT, "local", [f"{name}={json.dumps(value)}" for name, value in values.items()], stage)
     at = START + timedelta(minutes=minute)
-    record = compute.run_stage(project.stages[stage], replace(project.environment, root=root), scheduled_for=at)
+    record = dispatch.run_stage(project.stages[stage], replace(project.environment, root=root), scheduled_for=at)
     assert record.state == "ok", record.reason
-    return runs.get(Root.at(root), record.run_id)
+    return run_index.get(Root.at(root), record.run_id)
 
 
 def _rows_of(place: Root, table: str, version: int) -> set[str]:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from runner import runs
-from runner.engine import RunRecord
-from storage import Root
+from etl.runs import index
+from etl.runs.engine import RunRecord
+from etl.storage import Root
 
 DAYS, END = 30, datetime(2026, 3, 31, tzinfo=UTC)  # 131,880 runs
 CADENCE_S = {"generate": 30, "preprocess": 60, "compact": 1800, "query": 3600, "train": 21600}
@@ -78,13 +78,13 @@ def write_index(root: Root, records: list[RunRecord], recent: int = 60) -> None:
     """The index as a compaction leaves it, and `recent` rows on top, each appended as its run ended."""
     from deltalake import DeltaTable, write_deltalake
 
-    url, old, options = root.url_of(runs.TABLE), records[: len(records) - recent], root.storage_options
+    url, old, options = root.url_of(index.TABLE), records[: len(records) - recent], root.storage_options
     for at in range(0, len(old), 20_000):
-        rows = runs.frame(old[at : at + 20_000])
-        write_deltalake(url, rows, mode="append", configuration=runs.PROPERTIES, storage_options=options)
+        rows = index.frame(old[at : at + 20_000])
+        write_deltalake(url, rows, mode="append", configuration=index.PROPERTIES, storage_options=options)
     DeltaTable(url, storage_options=options).optimize.compact(target_size=128_000_000)
     for record in records[len(old) :]:
-        runs.append(root, record)
+        index.append(root, record)
 
 
 def report_bytes(record: RunRecord) -> tuple[int, ...]:

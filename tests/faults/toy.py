@@ -17,8 +17,8 @@ import nbformat
 import psutil
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from runner.engine import RunRecord, RunRequest, execute
-from storage import PROJECT, Root
+from etl.runs.engine import RunRecord, RunRequest, execute
+from etl.storage import PROJECT, Root
 
 AT = "2026-03-01T12:00:10+00:00"
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
@@ -46,7 +46,7 @@ def run(root: Path, *cells: str, on_cell: Callable | None = None, **more) -> Run
 
 def start(asked: RunRequest, spool: Path) -> subprocess.Popen:
     """The same in a process of its own, which ends with status 0 only for a run that is ok."""
-    code = "import json, sys; from runner.engine import RunRequest, execute\n"
+    code = "import json, sys; from etl.runs.engine import RunRequest, execute\n"
     code += "sys.exit(not execute(RunRequest(**json.load(sys.stdin))).ok)"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -74,9 +74,9 @@ def cell_states(nb: Any) -> list[str]:
 
 def project(folder: Path) -> Path:
     """A copy of the project without its stages."""
-    for name in ("app", "notebooks", "params/env", "pipeline", "runner"):
+    for name in ("app", "etl", "notebooks", "params/env", "pipeline"):
         shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("*.ipynb", "*.yml", "__pycache__"))
-    for name in ("orchestrate.py", "storage.py"):
+    for name in ("orchestrate.py",):
         shutil.copy(PROJECT / name, folder)
     (folder / "params/env/local.yml").write_text("root: outputs\n")
     return folder

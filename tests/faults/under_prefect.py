@@ -18,8 +18,8 @@ from faults.endings import FAMILY, WAIT
 from support import write_stage
 from test_up import Up, get
 
-from runner import runs
-from storage import PROJECT, Root
+from etl.runs import index
+from etl.storage import PROJECT, Root
 
 
 def cancelled(n: int, seed: int) -> str:
@@ -84,7 +84,7 @@ def _quietly(condition):
 
 
 def _state(root: Path, run_id: str) -> str | None:
-    return next((row["state"] for row in runs.list(Root.at(str(root))) if row["run_id"] == run_id), None)
+    return next((row["state"] for row in index.list(Root.at(str(root))) if row["run_id"] == run_id), None)
 
 
 def whence_after_up(n: int, seed: int) -> str:

@@ -23,8 +23,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from params_cases import BAD_VALUES, CELL, GOOD_VALUES, LOCAL, STAGE
 from params_cases import notebook as parameters_notebook
 
-from runner import params
-from runner.engine import RunRequest, execute
+from etl import params
+from etl.runs.engine import RunRequest, execute
 
 AT = "2026-03-01T12:00:10+00:00"
 
@@ -106,7 +106,7 @@ def _run_that_shows(values: dict[str, str], ending: str, folder: Path, run_id: s
     """Everything the run wrote, at its end and while it ran: place -> text."""
     cells = [
         new_markdown_cell("# Show"),
-        new_code_cell("from runner.notebook import Secret, check, record, secret, stop"),
+        new_code_cell("from etl.notebook import Secret, check, record, secret, stop"),
         new_code_cell('token: Secret = "CANARY_PLAIN"  # of the source', metadata={"tags": ["parameters"]}),
         *(
             new_code_cell(f"value = secret({name})\n{code}")
@@ -325,7 +325,7 @@ def _pass_through(folder: Path, values: list[str]) -> None:
     loaded = params.load(project)
     assert loaded.stages["preprocess"].values == given
     echo = ", ".join(f"{name}={name}" for name in given)
-    code = f"from runner.notebook import record\nrecord({echo})"
+    code = f"from etl.notebook import record\nrecord({echo})"
     nb = nbformat.read(project / "notebooks/preprocess.ipynb", as_version=4)
     nb.cells.append(new_code_cell(code))
     request = RunRequest(

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from support import free_port
 
-from runner import services
-from storage import PROJECT
+from etl.serve import services
+from etl.storage import PROJECT
 
 DRIVER = Path(__file__).parent.parent / "compared_workers.py"
 EXPECTED = {  # flow: type and name of its last state, how often it was run

@@ -12,7 +12,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from pipeline import charts, model
+from etl import charts
+from pipeline import model
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,10 @@ from faults.answers import one_tick
 from support import ingest_all
 from tpch_sql import QUESTIONS, per_minute, rows_of, tpch, unlike
 
-from pipeline import lake, queries, source
-from pipeline.queries import _engines, ask, questions
+from etl.lake import snapshot as lake
+from etl.questions import engines
+from pipeline import queries, source
+from pipeline.queries import ask, questions
 from pipeline.queries._dates import months_later
 
 ORIGIN = datetime(2026, 3, 1, 11, 59, 30, tzinfo=UTC)  # of the orders: the 30 seconds before their tick
@@ -222,8 +224,8 @@ def test_dask_gives_the_same_answers(asked, cluster):
 )
 def test_many_pieces_are_joined_grouped_and_renamed_on_dask(asked, cluster, monkeypatch, name, rows, parameters):
     """Dask's optimizer takes frames for partitioned that are not, with errors or with wrong answers."""
-    monkeypatch.setattr(_engines, "PIECE_ROWS", rows)
-    assert len(_engines.pieces(asked[0], "lineitem")) > 17
+    monkeypatch.setattr(engines, "PIECE_ROWS", rows)
+    assert len(engines.pieces(asked[0], "lineitem")) > 17
     answer = ask(named(name), asked[0], dask=cluster.scheduler_address, **parameters)
     assert answer.equals(ask(named(name), asked[0], **parameters))
     assert answer.height and answer.row(0) != (None,)
@@ -239,7 +241,7 @@ def bare_cluster():
 
 
 def test_workers_need_the_packages_and_not_the_project(asked, bare_cluster, monkeypatch):
-    monkeypatch.setattr(_engines, "PIECE_ROWS", 20_000)
+    monkeypatch.setattr(engines, "PIECE_ROWS", 20_000)
     for name in ("q05", "top_customers"):
         assert ask(named(name), asked[0], dask=bare_cluster).equals(ask(named(name), asked[0])), name
 
@@ -257,9 +259,9 @@ def two_days(root) -> str:
 def test_files_older_than_a_questions_window_are_not_read(two_days, cluster):
     """They are gone, and only those who ask for longer miss them."""
     snapshot, hour = lake.snapshot(two_days), timedelta(hours=1)
-    assert len(_engines.pieces(snapshot, "orders")) == 2
-    (recent,) = _engines.pieces(snapshot, "orders", ("o_order_time", snapshot.as_of - hour))
-    assert _engines.pieces(snapshot, "orders", ("o_order_time", snapshot.as_of + hour)) == []
+    assert len(engines.pieces(snapshot, "orders")) == 2
+    (recent,) = engines.pieces(snapshot, "orders", ("o_order_time", snapshot.as_of - hour))
+    assert engines.pieces(snapshot, "orders", ("o_order_time", snapshot.as_of + hour)) == []
     whole = {engine: ask(named("top_customers"), snapshot, dask=engine) for engine in (None, cluster.scheduler_address)}
     for url in snapshot.files("orders"):
         if url != recent.url:

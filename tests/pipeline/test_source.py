@@ -9,9 +9,9 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from etl.storage import Root
 from pipeline import source
 from pipeline.tables import STREAMED, TABLES
-from storage import Root
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,270 @@
+"""Kernels that are there before they are asked for: asking the fork server (forkserver.py), and keeping one.
+
+Nothing here fails a run: whoever gets no kernel starts a cold one.
+"""
+
+import asyncio
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import select
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from etl.storage import PROJECT
+
+log = logging.getLogger(__name__)
+ANSWER_S = 2  # a fork server answers in a millisecond; one that takes longer is no help
+FOLLOW_S = 60  # a kernel that was forked but now may still be coming up
+END_S = 12  # the black box gives what has to be killed ten
+QUICK_S = 10  # one that ends sooner after its start is not started again at once
+SLOWEST_S = 60  # between two starts of one that always ends
+# A variable that Python or a library reads when it starts or is imported: what was preloaded has read the server's.
+READ_AT_START = (
+    *("PYTHON", "LD_", "LC_", "LANG", "HOME", "IPYTHON", "JUPYTER_CONFIG_", "MALLOC_", "JE_", "ARROW_", "POLARS_"),
+    *("OMP_", "GOMP_", "OPENBLAS_", "MKL_", "NUMEXPR_", "RAYON_", "TOKIO_", "MPL", "MATPLOTLIB", "DASK_", "BOKEH_"),
+    *("NUMBA_", "XGBOOST_", "PANDERA_", "GLIBC_", "SSL_"),
+)
+
+
+class NoPlace(RuntimeError):
+    """The folder for the socket is not ours alone."""
+
+
+def place() -> Path:
+    """The folder of this user's fork server for this project."""
+    whose = f"{PROJECT} {sys.prefix}"
+    base = tempfile.gettempdir() if len(tempfile.gettempdir()) < 40 else "/tmp"  # of a socket: under 108 characters
+    default = f"{base}/etl-notebooks-{os.getuid()}-{hashlib.sha256(whose.encode()).hexdigest()[:12]}"
+    return Path(os.environ.get("ETL_KERNELS") or default)
+
+
+def checked_place() -> Path:
+    """`place`, if nobody else may enter it. Raises NoPlace, or FileNotFoundError when there has never been one."""
+    folder = place()
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise NoPlace(f"{folder} is not a folder of this user alone")
+    return folder
+
+
+def signature() -> str:
+    """Changes when the project's code, the lock or the installed packages do."""
+    files = [
+        *(path for part in ("pipeline", "etl") for path in sorted((PROJECT / part).rglob("*.py"))),
+        *sorted(PROJECT.glob("*.py")),
+    ]
+    return packages() + _stamp(files)
+
+
+def packages() -> str:
+    """Changes when the lock or the installed packages do."""
+    return _stamp([PROJECT / "requirements.lock", Path(sysconfig.get_path("purelib"))])
+
+
+def _stamp(files: list[Path]) -> str:
+    found = hashlib.sha256()
+    for path in files:
+        with contextlib.suppress(OSError):
+            of = path.stat()
+            found.update(f"{path} {of.st_ino} {of.st_size} {of.st_mtime_ns} {of.st_ctime_ns}\n".encode())
+    return found.hexdigest()
+
+
+def read_at_start(env: dict[str, str]) -> dict[str, str]:
+    """Those of the variables that have to be the fork server's own."""
+    return {name: value for name, value in env.items() if name.startswith(READ_AT_START)}
+
+
+class Forked:
+    """A forked kernel that is ours, with what of subprocess.Popen its users need.
+
+    `lifeline` leads to its black box and `orders` to the kernel itself; when this process ends, so do both.
+    """
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, folder: Path, lifeline: socket.socket, orders: socket.socket):
+        self.folder, self.lifeline, self.returncode = folder, lifeline, None
+        self._orders, self._said = orders, b""
+
+    @property
+    def pid(self) -> int | None:
+        """Of the kernel, also the id of its process group; None when it is gone."""
+        with contextlib.suppress(OSError, ValueError):
+            return int((self.folder / "pid").read_text())
+        return None
+
+    async def begin(self, env: dict[str, str], cwd: str, journal: Path | None, memory_mb: float | None) -> bool:
+        """Have it serve a run; whether it is ready for the first cell. When it is not, nothing of it is left."""
+        loop = asyncio.get_running_loop()
+        self._orders.setblocking(False)
+        try:
+            self.lifeline.sendall(run_line(journal, memory_mb))
+            await loop.sock_sendall(self._orders, json.dumps({"env": env, "cwd": cwd}).encode() + b"\n")
+            if await asyncio.wait_for(loop.sock_recv(self._orders, 1), FOLLOW_S):
+                return True
+            _warn_once("kernels start cold: a forked kernel ended before its run began")
+        except (OSError, TimeoutError) as error:
+            _warn_once(f"kernels start cold: a forked kernel did not begin: {error!r}")
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._orders.close()
+        self.close()
+        return False
+
+    def poll(self) -> int | None:
+        """None while it runs; then its status, as in subprocess."""
+        while self.returncode is None:
+            try:
+                said = self.lifeline.recv(64, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            except OSError:  # reset: as an end without a word
+                said = b""
+            self._said += said
+            if not said or self._said.endswith(b"\n"):
+                # without a word: the black box was killed, and the kernel with it
+                self.returncode = int(self._said) if self._said.endswith(b"\n") else -signal.SIGKILL
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Raises subprocess.TimeoutExpired."""
+        until = time.monotonic() + timeout if timeout is not None else None
+        while self.poll() is None:
+            left_s = None if until is None else max(0, until - time.monotonic())
+            if left_s == 0:
+                raise subprocess.TimeoutExpired("kernel", timeout)
+            select.select([self.lifeline], [], [], left_s)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None and (pid := self.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def close(self) -> None:
+        """End it and everything it started, and remove its folder."""
+        with contextlib.suppress(OSError):
+            self.lifeline.shutdown(socket.SHUT_WR)  # its black box sees the end, and tells the status
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(END_S)
+        self.lifeline.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def run_line(journal: Path | None, memory_mb: float | None) -> bytes:
+    """What a black box is told first; see blackbox.py."""
+    run = {"runner": os.getpid(), "journal": journal and str(journal), "memory_mb": memory_mb}
+    return json.dumps(run).encode() + b"\n"
+
+
+def take(env: dict[str, str]) -> Forked | None:
+    """A kernel for a run with these variables; None when there is no fork server, or it cannot help."""
+    asked = {"signature": signature(), "variables": read_at_start(env)}
+    try:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.settimeout(ANSWER_S)
+            server.connect(str(checked_place() / "socket"))
+            _, uid, _ = struct.unpack("3i", server.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            if uid != os.getuid():
+                raise NoPlace(f"the fork server belongs to user {uid}")
+            server.sendall(json.dumps(asked).encode() + b"\n")
+            answer, fds, _, _ = socket.recv_fds(server, 65536, 2)
+    except (FileNotFoundError, ConnectionRefusedError):  # nobody keeps one
+        return None
+    except (OSError, NoPlace) as error:
+        _warn_once(f"kernels start cold: {error}")
+        return None
+    if len(fds) != 2:
+        log.info("a cold kernel: %s", json.loads(answer)["refused"] if answer else "the fork server ended")
+        return None
+    return Forked(Path(json.loads(answer)["folder"]), *(socket.socket(fileno=fd) for fd in fds))
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    log.warning(text)
+
+
+class Keeper:
+    """Keeps a fork server with `ready` waiting kernels alive for as long as this process lives.
+
+    One that ends is started again, at once or, when it ends again and again, later; each such series is one warning.
+    """
+
+    name = "fork server"
+
+    def __init__(self, ready: int, log_path: Path):
+        self.ready, self.log_path = ready, log_path
+        self.process: subprocess.Popen | None = None
+        self._started_at, self._failures = 0.0, 0
+
+    def start(self) -> None:
+        """Start it, in a group of its own; it answers a few seconds later. On a platform without fork: a warning."""
+        if sys.platform != "linux":
+            log.warning("kernels start cold: there is no safe fork on %s", sys.platform)
+            return
+        from etl.serve import services
+
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._started_at = time.monotonic()
+        with self.log_path.open("ab") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "etl.kernels.forkserver", "--ready", str(self.ready)],
+                cwd=PROJECT,
+                env=os.environ | {"PYTHONPATH": python_path()},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                preexec_fn=services.die_with_parent,
+            )
+
+    def ensure(self) -> None:
+        """Start it again when it has ended. Never raises."""
+        if self.process is None or self.process.poll() is None:
+            return
+        now = time.monotonic()
+        if now - self._started_at > QUICK_S:
+            self._failures = 0
+        if self.process.returncode != 0:  # 0: it gave way to one with newer code
+            if not self._failures:
+                log.warning("the fork server ended with status %s, see %s", self.process.returncode, self.log_path)
+            self._failures += 1
+        if now - self._started_at >= min(SLOWEST_S, 2**self._failures - 1):
+            with contextlib.suppress(OSError):
+                self.start()
+
+    def signal(self, number: int) -> None:
+        """To the server alone: kernels that serve a run are not in its group."""
+        if self.process:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+
+
+def python_path(env: Mapping[str, str] = os.environ) -> str:
+    """PYTHONPATH of every kernel: the project first, then what is in `env`."""
+    given = env.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join(dict.fromkeys(filter(None, [str(PROJECT), *given])))

@@ -1,0 +1,192 @@
+"""The kernel's own side of a run: `python -m etl.kernels.in_kernel` in place of `python -m ipykernel_launcher`, or
+`serve` in a process that the fork server has forked.
+
+Before IPython starts: the stack of every thread on request, also from a blocked C call; no TCP port; and output that
+waits for its reader, so that a cell which prints without end neither fills memory nor loses a line.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import faulthandler
+import gc
+import importlib
+import json
+import mmap
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+FOLDER = "ETL_KERNEL_FOLDER"  # the variable that names the kernel's folder, for its sockets and stacks
+OWN = (FOLDER, "JPY_PARENT_PID")  # variables of the kernel, not of its run
+NO_HISTORY = "--HistoryManager.hist_file=:memory:"
+STACKS_SIGNAL = signal.SIGRTMIN + 9  # one that nothing else uses; its handler is C and needs no lock of Python's
+PIECE = 64 * 1024  # characters of a stream in one message; a thousand messages may be on their way
+
+
+def write_stacks_on_signal(path: str) -> None:
+    """STACKS_SIGNAL, and a crash, append every thread's stack to the file at `path`."""
+    file = open(path, "a")  # noqa: SIM115  # for the life of the process
+    faulthandler.enable(file)
+    faulthandler.enable = lambda *_, **__: None  # ipykernel would point it at its log
+    faulthandler.register(STACKS_SIGNAL, file, all_threads=True)
+
+
+def wait_for_readers() -> None:
+    """Streams are sent in pieces, and a writer waits while the runner is behind; stock ipykernel drops messages."""
+    import zmq
+    from ipykernel.iostream import IOPubThread, OutStream
+
+    write, begin = OutStream.write, IOPubThread.__init__
+
+    def write_in_pieces(self, text):
+        if isinstance(text, str) and len(text) > PIECE:
+            return sum(self.write(text[start : start + PIECE]) for start in range(0, len(text), PIECE))
+        write(self, text)
+        self.unsent = getattr(self, "unsent", 0) + len(text)
+        if self.unsent >= PIECE:
+            self.unsent = 0
+            self.flush()
+        return len(text)
+
+    def begin_without_drops(self, socket, *args, **kwargs):
+        socket.setsockopt(zmq.XPUB_NODROP, 1)
+        begin(self, socket, *args, **kwargs)
+
+    OutStream.write, IOPubThread.__init__ = write_in_pieces, begin_without_drops
+    OutStream.flush_timeout = 24 * 3600  # s: the run's deadline counts, not this
+
+
+def listen_on_no_port(folder: str) -> None:
+    """Forked children hand their output over through a unix socket; ipykernel opens a TCP port for that."""
+    import zmq
+    from ipykernel.iostream import IOPubThread
+    from zmq.eventloop.zmqstream import ZMQStream
+
+    address = f"ipc://{folder}/forked"
+
+    def pipe_in(self):
+        self._pipe_uuid = os.urandom(16)
+        socket = self.socket.context.socket(zmq.PULL)
+        socket.linger = 0
+        socket.bind(address)
+        self._pipe_in = ZMQStream(socket, self.io_loop)
+        self._pipe_in.on_recv(self._handle_pipe_msg)
+
+    def pipe_out(self):
+        context = zmq.Context()
+        socket = context.socket(zmq.PUSH)
+        socket.linger = 3000  # ms, as ipykernel has it
+        socket.connect(address)
+        return context, socket
+
+    IOPubThread._setup_pipe_in, IOPubThread._setup_pipe_out = pipe_in, pipe_out
+
+
+def mark(folder: Path) -> mmap.mmap:
+    """A mapping by which this process and those that it forks are known to belong to the kernel; see kernels.py."""
+    with open(folder / "mark", "w+b") as file:
+        file.write(b"\0")
+        file.flush()
+        return mmap.mmap(file.fileno(), 1)
+
+
+def serve(folder: Path, orders: socket.socket, modules: list[str]) -> None:
+    """In a process forked from one that has the imports: be the kernel of the one run that `orders` will tell of.
+
+    Comes up as far as a kernel can, and waits. An order is one line of JSON: `env`, the whole environment, and `cwd`.
+    It is answered with a line once it is followed; the end of `orders` ends the process.
+    """
+    os.environ[FOLDER] = str(folder)
+    sys.argv = [__file__, "-f", f"{folder}/kernel.json", NO_HISTORY]
+    sys.stdin = open(os.devnull)  # noqa: SIM115
+    os.dup2(sys.stdin.fileno(), 0)
+    reseed()
+    free_blas()
+    prepare(str(folder))
+    for name in modules:
+        with contextlib.suppress(Exception):  # the notebook's own import will say what is wrong
+            importlib.import_module(name)
+    before = dict(os.environ)
+    from ipykernel.kernelapp import IPKernelApp
+    from tornado.ioloop import IOLoop
+
+    app = IPKernelApp.instance()
+    app.initialize(sys.argv[1:])
+    app.shell.run_cell("0", silent=True)  # the first cell takes several times as long as any other
+    app.shell.display_formatter.format(0)
+    set_by_kernel = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    gc.collect()
+    gc.freeze()  # what is imported stays: no collection, the one that IPython ends with included, looks at it again
+    kept = set_by_kernel | {name: os.environ[name] for name in OWN}
+    loop = IOLoop.current()
+
+    def obey(*_) -> None:
+        loop.remove_handler(orders)
+        orders.setblocking(True)
+        with orders, orders.makefile("rwb") as talk:
+            line = talk.readline()
+            if not line:
+                os._exit(0)
+            follow(json.loads(line), kept)
+            talk.write(b"\n")
+
+    loop.add_handler(orders, obey, loop.READ)
+    app.start()  # the kernel is at work while it waits
+    leave()
+
+
+def leave() -> None:
+    """End as a process of Python ends, but leave its memory to the operating system: to free all that was imported,
+    object by object, takes longer than most runs, and of a forked process first copies every page."""
+    threading._shutdown()  # waits for threads, as at any exit
+    atexit._run_exitfuncs()
+    for stream in (sys.__stdout__, sys.__stderr__):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(0)
+
+
+def follow(order: dict, kept: dict[str, str]) -> None:
+    """Take over the environment and the working folder of the run; `kept` is what a kernel sets in it."""
+    if order["env"].get("MPLBACKEND"):  # the one that a kernel sets only where it is not set
+        kept.pop("MPLBACKEND", None)
+    os.environ.clear()
+    os.environ.update(order["env"] | kept)
+    time.tzset()
+    os.chdir(order["cwd"])
+
+
+def reseed() -> None:
+    """Random streams that forked processes would share; Python's own reseeds itself."""
+    if numpy_random := sys.modules.get("numpy.random"):
+        numpy_random.seed()
+
+
+def free_blas() -> None:
+    """Give NumPy's BLAS the threads it was not given in the fork server."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    path = next((line.split(maxsplit=5)[5] for line in maps if "scipy_openblas64_" in line), None)
+    if path and "OPENBLAS_NUM_THREADS" not in os.environ:
+        ctypes.CDLL(path).scipy_openblas_set_num_threads64_(len(os.sched_getaffinity(0)))
+
+
+def prepare(folder: str) -> None:
+    """What is done to a kernel before IPython starts."""
+    write_stacks_on_signal(f"{folder}/stacks")
+    wait_for_readers()
+    listen_on_no_port(folder)
+
+
+if __name__ == "__main__":
+    if Path(sys.path[0] or ".").resolve() == Path.cwd():  # as ipykernel_launcher does; IPython adds it back
+        del sys.path[0]
+    prepare(os.environ[FOLDER])
+    from ipykernel import kernelapp
+
+    kernelapp.launch_new_instance()
+    leave()

@@ -1,0 +1,362 @@
+"""JSON files become Delta tables: each row exactly once, whatever dies on the way.
+
+A batch is numbered and written down first (`lake/batches/<n>.json`: the files with their sizes and sha256), then
+committed to each table under its number, then made durable, then published, then its files are archived, then it is
+marked done. A run that finds an unfinished batch finishes that one, from the same files. Rows that do not fit go to
+`quarantine` with file, line, reason and the raw text; files that cannot be read at all go to `refused/`.
+"""
+
+import hashlib
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+import polars as pl
+
+from etl.lake import documents, durability, landing, ledger, parse
+from etl.lake import snapshot as lake
+from etl.lake.landing import File
+from etl.storage import Root, Unreadable, crash_point
+from pipeline.tables import RESCUED, TABLES
+
+MAX_BYTES = 256_000_000  # of JSON in a batch: about four times that in memory
+GROUP_BYTES = 16_000_000  # of files that are parsed at once
+FILES = {
+    "table": pl.String,
+    "file": pl.String,
+    "bytes": pl.Int64,
+    "sha256": pl.String,
+    "lines": pl.Int64,
+    "good": pl.Int64,
+    "bad": pl.Int64,
+}
+SUMMARY = {
+    "batch": pl.Int64,
+    "files": pl.Int64,
+    "files_refused": pl.Int64,
+    "mb": pl.Float64,
+    "rows": pl.Int64,
+    "refused": pl.Int64,
+    "rescued": pl.Int64,  # rows with fields that no column takes
+    "tables": pl.List(pl.String),
+    "committed": pl.Boolean,
+    "worst": pl.String,
+}
+
+
+class Overtaken(RuntimeError):
+    """Another run took this batch's number for other files; nothing was written."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The files one run ingests. `manifest`: what was written down, when an earlier run left the batch unfinished.
+    `repeated`: files in landing that were ingested before; they are set aside, not read. `refused`: those that cannot
+    be read, each with its reason."""
+
+    root: str
+    number: int
+    date: str  # of the archive, UTC
+    files: tuple[File, ...]
+    repeated: tuple[File, ...] = ()
+    refused: tuple[File, ...] = ()
+    manifest: dict | None = None
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A batch read and checked, nothing written yet.
+
+    `frames`: table -> typed rows. `refused`: rows for quarantine (columns of `lake.QUARANTINE`).
+    `files`: one row a file: table, file, bytes, sha256, lines, good, bad. `batch.refused`: all files that are refused.
+    """
+
+    batch: Batch
+    frames: dict[str, pl.DataFrame]
+    refused: pl.DataFrame
+    files: pl.DataFrame
+    as_of: str | None
+
+    @property
+    def rows(self) -> int:
+        return int(self.files["lines"].sum())
+
+    @property
+    def bad_share(self) -> float:
+        """The share of all lines that do not fit, 0 to 1."""
+        return int(self.files["bad"].sum()) / max(self.rows, 1)
+
+    @property
+    def rescued(self) -> int:
+        """How many rows have fields that no column takes."""
+        return sum(frame[RESCUED].count() for frame in self.frames.values())
+
+    @property
+    def worst(self) -> str:
+        """The file with the most lines that do not fit, in words."""
+        if self.refused.is_empty():
+            return "every line fits"
+        file = self.files.sort("bad", descending=True).row(0, named=True)
+        return f"{file['file']} has {file['bad']:,} of {file['lines']:,}"
+
+
+def next_batch(root: str, *, max_files: int, scheduled_for: str | None, max_bytes: int = MAX_BYTES) -> Batch | None:
+    """The unfinished batch when there is one, else the files that wait, oldest tick first.
+
+    At most `max_files`, and at most `max_bytes` of JSON; a larger file is refused before it is read. None when nothing
+    waits. Raises documents.Damaged when it cannot be known what was ingested.
+    """
+    place = Root.at(root)
+    published = lake.read_published(place)
+    number = published["batch"] if published else 0
+    for unfinished in (number + 1, number):
+        manifest = ledger.read(place, unfinished)
+        if manifest and not place.exists(ledger.done(unfinished)):
+            files = tuple(File(f["name"], f["table"], f["tick"], f["bytes"]) for f in manifest["files"])
+            return Batch(place.url, unfinished, manifest["date"], files, manifest=manifest)
+    waiting = landing.look(place, number, ledger.ingested_until(place, number), max_bytes)
+    files = landing.cut(waiting.files, max_files, max_bytes)
+    if not files and not waiting.repeated and not waiting.refused:
+        return None
+    date = scheduled_for[:10] if scheduled_for else f"{datetime.now(UTC):%Y-%m-%d}"
+    return Batch(place.url, number + 1, date, files, waiting.repeated, waiting.refused)
+
+
+def read(batch: Batch) -> Parsed:
+    """Read a batch's files, type their rows and set apart those that do not fit. Writes nothing.
+
+    A file that cannot be read is refused, and one that is no longer what the manifest of an unfinished batch says.
+    """
+    place = Root.at(batch.root)
+    expected = {f["name"]: f["sha256"] for f in batch.manifest["files"]} if batch.manifest else {}
+    good: dict[str, list[pl.DataFrame]] = {}
+    quarantined, files, kept, refused = [], [], [], list(batch.refused)
+    with ThreadPoolExecutor(os.cpu_count() + 1) as pool:  # one reads and hashes while Polars has the cores
+        for looked in pool.map(lambda group: _look(place, batch, group, expected), _groups(batch.files)):
+            for file, why in looked.refused:
+                refused.append(file.refused(why))
+            for (file, sha256, size), lines, bad in zip(looked.files, looked.lines, looked.bad, strict=True):
+                if bad.height:
+                    quarantined.append(_for_quarantine(bad, batch, file))
+                files.append((file.table, file.name, size, sha256, lines, lines - bad.height, bad.height))
+                kept.append(file)
+                crash_point(f"read: {file.table}")
+            if looked.files:
+                good.setdefault(looked.files[0][0].table, []).append(looked.rows)
+    frames = {table: pl.concat(parts) for table, parts in good.items()}
+    newest = frames["orders"]["o_order_time"].max() if "orders" in frames else None
+    return Parsed(
+        replace(batch, files=tuple(kept), refused=tuple(refused)),
+        frames,
+        pl.concat([pl.DataFrame(schema=lake.QUARANTINE), *quarantined]),
+        pl.DataFrame(files, schema=FILES, orient="row"),
+        newest.isoformat() if newest else None,
+    )
+
+
+class _Looked(NamedTuple):
+    """A group of files of one table, read: `rows` of all of them together; `lines` and `bad` of each."""
+
+    files: list[tuple[File, str, int]]  # with sha256 and bytes
+    rows: pl.DataFrame
+    lines: list[int]
+    bad: list[pl.DataFrame]
+    refused: list[tuple[File, str]]
+
+
+def _groups(files: tuple[File, ...]) -> list[list[File]]:
+    """Files of the same table, a few megabytes together: what is read at once, so that a small file costs little."""
+    groups: list[list[File]] = []
+    for file in sorted(files, key=lambda file: list(TABLES).index(file.table)):  # stable: a table's oldest first
+        last = groups[-1] if groups else []
+        if last and last[0].table == file.table and sum(f.bytes for f in last) + file.bytes <= GROUP_BYTES:
+            last.append(file)
+        else:
+            groups.append([file])
+    return groups
+
+
+def _look(place: Root, batch: Batch, group: list[File], expected: dict[str, str]) -> _Looked:
+    """Read the files of one group. Raises AssertionError when a line is neither a row nor refused."""
+    files, pieces, refused = [], [], []
+    for file in group:
+        try:
+            data = _read(place, file, batch.date)
+            sha256 = hashlib.sha256(data).hexdigest()
+            if expected.get(file.name, sha256) != sha256:
+                raise Unreadable(f"changed since batch {batch.number} was written down")
+            if why := parse.refusal(data):
+                raise Unreadable(why)
+        except Unreadable as error:
+            refused.append((file, str(error)))
+            continue
+        files.append((file, sha256, len(data)))
+        pieces.append(data)
+    lines = [parse.line_count(data) for data in pieces]
+    rows, bad = parse.parse_all(pieces, TABLES[group[0].table], sum(lines))
+    if sum(lines) != rows.height + sum(frame.height for frame in bad):
+        raise AssertionError(f"{group[0].landing} and others: {sum(lines)} lines, but {rows.height} rows fit")
+    return _Looked(files, rows, lines, bad, refused)
+
+
+def commit(parsed: Parsed, *, run_id: str) -> dict[str, int]:
+    """Write a batch down, commit it to every table, publish it, archive its files. Returns table -> version.
+
+    May be killed anywhere and called again: every step looks first whether it is done. Raises storage.LeaseHeld when
+    another writer is at work, Overtaken when one took this number.
+    """
+    batch = parsed.batch
+    place = Root.at(batch.root)
+    versions = {}
+    if batch.files or batch.manifest:
+        with lake.writing(place, run_id):
+            _write_down(place, parsed, run_id)
+            versions = _commit_tables(place, parsed, run_id)
+        sha256s = dict(parsed.files.select("file", "sha256").rows())
+        landing.archive(place, [(file, sha256s[file.name]) for file in batch.files], batch.date, run_id)
+    landing.set_aside(place, batch.repeated, batch.date)
+    landing.refuse(place, batch.refused, batch.date, run_id)
+    if batch.files or batch.manifest:
+        crash_point("before it is marked done")
+        place.write(ledger.done(batch.number), b"")
+    crash_point("after all")
+    return versions
+
+
+def _commit_tables(place: Root, parsed: Parsed, run_id: str) -> dict[str, int]:
+    """Append to each table, make it durable, publish. Returns table -> version."""
+    number = parsed.batch.number
+    published = lake.read_published(place) or {"batch": 0, "tables": {}, "as_of": None}
+    versions = {table: published["tables"].get(table, 0) for table in lake.COLUMNS}
+    if published["batch"] >= number:
+        return versions
+    frames = {t: frame for t, frame in (parsed.frames | {"quarantine": parsed.refused}).items() if frame.height}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        encoded = pool.map(lake.encode, frames, frames.values())
+        lake.create_tables(place, run_id, there=published["tables"])
+        for table, rows in zip(frames, encoded, strict=True):
+            crash_point(f"before the commit: {table}")
+            after = published["tables"].get(table, -1)
+            versions[table] = lake.append(place, table, rows, batch=number, run_id=run_id, after=after)
+            crash_point(f"after the commit: {table}")
+    for table, version in versions.items():
+        if version != published["tables"].get(table):
+            durability.seal(place, table, after=published["tables"].get(table, -1), until=version)
+            crash_point(f"sealed: {table}")
+    as_of = max(filter(None, (published["as_of"], parsed.as_of)), default="1970-01-01T00:00:00+00:00")
+    crash_point("before it is published")
+    lake.publish(place, batch=number, as_of=as_of, versions=versions, run_id=run_id)
+    crash_point("published")
+    return versions
+
+
+def drain(
+    root: str,
+    *,
+    max_files: int,
+    max_bytes: int,
+    max_bad_share: float,
+    for_s: float,
+    scheduled_for: str | None,
+    run_id: str,
+) -> pl.DataFrame:
+    """Commit batch after batch until nothing waits; one row each, as `summary` has it.
+
+    None is begun that, going by the slowest so far, would not be over within `for_s` seconds. One with a larger share
+    than `max_bad_share` of lines that do not fit is not committed, and ends it.
+    """
+    began, slowest, done = time.monotonic(), 0.0, [pl.DataFrame(schema=SUMMARY)]
+    while (started := time.monotonic()) - began + slowest < for_s:
+        batch = next_batch(root, max_files=max_files, max_bytes=max_bytes, scheduled_for=scheduled_for)
+        if batch is None:
+            break
+        parsed = read(batch)
+        fits = parsed.bad_share <= max_bad_share
+        if fits:
+            try:
+                commit(parsed, run_id=run_id)
+            except Overtaken:  # what it did not take is still there: look again
+                continue
+        done.append(summary(parsed, committed=fits))
+        if not fits:
+            break
+        slowest = max(slowest, time.monotonic() - started)
+    return pl.concat(done)
+
+
+def summary(parsed: Parsed, committed: bool = True) -> pl.DataFrame:
+    """A batch in one row: batch, files, files_refused, mb, rows, refused, rescued, tables, committed, worst."""
+    batch, mb = parsed.batch, int(parsed.files["bytes"].sum()) / 1e6
+    kept = int(parsed.files["good"].sum())
+    row = (batch.number, len(batch.files), len(batch.refused), mb, kept, parsed.refused.height, parsed.rescued)
+    return pl.DataFrame([(*row, sorted(parsed.frames), committed, parsed.worst)], schema=SUMMARY, orient="row")
+
+
+def _read(place: Root, file: File, date: str) -> bytes:
+    try:
+        return place.read_at_most(file.landing, file.bytes)
+    except FileNotFoundError:  # a replay after some of its files were archived
+        try:
+            return place.read_at_most(file.archived(date), file.bytes)
+        except FileNotFoundError:
+            raise Unreadable("is gone from landing, and not in the archive") from None
+
+
+def _for_quarantine(bad: pl.DataFrame, batch: Batch, file: File) -> pl.DataFrame:
+    name = (
+        pl.lit(batch.number, pl.Int64).alias("batch"),
+        pl.lit(file.table).alias("table"),
+        pl.lit(file.name).alias("file"),
+    )
+    return bad.select(*name, "line", "reason", "raw")
+
+
+def _write_down(place: Root, parsed: Parsed, run_id: str) -> None:
+    """The manifest is there, with these files. Raises Overtaken when it is there with others."""
+    batch = parsed.batch
+    ticks = {file.name: file.tick for file in batch.files}
+    files = [
+        {"name": f["file"], "table": f["table"], "tick": ticks[f["file"]], "bytes": f["bytes"], "sha256": f["sha256"]}
+        for f in parsed.files.iter_rows(named=True)
+    ]
+    there = ledger.read(place, batch.number)
+    if there is None:
+        manifest = {"batch": batch.number, "run_id": run_id, "date": batch.date, "files": files}
+        manifest["ingested"] = _ingested(place, batch.number, files)
+        crash_point("before it is written down")
+        if documents.create(place, ledger.manifest(batch.number), manifest):
+            crash_point("written down")
+            return
+        there = ledger.read(place, batch.number)
+    if batch.manifest is None or there["files"] != batch.manifest["files"]:
+        if there["files"] != files:
+            raise Overtaken(f"another run wrote down batch {batch.number} with other files; run this one again")
+    elif lost := [file for file in there["files"] if file not in files and not _is_in(place, file, batch.number)]:
+        # files that changed or vanished before their rows were committed: the batch goes on without them
+        left = [file for file in there["files"] if file not in lost]
+        there |= {"files": left, "ingested": _ingested(place, batch.number, left)}
+        documents.keep(place, ledger.manifest(batch.number), there)
+
+
+def _is_in(place: Root, file: dict, number: int) -> bool:
+    return lake.last_batch(place, file["table"]) >= number
+
+
+def _ingested(place: Root, number: int, files: list[dict]) -> dict[str, list[list[int]]]:
+    after = ledger.ingested_until(place, number - 1)
+    for file in files:
+        after[file["table"]] = ledger.with_tick(after.get(file["table"], []), file["tick"])
+    return after
+
+
+def chart(files: pl.DataFrame):
+    """Rows kept and refused per table as bars; `files` as in `Parsed`."""
+    from etl.charts import plot
+
+    rows = files.group_by("table").agg(kept=pl.sum("good"), refused=pl.sum("bad")).sort("kept", descending=True)
+    return plot(rows).bar(
+        x="table", y=["kept", "refused"], stacked=True, title="Rows of this batch", xlabel="", ylabel="rows"
+    )

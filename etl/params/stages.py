@@ -1,0 +1,438 @@
+"""What a stage runs with: params/<stage>.yml held against the notebook's own parameters cell.
+
+No notebook is executed and no notebook machinery imported, so `load` takes milliseconds. All mistakes in all
+files are found in one go.
+"""
+
+import ast
+import datetime
+import itertools
+import keyword
+import math
+import re
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cronsim import CronSim, CronSimError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
+from typing_extensions import TypedDict
+
+from etl.params.cell import DEFAULT, SUPPLIED, read_cell
+from etl.params.yaml import Doc, Problem, got, nearest, parse, short
+from etl.reports.retention import Rules
+
+EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+
+
+class ParamsError(Exception):
+    """Everything that is wrong, in `problems`."""
+
+    def __init__(self, problems: Iterable[Problem]):
+        self.problems = sorted(set(problems), key=lambda p: (p.path, p.line or 0, p.message))
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and how big: params/env/<name>.yml. `stages` holds only what the file overrides."""
+
+    name: str
+    root: str
+    machine: dict | None
+    dask: dict | None
+    stages: dict[str, dict]
+    retention: Rules = Rules()
+    ready_kernels: int = 1  # that wait for a run, while `up` is at work; 0: each run starts one
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What and when. Of `every_s` (seconds) and `cron` one is set, both count in UTC.
+
+    `values` holds JSON values and datetime.date; `origins` says where each of them was written and `help`
+    what the comment beside it in the notebook says. `supplied` are the names of SUPPLIED it declares, `secrets` the
+    names of the secrets it reads: the values of the parameters annotated Secret.
+    """
+
+    name: str
+    notebook_path: Path
+    params_path: Path
+    every_s: float | None
+    cron: str | None
+    overlap: Literal["skip", "queue"]
+    deadline_s: float
+    retries: int
+    values: dict[str, Any]
+    origins: dict[str, str]
+    help: dict[str, str]
+    supplied: set[str]
+    machine: dict | None
+    dask: dict | None
+    secrets: tuple[str, ...] = ()
+    memory_mb: int | None = None  # of all its processes together
+
+    def next_run(self, after: datetime.datetime) -> datetime.datetime:
+        """The first scheduled time later than `after` (with a time zone), in UTC."""
+        if after.tzinfo is None:
+            raise ValueError("next_run needs a time with a time zone")
+        after = after.astimezone(datetime.UTC)
+        if self.cron:
+            return next(CronSim(self.cron, after))
+        every = datetime.timedelta(seconds=self.every_s)
+        return EPOCH + ((after - EPOCH) // every + 1) * every
+
+
+@dataclass(frozen=True)
+class Project:
+    """`stages` goes from the shortest cadence to the longest, so producers come before their readers."""
+
+    environment: Environment
+    stages: dict[str, Stage]
+
+
+def load(
+    project: Path,
+    env: str = "local",
+    overrides: Iterable[str] = (),
+    stage: str | None = None,
+) -> Project:
+    """Every stage, or only `stage`, as it would run in the environment `env`.
+
+    `overrides` are "name=value", for each stage that declares the name, or "stage.name=value"; the value is
+    YAML and the last one wins. Raises ParamsError with all problems at once.
+    """
+    project, problems = Path(project), []
+    names, known = _discover(project, stage, problems)
+    env_file, env_doc = _read_environment(project, env, known, problems)
+    drafts = [_Draft(project, name, problems) for name in names if stage in (None, name)]
+    for draft in drafts:
+        draft.give(draft.doc.block("parameters"), draft.doc, ("parameters",))
+        place = ("stages", draft.name, "parameters")
+        draft.give(env_doc.block(*place), env_doc, place)
+    _give_from_command_line(drafts, overrides, problems)
+    if problems:
+        raise ParamsError(problems)
+    drafts.sort(key=lambda draft: (_cadence_s(draft.file), draft.name))
+    overridden = {n: o.model_dump(exclude_unset=True) for n, o in (env_file.stages or {}).items()}
+    where = (env_file.root, env_file.machine, env_file.dask)
+    environment = Environment(env, *where, overridden, env_file.retention, env_file.ready_kernels)
+    return Project(environment, {draft.name: draft.finish(project, environment) for draft in drafts})
+
+
+def environments(project: Path) -> list[str]:
+    """The names `load` takes for `env`."""
+    return sorted(path.stem for path in Path(project).glob("params/env/[!.]*.yml"))
+
+
+def injected_cell_source(values: dict[str, Any], declared: Iterable[str]) -> str:
+    """The Python text of the cell that sets a run's values, one assignment a line.
+
+    Values are JSON values (lists and dicts in any depth) and datetime.date, anything else is a TypeError.
+    A name the notebook does not declare, or that is none, is a ValueError. So nothing can become code.
+    """
+    declared = set(declared)
+    for name in values:
+        if name not in declared or not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
+            raise ValueError(f"not a declared parameter: {name!r}")
+    return "".join(f"{name} = {_to_code(value)}\n" for name, value in values.items())
+
+
+def _to_code(value: Any) -> str:
+    kind = type(value)  # exact: a subclass brings a __repr__ of its own
+    if kind is float and not math.isfinite(value):
+        return f'float("{value}")'
+    if value is None or kind in (bool, int, float, str):
+        return repr(value)  # also escapes lone surrogates and line separators
+    if kind is datetime.date:
+        return f'__import__("datetime").date.fromisoformat("{value.isoformat()}")'
+    if kind is list:
+        return "[" + ", ".join(map(_to_code, value)) + "]"
+    if kind is dict:
+        if any(type(key) is not str for key in value):
+            raise TypeError("a dict in a parameter has text keys only")
+        return "{" + ", ".join(f"{key!r}: {_to_code(item)}" for key, item in value.items()) + "}"
+    raise TypeError(f"a parameter is a JSON value or a date, not {kind.__name__}")
+
+
+# --- params/<stage>.yml and params/env/<name>.yml ---
+
+
+def _seconds(text: Any) -> float:
+    units = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
+    match = isinstance(text, str) and re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?) +([a-z]+?)s?", text)
+    seconds = float(match[1]) * units.get(match[2], 0) if match else 0
+    if not 0 < seconds <= 366 * units["day"]:
+        raise ValueError("not a duration")
+    return seconds
+
+
+def _megabytes(text: Any) -> int:
+    match = isinstance(text, str) and re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?) +(MB|GB)", text)
+    megabytes = int(float(match[1]) * (1000 if match[2] == "GB" else 1)) if match else 0
+    if not megabytes:
+        raise ValueError("not a size")
+    return megabytes
+
+
+def _plain_cron(text: str) -> str:
+    """Prefect's croniter and our cronsim read other forms differently (6-6, 7/1, */2 beside a weekday)."""
+    item = r"([0-9]{1,2}|[A-Za-z]{3})(-([0-9]{1,2}|[A-Za-z]{3})(/[0-9]{1,2})?)?"
+    fields = text.split()
+    if len(fields) != 5 or not all(re.fullmatch(rf"\*(/[0-9]{{1,2}})?|{item}(,{item})*", f) for f in fields):
+        raise ValueError("not five plain fields")
+    if fields[2] != "*" and fields[4] != "*":
+        raise ValueError("a day of the month and a day of the week")
+    try:
+        next(CronSim(text, EPOCH))
+    except (CronSimError, StopIteration) as error:
+        raise ValueError("never fires") from error
+    return text
+
+
+def _one_dask(block: dict) -> dict:
+    match block:
+        case {"n_workers": int(n)} if n > 0 and n is not True and len(block) == 1:
+            return block
+        case {"address": str(some)} | {"coiled": dict(some)} if some and len(block) == 1:
+            return block
+    raise ValueError("none of the three forms")
+
+
+_Duration = Annotated[float, BeforeValidator(_seconds)]
+_Memory = Annotated[int, BeforeValidator(_megabytes)]
+_Cron = Annotated[str, AfterValidator(_plain_cron)]
+_Dask = Annotated[dict[str, Any], AfterValidator(_one_dask)] | None
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class _StageFile(BaseModel):
+    model_config = _STRICT
+    every: _Duration = None
+    cron: _Cron = None
+    overlap: Literal["skip", "queue"] = "skip"
+    deadline: _Duration
+    memory: _Memory = None
+    retries: Annotated[int, Field(ge=0)] = 0
+    parameters: dict[str, Any] | None = None
+
+
+class _StageOverride(BaseModel):
+    model_config = _STRICT
+    every: _Duration = None
+    cron: _Cron = None
+    deadline: _Duration = None
+    memory: _Memory = None
+    machine: dict[str, Any] | None = None
+    dask: _Dask = None
+    parameters: dict[str, Any] | None = None
+
+
+class _EnvFile(BaseModel):
+    model_config = _STRICT
+    root: Annotated[str, Field(min_length=1)]
+    machine: dict[str, Any] | None = None
+    dask: _Dask = None
+    retention: Rules = Rules()
+    ready_kernels: Annotated[int, Field(ge=0, le=16)] = 1
+    stages: dict[str, _StageOverride] | None = None
+
+
+_EXPECTED = {
+    "every": 'a duration such as "30 seconds", "1 minute" or "6 hours"',
+    "deadline": 'a duration such as "50 seconds"',
+    "cron": 'five plain fields such as "0 * * * *"',
+    "memory": 'a size such as "500 MB" or "4 GB"',
+    "overlap": "skip or queue",
+    "retries": "a whole number from 0",
+    "parameters": "name: value lines",
+    "root": "a folder or a URL",
+    "machine": "null or key: value lines",
+    "dask": "null, {n_workers: 1 or more}, {address: URL} or {coiled: {...}}",
+    "retention": "numbers from 0 for all_hours, hourly_days, page_days and days, true or false for daily and slowest",
+    "ready_kernels": "a whole number from 0 to 16",
+    "stages": "a stage's name and, under it, what to override",
+}
+
+
+def _read_file(model: type[BaseModel], project: Path, path: str, problems: list):
+    """(the file as `model`, or None when it does not fit; its Doc, whose value is a dict in any case)"""
+    doc = parse((project / path).read_bytes(), path, problems)
+    if doc is None:
+        return None, Doc(path, {})
+    if not isinstance(doc.value, dict | None):
+        problems.append(doc.problem((), f"expected key: value lines, got {got(doc.value)}"))
+        return None, Doc(path, {})
+    doc.value = doc.value or {}
+    for place in [(), *(("stages", name) for name in doc.block("stages"))]:
+        if {"every", "cron"} <= doc.block(*place).keys():
+            problems.append(doc.problem((*place, "cron"), "give every or cron, not both"))
+    if model is _StageFile and not {"every", "cron"} & doc.value.keys():
+        problems.append(doc.problem((), "missing 'every' (or 'cron')"))
+    try:
+        return model.model_validate(doc.value), doc
+    except ValidationError as error:
+        for e in error.errors():
+            place, key = e["loc"], e["loc"][-1]
+            if e["type"] == "extra_forbidden":
+                known = model if len(place) == 1 else Rules if place[0] == "retention" else _StageOverride
+                message = f"unknown key {short(key)}{nearest(key, known.model_fields)}"
+            elif e["type"] == "missing":
+                message = f"missing {key!r}"
+            else:
+                key = next(part for part in reversed(place) if part in _EXPECTED)
+                message = f"{key}: expected {_EXPECTED[key]}, got {got(e['input'])}"
+            problems.append(doc.problem(place, message))
+        return None, doc
+
+
+def _read_environment(project: Path, env: str, stages: set[str], problems: list):
+    if env not in (known := environments(project)):
+        problems.append(Problem(f"params/env/{env}.yml", None, f"no such environment{nearest(env, known)}"))
+        return None, Doc("", {})
+    file, doc = _read_file(_EnvFile, project, f"params/env/{env}.yml", problems)
+    for name in doc.block("stages"):
+        if name not in stages:
+            message = f"unknown stage {short(name)}{nearest(name, stages)}"
+            problems.append(doc.problem(("stages", name), message))
+    return file, doc
+
+
+def _discover(project: Path, wanted: str | None, problems: list) -> tuple[list[str], set[str]]:
+    """(the stages: names with a notebook and a YAML; all names). Problems of other than `wanted` are left."""
+    notebooks = {path.stem for path in project.glob("notebooks/[!.]*.ipynb")}
+    params = {path.stem for path in project.glob("params/[!.]*.yml")}
+    found = []
+    for name in sorted(notebooks - params):
+        what = f"there is no params/{name}.yml{nearest(name, params - notebooks)}"
+        found.append(Problem(f"notebooks/{name}.ipynb", None, what))
+    for name in sorted(params - notebooks):
+        what = f"there is no notebooks/{name}.ipynb{nearest(name, notebooks - params)}"
+        found.append(Problem(f"params/{name}.yml", None, what))
+    for name in sorted(notebooks & params):
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name == "all":
+            what = "a stage's name is lower-case letters, digits and _, and not 'all'"
+            found.append(Problem(f"params/{name}.yml", None, what))
+    problems += [problem for problem in found if wanted in (None, Path(problem.path).stem)]
+    if wanted is None and not notebooks | params:
+        problems.append(Problem("notebooks", None, "there is no stage here"))
+    if wanted is not None and wanted not in notebooks | params:
+        what = f"unknown stage {short(wanted)}{nearest(wanted, notebooks & params)}"
+        problems.append(Problem("command line", None, what))
+    return sorted(notebooks & params), notebooks | params
+
+
+def _cadence_s(file: _StageFile) -> float:
+    """Seconds from run to run; for a cron the median gap of ten."""
+    if file.cron is None:
+        return file.every
+    cron = CronSim(file.cron, EPOCH)
+    times = [next(cron).timestamp() for _ in range(11)]
+    return statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
+
+
+# --- from the files to the stages ---
+
+
+class _Draft:
+    """A stage while its values come in: defaults first, then each source over the one before."""
+
+    def __init__(self, project: Path, name: str, problems: list):
+        self.name, self.problems = name, problems
+        self.values, self.origins = {}, {}
+        self.file, self.doc = _read_file(_StageFile, project, f"params/{name}.yml", problems)
+        self.declared, defaults = read_cell(project, f"notebooks/{name}.ipynb", problems)
+        types = {parameter: declared.type for parameter, declared in (self.declared or {}).items()}
+        self.model = TypeAdapter(with_config(_STRICT)(TypedDict(name, types, total=False)))
+        self.give(defaults.value, defaults, (), DEFAULT)
+
+    def give(self, values: dict[str, Any], doc: Doc, place: tuple, origin: str | None = None):
+        """Take `values`, found in `doc` at `place`; `origin` is their file and line when not said."""
+        if self.declared is None:
+            return
+        supplied = set() if origin == DEFAULT else values.keys() & set(SUPPLIED)
+        for name in sorted(supplied):
+            how = "; it comes from the env file or --root" if name == "root" else ""
+            self.problems.append(doc.problem((*place, name), f"{name} is supplied by the runner{how}"))
+        values = {name: value for name, value in values.items() if name not in supplied}
+        try:
+            values = self.model.validate_python(values, context=origin)
+        except ValidationError as error:
+            self.problems += [doc.problem((*place, *e["loc"]), self._explain(e)) for e in error.errors()]
+        for name in values.keys() - set(SUPPLIED):
+            self.values[name] = values[name]
+            self.origins[name] = origin or f"{doc.path}:{doc.line((*place, name))}"
+
+    def _explain(self, error: dict) -> str:
+        name, *inside = error["loc"]
+        if error["type"] == "extra_forbidden":
+            return f"unknown parameter {short(name)}{nearest(name, self.declared)}"
+        if self.declared[name].is_secret:  # what was given may be the secret itself
+            return f"{name}: expected the name of a secret, such as API_KEY; its value belongs in no file"
+        expected = ast.unparse(self.declared[name].annotation)
+        message = f"{name}: expected {expected}, got {got(error['input'])}"
+        if inside:
+            message += f" in {name}" + "".join(f"[{short(part)}]" for part in inside if part != "[key]")
+        if error["type"] == "string_type" and isinstance(error["input"], bool | int | float):
+            message += "; put text in quotes"
+        return message
+
+    def finish(self, project: Path, environment: Environment) -> Stage:
+        over = environment.stages.get(self.name, {})
+        schedule = over if over.keys() & {"every", "cron"} else self.file.model_dump()
+        return Stage(
+            name=self.name,
+            notebook_path=project / f"notebooks/{self.name}.ipynb",
+            params_path=project / f"params/{self.name}.yml",
+            every_s=schedule.get("every"),
+            cron=schedule.get("cron"),
+            overlap=self.file.overlap,
+            deadline_s=over.get("deadline", self.file.deadline),
+            retries=self.file.retries,
+            values={name: self.values[name] for name in self.declared if name in self.values},
+            origins={name: self.origins[name] for name in self.declared if name in self.origins},
+            help={name: declared.help for name, declared in self.declared.items()},
+            supplied=self.declared.keys() & set(SUPPLIED),
+            machine=over.get("machine", environment.machine),
+            dask=over.get("dask", environment.dask),
+            secrets=tuple(
+                self.values[name]
+                for name, declared in self.declared.items()
+                if declared.is_secret and self.values[name]
+            ),
+            memory_mb=over.get("memory", self.file.memory),
+        )
+
+
+def _give_from_command_line(drafts: list[_Draft], overrides: Iterable[str], problems: list):
+    for text in overrides:
+        target, equals, value = text.partition("=")
+        stage, dot, name = target.rpartition(".")
+        path = f"-p {target}"
+        aimed = [draft for draft in drafts if not dot or draft.name == stage]
+        takers = [draft for draft in aimed if draft.declared is None or name in draft.declared]
+        found: list[Problem] = []
+        if not equals or not name:
+            found.append(Problem(path, None, "expected name=value or stage.name=value"))
+        elif not aimed:
+            known = [draft.name for draft in drafts]
+            found.append(Problem(path, None, f"unknown stage {short(stage)}{nearest(stage, known)}"))
+        elif not takers and name not in SUPPLIED:
+            known = {parameter for draft in aimed for parameter in draft.declared}
+            found.append(Problem(path, None, f"unknown parameter {short(name)}{nearest(name, known)}"))
+        elif doc := parse(value, path, found):
+            doc.lines = {}
+            for draft in takers if name not in SUPPLIED else aimed:
+                draft.give({name: doc.value}, doc, (), "command line")
+        problems += [replace(problem, line=None) for problem in found]

@@ -1,0 +1,180 @@
+"""Where a question's frames come from and who computes its answer: Polars in this process, or a Dask cluster.
+
+Both read the files of one snapshot, only the columns asked for, every decimal as a whole number of hundredths, and
+leave out files that hold nothing in the question's window by the statistics in Delta's log.
+"""
+
+import contextlib
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import polars as pl
+
+from etl.storage import Root, object_store_options
+
+if TYPE_CHECKING:
+    import distributed
+    import narwhals as nw
+    import pandas as pd
+
+    from etl.lake.snapshot import Snapshot
+
+PIECE_ROWS = 1 << 20  # of a file that one Dask task reads
+Window = dict[str, tuple[str, datetime]]  # table -> the time column, and since when its rows matter
+
+
+class Piece(NamedTuple):
+    """Some rows of one Parquet file."""
+
+    url: str
+    first: int
+    rows: int
+
+
+def by_polars(
+    answer: Callable, snapshot: "Snapshot", tables: dict[str, list[str]], window: Window, parameters: dict[str, Any]
+) -> pl.DataFrame:
+    """The answer, by Polars' streaming engine: large intermediate results are never in memory as a whole."""
+    import narwhals as nw
+
+    frames = {
+        # prunes files by the log's statistics, and row groups by the files' own
+        name: nw.from_native(_rows(snapshot.frame(name), columns, window.get(name)))
+        for name, columns in tables.items()
+    }
+    return answer(**frames, **parameters).collect("polars", engine="streaming").to_native()
+
+
+@contextlib.contextmanager
+def connected(dask: "str | distributed.Client | None") -> "Iterator[distributed.Client | None]":
+    """A client of the Dask scheduler at that address, or `dask` itself. Raises OSError when nobody answers there."""
+    if not isinstance(dask, str):
+        yield dask
+        return
+    import distributed
+
+    with distributed.Client(dask, set_as_default=False) as client:
+        yield client
+
+
+def by_dask(
+    client: "distributed.Client",
+    answer: Callable,
+    snapshot: "Snapshot",
+    tables: dict[str, list[str]],
+    window: Window,
+    parameters: dict[str, Any],
+) -> pl.DataFrame:
+    """The answer, by the workers of a Dask cluster; they spill what does not fit their memory.
+
+    They need this project's packages, in the same versions, and not the project itself.
+    """
+    _always_shuffle()
+    with client.as_current():  # the scheduler of everything computed inside
+        frames = {name: _dask_frame(snapshot, name, columns, window.get(name)) for name, columns in tables.items()}
+        return answer(**frames, **parameters).collect("polars").to_native()
+
+
+def pieces(snapshot: "Snapshot", table: str, since: tuple[str, datetime] | None = None) -> list[Piece]:
+    """A table in pieces of PIECE_ROWS rows, without the files whose newest row is older than `since`; at least one."""
+    files = pl.DataFrame(snapshot.table(table).get_add_actions(flatten=True))
+    if since is not None:
+        column, oldest = since
+        newest = pl.col(f"max.{column}").dt.offset_by("1ms")  # the log cuts times to whole milliseconds
+        files = files.filter((newest >= oldest).fill_null(True))
+    return [
+        Piece(f"{Root.at(snapshot.root).url_of(f'lake/{table}')}/{path}", first, PIECE_ROWS)
+        for path, rows in files.select("path", "num_records").iter_rows()
+        for first in range(0, rows, PIECE_ROWS)
+    ]
+
+
+def _dask_frame(
+    snapshot: "Snapshot", table: str, columns: list[str], since: tuple[str, datetime] | None
+) -> "nw.LazyFrame":
+    import dask.dataframe as dd
+    import narwhals as nw
+
+    empty = _pandas(_rows(snapshot.frame(table).clear(), columns, since))
+    parts = pieces(snapshot, table, since)
+    if parts:
+        frame = dd.from_map(
+            _Sent(_read), *zip(*parts, strict=True), columns=columns, since=since, meta=empty, enforce_metadata=False
+        )
+    else:
+        frame = dd.from_pandas(empty, npartitions=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Dask support is moving out of Narwhals", FutureWarning)
+        return nw.from_native(frame)
+
+
+def _always_shuffle() -> None:
+    """Have Dask forget by which columns it believes a frame to be partitioned already.
+
+    Dask 2026.8 believes it of the result of a broadcast join, which is not, and then groups each partition by itself:
+    wrong answers without an error, as soon as the smaller table has two pieces. After a rename it looks for columns
+    that are gone: KeyError, or "'tuple' object is not callable".
+    """
+    from dask.dataframe.dask_expr._expr import Expr
+
+    belief, kinds = "unique_partition_mapping_columns_from_shuffle", [Expr]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        if belief in vars(kind):
+            setattr(kind, belief, property(lambda expression: set()))
+
+
+class _Sent:
+    """A function that is pickled with its code, not by the name of a module that workers may not have."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self.function(*arguments, **named)
+
+    def __reduce__(self) -> tuple:
+        import cloudpickle
+
+        return cloudpickle.loads, (_code(self.function),)
+
+
+@functools.cache
+def _code(function: Callable) -> bytes:
+    import cloudpickle
+
+    from etl import storage
+
+    ours = (sys.modules[__name__], storage)
+    for module in ours:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        return cloudpickle.dumps(function)
+    finally:
+        for module in ours:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+def _read(url: str, first: int, rows: int, columns: list[str], since: tuple[str, datetime] | None) -> "pd.DataFrame":
+    """A piece, on a worker: credentials are those of its own environment."""
+    file = pl.scan_parquet(url, storage_options=object_store_options() if "://" in url else None)
+    return _pandas(_rows(file.slice(first, rows), columns, since))
+
+
+def _rows(frame: pl.LazyFrame, columns: list[str], since: tuple[str, datetime] | None) -> pl.LazyFrame:
+    """Those that matter. A decimal(15,2) is held in memory as the number of its hundredths: taking that is free."""
+    recent = frame if since is None else frame.filter(pl.col(since[0]) >= since[1])
+    return recent.select(columns).with_columns(pl.selectors.decimal().to_physical().cast(pl.Int64))
+
+
+def _pandas(frame: pl.LazyFrame) -> "pd.DataFrame":
+    """In types that Dask can compare, join and send: text and days in Arrow's, all else in NumPy's."""
+    import pandas as pd
+    import pyarrow as pa
+
+    types = {pa.large_string(): pd.StringDtype("pyarrow"), pa.date32(): pd.ArrowDtype(pa.date32())}
+    return frame.collect().to_arrow(compat_level=pl.CompatLevel.oldest()).to_pandas(types_mapper=types.get)

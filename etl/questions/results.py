@@ -1,0 +1,137 @@
+"""Where answers are kept: Parquet files under `results/<question>/`, a pointer to the current one, and their history.
+
+An answer becomes the current one by a swap of the pointer, so a reader finds a whole one at any time. The history
+lists the answers that are there, oldest first, each with one figure, so that a figure can be drawn over time without
+opening any of them.
+"""
+
+import io
+import json
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from etl.storage import Root
+
+if TYPE_CHECKING:
+    from etl.lake.snapshot import Snapshot
+    from pipeline.queries import Question
+
+HISTORY = {
+    "as_of": pl.Datetime("us", "UTC"),
+    "batch": pl.Int64,
+    "run_id": pl.String,
+    "rows": pl.Int64,
+    "figure": pl.Float64,
+    "parameters": pl.String,  # JSON: figures are alike only where these are
+}
+
+
+def save(
+    root: str,
+    result: pl.DataFrame,
+    question: "Question",
+    snapshot: "Snapshot",
+    run_id: str,
+    parameters: dict[str, Any] | None = None,
+    keep: int = 168,
+) -> dict[str, Any]:
+    """Write an answer, make it the current one, and remove all but the `keep` newest; returns the pointer.
+
+    `parameters`: those that `ask` was given. What made the answer stands in the Parquet file as well.
+    """
+    place, folder = Root.at(root), f"results/{question.name}"
+    pointer = {
+        "question": question.name,
+        "title": question.title,
+        "file": f"{folder}/{run_id}.parquet",
+        "rows": result.height,
+        "batch": snapshot.batch,
+        "as_of": snapshot.as_of.isoformat(),
+        "run_id": run_id,
+        "parameters": question.parameters | (parameters or {}),
+    }
+    buffer = io.BytesIO()
+    metadata = {
+        key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in pointer.items()
+    }
+    result.write_parquet(buffer, metadata=metadata)
+    place.write(pointer["file"], buffer.getvalue())
+    line = {name: pointer[name] for name in ("as_of", "batch", "run_id", "rows")}
+    line |= {"figure": figure(question, result), "parameters": metadata["parameters"]}
+    lines = [*(old for old in _lines(place, question.name) if old["run_id"] != run_id), line][-keep:]
+    place.write(f"{folder}/history.json", json.dumps(lines, indent=1).encode())
+    place.write(f"{folder}/current.json", json.dumps(pointer, default=str, indent=1).encode())
+    kept = {f"{line['run_id']}.parquet" for line in lines}
+    for name in place.list(folder):
+        # later than the oldest kept and not listed: another run's, which is about to list it
+        if name.endswith(".parquet") and name not in kept and name < f"{lines[0]['run_id']}.parquet":
+            place.remove(f"{folder}/{name}")
+    return pointer
+
+
+def current(root: str, question: str) -> tuple[dict[str, Any], pl.DataFrame]:
+    """The pointer to a question's current answer, and the answer. Raises FileNotFoundError before the first."""
+    place = Root.at(root)
+    pointer = json.loads(place.read(f"results/{question}/current.json"))
+    return pointer, pl.read_parquet(place.read(pointer["file"]))
+
+
+def history(root: str, question: str) -> pl.DataFrame:
+    """The answers that are kept, oldest first, with the columns of HISTORY; no rows before the first answer."""
+    lines = pl.DataFrame(_lines(Root.at(root), question), schema=HISTORY | {"as_of": pl.String}, orient="row")
+    return lines.with_columns(pl.col("as_of").str.to_datetime(time_unit="us", time_zone="UTC"))
+
+
+def figure(question: "Question", result: pl.DataFrame) -> float | None:
+    """What stands for an answer over time: the sum of the question's FIGURE, the mean of a share; else its rows."""
+    if question.figure is None:
+        return float(result.height)
+    values = result[question.figure]
+    value = values.mean() if values.dtype.is_float() else values.sum()
+    return None if value is None else float(value)
+
+
+def changes(root: str, question: "Question", result: pl.DataFrame) -> str:
+    """A sentence: what is different from the answer that is the current one under `root`."""
+    try:
+        pointer, before = current(root, question.name)
+    except FileNotFoundError:
+        return "This is the first answer."
+    since = f"batch {pointer['batch']}, up to {datetime.fromisoformat(pointer['as_of']):%Y-%m-%d %H:%M:%S} UTC"
+    if before.schema != result.schema:
+        return f"The answer to {since} had other columns."
+    if before.equals(result):
+        return f"The same as for {since}."
+    keys = [name for name, dtype in result.schema.items() if _names(name, dtype)]
+    if not keys or result.select(keys).is_duplicated().any() or before.select(keys).is_duplicated().any():
+        keys = result.columns
+    new, gone = (
+        a.join(b, on=keys, how="anti", nulls_equal=True).height for a, b in ((result, before), (before, result))
+    )
+    same = result.join(before, on=result.columns, how="semi", nulls_equal=True).height
+    counts = {"new": new, "changed": result.height - new - same, "gone": gone}
+    rows = ", ".join(f"{count:,} {word}" for word, count in counts.items() if count) or "the same in another order"
+    return f"Since {since}: {_moved(question, before, result)}of {result.height:,} rows {rows}."
+
+
+def _moved(question: "Question", before: pl.DataFrame, result: pl.DataFrame) -> str:
+    """The figure before and after, where the question has one."""
+    old, new = figure(question, before), figure(question, result)
+    if question.figure is None or old is None or new is None:
+        return ""
+    percent = f" ({new / old - 1:+.1%})" if old else ""
+    return f"{question.figure.replace('_', ' ')} {old:,.6g} → {new:,.6g}{percent}; "
+
+
+def _names(column: str, dtype: pl.DataType) -> bool:
+    """Whether a column says what a row is about, rather than how much."""
+    return dtype == pl.String or dtype.is_temporal() or column.endswith("_key") or column == "year"
+
+
+def _lines(place: Root, question: str) -> list[dict[str, Any]]:
+    try:
+        return json.loads(place.read(f"results/{question}/history.json"))
+    except FileNotFoundError:
+        return []

@@ -1,0 +1,1 @@
+"""What people read about a run, and which of it is kept."""

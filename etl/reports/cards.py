@@ -1,0 +1,178 @@
+"""What a report says of the run itself: the card on top of a bad one, where it was, its last minute, the receipt."""
+
+import json
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from etl.notebook import figure
+from etl.storage import PROJECT
+
+LAST_S = 60  # of the table at the end of a run that was ended
+ROWS = 10  # of that table
+LIBRARIES = re.compile(r"/(site|dist)-packages/|/\.venv/|/lib/python3")
+ENDED = ("killed", "timed_out")
+STACKS = "Where every thread was"
+FRAME = re.compile(r'  File "(.+)", line (\d+) in (.+)')  # as faulthandler writes it
+SHOWN = re.compile(r"^(?:Cell In\[(\d+)\], line (\d+)|File (.+?):(\d+)(?:, in .*)?$)", re.M)  # as IPython writes it
+
+
+def card(record: Any, last_ok: dict | None = None) -> Any:
+    """The first cell of a bad report, at most 12 lines: what went wrong, where, and what is new since it went well.
+
+    `last_ok` is the record of the stage's last run that was ok.
+    """
+    message = [record.reason]
+    error = record.error or {}
+    if frame := error.get("frame"):
+        message += [frame["where"], f"    {frame['code']}"]
+    elif error and record.state not in ("failed", "check_failed"):  # whose reason says it all
+        message += [line for line in error["traceback_tail"].splitlines() if line.strip()][-3:]
+    message = [line[:300] for line in "\n".join(message).splitlines()][:5]
+    fence = "`" * (max(map(len, re.findall("`+", "\n".join(message))), default=2) + 1)
+    where = (
+        f", in **{error['heading']}**, [cell {error['cell']}](#cell-{error['cell']})" if error.get("heading") else ""
+    )
+    lines = [f"#### {record.stage}: {record.state.replace('_', ' ')}{where}", "", f"{fence}text", *message, fence]
+    if last_ok:
+        place = "/".join(last_ok["report"].split("/")[2:])
+        link = f"[{last_ok['run_id']}](../../{place}/report.html)"
+        lines += ["", f"Last ok: {link}; since then {', '.join(_changes(record, last_ok)) or 'nothing has changed'}."]
+    return _cell("\n".join(lines), record, "card")
+
+
+def _changes(record: Any, last_ok: dict) -> list[str]:
+    """What differs from the last run that was ok: parameters, code, packages."""
+    given = {name: value for name, value in record.parameters.items() if record.origins.get(name) != "supplied"}
+    before, found = last_ok.get("parameters") or {}, []
+    for name in dict.fromkeys([*given, *before]):
+        old, new = (json.dumps(values.get(name), default=str) for values in (before, given))
+        if (name in given or record.origins.get(name) != "supplied") and name in record.parameters and old != new:
+            found.append(f"`{name}` {_short(old)} → {_short(new)}")
+    then = last_ok.get("provenance") or {}
+    for name, what in (("git_commit", "code"), ("notebook_sha256", "notebook"), ("lock_sha256", "packages")):
+        old, new = then.get(name), record.provenance.get(name)
+        if old and new and old != new:
+            found.append(f"{what} {old[:8]} → {new[:8]}")
+    return found[:6]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else text[:39] + "…"
+
+
+def last_minute(record: Any, samples: list[dict]) -> Any:
+    """The end of a report whose run was ended from outside: what it took in its last minute."""
+    end = datetime.fromisoformat(samples[-1]["t"])
+    rows, before = [], None
+    for sample in samples:
+        left_s = (end - (now := datetime.fromisoformat(sample["t"]))).total_seconds()
+        if before and left_s <= LAST_S:
+            passed_s = (now - datetime.fromisoformat(before["t"])).total_seconds() or 1
+            busy = (sample["cpu_s"] - before["cpu_s"]) / passed_s
+            cell = sample["cell"] + 1 if sample["cell"] is not None else ""
+            when = f"−{left_s:.{0 if left_s >= 1 else 1}f} s" if left_s else "0 s"
+            rows.append(f"| {when} | {sample['rss_mb']:,} MB | {max(busy, 0):.0%} | {cell} |")
+        before = sample
+    step = max(1, -(-len(rows) // ROWS))
+    rows = rows[::-1][::step][::-1]  # the last one is always there
+    memory = f"Memory at the end: {of(samples[-1]['rss_mb'], samples[-1]['limit_mb'])}."
+    table = ["| before its end | memory | CPU | cell |", "|---:|---:|---:|---:|", *rows]
+    lines = ["#### Its last minute", "", memory, *(["", *table] if rows else [])]
+    return _cell("\n".join(lines), record, "last-minute")
+
+
+def receipt(record: Any) -> Any:
+    """The last cell: what the run cost."""
+    told = {
+        "wall_s": "{:,.1f} s",
+        "cpu_s": "{:,.1f} s of CPU",
+        "peak_memory_mb": "{:,.0f} MB at most",
+        "bytes_read": "{:,.1f} MB read",
+        "bytes_written": "{:,.1f} MB written",
+        "rows_per_s": "{} rows a second",
+    }
+    parts = []
+    for name, text in told.items():
+        if (value := record.receipt.get(name)) is not None:
+            value = value / 1e6 if name.startswith("bytes") else figure(value) if name == "rows_per_s" else value
+            parts.append(text.format(value))
+    return _cell(f"*{' · '.join(parts)}*", record, "receipt")
+
+
+def of(taken_mb: float, limit_mb: float) -> str:
+    """As in `7.7 of 8.0 GB`."""
+    if limit_mb < 1000:
+        return f"{taken_mb:,.0f} of {limit_mb:,.0f} MB"
+    return f"{taken_mb / 1000:.1f} of {limit_mb / 1000:.1f} GB"
+
+
+def _cell(text: str, record: Any, what: str) -> Any:
+    import nbformat
+
+    ran = {"state": record.state, "seconds": None, "report": what}
+    return nbformat.v4.new_markdown_cell(text, metadata={"tags": [f"report-{what}"], "runner": ran})
+
+
+def stacks(text: str, cells: list[Any]) -> tuple[str, dict | None]:
+    """(what faulthandler wrote, cut down to the user's own lines; the main thread's innermost own frame)
+
+    A frame is the user's own when it is in one of `cells` or in the project's code. Threads without one are left out.
+    """
+    names, lines, main = _cell_files(cells), [], None
+    for thread in re.split(r"\n(?=(?:Current thread|Thread) 0x)", text):
+        frames = [(file, int(line), name) for file, line, name in FRAME.findall(thread)]  # innermost first
+        own = [(place, name) for file, line, name in frames if (place := _place(file, line, names, cells))]
+        if not own:
+            continue
+        is_main = any(file.endswith(("etl/kernels/in_kernel.py", "ipykernel_launcher.py")) for file, _, _ in frames)
+        if is_main or main is None:
+            main = own[0][0] if is_main else main
+        lines.append("main thread" if is_main else "another thread")
+        for place, name in reversed(own):
+            lines += [f"  {place['where']}, in {name}", f"    {place['code']}"]
+        file, line, name = frames[0]
+        if not _place(file, line, names, cells):
+            lines.append(f"  … in {name}, {Path(file).name} line {line}")
+    if not lines:
+        return "", None
+    return "\n".join([f"{STACKS}:", *lines, ""]), main
+
+
+def own_frame(traceback: str, cells: list[Any]) -> dict | None:
+    """The innermost frame of the user's own in an IPython traceback in plain text: {where, code}."""
+    found = None
+    for number, line, file, at in SHOWN.findall(traceback):
+        if number:
+            index = next((i for i, c in enumerate(cells) if c.get("execution_count") == int(number)), None)
+            found = _in_cell(index, int(line), cells) if index is not None else found
+        else:
+            found = _place(str(Path(file).expanduser()), int(at), {}, cells) or found
+    return found
+
+
+def _place(file: str, line: int, names: dict[str, int], cells: list[Any]) -> dict | None:
+    if (index := names.get(Path(file).name)) is not None and "ipykernel_" in file:
+        return _in_cell(index, line, cells)
+    if not file.startswith(f"{PROJECT}/") or LIBRARIES.search(file) or file == f"{PROJECT}/etl/kernels/in_kernel.py":
+        return None
+    try:
+        code = Path(file).read_text(errors="replace").splitlines()[line - 1].strip()
+    except (OSError, IndexError):
+        code = ""
+    return {"where": f"{Path(file).relative_to(PROJECT)}:{line}", "code": code}
+
+
+def _in_cell(index: int, line: int, cells: list[Any]) -> dict:
+    source = cells[index].source.splitlines()
+    code = source[line - 1].strip() if 0 < line <= len(source) else ""
+    return {"where": f"cell {index + 1}, line {line}", "code": code}
+
+
+def _cell_files(cells: list[Any]) -> dict[str, int]:
+    """The file names under which ipykernel compiles cells: name -> index."""
+    from ipykernel.compiler import get_tmp_hash_seed, murmur2_x86
+
+    code = ((i, cell.source) for i, cell in enumerate(cells) if cell.cell_type == "code")
+    return {f"{murmur2_x86(source, get_tmp_hash_seed())}.py": index for index, source in code}

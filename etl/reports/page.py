@@ -1,0 +1,173 @@
+"""What people read about a run: the executed notebook, a page made of it, and its record as JSON."""
+
+import datetime
+import functools
+import json
+import logging
+import re
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from etl.storage import Root
+
+log = logging.getLogger(__name__)
+PAGE = "report.html"
+
+# What a notebook's outputs may contain. Everything else is dropped: scripts, forms, frames, anything fetched.
+TAGS = set(
+    re.findall(
+        r"\w+",
+        """a abbr b blockquote br caption cite code col colgroup dd del details div dl dt em figcaption figure
+        h1 h2 h3 h4 h5 h6 hr i img ins kbd li mark ol p pre q s samp small span strong sub summary sup
+        table tbody td tfoot th thead tr tt u ul var""",
+    )
+)
+ATTRIBUTES = set(re.findall(r"\w+", "align alt class colspan height open rowspan span start style title width"))
+# the first of these that an output has: a picture rather than the script that would draw it
+SHOWN = ["image/png", "image/jpeg", "image/svg+xml", "text/html", "text/markdown", "text/latex", "text/plain"]
+# one exporter for all threads: its templates take longer to compile than to fill
+_EXPORTING = threading.Lock()
+MOMENT = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]{8,}([+-]\d\d:\d\d|Z)\Z")
+SILENT = re.compile(r"<(style|script)\b.*?</\1\s*>", re.I | re.S)  # their text is nothing to read, either
+
+
+def write(root: Root, record: Any, nb: Any, place: str | None = None) -> None:
+    """Write report.ipynb, run.json and report.html into `place`, else the record's folder, each whole."""
+    save(root, record, nb, place)
+    write_page(root, record, nb, place)
+
+
+def save(root: Root, record: Any, nb: Any, place: str | None = None) -> None:
+    """Write what the run left: report.ipynb and, last, run.json."""
+    place = place or record.report
+    root.write(f"{place}/report.ipynb", notebook(nb))
+    text = json.dumps(asdict(record), indent=2, default=str)
+    root.write(f"{place}/run.json", (text + "\n").encode())
+
+
+def write_page(root: Root, record: Any, nb: Any, place: str | None = None) -> None:
+    """Write what people read, report.html. A page that cannot be made is logged and left out."""
+    try:
+        page = html(record, nb).encode(errors="replace")
+    except Exception:
+        log.exception("run %s has no report.html", record.run_id)
+    else:
+        root.write(f"{place or record.report}/{PAGE}", page)
+
+
+def url_of(root: Root, record: dict) -> str:
+    """Where a person finds a run's report: its page, or the notebook when there is none (any more)."""
+    page = f"{record['report']}/{PAGE}"
+    return root.url_of(page if root.exists(page) else f"{record['report']}/report.ipynb")
+
+
+def page_of(root: Root, record: dict) -> bytes:
+    """report.html of a run by its run.json; made anew where there is none (any more). Raises FileNotFoundError."""
+    try:
+        return root.read(f"{record['report']}/{PAGE}")
+    except FileNotFoundError:
+        import nbformat
+
+        nb = nbformat.reads(root.read(f"{record['report']}/report.ipynb").decode(), as_version=4)
+        return html(SimpleNamespace(**record), nb).encode(errors="replace")
+
+
+def notebook(nb: Any) -> bytes:
+    """report.ipynb."""
+    import nbformat
+
+    return (nbformat.v4.writes(nb) + "\n").encode(errors="replace")
+
+
+def html(record: Any, nb: Any) -> str:
+    """The report as one page that needs no script, no network and no other file."""
+    facts = [
+        ("Run", record.run_id),
+        ("Scheduled for", _moment(record.scheduled_for)),
+        ("Started", _moment(record.started_at)),
+        ("Took", f"{record.seconds:,.1f} s"),
+        ("Attempt", record.attempt if record.attempt > 1 else None),
+        ("Host", record.host),
+    ]
+    page = {
+        "record": record,
+        "ok": record.state in ("ok", "noop"),
+        "state": record.state.replace("_", " "),
+        "facts": [(name, value) for name, value in facts if value],
+        "figures": [
+            (name.replace("_", " "), _figure(value))
+            for name, value in record.metrics.items()
+            if not isinstance(value, dict | list)
+        ],
+        "parameters": [(n, _literal(v), record.origins.get(n, "")) for n, v in record.parameters.items()],
+        "versions": [
+            (what, ", ".join(f"{table}@{version}" for table, version in versions.items()))
+            for what, versions in (("Read", record.versions_read), ("Wrote", record.versions_written))
+            if versions
+        ]
+        + [("Started from", ", ".join(given)) for given in [record.metrics.get("given")] if given],
+    }
+    with _EXPORTING:
+        return _exporter().from_notebook_node(nb, resources={"page": page})[0]
+
+
+@functools.cache
+def _exporter() -> Any:
+    from nbconvert import HTMLExporter
+
+    exporter = HTMLExporter(
+        template_name="report",
+        extra_template_basedirs=[str(Path(__file__).with_name("templates"))],
+        sanitize_html=True,
+        exclude_anchor_links=True,
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+    )
+    # nbconvert's own filter shows headings, paragraphs and table heads as escaped text
+    exporter.register_filter("clean_html", clean)
+    exporter.register_filter("readable", lambda data: next((kind for kind in SHOWN if kind in data), None))
+    return exporter
+
+
+def clean(fragment: Any) -> str:
+    """HTML without anything that could run, ask the network or leave its place."""
+    return _cleaner().clean(SILENT.sub("", str(fragment)))
+
+
+@functools.cache
+def _cleaner() -> Any:
+    from bleach import Cleaner
+    from bleach.css_sanitizer import CSSSanitizer
+
+    return Cleaner(
+        tags=TAGS,
+        attributes=_allowed,
+        protocols={"http", "https", "mailto", "data"},
+        strip=True,
+        css_sanitizer=CSSSanitizer(),
+    )
+
+
+def _allowed(tag: str, name: str, value: str) -> bool:
+    if name == "href":
+        return tag == "a" and re.match(r"(https?://|mailto:|#|(\.\./)+[\w/.-]+\Z)", value) is not None
+    if name == "src":
+        return tag == "img" and re.match(r"data:image/(png|jpeg|gif|svg\+xml);base64,", value) is not None
+    return name in ATTRIBUTES
+
+
+def _literal(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _figure(value: Any) -> str:
+    from etl.notebook import figure
+
+    return _moment(value) if isinstance(value, str) and MOMENT.match(value) else figure(value)
+
+
+def _moment(iso: str) -> str:
+    return f"{datetime.datetime.fromisoformat(iso).astimezone(datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"

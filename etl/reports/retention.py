@@ -1,0 +1,122 @@
+"""Which reports stay: those that tell something the others do not. The row in the index always stays.
+
+Kept of a stage's runs: every one that was neither ok nor noop, the first ok one after it, the slowest ok one of each
+day, the first ok one of each hour for a day and of each day after that, and everything that ended within the hour.
+A run that loses its report by these rules can never be wanted again, so sweeps need no memory: each reads the index,
+looks at what is there and removes the rest. One that is killed is finished by the next. Of a report run.json goes
+first, and a folder without it is no report: neither `runs` nor a reader takes a half removed one for whole.
+A kept report is the notebook and the record; its page goes after some days and is made again when somebody asks for it.
+"""
+
+import datetime
+import logging
+import threading
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat
+
+from etl.reports import page as report_page
+from etl.runs import index as run_index
+from etl.storage import Root
+
+log = logging.getLogger(__name__)
+PLACE = "reports"
+EVERY_S = 1800  # between two sweeps of `sweep_regularly`
+
+
+class Rules(BaseModel):
+    """The `retention:` block of an env file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    all_hours: NonNegativeFloat = 1  # every report, noop runs' as well
+    hourly_days: NonNegativeFloat = 1  # the first ok run of each hour
+    daily: bool = True  # the first ok run of each day
+    slowest: bool = True  # the slowest ok run of each day
+    page_days: NonNegativeFloat = 7  # report.html, half of a report's size; made anew from the notebook when asked for
+    days: NonNegativeFloat | None = None  # after that, none at all; null: no end
+
+
+def wanted(index: Any, rules: Rules, now: datetime.datetime) -> Any:
+    """The rows of `index` whose reports are kept; a frame of run_id, stage, state, ended_at, seconds (and more).
+
+    Runs count in the order they ended, which is the order their rows come in: a later row never makes a report wanted
+    that an earlier sweep removed.
+    """
+    import polars as pl
+
+    hours, ended = datetime.timedelta(hours=1), pl.col("ended_at")
+    fresh = ended > now - rules.all_hours * hours
+    worked = index.filter(pl.col("state") != "noop").sort("ended_at", "run_id")
+    ok = pl.col("state") == "ok"
+    worked = worked.with_columns(recovered=ok & (pl.col("state").shift(1).over("stage") != "ok").fill_null(False))
+    good = worked.filter(ok).with_columns(
+        hourly=_first_of("1h") & (ended > now - rules.hourly_days * 24 * hours),
+        daily=_first_of("1d") & rules.daily,
+        # of equals the first
+        slowest=(pl.int_range(pl.len()) == pl.col("seconds").arg_max()).over("stage", ended.dt.date()) & rules.slowest,
+    )
+    kept = [
+        index.filter(fresh).select("run_id"),
+        worked.filter(~ok).select("run_id"),
+        good.filter(pl.any_horizontal("recovered", "hourly", "daily", "slowest")).select("run_id"),
+    ]
+    rows = index.join(pl.concat(kept).unique(), on="run_id", how="semi")
+    return rows if rules.days is None else rows.filter(ended > now - rules.days * 24 * hours)
+
+
+def _first_of(span: str) -> Any:
+    import polars as pl
+
+    return pl.struct("stage", pl.col("ended_at").dt.truncate(span)).is_first_distinct()
+
+
+def sweep(
+    root: Root, rules: Rules | None = None, now: datetime.datetime | None = None, dry_run: bool = False
+) -> dict[str, int]:
+    """Remove the reports that the rules do not keep; safe to kill, to repeat and to run twice at once.
+
+    Returns counts: runs (rows in the index), kept and removed (reports there), missing (wanted, not there: not
+    delivered yet), unknown (folders of no run in the index: a run under way, perhaps; left alone) and pages (removed
+    from kept reports).
+    """
+    now, rules = now or datetime.datetime.now(datetime.UTC), rules or Rules()
+    index = run_index.scan(root).select("run_id", "stage", "state", "ended_at", "seconds", "report").collect()
+    kept = wanted(index, rules, now)
+    known, keep = set(index["report"]), set(kept["report"])
+    expected = set(kept.filter(kept["state"] != "noop")["report"])
+    days = [f"{PLACE}/{stage}/{day}" for stage in root.list(PLACE) for day in root.list(f"{PLACE}/{stage}")]
+    there = {f"{day}/{run_id}" for day in days for run_id in root.list(day)}
+    doomed = sorted(there & known - keep)
+    if not dry_run:
+        root.remove_trees(doomed, first=run_index.COMPLETE)
+    youngest = f"{now - datetime.timedelta(days=rules.page_days):%Y-%m-%d}"
+    old = [name for day in days if day.rpartition("/")[2] < youngest for name in root.files(day)]
+    pages = [name for name in old if name.endswith(f"/{report_page.PAGE}") and name.rpartition("/")[0] in keep]
+    if not dry_run:
+        for page in pages:
+            root.remove(page)
+    return {
+        "runs": len(index),
+        "kept": len(there & keep),
+        "removed": len(doomed),
+        "missing": len(expected - there),
+        "unknown": len(there - known),
+        "pages": len(pages),
+    }
+
+
+def sweep_regularly(root: Root, rules: Rules, every_s: float = EVERY_S) -> threading.Event:
+    """Sweep now and every `every_s` seconds, in a thread, until the event is set. One that fails is a warning."""
+
+    def sweeping() -> None:
+        while not end.is_set():
+            try:
+                sweep(root, rules)
+            except Exception as error:  # the root is down, perhaps: the next sweep does what this one left
+                log.warning("the reports under %s could not be swept: %s", root.url, error)
+            end.wait(every_s)
+
+    end = threading.Event()
+    threading.Thread(target=sweeping, name="sweep", daemon=True).start()
+    return end

@@ -1,0 +1,1 @@
+"""One run of a notebook: asked for, executed, recorded, delivered, found again, repeated."""

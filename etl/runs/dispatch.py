@@ -1,0 +1,167 @@
+"""Where a run's work is done: in a kernel on this machine, or on one that Coiled provisions.
+
+A run is asked for by stage and time; here it becomes a `RunRequest`, which is plain data, so the same engine executes
+it on either side. Coiled is imported only when a machine is really asked for.
+"""
+
+import contextlib
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from etl.params import Environment, Stage
+from etl.runs import provenance
+from etl.runs.engine import RunRecord, RunRequest, execute
+from etl.storage import Root
+
+log = logging.getLogger(__name__)
+RETRIED = ("failed", "timed_out", "killed")  # a failed check is no accident: the same data fails it again
+FIRST_DELAY_S = 5  # before the first retry; doubled before each further one
+
+
+def run_stage(
+    stage: Stage,
+    environment: Environment,
+    *,
+    scheduled_for: datetime | None = None,
+    on_cell: Callable[[int, int, str], None] | None = None,
+    cancel: threading.Event | None = None,
+    parent: str | None = None,
+    page_later: bool = False,
+) -> RunRecord:
+    """Run a stage to its end, retries included; the record is that of the last attempt. Every attempt has a report.
+
+    `scheduled_for` is now when None; `parent` is the run that this one repeats; `page_later` as in
+    engine.execute, for a run on this machine. Never raises for what the notebook does.
+    """
+    scheduled_for = (scheduled_for or datetime.now(UTC)).astimezone(UTC)
+    cancel = cancel or threading.Event()
+    for attempt in range(1, stage.retries + 2):
+        with contextlib.ExitStack() as stack:
+            address, variables, refused = None, {}, ""
+            try:
+                address, variables = stack.enter_context(cluster(stage.dask if "dask" in stage.supplied else None))
+            except Exception as error:  # the run's report tells it
+                log.exception("%s has no Dask cluster", stage.name)
+                refused = f"no Dask cluster: {type(error).__name__}: {error}"
+            request = make_request(stage, environment, scheduled_for, attempt, address, parent)
+            request = replace(request, variables=variables, refused=refused)
+            record = _dispatch(request, None if refused else stage.machine, on_cell, cancel, page_later)
+        if record.state not in RETRIED or attempt > stage.retries:
+            return record
+        delay_s = FIRST_DELAY_S * 2 ** (attempt - 1)
+        log.warning("%s attempt %d: %s; again in %d s", stage.name, attempt, record.state, delay_s)
+        if cancel.wait(delay_s):
+            return record
+    raise AssertionError("unreachable: the last attempt returns")
+
+
+def make_request(
+    stage: Stage,
+    environment: Environment,
+    scheduled_for: datetime,
+    attempt: int,
+    dask_address: str | None,
+    parent: str | None = None,
+) -> RunRequest:
+    """What the engine needs for one attempt, as plain data: the notebook travels as JSON, not as a path."""
+    import nbformat
+
+    root = Root.at(environment.root).url
+    run_id = f"{stage.name}-{scheduled_for:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    supplied = {
+        "root": root,
+        "run_id": run_id,
+        "scheduled_for": scheduled_for.isoformat(timespec="seconds"),
+        "dask": dask_address,
+    }
+    notebook = nbformat.read(stage.notebook_path, as_version=4)
+    given = {name: value for name, value in supplied.items() if name in stage.supplied}
+    return RunRequest(
+        stage=stage.name,
+        run_id=run_id,
+        root=root,
+        notebook=notebook,
+        parameters=given | stage.values,
+        origins=dict.fromkeys(given, "supplied") | stage.origins,
+        scheduled_for=supplied["scheduled_for"],
+        deadline_s=stage.deadline_s,
+        attempt=attempt,
+        parent=parent,
+        provenance=provenance.of(notebook),
+        secrets=list(stage.secrets),
+        memory_mb=stage.memory_mb,
+    )
+
+
+@contextlib.contextmanager
+def cluster(dask: dict | None) -> Iterator[tuple[str | None, dict[str, str]]]:
+    """Open the cluster that an env file's `dask` block asks for.
+
+    The address of its scheduler, None without a block, and the variables that a process needs to speak to it.
+    `{n_workers: N}`: processes on this machine, gone with the block. `{address: URL}`: one that is there already, whose
+    certificates, if it has any, are in Dask's own variables. `{coiled: {...}}`: machines, with the arguments of
+    coiled.Cluster.
+    """
+    if not dask:
+        yield None, {}
+    elif "address" in dask:
+        yield dask["address"], {}
+    elif "coiled" in dask:
+        import coiled
+
+        with coiled.Cluster(**dask["coiled"]) as machines:
+            yield machines.scheduler_address, _certificates(machines.security)
+    else:
+        from distributed import LocalCluster
+
+        logging.getLogger("distributed.shuffle._scheduler_plugin").setLevel(logging.ERROR)  # it warns of every shuffle
+        workers = dask["n_workers"]
+        # addresses default to every interface; 1 thread: the engines underneath have threads of their own
+        with LocalCluster(
+            n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
+        ) as processes:
+            yield processes.scheduler_address, {}
+
+
+def _certificates(security: Any) -> dict[str, str]:
+    """Coiled's certificate of one cluster, in Dask's configuration: it proves both sides, and signs itself."""
+    tls = "DASK_DISTRIBUTED__COMM__TLS__"
+    certificate, key = security.tls_scheduler_cert, security.tls_scheduler_key
+    return {f"{tls}CA_FILE": certificate, f"{tls}CLIENT__CERT": certificate, f"{tls}CLIENT__KEY": key}
+
+
+def _dispatch(
+    request: RunRequest, machine: dict | None, on_cell: Callable | None, cancel: threading.Event, page_later: bool
+) -> RunRecord:
+    if machine is None:
+        return execute(request, on_cell=on_cell, cancel=cancel, page_later=page_later)
+    return RunRecord(**run_there(asdict(request), machine))
+
+
+def run_there(request: dict, machine: dict) -> dict:
+    """Run a request on a machine with these arguments of coiled.function; the record as a dict.
+
+    The report goes to the root from there. Raises ValueError for a root that only this machine has.
+    """
+    if "://" not in request["root"]:
+        raise ValueError(f"the root {request['root']} is on this machine, and the run on another; use an s3:// root")
+    import coiled
+
+    name = f"etl-{request['stage']}"
+    # no retries or timeout exist there: the engine's deadline ends the run, and run_stage repeats it
+    return coiled.function(name=name, **machine)(execute_there)(request)
+
+
+def execute_there(request: dict) -> dict:
+    """What runs on the machine: plain data in, plain data out. A run that took the machine with it is told here."""
+    began = time.monotonic()
+    request["provenance"] |= provenance.here()
+    record = execute(RunRequest(**request))
+    log.info("%s took %.1f s", record.run_id, time.monotonic() - began)
+    return asdict(record)

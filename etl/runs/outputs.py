@@ -1,0 +1,267 @@
+"""What a cell shows, on its way from the kernel into the report: coalesced, redacted, capped, journaled."""
+
+import base64
+import collections
+import functools
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from etl.notebook import CHECK_MIME, RECORD_MIME
+
+log = logging.getLogger(__name__)
+TEXT = 256 * 1024  # characters of streams that a cell may show; beyond that its beginning and its end
+TAIL = 64 * 1024  # characters of that end
+RICH = 1_000_000  # bytes of one picture
+COUNT = 500  # outputs that a cell may show, and
+TOTAL = 4 * RICH  # characters of all of them that are not text; beyond either, the last ones
+LAST = 3  # of those
+OWN = {RECORD_MIME, CHECK_MIME}  # always shown: the run's record is made of them
+
+
+class Outputs:
+    """The outputs of the cell that is running. What does not fit goes whole into files in `journal.folder`."""
+
+    def __init__(self, redactor: Any, journal: Any):
+        self._redactor, self._journal = redactor, journal
+        self.start(-1)
+
+    def start(self, index: int) -> None:
+        self._index, self._held, self._last = index, {}, "stdout"
+        self._side, self._tail, self._cut = None, "", 0
+        self._rest, self._lengths, self._left_out = None, {}, 0
+        self._last_left_out: collections.deque = collections.deque(maxlen=LAST)
+
+    def stream(self, outs: list, name: str, text: str) -> None:
+        """More text of `stdout` or `stderr`. What may be the beginning of a secret waits for the rest."""
+        text, self._held[name] = self._redactor.split(self._held.get(name, "") + text)
+        self._show(outs, name, text)
+
+    def _show(self, outs: list, name: str, text: str) -> None:
+        self._last = name
+        if self._side is None:
+            room = TEXT - sum(len(out.text) for out in outs if out.output_type == "stream")
+            if len(text) > room:
+                self._side = self._journal.side_file(side_name(self._index))
+                for out in outs:
+                    self._side.write(out.text if out.output_type == "stream" else "")
+            head, text = (text[:room], text[room:]) if len(text) > room else (text, "")
+            if head:
+                self._journal.output(self._index, add_stream(outs, name, head), outs, head)
+            if self._side:
+                self._side.write(head)
+        if text:
+            self._side.write(text)
+            self._tail, self._cut = (self._tail + text)[-TAIL:], self._cut + len(text)
+
+    def show(self, outs: list, out: Any) -> None:
+        """An output of the runner's own."""
+        outs.append(out)
+        self.changed(self._index, len(outs) - 1, outs)
+
+    def changed(self, index: int, at: int, outs: list) -> None:
+        """`outs[at]` of the cell at `index` is new, or shows something new."""
+        self._cap(outs[at], f"{index + 1:02d}-{at + 1}")
+        if index == self._index:
+            self._lengths[at] = sum(map(_length, outs[at].get("data", {}).values()))
+        self._journal.output(index, at, outs)
+
+    def has_no_room(self, outs: list, msg: dict) -> bool:
+        """Whether what is in `msg` is more than the cell may show."""
+        if msg["msg_type"] == "error" or OWN & msg["content"].get("data", {}).keys():
+            return False
+        return len(outs) >= COUNT or sum(self._lengths.values()) > TOTAL
+
+    def leave_out(self, outs: list, out: Any) -> None:
+        """Put an output into the file that holds all of them, one a line, and show it only if it is one of the last."""
+        if self._rest is None:
+            self._rest = self._journal.side_file(rest_name(self._index))
+            for shown in outs:
+                self._rest.write(json.dumps(shown) + "\n")
+        self._rest.write(json.dumps(out) + "\n")
+        self._last_left_out.append(out)
+        self._left_out += 1
+
+    def _show_last_left_out(self, outs: list) -> None:
+        from nbformat.v4 import new_output
+
+        total, name, count = self._rest.close(), rest_name(self._index), self._left_out - len(self._last_left_out)
+        where = f"all of them are in {name}" if total else "the rest could not be kept"
+        self._rest = None
+        if count > 0:
+            self.show(
+                outs, new_output("display_data", data={"text/plain": f"… {count:,} outputs left out here; {where} …"})
+            )
+        for out in self._last_left_out:
+            self.show(outs, out)
+
+    def cleared(self, index: int) -> None:
+        """The cell has cleared what it showed; the file that holds all of it goes on."""
+        self._tail, self._cut, self._lengths, self._left_out = "", 0, {}, 0
+        self._last_left_out.clear()
+        self._journal.cleared(index)
+
+    def finish(self, outs: list) -> None:
+        """The cell has ended: show what was held back, and the end of what did not fit."""
+        for name, text in self._held.items():
+            self._show(outs, name, self._redactor.text(text))
+        self._held = {}
+        if self._rest:
+            self._show_last_left_out(outs)
+        if not self._side:
+            return
+        total, name = self._side.close(), side_name(self._index)
+        left_out = self._cut - len(self._tail)
+        if left_out:
+            where = f"all of it is in {name}" if total else "the rest could not be kept"
+            self._tail = f"\n… {left_out:,} characters left out here; {where} …\n{self._tail}"
+        else:
+            self._side.remove()
+        self._side = None
+        if self._tail:
+            self._journal.output(self._index, add_stream(outs, self._last, self._tail), outs, self._tail)
+
+    def _cap(self, out: Any, number: str) -> None:
+        """Replace what is too large in a rich output or an error by a note; the whole goes into a file."""
+        if out.output_type == "error":
+            text = "\n".join(out.traceback)
+            if len(text) > TEXT:
+                kept = self._journal.side_file(name := f"cell-{number}-error.txt")
+                kept.write(text)
+                kept.close()
+                note = f"\n… {len(text) - TAIL:,} characters left out here; all of it is in {name} …\n"
+                out.traceback = [text[: TAIL // 2] + note + text[-TAIL // 2 :]]
+            out.evalue = out.evalue if len(out.evalue) <= TAIL else out.evalue[:TAIL] + " …"
+        notes = []
+        for mime, value in list(out.get("data", {}).items()):
+            text = value if isinstance(value, str) else json.dumps(value)
+            if len(text) <= (RICH if mime.startswith("image/") else TEXT) or mime in (RECORD_MIME, CHECK_MIME):
+                continue
+            binary = mime.startswith("image/") and not mime.endswith("xml")
+            suffix = "txt" if mime == "text/plain" else re.sub(r"\W.*", "", mime.split("/")[1])
+            kept = self._journal.side_file(f"cell-{number}.{suffix}", binary=binary)
+            kept.write(base64.b64decode(text) if binary else text)
+            kept.close()
+            notes.append(f"{mime}, {len(text):,} bytes: in cell-{number}.{suffix}")
+            del out.data[mime]
+        if notes:
+            out.data["text/plain"] = "\n".join([out.data.get("text/plain", ""), *notes]).lstrip("\n")
+
+
+def text_tail(cell: Any, index: int, folder: Path) -> str:
+    """Give a cell that never ended the end of what it printed, if that is in a side file; the last lines of it all."""
+    side = folder / side_name(index)
+    if side.exists():
+        with side.open("rb") as file:
+            file.seek(max(0, side.stat().st_size - TAIL))
+            tail = file.read().decode(errors="replace")
+        add_stream(cell.outputs, "stdout", f"\n… the end of what it printed; all of it is in {side.name} …\n{tail}")
+    text = "".join(out.text for out in cell.outputs if out.output_type == "stream")
+    return "\n".join(text.splitlines()[-3:])
+
+
+def side_name(index: int) -> str:
+    """The file with the whole text that the cell at `index` of the notebook printed."""
+    return f"cell-{index + 1:02d}-output.txt"
+
+
+def rest_name(index: int) -> str:
+    """The file with all outputs of the cell at `index`, as JSON lines, when they are too many to be shown."""
+    return f"cell-{index + 1:02d}-outputs.jsonl"
+
+
+def _length(value: Any) -> int:
+    return len(value if isinstance(value, str) else json.dumps(value))
+
+
+def add_stream(outs: list, name: str, text: str) -> int:
+    """Add `text` to the stream that was last written to, as a terminal would show it; its place in `outs`."""
+    from nbformat.v4 import new_output
+
+    for at in range(len(outs) - 1, -1, -1):
+        if outs[at].output_type != "stream":
+            break
+        if outs[at].name == name:
+            line = outs[at].text.rfind("\n") + 1
+            outs[at].text = outs[at].text[:line] + _as_shown(outs[at].text[line:] + text)
+            return at
+    outs.append(new_output("stream", name=name, text=_as_shown(text)))
+    return len(outs) - 1
+
+
+def _as_shown(text: str) -> str:
+    """A progress bar writes over itself: only its last state counts. Takes time by the length of the text."""
+    if "\b" in text:
+        kept: list[str] = []
+        for letter in text:
+            if letter != "\b":
+                kept.append(letter)
+            elif kept and kept[-1] != "\n":
+                kept.pop()
+        text = "".join(kept)
+    if "\r" in text:  # what stands before the last one, unless that is the line's end or more may come
+        text = "\n".join(line[line.rfind("\r", 0, -1) + 1 :] for line in text.split("\n"))
+    return text
+
+
+def apply(outs: list, event: dict) -> None:
+    """What an `output` event of the journal does to a cell's outputs."""
+    from nbformat import from_dict
+
+    at, out = event["at"], from_dict(event["output"])
+    if out.output_type == "stream" and at < len(outs) and outs[at].get("name") == out.name:
+        line = outs[at].text.rfind("\n") + 1
+        outs[at].text = outs[at].text[:line] + _as_shown(outs[at].text[line:] + out.text)
+    elif at < len(outs):
+        outs[at] = out
+    else:
+        outs.append(out)
+
+
+@functools.cache
+def client_class() -> type:
+    """nbclient's NotebookClient, whose outputs go through an `Outputs` called `shown`."""
+    from nbclient import NotebookClient
+    from nbformat.v4 import output_from_msg
+
+    class Client(NotebookClient):
+        shown: Outputs
+        redactor: Any
+
+        def process_message(self, msg, cell, cell_index):
+            kind = msg["msg_type"]
+            if kind != "stream":
+                msg["content"] = self.redactor.tree(msg["content"])
+            out = super().process_message(msg, cell, cell_index)
+            if kind == "update_display_data":
+                display_id = (msg["content"].get("transient") or {}).get("display_id")
+                for index, places in self._display_id_map.get(display_id, {}).items():
+                    for at in places:
+                        self.shown.changed(index, at, self.nb.cells[index].outputs)
+            return out
+
+        def output(self, outs, msg, display_id, cell_index):
+            if self.output_hook_stack[msg["parent_header"].get("msg_id")]:  # an Output widget catches it
+                return super().output(outs, msg, display_id, cell_index)
+            if self.clear_before_next_output:
+                self.clear_before_next_output = False
+                self.clear_output(outs, {**msg, "content": {}}, cell_index)
+            if msg["msg_type"] == "stream":
+                self.shown.stream(outs, msg["content"]["name"], msg["content"]["text"])
+                return None
+            if self.shown.has_no_room(outs, msg):
+                self.shown.leave_out(outs, output_from_msg(msg))
+                return None
+            out = super().output(outs, msg, display_id, cell_index)
+            if out:
+                self.shown.changed(cell_index, len(outs) - 1, outs)
+            return out
+
+        def clear_output(self, outs, msg, cell_index):
+            super().clear_output(outs, msg, cell_index)
+            if not outs:
+                self.shown.cleared(cell_index)
+
+    return Client

@@ -1,0 +1,101 @@
+"""Where a figure comes from: the code and the machine of a run, and the run of a table's version."""
+
+import datetime
+import functools
+import hashlib
+import json
+import platform
+import re
+import subprocess
+from typing import Any
+
+from etl.storage import PROJECT, Root
+
+LOCK = "requirements.lock"
+CODE = ("*.py", "pipeline/**/*.py", "etl/**/*.py")  # what a kernel of ours may import
+COMMIT = re.compile(r"(\d{20})\.json")  # the Delta protocol's name of a version's commit
+
+
+def of(notebook: dict) -> dict[str, Any]:
+    """All that decides what a run does besides its parameters and its data; a few milliseconds.
+
+    git_commit and git_dirty (null where there is no repository), code_sha256, notebook_sha256 (of the cells' sources:
+    outputs do not count), lock_sha256 (null without a lock), python, machine.
+    """
+    cells = [[cell["cell_type"], "".join(cell["source"])] for cell in notebook["cells"]]
+    lock = PROJECT / LOCK
+    return {
+        **git(),
+        "code_sha256": _sha256(*(path.read_bytes() for pattern in CODE for path in sorted(PROJECT.glob(pattern)))),
+        "notebook_sha256": _sha256(json.dumps(cells).encode()),
+        "lock_sha256": _sha256(lock.read_bytes()) if lock.exists() else None,
+        **here(),
+    }
+
+
+def git() -> dict[str, Any]:
+    """git_commit and git_dirty: whether the project's files differ from it, or are not in it."""
+    # without optional locks: must not be in the way of somebody who is committing
+    command = ["git", "--no-optional-locks", "-C", str(PROJECT), "status", "--porcelain=v2", "--branch", "--", "."]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):  # no git, or no repository
+        return {"git_commit": None, "git_dirty": None}
+    commit = re.search(r"^# branch\.oid ([0-9a-f]+)$", done.stdout, re.M)
+    dirty = any(not line.startswith("#") for line in done.stdout.splitlines())
+    return {"git_commit": commit and commit[1], "git_dirty": dirty}
+
+
+@functools.cache
+def here() -> dict[str, str]:
+    """python and machine of this process."""
+    return {"python": platform.python_version(), "machine": platform.platform()}
+
+
+def _sha256(*parts: bytes) -> str:
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part)
+    return whole.hexdigest()
+
+
+def whence(root: Root, table: str, version: int | None = None) -> dict[str, Any]:
+    """Who wrote a version of a table of the lake, the newest when `version` is None.
+
+    table, version, operation, at (ISO, UTC), run_id and stage (null when no run wrote it, as with a commit by hand).
+    Raises LookupError when there is no such table or version, or its commit was cleaned up.
+    """
+    # not by DeltaTable.history(): it numbers the newest commits downwards from the version that it was opened at, so it
+    # is wrong for an older version, and for the newest while others commit (deltalake 1.6.3)
+    log = f"lake/{table}/_delta_log"
+    if version is None:
+        there = [int(match[1]) for name in root.list(log) if (match := COMMIT.fullmatch(name))]
+        if not there:
+            raise LookupError(f"there is no table {table} under {root.url}")
+        version = max(there)
+    lines = _commit(root, table, version).splitlines()
+    found = [action["commitInfo"] for action in map(json.loads, lines) if "commitInfo" in action]
+    info = found[0] if found else {}
+    return {
+        "table": table,
+        "version": version,
+        "operation": info.get("operation"),
+        "at": _iso(info["timestamp"]) if "timestamp" in info else None,
+        "run_id": info.get("run_id"),
+        "stage": info.get("stage"),
+    }
+
+
+def _commit(root: Root, table: str, version: int) -> bytes:
+    """The commit of a version, from where it is kept a second time when the log was cleaned up. Raises LookupError."""
+    place, kept = f"lake/{table}/_delta_log/{version:020d}.json", f"lake/kept_log/{table}"
+    if root.exists(place):
+        return root.read(place)
+    for name in root.list(kept):
+        if name.startswith(f"{version:020d}-"):
+            return root.read(f"{kept}/{name}")
+    raise LookupError(f"there is no version {version} of {table} under {root.url}, or no more")
+
+
+def _iso(milliseconds: int) -> str:
+    return datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,285 @@
+"""A run again: with its parameters and some of them changed, or exactly as it was, to see whether the same comes out.
+
+A rerun takes a run's recorded parameters, then the new ones, into the same root. A replay takes all of them, and the
+versions of the tables that the run read, into a root of its own, and compares what both made.
+"""
+
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from etl import params
+from etl.params import Environment, Stage
+from etl.params.cell import SUPPLIED
+from etl.runs.engine import RunRecord
+from etl.storage import Root
+
+REPLAYS = "outputs/replay"  # a folder for each replayed run
+PINNED = "lake/pinned.json"  # has the lake's readers see another root's versions
+TIME_LIKE = re.compile(r"(.*_)?(s|ms|seconds|at)")  # metrics of how long or when: never twice the same
+TOLERANCE = 1e-9  # of floats, relative: threads add in any order
+NOTABLE_S = 0.1  # cells that differ by less took the same time
+
+
+class NotRepeatable(Exception):
+    """The run cannot be run again this way; the message says why."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that is not the same. `part`: parameters, code, inputs, state, checks, metrics, results, models ..."""
+
+    part: str
+    name: str
+    before: Any
+    after: Any
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What came of a replay. `changed`: code, lock and machine since the run; `compared`: how many of each part."""
+
+    run_id: str
+    record: RunRecord
+    differences: list[Difference]
+    changed: list[Difference]
+    compared: dict[str, int]
+
+    @property
+    def equal(self) -> bool:
+        return not self.differences
+
+
+def recorded(project: Path, env: str, run: dict, overrides: Iterable[str] = ()) -> tuple[Stage, Environment, list]:
+    """A run's stage as it would run again: recorded values win over today's YAML, `overrides` over both.
+
+    Also the environment, and the differences of parameters: "parent" to the run, "today" to a run without it.
+    Raises NotRepeatable for a recorded parameter that the notebook no longer declares, ParamsError for wrong values.
+    """
+    name, run_id = run["stage"], run["run_id"]
+    today = params.load(project, env, stage=name).stages[name]
+    values = {key: value for key, value in run["parameters"].items() if key not in SUPPLIED}
+    if gone := sorted(set(values) - set(today.values)):
+        where = today.notebook_path.relative_to(project)
+        raise NotRepeatable(f"{run_id} was run with {', '.join(gone)}, which {where} no longer declares")
+    again = [f"{name}.{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in values.items()]
+    loaded = params.load(project, env, [*again, *overrides], stage=name)
+    stage, given = loaded.stages[name], params.load(project, env, overrides, stage=name).stages[name].origins
+    origins = {key: f"run {run_id}" for key in values if given[key] != "command line"}
+    differences = [
+        *_unlike("parent", values, _as_json(stage.values)),
+        *_unlike("today", _as_json(today.values), _as_json(stage.values)),
+    ]
+    return replace(stage, origins=stage.origins | origins), loaded.environment, differences
+
+
+def replay(
+    run: dict, stage: Stage, environment: Environment, on_cell: Callable[[int, int, str], None] | None = None
+) -> Replay:
+    """Run `run` again as `stage` (from `recorded`) in a root of its own, on the versions it read, and compare.
+
+    `environment.root` is where the run is. Raises NotRepeatable when what it read is gone or was not recorded.
+    """
+    from etl.runs import dispatch
+
+    source, scratch = Root.at(environment.root), Root.at(f"{REPLAYS}/{run['run_id']}")
+    given = run["metrics"].get("given", {})
+    if run.get("versions_written") and not given:
+        tables = ", ".join(run["versions_written"])
+        raise NotRepeatable(f"{run['run_id']} wrote the lake ({tables}), and what it found there is not recorded")
+    for table, version in run["versions_read"].items():
+        _require_version(source, table, version)
+    scratch.remove_tree("")
+    if run["versions_read"]:
+        pinned = {
+            "source_root": source.url,
+            "batch": run["metrics"].get("batch", 0),
+            "as_of": run["metrics"].get("as_of", run["scheduled_for"]),
+            "tables": run["versions_read"],
+            "run_id": run["run_id"],
+        }
+        scratch.write(PINNED, json.dumps(pinned, indent=1).encode())
+    for place, content in given.items():
+        _give(source, scratch, place, content)
+    record = dispatch.run_stage(
+        replace(stage, retries=0, machine=None),
+        replace(environment, root=scratch.url),
+        scheduled_for=datetime.fromisoformat(run["scheduled_for"]),
+        on_cell=on_cell,
+        parent=run["run_id"],
+    )
+    differences, compared = _compare(source, run, scratch, vars(record))
+    return Replay(run["run_id"], record, differences, _code(run, vars(record)), compared)
+
+
+def _require_version(source: Root, table: str, version: int) -> None:
+    from deltalake import DeltaTable
+    from deltalake.exceptions import DeltaError
+
+    gone = f"version {version} of {table}, which it read, is no more"
+    try:
+        handle = DeltaTable(source.url_of(f"lake/{table}"), version=version, storage_options=source.storage_options)
+    except (DeltaError, OSError) as error:
+        raise NotRepeatable(f"{gone}: {error}") from None
+    there = set(source.list(f"lake/{table}"))
+    missing = [url for url in handle.file_uris() if url.rsplit("/", 1)[-1] not in there]
+    if missing:
+        raise NotRepeatable(f"{gone}: {len(missing)} of its files were vacuumed")
+
+
+def _give(source: Root, scratch: Root, place: str, content: Any) -> None:
+    """Put what the run started from where it found it: `content` itself, or the source's file with that sha256."""
+    if not isinstance(content, str):
+        scratch.write(place, json.dumps(content, indent=1).encode())
+        return
+    try:
+        data = source.read(place)
+    except FileNotFoundError:
+        raise NotRepeatable(f"{place}, which it read, is no more") from None
+    if hashlib.sha256(data).hexdigest() != content:
+        raise NotRepeatable(f"{place}, which it read, has changed since")
+    scratch.write(place, data)
+
+
+def _compare(source: Root, run: dict, scratch: Root, again: dict) -> tuple[list[Difference], dict[str, int]]:
+    """What both runs made, state first; the root and the run's own name may differ anywhere."""
+    before, after = _nameless(run, source), _nameless(again, scratch)
+    parts: dict[str, tuple[dict, dict]] = {
+        "state": tuple({key: one[key] for key in ("state", "reason")} for one in (before, after)),
+        "checks": tuple(_numbered({check["name"]: check["ok"]} for check in one["checks"]) for one in (before, after)),
+        "inputs": (before["versions_read"], after["versions_read"]),
+        "metrics": tuple(
+            {key: value for key, value in one["metrics"].items() if not TIME_LIKE.fullmatch(key)}
+            for one in (before, after)
+        ),
+        "models": (_models(source, run["run_id"]), _models(scratch, again["run_id"])),
+    }
+    differences = [found for part, (a, b) in parts.items() for found in _unlike(part, a, b)]
+    compared = {part: len(a.keys() | b.keys()) for part, (a, b) in parts.items()}
+    results, made = _results(source, run["run_id"]), _results(scratch, again["run_id"])
+    for question in sorted(results.keys() | made.keys()):
+        differences += _frames_unlike(question, results.get(question), made.get(question))
+    return differences, compared | {"results": len(results.keys() | made.keys())}
+
+
+def _nameless(record: dict, root: Root) -> dict:
+    """A record's JSON without what differs by necessity: its run_id and its root's URL."""
+    text = json.dumps(record, default=str)
+    for own, word in ((root.url, "ROOT"), (record["run_id"], "RUN")):
+        text = text.replace(json.dumps(own)[1:-1], word)
+    return json.loads(text)
+
+
+def _results(root: Root, run_id: str) -> dict[str, bytes]:
+    """Question -> the Parquet file of the run's answer."""
+    found = {}
+    for question in root.list("results"):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found[question] = root.read(f"results/{question}/{run_id}.parquet")
+    return found
+
+
+def _models(root: Root, run_id: str) -> dict[str, str]:
+    """sha256 of each model the run published; all but one have a number behind their name."""
+    folders = [name for name in root.list("models") if name.startswith(f"{run_id}-")]
+    return _numbered(
+        {"model.json": hashlib.sha256(root.read(f"models/{name}/model.json")).hexdigest()} for name in folders
+    )
+
+
+def _numbered(items: Iterable[dict]) -> dict:
+    """One dict of many; a key that comes again gets a number: a, a (2), ..."""
+    merged: dict = {}
+    for name, value in itertools.chain.from_iterable(item.items() for item in items):
+        count = next(i for i in itertools.count(1) if (name if i == 1 else f"{name} ({i})") not in merged)
+        merged[name if count == 1 else f"{name} ({count})"] = value
+    return merged
+
+
+def _frames_unlike(question: str, before: bytes | None, after: bytes | None) -> list[Difference]:
+    """Where two answers differ: columns, number of rows, or for each column the first of the rows that do."""
+    if before is None or after is None:
+        words = {True: "no file", False: "a file"}
+        return [Difference("results", question, words[before is None], words[after is None])]
+    import polars as pl
+
+    a, b = pl.read_parquet(io.BytesIO(before)), pl.read_parquet(io.BytesIO(after))
+    if a.schema != b.schema:
+        return _unlike("results", *({f"{question} {k}": str(v) for k, v in one.schema.items()} for one in (a, b)))
+    if a.height != b.height:
+        return [Difference("results", question, f"{a.height} rows", f"{b.height} rows")]
+    found = []
+    for column in a.columns:
+        unlike = a[column].ne_missing(b[column])
+        if a[column].dtype.is_float():
+            near = (a[column] - b[column]).abs() <= TOLERANCE * a[column].abs()
+            unlike &= ~near.fill_null(False)
+        if unlike.any():
+            row = unlike.arg_max()
+            name = f"{question}: {column} in {unlike.sum()} of {a.height} rows, first in row {row}"
+            found.append(Difference("results", name, a[column][row], b[column][row]))
+    return found
+
+
+def diff(before: dict, after: dict) -> list[Difference]:
+    """What differs between two runs' records: parameters, code, inputs, cells, metrics and how they ended."""
+    own = ("root", "run_id")
+    kept = [{k: v for k, v in one["parameters"].items() if k not in own} for one in (before, after)]
+    return [
+        *_unlike("state", *({k: one.get(k) for k in ("stage", "state", "reason")} for one in (before, after))),
+        *_unlike("parameters", *kept),
+        *_code(before, after),
+        *_unlike("inputs", before["versions_read"], after["versions_read"]),
+        *_unlike("checks", *(_numbered({c["name"]: c["ok"]} for c in one["checks"] or []) for one in (before, after))),
+        *_unlike("metrics", before["metrics"], after["metrics"]),
+        *_unlike("seconds", {"whole run": before["seconds"]}, {"whole run": after["seconds"]}, NOTABLE_S),
+        *_unlike("seconds", _cell_seconds(before), _cell_seconds(after), NOTABLE_S),
+    ]
+
+
+def _cell_seconds(record: dict) -> dict[str, float | None]:
+    """Seconds under each heading; None where no cell ran."""
+    seconds: dict[str, float | None] = {}
+    for cell in record.get("cells") or []:
+        before = seconds.setdefault(cell["heading"], None)
+        if cell["seconds"] is not None:
+            seconds[cell["heading"]] = round((before or 0) + cell["seconds"], 3)
+    return seconds
+
+
+def _code(before: dict, after: dict) -> list[Difference]:
+    return _unlike("code", before.get("provenance") or {}, after.get("provenance") or {})
+
+
+def _unlike(part: str, before: dict, after: dict, tolerance: float = 0) -> list[Difference]:
+    """The keys whose values differ; floats by more than `tolerance`, or relatively by more than TOLERANCE."""
+    return [
+        Difference(part, name, before.get(name), after.get(name))
+        for name in [*before, *(name for name in after if name not in before)]
+        if (name in before) != (name in after) or not _alike(before[name], after[name], tolerance)
+    ]
+
+
+def _alike(a: Any, b: Any, tolerance: float) -> bool:
+    if type(a) is float or type(b) is float:
+        numbers = isinstance(a, int | float) and isinstance(b, int | float)
+        return numbers and abs(a - b) <= max(tolerance, TOLERANCE * abs(a))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_alike(a[key], b[key], tolerance) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(_alike(x, y, tolerance) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b) and a == b
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(values, default=str))

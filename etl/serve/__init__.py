@@ -1,0 +1,1 @@
+"""What `up` keeps alive: flows on their schedules, a worker, the services."""

@@ -1,0 +1,187 @@
+"""The processes beside the worker: Prefect's server, the API, the dashboard. Started, watched, ended together."""
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from etl.storage import PROJECT
+
+log = logging.getLogger(__name__)
+HOST = "127.0.0.1"
+RESTARTS = 5  # of one service; after that `up` gives up
+PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec is no place for it
+
+# What Prefect's server needs to be quiet, private and honest here; a variable that is set already wins.
+SERVER_ENVIRONMENT = {
+    "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",  # otherwise a process without an API boots a server of its own
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    "DO_NOT_TRACK": "1",
+    # in memory, the default, a slot held when the server dies is never freed
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    # about 4,400 runs a day: keep two weeks of them
+    "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
+    "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": "1209600",
+    "PREFECT_SERVER_SERVICES_FOREMAN_ENABLED": "false",  # watches for lost workers; ours is watched by `up`
+    "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_ENABLED": "false",  # no flow here pauses
+    # loops that mostly find nothing; a run here that is late is late by less than any of them
+    "PREFECT_SERVER_SERVICES_LATE_RUNS_LOOP_SECONDS": "60",  # 5 by default
+    "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_LOOP_SECONDS": "60",  # 20
+    "PREFECT_SERVER_SERVICES_REPOSSESSOR_LOOP_SECONDS": "30",  # 15; a dead server's slot is free so much later
+    "PREFECT_LOGGING_LEVEL": "WARNING",
+}
+
+
+class PortTaken(RuntimeError):
+    """Somebody listens on the port already."""
+
+
+@dataclass
+class Service:
+    """One child process. `health_url` answers 200 once it works; `page` is what people open."""
+
+    name: str
+    command: list[str]
+    port: int
+    health_url: str
+    page: str
+    environment: dict[str, str] = field(default_factory=dict)
+    log_path: Path | None = None
+    process: subprocess.Popen | None = None
+    restarts: int = 0
+
+    def start(self) -> None:
+        """Start it in a group of its own: Ctrl-C reaches `up` alone, which ends its children in order."""
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("ab") as out:
+            self.process = subprocess.Popen(
+                self.command,
+                env=os.environ | self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+
+    def wait_ready(self, timeout_s: float = 90) -> None:
+        """Until it answers. Raises RuntimeError with the end of its log when it dies or does not."""
+        deadline = time.monotonic() + timeout_s
+        while not answers(self.health_url):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                tail = "\n".join(self.log_path.read_text(errors="replace").splitlines()[-15:])
+                raise RuntimeError(f"{self.name} did not start; the end of {self.log_path}:\n{tail}")
+            time.sleep(0.2)
+
+    def ensure(self) -> None:
+        """Start it again when it has died. Raises RuntimeError when it has died too often."""
+        if self.process.poll() is None:
+            return
+        if self.restarts == RESTARTS:
+            raise RuntimeError(f"{self.name} died {RESTARTS + 1} times; see {self.log_path}")
+        self.restarts += 1
+        log.warning("%s ended with status %s; starting it again", self.name, self.process.returncode)
+        self.start()
+
+    def signal(self, number: int) -> None:
+        """To the whole group, so that its own children hear it too."""
+        if self.process:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+
+
+def stop(services: list[Service], grace_s: float = 3) -> None:
+    """End all of them, at once and then for good; none is left when this returns."""
+    for service in services:
+        service.signal(signal.SIGTERM)
+    deadline = time.monotonic() + grace_s
+    for service in services:
+        if service.process:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                service.process.wait(max(deadline - time.monotonic(), 0))
+        service.signal(signal.SIGKILL)  # the rest of the group too
+        if service.process:
+            service.process.wait()
+
+
+def answers(url: str, timeout_s: float = 2) -> bool:
+    """Whether a GET of `url` gives 200."""
+    try:
+        with urllib.request.urlopen(url, timeout=timeout_s) as response:
+            return response.status == 200
+    except (OSError, urllib.error.HTTPError):
+        return False
+
+
+def ensure_free(port: int, name: str) -> None:
+    """Raises PortTaken, with what to do, when somebody listens on the port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do: a port in TIME_WAIT is free
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            option = name.lower().split()[0]
+            raise PortTaken(
+                f"port {port}, for the {name}, is taken: end what listens there, or choose another with --{option}-port"
+            ) from None
+
+
+def prefect_server(port: int, home: Path, logs: Path) -> Service:
+    """Prefect's own server on SQLite, its database under `home`."""
+    return Service(
+        "Prefect server",
+        [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)],
+        port,
+        f"http://{HOST}:{port}/api/ready",  # /api/health is 200 a moment before a POST works
+        f"http://{HOST}:{port}",
+        {"PREFECT_HOME": str(home)} | {k: v for k, v in SERVER_ENVIRONMENT.items() if k not in os.environ},
+        logs / "prefect.log",
+    )
+
+
+def api(port: int, root: str, logs: Path) -> Service:
+    """The FastAPI service over what is published under `root`."""
+    return Service(
+        "API",
+        [sys.executable, "-m", "uvicorn", "app.api:app", "--host", HOST, "--port", str(port), "--no-access-log"],
+        port,
+        f"http://{HOST}:{port}/health",
+        f"http://{HOST}:{port}/docs",
+        {"ETL_ROOT": root},
+        logs / "api.log",
+    )
+
+
+def dashboard(port: int, root: str, api_url: str, logs: Path) -> Service:
+    """The Streamlit dashboard over what is published under `root`; links to reports go to `api_url`."""
+    script = PROJECT / "app" / "dashboard.py"
+    return Service(
+        "dashboard",
+        [
+            *(sys.executable, "-m", "streamlit", "run", str(script)),
+            *("--server.address", HOST, "--server.port", str(port), "--server.headless", "true"),
+            *("--browser.gatherUsageStats", "false", "--server.fileWatcherType", "none"),
+        ],
+        port,
+        f"http://{HOST}:{port}/_stcore/health",
+        f"http://{HOST}:{port}",
+        {"ETL_ROOT": root, "ETL_API_URL": api_url},
+        logs / "dashboard.log",
+    )
+
+
+def die_with_parent() -> None:
+    """However `up` dies, the operating system ends its children. It does so when the *thread* that started them ends,
+    so services are started from the main thread."""
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

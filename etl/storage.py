@@ -1,0 +1,455 @@
+"""One root URL and the places under it: written whole or not at all, on this machine or in an object store.
+
+`pipeline` and `runner` both write under the same root and know nothing of each other; what they share is this file.
+A root is a folder (``outputs``) or an fsspec URL (``s3://bucket/prefix``). Places under it are named by a relative
+path with forward slashes. Credentials and endpoints come from the usual ``AWS_*`` variables.
+"""
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import json
+import os
+import shutil
+import signal
+import stat
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+class LeaseHeld(RuntimeError):
+    """Somebody else holds the lease and did not let go of it in time."""
+
+
+class Unreadable(ValueError):
+    """What is there is no file that may be read: its message says what it is."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is at a place, without having opened it. `mark`: changes when the content does."""
+
+    name: str
+    bytes: int
+    mark: str
+    problem: str | None = None  # why it is no file to read: "is a symbolic link"
+
+
+_reached: Counter[str] = Counter()  # crash points, by how often this process came to them
+
+
+def crash_point(name: str) -> None:
+    """A place where the process may be told to die, by ETL_CRASH_AT=<name> or <name>@<n> for the n-th time it comes.
+
+    ETL_CRASH_AT=+<file> writes the names it comes to into that file instead.
+    """
+    wanted = os.environ.get("ETL_CRASH_AT")
+    if wanted is None:
+        return
+    _reached[name] += 1
+    if wanted.startswith("+"):
+        with open(wanted[1:], "a") as names:
+            names.write(f"{name}@{_reached[name]}\n")
+    elif wanted in (name, f"{name}@{_reached[name]}"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def object_store_options() -> dict[str, str]:
+    """What deltalake and Polars need besides a URL. They do not read every variable that botocore does."""
+    options = {k: v for k, v in os.environ.items() if k.startswith("AWS_") and v}
+    if options.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+        options["AWS_ALLOW_HTTP"] = "true"
+    return options
+
+
+class Root:
+    """A root in an object store, through fsspec. One PUT makes an object appear whole."""
+
+    def __init__(self, url: str, fs, prefix: str):
+        self.url, self._fs, self._prefix = url, fs, prefix
+
+    @staticmethod
+    def at(url: "str | Path | Root") -> "Root":
+        """The root at `url`; a relative path is relative to the project, whatever the working folder."""
+        if isinstance(url, Root):
+            return url
+        url = str(url)
+        if "://" not in url or url.startswith("file://"):
+            return LocalRoot(PROJECT / url.removeprefix("file://"))
+        import fsspec
+
+        fs, prefix = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        return Root(url.rstrip("/"), fs, prefix.rstrip("/"))
+
+    def url_of(self, rel: str) -> str:
+        """The full URL of a place, for deltalake and Polars."""
+        return f"{self.url}/{rel}"
+
+    @property
+    def storage_options(self) -> dict[str, str]:
+        """What deltalake and Polars need besides the URL."""
+        return object_store_options()
+
+    def _path(self, rel: str) -> str:
+        return f"{self._prefix}/{rel}"
+
+    def read(self, rel: str) -> bytes:
+        """The bytes of a place. Raises FileNotFoundError."""
+        return self._fs.cat_file(self._path(rel))
+
+    def read_at_most(self, rel: str, most: int) -> bytes:
+        """As `read`, of an ordinary file of at most `most` bytes, and never waiting for anything.
+
+        Raises Unreadable for what is no such file, before it is read, and FileNotFoundError.
+        """
+        _refuse_above(self.size(rel), most)
+        return self.read(rel)
+
+    def write(self, rel: str, data: bytes) -> None:
+        """Put `data` there, whole or not at all; a reader sees the old bytes or the new ones."""
+        self._fs.pipe_file(self._path(rel), data)
+
+    def put(self, rel: str, path: Path) -> None:
+        """As `write`, of a file of this machine that need not fit into memory."""
+        self._fs.put_file(str(path), self._path(rel))
+
+    def create(self, rel: str, data: bytes) -> bool:
+        """Put `data` there unless something is there already; of two racing writers one gets True."""
+        try:
+            self._fs.pipe_file(self._path(rel), data, mode="create")  # If-None-Match on S3
+        except FileExistsError:
+            return False
+        return True
+
+    def exists(self, rel: str) -> bool:
+        return self._fs.exists(self._path(rel))
+
+    def size(self, rel: str) -> int:
+        """Bytes. Raises FileNotFoundError."""
+        return int(self._fs.info(self._path(rel))["size"])
+
+    def list(self, rel: str) -> list[str]:
+        """The names directly under a place, sorted; none when there is no such folder."""
+        try:
+            found = self._fs.ls(self._path(rel), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(name for path in found if (name := path.rstrip("/").rsplit("/", 1)[-1]))
+
+    def files(self, rel: str) -> "list[str]":
+        """The places of all files under a folder, at any depth; none when there is no such folder."""
+        start = len(self._path(""))
+        return sorted(path[start:] for path in self._fs.find(self._path(rel)))
+
+    def entries(self, rel: str) -> "list[Entry]":
+        """What is directly under a place, by name; none when there is no such folder."""
+        try:
+            found = self._fs.ls(self._path(rel), detail=True)
+        except FileNotFoundError:
+            return []
+        files = (one for one in found if one["type"] == "file")  # a folder is only the beginning of a name here
+        entries = (Entry(one["name"].rsplit("/", 1)[-1], int(one["size"]), str(one.get("ETag", ""))) for one in files)
+        return sorted(entries, key=lambda entry: entry.name)
+
+    def entry(self, rel: str) -> Entry | None:
+        """What is at a place; None when nothing is."""
+        try:
+            there = self._fs.info(self._path(rel))
+        except FileNotFoundError:
+            return None
+        return Entry(rel.rsplit("/", 1)[-1], int(there["size"] or 0), str(there.get("ETag", "")))
+
+    def sync(self, rels: Iterable[str]) -> None:
+        """Make sure that these files and folders would survive the loss of power. An object store's always do."""
+
+    @property
+    def may_tear(self) -> bool:
+        """Whether a file that was written and not synced may be found torn after the loss of power."""
+        return False
+
+    def move(self, source: str, target: str) -> None:
+        """Move a file. One that is there already and gone from `source` was moved before: fine."""
+        try:
+            self._fs.mv(self._path(source), self._path(target))
+        except FileNotFoundError:
+            if not self.exists(target):
+                raise
+
+    def remove(self, rel: str) -> None:
+        """Remove a file; one that is missing is fine."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(rel))
+
+    def move_tree(self, source: str, target: str) -> None:
+        """Move a folder to where nothing is: at once on this machine, file by file in an object store."""
+        self._fs.mv(self._path(source), self._path(target), recursive=True)
+
+    def remove_tree(self, rel: str) -> None:
+        """Remove a folder and all in it; one that is missing is fine."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm(self._path(rel), recursive=True)
+
+    def remove_trees(self, rels: Iterable[str], first: str) -> None:
+        """Remove many folders, siblings next to each other; a missing one is fine.
+
+        The file called `first` goes first, so that a folder that is half removed is known by not having it.
+        """
+        for parent, siblings in itertools.groupby(rels, key=lambda rel: rel.rpartition("/")[0]):
+            folders = {f"{self._path(rel)}/" for rel in siblings}
+            start = len(self._path(parent)) + 1
+            files = [path for path in self._fs.find(self._path(parent)) if path[: path.find("/", start) + 1] in folders]
+            for now in (True, False):  # a request removes a thousand
+                if batch := [path for path in files if path.endswith(f"/{first}") == now]:
+                    self._fs.rm(batch)
+
+    @contextlib.contextmanager
+    def lease(self, rel: str, holder: str, ttl_s: float = 300, wait_s: float = 30) -> Iterator[None]:
+        """Hold the lease at `rel` for the length of the block; at most one holder at a time.
+
+        A holder that died is replaced `ttl_s` seconds after it began, so a block must be shorter than that.
+        Raises LeaseHeld when the lease is not free within `wait_s` seconds.
+        """
+        deadline = time.monotonic() + wait_s
+        while not self._take(rel, holder, ttl_s):
+            if time.monotonic() > deadline:
+                raise LeaseHeld(f"{self.url_of(rel)} is held by {json.loads(self.read(rel))['holder']}")
+            time.sleep(0.2)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                if json.loads(self.read(rel))["holder"] == holder:
+                    self.remove(rel)
+
+    def _take(self, rel: str, holder: str, ttl_s: float) -> bool:
+        mine = json.dumps({"holder": holder, "until": time.time() + ttl_s}).encode()
+        if self.create(rel, mine):
+            return True
+        try:
+            etag = self._fs.info(self._path(rel)).get("ETag")
+            if json.loads(self.read(rel))["until"] > time.time():
+                return False
+            self._fs.pipe_file(self._path(rel), mine, **({"IfMatch": etag} if etag else {}))
+        except OSError:  # released or taken over by another in the meantime: try again
+            return False
+        return True
+
+
+class LocalRoot(Root):
+    """A root on this machine: files appear by rename, and are on the disk before they do."""
+
+    def __init__(self, folder: Path):
+        self.url = os.path.abspath(folder)
+
+    @property
+    def storage_options(self) -> dict[str, str]:
+        return {}
+
+    def _path(self, rel: str) -> str:
+        return f"{self.url}/{rel}"
+
+    def read(self, rel: str) -> bytes:
+        return Path(self._path(rel)).read_bytes()
+
+    def read_at_most(self, rel: str, most: int) -> bytes:
+        try:
+            # a pipe is not waited for, a link not followed; checked on what was opened, not on what was there before
+            descriptor = os.open(self._path(rel), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except PermissionError:
+            raise Unreadable("may not be read: permission denied") from None
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise Unreadable("is a symbolic link") from None
+            if error.errno == errno.ENXIO:
+                raise Unreadable("is a socket") from None
+            raise
+        try:
+            there = os.fstat(descriptor)
+            if problem := _no_file(there.st_mode):
+                raise Unreadable(problem)
+            _refuse_above(there.st_size, most)
+            with open(descriptor, "rb", closefd=False) as file:
+                data = file.read(there.st_size + 1)
+        finally:
+            os.close(descriptor)
+        if len(data) != there.st_size:
+            raise Unreadable("changed while it was read")
+        return data
+
+    def _staged(self, path: str, data: bytes) -> str:
+        folder = os.path.dirname(path)
+        os.makedirs(folder, exist_ok=True)
+        # the leading dot keeps a half-written file out of every listing
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".part", delete=False) as file:
+            try:
+                os.fchmod(file.fileno(), 0o644)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:  # a full disk, above all: do not leave it fuller
+                os.unlink(file.name)
+                raise
+        return file.name
+
+    def write(self, rel: str, data: bytes) -> None:
+        staged = self._staged(self._path(rel), data)
+        crash_point(f"written, not there yet: in {os.path.dirname(rel)}")
+        os.replace(staged, self._path(rel))
+        _sync(os.path.dirname(self._path(rel)))
+
+    def put(self, rel: str, path: Path) -> None:
+        staged = self._staged(self._path(rel), b"")
+        try:
+            shutil.copyfile(path, staged)
+            os.replace(staged, self._path(rel))
+        except OSError:
+            os.unlink(staged)
+            raise
+
+    def create(self, rel: str, data: bytes) -> bool:
+        staged = self._staged(self._path(rel), data)
+        try:
+            os.link(staged, self._path(rel))  # unlike a rename, refuses to replace
+        except FileExistsError:
+            return False
+        finally:
+            os.unlink(staged)
+        _sync(os.path.dirname(self._path(rel)))
+        return True
+
+    def exists(self, rel: str) -> bool:
+        return os.path.exists(self._path(rel))
+
+    def size(self, rel: str) -> int:
+        return os.stat(self._path(rel)).st_size
+
+    def entries(self, rel: str) -> "list[Entry]":
+        try:
+            found = sorted(os.scandir(self._path(rel)), key=lambda entry: entry.name)
+        except FileNotFoundError:
+            return []
+        return [entry for one in found if not one.name.startswith(".") and (entry := _entry(one.path))]
+
+    def entry(self, rel: str) -> Entry | None:
+        return _entry(self._path(rel))
+
+    def sync(self, rels: Iterable[str]) -> None:
+        for rel in rels:
+            _sync(self._path(rel))
+
+    @property
+    def may_tear(self) -> bool:
+        return True
+
+    def list(self, rel: str) -> list[str]:
+        try:
+            return sorted(name for name in os.listdir(self._path(rel)) if not name.startswith("."))
+        except FileNotFoundError:
+            return []
+
+    def files(self, rel: str) -> "list[str]":
+        start = len(self._path(""))
+        walked = os.walk(self._path(rel))
+        return sorted(f"{folder}/{name}"[start:] for folder, _, names in walked for name in names if name[0] != ".")
+
+    def move(self, source: str, target: str) -> None:
+        os.makedirs(os.path.dirname(self._path(target)), exist_ok=True)
+        try:
+            os.replace(self._path(source), self._path(target))
+        except FileNotFoundError:
+            if not self.exists(target):
+                raise
+
+    def remove(self, rel: str) -> None:
+        Path(self._path(rel)).unlink(missing_ok=True)
+
+    def move_tree(self, source: str, target: str) -> None:
+        os.makedirs(os.path.dirname(self._path(target)), exist_ok=True)
+        os.rename(self._path(source), self._path(target))
+        for rel in (source, target):
+            _sync(os.path.dirname(self._path(rel)))
+
+    def remove_tree(self, rel: str) -> None:
+        shutil.rmtree(self._path(rel), ignore_errors=True)
+
+    def remove_trees(self, rels: Iterable[str], first: str) -> None:
+        by_parent = itertools.groupby(map(self._path, rels), key=os.path.dirname)
+        with ThreadPoolExecutor() as pool:
+            for _ in pool.map(_remove_folders, [[*siblings] for _, siblings in by_parent], itertools.repeat(first)):
+                pass
+
+    @contextlib.contextmanager
+    def lease(self, rel: str, holder: str, ttl_s: float = 300, wait_s: float = 30) -> Iterator[None]:
+        """As in an object store, by flock: the kernel frees it the moment its holder dies."""
+        path, deadline = self._path(rel), time.monotonic() + wait_s
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "a+") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        file.seek(0)
+                        raise LeaseHeld(f"{path} is held by {file.read() or 'another process'}") from None
+                    time.sleep(0.05)
+            file.truncate(0)
+            file.write(holder)
+            file.flush()
+            yield
+
+
+def _remove_folders(paths: list[str], first: str) -> None:
+    """As shutil.rmtree of each, at half the cost where a folder holds the same files as the one before."""
+    files = [first]
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                for name in files:
+                    os.unlink(f"{path}/{name}")
+                os.rmdir(path)
+            except OSError:  # it holds others
+                files = [first, *(name for name in os.listdir(path) if name != first)]
+                shutil.rmtree(path)
+
+
+def _sync(path: str) -> None:
+    """Put a file's bytes, or a folder's entries, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _entry(path: str) -> Entry | None:
+    try:
+        there = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    mark = f"{there.st_ino}-{there.st_mtime_ns}-{there.st_size}"
+    return Entry(os.path.basename(path), there.st_size, mark, _no_file(there.st_mode))
+
+
+def _no_file(mode: int) -> str | None:
+    """What is there instead of an ordinary file; None when it is one."""
+    kinds = {
+        stat.S_IFDIR: "is a folder",
+        stat.S_IFLNK: "is a symbolic link",
+        stat.S_IFIFO: "is a named pipe",
+        stat.S_IFSOCK: "is a socket",
+    }
+    return None if stat.S_ISREG(mode) else kinds.get(stat.S_IFMT(mode), "is a device")
+
+
+def _refuse_above(size: int, most: int) -> None:
+    if size > most:
+        raise Unreadable(f"has {size:,} bytes: more than the {most:,} of a batch")

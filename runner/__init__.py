@@ -1,1 +1,0 @@
-"""One notebook run as a trustworthy job."""

@@ -1,0 +1,335 @@
+"""The command line: what it prints and how it exits, in a copy of the project."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import polars as pl
+import pytest
+from deltalake import write_deltalake
+from support import AT, environment, free_port, ingest_all, orchestrate, write_stage
+from typer.testing import CliRunner
+
+from etl.storage import Root
+from orchestrate import app as orchestrate_app
+
+
+def test_check_names_the_stages_in_their_order(project):
+    done = orchestrate(project, "check")
+    assert (done.returncode, done.stdout.strip()) == (0, "ok  5 stages: generate, preprocess, compact, query, train")
+
+
+def test_wrong_yaml_is_refused_before_anything_starts(project, root):
+    path = project / "params" / "preprocess.yml"
+    path.write_text(path.read_text().replace("max_files: 500 ", "max_flies: 500 ").replace("0.01 ", "lots "))
+    lines = path.read_text().splitlines()
+    misspelt = next(i for i, line in enumerate(lines, 1) if "max_flies" in line)
+    began = time.monotonic()
+    done = orchestrate(project, "run", "preprocess", "--root", root)
+    took_s = time.monotonic() - began
+    assert done.returncode == 2
+    assert f"params/preprocess.yml:{misspelt}: " in done.stderr and "max_files" in done.stderr
+    assert f"params/preprocess.yml:{misspelt + 1}: " in done.stderr and "float" in done.stderr
+    assert not Root.at(root).list("")
+    assert took_s < 30  # no kernel, no server; the figure itself is measured, not tested
+
+
+def test_an_unknown_stage_and_a_wrong_value_exit_with_2(project):
+    assert orchestrate(project, "run", "preproces").returncode == 2
+    done = orchestrate(project, "run", "preprocess", "-p", "max_files=many")
+    assert done.returncode == 2 and "max_files" in done.stderr
+
+
+def test_plan_says_where_each_value_comes_from(project):
+    planned = json.loads(orchestrate(project, "plan", "--env", "fast", "-p", "max_files=7", "--json").stdout)
+    by_name = {stage["stage"]: stage for stage in planned}
+    assert by_name["generate"]["origins"]["scale"].startswith("params/env/fast.yml:")
+    assert by_name["preprocess"]["parameters"]["max_files"] == 7
+    assert by_name["preprocess"]["origins"]["max_files"] == "command line"
+    assert by_name["query"]["origins"]["rows_shown"] == "notebook default"
+    text = orchestrate(project, "plan").stdout
+    assert "every 30 s" in text and "params/generate.yml:" in text
+
+
+def test_every_command_has_help(project):
+    for command in (
+        (),
+        ("up",),
+        ("run",),
+        ("check",),
+        ("plan",),
+        ("runs",),
+        ("runs", "list"),
+        ("runs", "show"),
+        ("runs", "open"),
+        ("runs", "tail"),
+        ("runs", "diff"),
+        ("runs", "sweep"),
+        ("replay",),
+        ("whence",),
+        ("doctor",),
+        ("rebuild",),
+        ("quarantine",),
+    ):
+        done = orchestrate(project, *command, "--help")
+        assert done.returncode == 0 and "Usage" in done.stdout
+
+
+def test_a_new_stage_is_one_notebook_and_one_yaml(project, root):
+    write_stage(
+        project,
+        "greet",
+        'check("there is a name", bool(name), name)\nrecord(rows=len(name))',
+        parameters='name: str = "nobody"  # whom\n',
+        yml="parameters:\n  name: Ada\n",
+    )
+    assert "greet" in orchestrate(project, "check").stdout
+    done = orchestrate(project, "run", "greet", "--root", root, "--json")
+    assert done.returncode == 0, done.stderr
+    (record,) = json.loads(done.stdout)
+    assert (record["state"], record["metrics"]["rows"], record["parameters"]["name"]) == ("ok", 3, "Ada")
+    assert record["origins"]["name"] == "params/greet.yml:4"
+    listed = json.loads(orchestrate(project, "runs", "list", "--root", root, "--json").stdout)
+    assert [row["run_id"] for row in listed] == [record["run_id"]]
+    shown = json.loads(orchestrate(project, "runs", "show", record["run_id"], "--root", root, "--json").stdout)
+    assert shown["state"] == "ok"
+
+
+def test_a_notebook_that_raises_fails_and_says_why(project, root):
+    write_stage(project, "broken", "raise ZeroDivisionError('[/no markup]')", "print('never')")
+    done = orchestrate(project, "run", "broken", "--root", root, "--at", AT)
+    assert done.returncode == 1
+    assert "failed" in done.stdout and "ZeroDivisionError: [/no markup]" in done.stdout
+    place = Root.at(root)
+    (run_id,) = place.list("reports/broken/2026-03-01")
+    folder = f"reports/broken/2026-03-01/{run_id}"
+    assert place.list(folder) == ["report.html", "report.ipynb", "run.json"]
+    assert b"ZeroDivisionError" in place.read(f"{folder}/report.html")
+    assert json.loads(place.read(f"{folder}/run.json"))["state"] == "failed"
+    assert orchestrate(project, "runs", "show", "nothing", "--root", root).returncode == 1
+
+
+def test_retries_repeat_what_may_pass_and_not_a_failed_check(project, root):
+    write_stage(project, "flaky", "1 / 0", yml="retries: 1\n")
+    write_stage(project, "strict", 'check("never", False)', yml="retries: 1\n")
+    assert orchestrate(project, "run", "flaky", "--root", root, "--at", AT).returncode == 1
+    assert orchestrate(project, "run", "strict", "--root", root, "--at", AT).returncode == 1
+    assert len(Root.at(root).list("reports/flaky/2026-03-01")) == 2
+    assert len(Root.at(root).list("reports/strict/2026-03-01")) == 1
+
+
+@pytest.fixture
+def greeting(project, root):
+    """A copy of the project with a stage `greet`, the root, and the record of a run of it with loud=2 at AT."""
+    write_stage(
+        project,
+        "greet",
+        "print('hello')\nrecord(rows=len(name) * loud)",
+        parameters='name: str = "nobody"  # whom\nloud: int = 1  # times\n',
+        yml="parameters:\n  name: Ada\n",
+    )
+    done = orchestrate(project, "run", "greet", "--root", root, "--at", AT, "-p", "loud=2", "--json")
+    assert done.returncode == 0, done.stderr
+    return project, root, json.loads(done.stdout)[0]
+
+
+def test_a_run_again_takes_what_was_recorded_and_then_what_is_given(greeting):
+    project, root, first = greeting
+    (project / "params" / "greet.yml").write_text("every: 5 seconds\ndeadline: 1 minute\nparameters:\n  name: Grace\n")
+    again = ("run", "--root", root, "--from", first["run_id"], "-p", "loud=5")
+    (second,) = json.loads(orchestrate(project, *again, "--json").stdout)
+    assert (second["parent"], second["scheduled_for"], second["metrics"]["rows"]) == (first["run_id"], AT, 15)
+    assert second["origins"]["name"] == f"run {first['run_id']}" and second["origins"]["loud"] == "command line"
+    third = orchestrate(project, *again, "--at", "2026-03-02T00:00:00+00:00")
+    assert third.returncode == 0 and "greet-20260302T000000" in third.stdout
+    shown = {tuple(re.findall(r"[\w\"]+", line)) for line in third.stdout.splitlines()}
+    assert {("parent", "loud", "2", "5"), ("today", "loud", "1", "5"), ("today", "name", "Grace", "Ada")} <= shown
+
+    differences = json.loads(
+        orchestrate(project, "runs", "diff", first["run_id"], second["run_id"], "--root", root, "--json").stdout
+    )
+    found = {(one["part"], one["name"]): (one["before"], one["after"]) for one in differences}
+    assert found["parameters", "loud"] == (2, 5) and found["metrics", "rows"] == (6, 15)
+    assert not {part for part, _ in found} - {"parameters", "metrics", "seconds"}
+    assert (
+        "parameters" in orchestrate(project, "runs", "diff", first["run_id"], second["run_id"], "--root", root).stdout
+    )
+
+
+def test_a_run_again_that_cannot_be_is_refused(greeting):
+    project, root, first = greeting
+    again = ("run", "--root", root, "--from")
+    assert orchestrate(project, *again, "greet-none").returncode == 1
+    assert orchestrate(project, "run", "query", *again[1:], first["run_id"]).returncode == 2
+    assert orchestrate(project, "run").returncode == 2
+    assert orchestrate(project, *again, first["run_id"], "-p", "loud=much").returncode == 2
+    path = project / "notebooks" / "greet.ipynb"
+    path.write_text(path.read_text().replace("loud", "volume"))
+    done = orchestrate(project, *again, first["run_id"])
+    assert done.returncode == 2 and "loud" in done.stderr and "no longer declares" in done.stderr
+    assert len(Root.at(root).list("reports/greet/2026-03-01")) == 1
+
+
+def test_a_replay_exits_with_0_only_when_the_same_comes_out(greeting):
+    project, root, first = greeting
+    same = orchestrate(project, "replay", first["run_id"], "--root", root)
+    assert same.returncode == 0 and "equal: " in same.stdout and "code unchanged" in same.stdout, same.stderr
+    assert Root.at(project / "outputs/replay").list("") == [first["run_id"]]
+    path = project / "notebooks" / "greet.ipynb"
+    path.write_text(path.read_text().replace("len(name)", "1 + len(name)"))
+    other = orchestrate(project, "replay", first["run_id"], "--root", root, "--json")
+    found = json.loads(other.stdout)
+    assert other.returncode == 1 and not found["equal"]
+    assert found["differences"] == [{"part": "metrics", "name": "rows", "before": 6, "after": 7}]
+    assert [one["name"] for one in found["changed"]] == ["notebook_sha256"]
+    assert found["record"]["parent"] == first["run_id"]
+    assert orchestrate(project, "replay", "greet-none", "--root", root).returncode == 1
+
+
+def test_whence_names_the_run_and_its_report(greeting):
+    project, root, first = greeting
+    done = orchestrate(project, "whence", "runs@0", "--root", root, "--json")
+    found = json.loads(done.stdout)
+    assert (found["run_id"], found["state"], found["stage"]) == (first["run_id"], "ok", "greet")
+    assert found["report"] == f"{root}/{first['report']}/report.html"
+    assert first["run_id"] in orchestrate(project, "whence", "runs", "--root", root).stdout
+    assert orchestrate(project, "whence", "runs@x", "--root", root).returncode == 2
+    done = orchestrate(project, "whence", "runs@7", "--root", root)
+    assert done.returncode == 1 and "no version 7 of runs" in done.stderr
+
+    write_deltalake(f"{root}/lake/orders", pl.DataFrame({"k": [1]}))
+    assert "orders@0  WRITE" in (text := orchestrate(project, "whence", "orders", "--root", root).stdout)
+    assert "by no run" in text
+
+
+def test_tail_prints_what_the_run_printed_and_exits_as_it_did(greeting):
+    project, root, first = greeting
+    done = orchestrate(project, "runs", "tail", first["run_id"], "--root", root)
+    assert done.returncode == 0 and "hello" in done.stdout and "ok" in done.stdout, done.stderr
+    write_stage(project, "broken", "print('before')\n1 / 0")
+    (record,) = json.loads(orchestrate(project, "run", "broken", "--root", root, "--json").stdout)
+    done = orchestrate(project, "runs", "tail", record["run_id"], "--root", root)
+    assert done.returncode == 1 and "before" in done.stdout and "ZeroDivisionError: division" in done.stdout
+    assert orchestrate(project, "runs", "tail", "greet-none", "--root", root).returncode == 1
+
+
+def test_tail_follows_a_run_while_it_runs(project, root):
+    write_stage(
+        project,
+        "patient",
+        "import pathlib, time\nprint('first')\nwhile not pathlib.Path(root, 'go').exists(): time.sleep(0.05)",
+        "print('second')",
+    )
+    options = {"cwd": project, "env": environment(project), "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "orchestrate.py"]
+    with subprocess.Popen([*command, "run", "patient", "--root", root], **options) as running:
+        spool = Root.at(project / "outputs" / "spool")
+        while not (begun := spool.list("")) and running.poll() is None:
+            time.sleep(0.05)
+        with subprocess.Popen([*command, "runs", "tail", begun[0], "--root", root], **options) as tail:
+            shown = iter(tail.stdout.readline, "")
+            assert "first\n" in shown
+            Root.at(root).write("go", b"")
+            assert "second\n" in shown
+            assert tail.wait() == 0
+        assert running.wait() == 0
+
+
+def test_runs_are_listed_between_two_times(greeting):
+    project, root, first = greeting
+    began = first["started_at"]
+    for bounds, expected in (
+        (("--since", began), 1),
+        (("--until", began), 0),
+        (("--since", "2100-01-01"), 0),
+        (("--since", "2026-01-01", "--until", "2100-01-01"), 1),
+    ):
+        done = orchestrate(project, "runs", "list", "--root", root, "--json", *bounds)
+        assert len(json.loads(done.stdout)) == expected, bounds
+
+
+def test_runs_can_be_read_on_a_narrow_terminal(greeting):
+    """An id is there to be copied; a report that was swept is not opened; nothing is said by an empty table."""
+    project, root, first = greeting
+    narrow = {"COLUMNS": "60"}
+    code = "import orchestrate, sys; orchestrate.out.width = 60; sys.exit(orchestrate.app())"
+
+    def narrowly(*arguments):
+        options = {"cwd": project, "env": environment(project) | narrow, "capture_output": True, "text": True}
+        return subprocess.run([sys.executable, "-c", code, *arguments, "--root", root], **options)
+
+    assert first["run_id"] in narrowly("runs", "list").stdout
+    shown = narrowly("runs", "show", first["run_id"]).stdout
+    assert re.search(r"^parameters +root", shown, re.M) and re.search(r"^ +name  Ada", shown, re.M), shown
+    assert narrowly("runs", "list", "--state", "cancelled").stdout == "no runs\n"
+    assert narrowly("runs", "list", "--state", "canceled").returncode == 2
+    Root.at(root).remove_tree(first["report"])
+    done = narrowly("runs", "open", first["run_id"])
+    assert done.returncode == 1 and "was swept" in done.stderr.replace("\n", " ")
+
+
+def test_a_sweep_says_what_it_did(greeting):
+    project, root, first = greeting
+    done = orchestrate(project, "runs", "sweep", "--root", root, "--json")
+    assert done.returncode == 0, done.stderr
+    json.loads(done.stdout)
+    assert Root.at(root).exists(f"{first['report']}/report.ipynb"), "the only run, so the slowest"
+
+
+def test_quick_commands_import_nothing_heavy(project):
+    code = "import sys; import orchestrate; print(sorted({m.split('.')[0] for m in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True, check=True)
+    loaded = set(re.findall(r"'(\w+)'", done.stdout))
+    assert not loaded & {
+        "prefect",
+        "papermill",
+        "nbconvert",
+        "nbformat",
+        "polars",
+        "pandas",
+        "deltalake",
+        "dask",
+        "coiled",
+    }
+
+
+@pytest.mark.parametrize("when", ["yesterday", "2026-13-01"])
+def test_a_time_that_is_none_is_refused(project, when):
+    assert orchestrate(project, "run", "query", "--at", when).returncode == 2
+
+
+def test_doctor_names_a_wrong_package_and_a_taken_port(project, filled):
+    (project / "pyproject.toml").write_text(
+        '[project]\ndependencies = ["polars==0.1", "no-such-thing-at-all", "typer"]\n'
+    )
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        free = [f"--{name}-port={free_port()}" for name in ("prefect", "dashboard")]
+        done = orchestrate(project, "doctor", "--root", filled, f"--api-port={port}", *free, "--json")
+    assert done.returncode == 1
+    found = json.loads(done.stdout)
+    wrong = {one["what"]: one["problem"] for one in found["findings"] if one["problem"]}
+    assert set(wrong) == {"polars==0.1", "no-such-thing-at-all", f"port {port}"}
+    assert "is installed" in wrong["polars==0.1"]
+    assert all(one["remedy"] for one in found["findings"] if one["problem"])
+
+
+def test_what_was_refused_is_listed_shown_and_tried_again_and_the_lake_rebuilt(filled):
+    def run(*arguments: str) -> tuple[int, str]:
+        done = CliRunner().invoke(orchestrate_app, [*arguments, "--root", filled])
+        return done.exit_code, done.stdout
+
+    Root.at(filled).write("landing/orders/orders-00000009.json", b"\x1f\x8b")
+    ingest_all(filled)
+    (listed,) = json.loads(run("quarantine", "list", "--json")[1])
+    assert (listed["file"], listed["lines"]) == ("orders-00000009.json", None)
+    assert "is compressed with gzip" in run("quarantine", "show", listed["file"])[1]
+    assert "landing/orders/orders-00000009.json" in run("quarantine", "retry", listed["file"])[1]
+    assert run("quarantine", "retry", "orders-1.json")[0] == 1
+    again = json.loads(run("rebuild", "--json")[1])
+    assert all(row["equal"] for row in again) and sum(row["rows"] for row in again) > 10_000

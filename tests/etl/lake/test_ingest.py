@@ -1,0 +1,257 @@
+"""From JSON file to Delta table: each row exactly once, and those that do not fit in quarantine."""
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import duckdb
+import polars as pl
+import pytest
+import yaml
+from polars.testing import assert_frame_equal
+from support import AT, ingest_all
+
+from etl.lake import ingest, ledger, quarantine
+from etl.lake import snapshot as lake
+from etl.storage import PROJECT, Root
+from pipeline import source
+from pipeline.tables import TABLES
+
+
+def rows(root: str, table: str) -> pl.DataFrame:
+    return lake.snapshot(root).frame(table).collect().sort(TABLES[table].keys)
+
+
+def expected(made: dict, table: str) -> pl.DataFrame:
+    return pl.concat([frames[table] for frames in made.values() if table in frames]).sort(TABLES[table].keys)
+
+
+def assert_exactly(root: str, made: dict) -> None:
+    for table in TABLES:
+        assert_frame_equal(rows(root, table), expected(made, table))
+
+
+def test_every_row_is_in_the_lake_once(filled, made):
+    assert_exactly(filled, made)
+    assert all(Root.at(filled).list(f"landing/{table}") == [] for table in TABLES)
+
+
+def test_the_lake_equals_what_another_engine_reads_from_the_archive(filled):
+    for table, columns in (("orders", TABLES["orders"].columns), ("lineitem", TABLES["lineitem"].columns)):
+        money = [name for name, dtype in columns.items() if isinstance(dtype, pl.Decimal)]
+        sums = ", ".join(f"sum({name}::decimal(15,2))" for name in money)
+        files = f"{filled}/archive/*/{table}/*.json"
+        other = duckdb.sql(f"select count(*), {sums} from read_json('{files}', format='newline_delimited')").fetchone()
+        frame = rows(filled, table)
+        assert other == (frame.height, *(frame[name].sum() for name in money))
+
+
+def test_a_second_run_finds_nothing_and_changes_no_version(filled):
+    before = lake.snapshot(filled)
+    assert ingest.next_batch(filled, max_files=500, scheduled_for=AT) is None
+    assert lake.snapshot(filled) == before
+    assert all(lake.open_table(Root.at(filled), t).version() == v for t, v in before.versions.items())
+
+
+def test_a_batch_committed_again_changes_nothing(landed, made):
+    parsed = ingest.read(ingest.next_batch(landed, max_files=500, scheduled_for=AT))
+    first = ingest.commit(parsed, run_id="one")
+    assert ingest.commit(parsed, run_id="two") == first
+    assert_exactly(landed, made)
+
+
+def test_files_are_taken_oldest_first_and_no_more_than_asked(landed):
+    batch = ingest.next_batch(landed, max_files=9, scheduled_for=AT)
+    assert [f.tick for f in batch.files] == [0] * 8  # the ninth is not parted from the tenth
+    ingest.commit(ingest.read(batch), run_id="one")
+    assert len(ingest.next_batch(landed, max_files=500, scheduled_for=AT).files) == 4
+
+
+def _commit(root: str, run_id: str, start) -> None:
+    parsed = ingest.read(ingest.next_batch(root, max_files=500, scheduled_for=AT))
+    start.wait()
+    ingest.commit(parsed, run_id=run_id)
+
+
+def test_two_processes_with_the_same_batch_commit_it_once(landed, made):
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(2)
+    both = [context.Process(target=_commit, args=(landed, name, start)) for name in ("one", "two")]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert_exactly(landed, made)
+
+
+def test_an_ingested_file_that_appears_again_is_set_aside(filled, stream, made):
+    source.land(filled, stream, {2: made[2]})
+    batch = ingest.next_batch(filled, max_files=500, scheduled_for=AT)
+    assert ([f.tick for f in batch.repeated], batch.files) == ([2, 2], ())
+    ingest.commit(ingest.read(batch), run_id="again")
+    assert lake.snapshot(filled).batch == 1
+    assert_exactly(filled, made)
+    assert Root.at(filled).list("landing/orders") == []
+    assert len(Root.at(filled).list("archive/2026-03-01/repeated")) == 2
+    assert ingest.next_batch(filled, max_files=500, scheduled_for=AT) is None
+
+
+def test_bad_rows_reach_quarantine_with_file_and_line(landed, made):
+    place, name = Root.at(landed), "landing/orders/orders-00000001.json"
+    lines = place.read(name).splitlines()
+    lines[3] = b"{oops"
+    place.write(name, b"\n".join(lines) + b"\n")
+    batch = ingest.next_batch(landed, max_files=500, scheduled_for=AT)
+    parsed = ingest.read(batch)
+    assert parsed.bad_share == pytest.approx(1 / parsed.rows)
+    ingest.commit(parsed, run_id="one")
+    quarantine = lake.snapshot(landed).frame("quarantine").collect()
+    assert quarantine.select("batch", "table", "file", "line", "raw").rows() == [
+        (1, "orders", "orders-00000001.json", 4, "{oops")
+    ]
+    total = sum(frames["orders"].height for frames in made.values())
+    assert rows(landed, "orders").height == total - 1
+
+
+def test_files_that_are_no_tables_are_left_alone(landed):
+    place = Root.at(landed)
+    place.write("landing/orders/readme.txt", b"hello")
+    place.write("landing/orders/lineitem-00000001.json", b"{}\n")
+    place.write("landing/secrets/secrets-00000001.json", b"{}\n")
+    ingest_all(landed)
+    assert place.list("landing/orders") == ["lineitem-00000001.json", "readme.txt"]
+    assert place.list("landing/secrets") == ["secrets-00000001.json"]
+
+
+def test_ranges_of_ticks_stay_small():
+    ranges = []
+    for tick in (0, 1, 2, 5, 4, 3, 9):
+        ranges = ledger.with_tick(ranges, tick)
+    assert ranges == [[0, 5], [9, 9]]
+    assert ledger.contains(ranges, 4)
+    assert not ledger.contains(ranges, 7)
+
+
+def why_refused(root: str) -> dict[str, str]:
+    """File -> why, of all that was refused."""
+    return {one["file"]: one["why"] for one in quarantine.refused_files(root)}
+
+
+def stop_before(monkeypatch, name: str) -> None:
+    """The next commit ends where `name` of `lake` would be called."""
+
+    def end(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lake, name, end)
+
+
+@pytest.mark.parametrize("step", ["append", "publish"])
+def test_a_file_that_changes_after_it_was_written_down_is_refused(landed, made, monkeypatch, step):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_before(patched, step)
+        ingest_all(landed)
+    name = "landing/orders/orders-00000001.json"
+    Root.at(landed).write(name, Root.at(landed).read(name).replace(b"Clerk", b"Clark"))
+    parsed = ingest.read(ingest.next_batch(landed, max_files=500, scheduled_for=AT))
+    assert [(file.name, file.why) for file in parsed.batch.refused] == [
+        ("orders-00000001.json", "changed since batch 1 was written down")
+    ]
+    ingest.commit(parsed, run_id="again")
+    clerks = rows(landed, "orders")["o_clerk"]
+    assert not clerks.str.starts_with("Clark").any()
+    # what was committed before the change stays; what was not is not half there
+    whole = sum(frames["orders"].height for frames in made.values())
+    assert clerks.len() == (whole if step == "publish" else whole - made[1]["orders"].height)
+    assert why_refused(landed) == {"orders-00000001.json": "changed since batch 1 was written down"}
+    # brought back, it is ingested only where its name never was
+    assert quarantine.retry(landed, "orders-00000001.json") == ["landing/orders/orders-00000001.json"]
+    batch = ingest.next_batch(landed, max_files=500, scheduled_for=AT)
+    assert len(batch.files) == (0 if step == "publish" else 1)
+
+
+def test_a_file_that_changes_while_it_is_ingested_does_not_reach_the_archive(landed):
+    parsed = ingest.read(ingest.next_batch(landed, max_files=500, scheduled_for=AT))
+    Root.at(landed).write("landing/orders/orders-00000001.json", b"{}\n")
+    ingest.commit(parsed, run_id="one")
+    assert "changed while it was ingested" in why_refused(landed)["orders-00000001.json"]
+    assert "orders-00000001.json" not in Root.at(landed).list("archive/2026-03-01/orders")
+
+
+def test_an_ingested_name_with_other_content_is_refused(filled):
+    place = Root.at(filled)
+    place.write("landing/orders/orders-00000001.json", b"{}\n")
+    batch = ingest.next_batch(filled, max_files=500, scheduled_for=AT)
+    assert (batch.files, batch.repeated) == ((), ())
+    ingest.commit(ingest.read(batch), run_id="again")
+    assert why_refused(filled) == {"orders-00000001.json": "was ingested in batch 1 with other content"}
+    assert ingest.next_batch(filled, max_files=500, scheduled_for=AT) is None
+
+
+def test_a_batch_has_at_most_so_many_bytes(landed):
+    batch = ingest.next_batch(landed, max_files=500, max_bytes=2_000_000, scheduled_for=AT)
+    assert 0 < sum(file.bytes for file in batch.files) <= 2_000_000
+    assert not batch.refused
+    small = ingest.next_batch(landed, max_files=500, max_bytes=400_000, scheduled_for=AT)
+    assert {(file.table, file.tick, file.why) for file in small.refused} >= {
+        ("lineitem", 1, f"has {Root.at(landed).size('landing/lineitem/lineitem-00000001.json'):,} bytes: "
+         "more than the 400,000 of a batch")
+    }  # fmt: skip
+
+
+LIMITS = {"max_files": 500, "max_bytes": 10**9, "max_bad_share": 0.01, "scheduled_for": AT, "run_id": "x"}
+
+
+def test_what_waits_is_drained_in_batches(landed, made):
+    done = ingest.drain(landed, **LIMITS | {"max_files": 3}, for_s=60)
+    assert done["files"].to_list() == [3, 3, 2, 2, 2]  # a tick's files together where a batch can hold them
+    assert_exactly(landed, made)
+
+
+def test_500_waiting_files_are_in_after_at_most_three_runs(root, made):
+    """With the limits that preprocess has, as its notebook uses them: a batch, then what else waits."""
+    limits = yaml.safe_load((PROJECT / "params/preprocess.yml").read_text())["parameters"]
+    for_s = limits.pop("drain_s")
+    one, items = made[1]["orders"].head(1), made[1]["lineitem"].head(1)
+    for tick in range(250):
+        for table, frame in (("orders", one), ("lineitem", items)):
+            key = frame.columns[0]
+            lines = source.to_json_lines(frame.with_columns(pl.lit(tick + 1, pl.Int64).alias(key)))
+            path = Path(root, source.file_name(table, tick))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(lines)
+    runs = 0
+    while any(Root.at(root).list(f"landing/{table}") for table in TABLES):
+        runs += 1
+        assert runs <= 3
+        ingest.drain(root, **limits, for_s=for_s, scheduled_for=AT, run_id=f"preprocess-{runs}")
+    assert rows(root, "orders")["o_orderkey"].to_list() == [*range(1, 251)]
+    assert rows(root, "lineitem")["l_orderkey"].to_list() == [*range(1, 251)]
+
+
+def test_nothing_is_begun_when_the_time_is_over(landed):
+    assert ingest.drain(landed, **LIMITS, for_s=0).is_empty()
+    assert len(ingest.drain(landed, **LIMITS | {"max_files": 1}, for_s=0.001)) == 1
+
+
+def test_a_batch_of_bad_lines_ends_the_draining(landed):
+    Root.at(landed).write("landing/orders/orders-00000001.json", b"{}\n" * 500)
+    done = ingest.drain(landed, **LIMITS | {"max_files": 8}, for_s=60)
+    assert done.select("batch", "committed", "worst").rows() == [
+        (1, True, "every line fits"),
+        (2, False, "orders-00000001.json has 500 of 500"),
+    ]
+    assert lake.snapshot(landed).batch == 1
+
+
+def test_unknown_fields_are_kept(landed):
+    place, name = Root.at(landed), "landing/orders/orders-00000001.json"
+    lines = place.read(name).splitlines()
+    lines[0] = lines[0][:-1] + b',"channel":"web","score":[1,2.5]}'
+    place.write(name, b"\n".join(lines) + b"\n")
+    parsed = ingest.read(ingest.next_batch(landed, max_files=500, scheduled_for=AT))
+    assert (parsed.rescued, parsed.refused.height) == (1, 0)
+    ingest.commit(parsed, run_id="one")
+    rescued = lake.snapshot(landed).frame("orders", ["_rescued"]).collect()["_rescued"].drop_nulls()
+    assert [json.loads(value) for value in rescued] == [{"channel": "web", "score": [1, 2.5]}]

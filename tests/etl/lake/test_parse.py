@@ -1,0 +1,164 @@
+"""Lines become rows or reasons: the two together are all lines, whichever way a piece is read."""
+
+import json
+from datetime import datetime
+
+import polars as pl
+import pytest
+from faults.lake_malformed import GOOD, LINES, line
+from polars.testing import assert_frame_equal
+
+from etl.lake import parse
+from pipeline.tables import RESCUED, TABLES
+
+ORDERS = TABLES["orders"]
+
+
+@pytest.mark.parametrize("case", LINES, ids=lambda case: case[0])
+def test_a_line_that_does_not_fit_is_set_apart_with_its_reason(case):
+    _, bad, reason = case
+    data = b"\n".join([line().encode(), bad, line(o_orderkey=2).encode(), b""])
+    kept, refused = parse.parse(data, ORDERS)
+    assert kept["o_orderkey"].to_list() == [1, 2]
+    assert refused["line"].to_list() == [2]
+    assert reason in refused["reason"][0]
+    assert refused["raw"][0] == bad[: parse.RAW_CHARS].decode("utf-8", "replace")
+    assert len(refused["reason"][0]) <= 4 * parse.VALUE_CHARS + 1
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        line(extra="one"),
+        line(extra=None),
+        line(o_comment='says "hi": {[ü\\'),
+        line(o_totalprice=12.5),
+        line(o_orderkey=2) + "\r",
+        line() + "  ",
+        json.dumps(GOOD, separators=(" , ", " : ")),
+        json.dumps(dict(reversed(GOOD.items()))),
+        line(o_comment=""),
+        line(o_comment="ü\u2028\x00"),
+    ],
+)
+def test_what_fits_is_kept_however_it_is_written(odd):
+    kept, refused = parse.parse(f"{line()}\n{odd}\n".encode(), ORDERS)
+    assert refused.is_empty()
+    want = json.loads(odd)
+    assert kept["o_comment"][1] == want["o_comment"]
+    assert str(kept["o_totalprice"][1]) == f"{float(want['o_totalprice']):.2f}"
+    extra = {name: value for name, value in want.items() if name not in ORDERS.columns}
+    assert kept[RESCUED].to_list() == [None, json.dumps(extra) if extra else None]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        '{"o_orderkey":1,"o_orderkey":2,' + line()[len('{"o_orderkey": 1, ') :],
+        line(o_comment=5),
+        line(o_comment=["a"]),
+        line(o_comment={"a": "b"}),
+        line(o_clerk=True),
+        line(o_orderkey="1"),
+        line(o_comment="X").replace("X", "\\ud800"),
+        line(o_orderkey=1.0),
+    ],
+)
+def test_what_polars_alone_would_take_is_not_taken_for_plain(odd):
+    """Unknown fields dropped, the first of two equal keys, numbers as text, a NUL for a surrogate: found one by one."""
+    data = json.dumps(json.loads(line()), separators=(",", ":")).encode() + b"\n"
+    assert parse._plain(data, ORDERS, 1).height == 1
+    assert parse._plain(data + odd.replace('": ', '":').replace(', "', ',"').encode() + b"\n", ORDERS, 2) is None
+
+
+TIMES = [
+    "2026-03-01T11:59:37.919+00:00",  # the stream's own form
+    "2026-03-01T11:59:37+00:00",
+    "2026-03-01T11:59:37.919Z",
+    "2026-03-01T11:59:37.9+00:00",
+    "2026-03-01T11:59:37.919123+00:00",
+    "2026-03-01T11:59:37.919+01:30",
+    "1969-12-31T23:59:59.999+00:00",
+    "2024-02-29T00:00:00.000+00:00",
+]
+
+
+def test_a_time_is_the_same_in_whichever_form():
+    lines = "".join(line(o_order_time=time) + "\n" for time in TIMES).encode()
+    plain = parse._plain(b"".join(lines.splitlines(keepends=True)[:2]), ORDERS, 2)
+    kept, refused = parse.parse(lines, ORDERS)
+    assert refused.is_empty()
+    assert kept["o_order_time"].to_list() == [datetime.fromisoformat(time) for time in TIMES]
+    assert plain["o_order_time"].to_list() == kept["o_order_time"].to_list()[:2]
+
+
+@pytest.mark.parametrize("time", ["2026-02-29T11:59:37.919+00:00", "2026-03-01T24:00:00.000+00:00", "2026-03-01T11:59"])
+def test_a_time_that_is_none_is_refused(time):
+    assert parse.parse(line(o_order_time=time).encode(), ORDERS)[1]["reason"].str.contains("o_order_time").all()
+
+
+def test_a_clean_piece_reads_the_same_line_by_line(made):
+    from pipeline.source import to_json_lines
+
+    for table in TABLES:
+        data = to_json_lines(made[0][table].head(200))
+        rows, refused = parse._line_by_line(data, TABLES[table], 1)
+        assert refused.is_empty()
+        assert_frame_equal(parse._plain(data, TABLES[table], data.count(b"\n")), rows)
+
+
+def test_lines_are_numbered_through_a_long_file(made):
+    from pipeline.source import to_json_lines
+
+    lines = to_json_lines(made[0]["lineitem"]).splitlines()
+    assert sum(map(len, lines)) > 4 * parse.PIECE_BYTES
+    for number in (1, 700, len(lines)):
+        lines[number - 1] = b"{oops"
+    kept, refused = parse.parse(b"\n".join(lines), TABLES["lineitem"])
+    assert refused["line"].to_list() == [1, 700, len(lines)]
+    assert kept.height == len(lines) - 3
+
+
+def test_every_rule_is_the_same_said_in_one_pass_and_by_pandera():
+    """`_fits` answers fast, `_schema` explains: one may not know a rule that the other does not."""
+    import pandera.polars as pa
+
+    for table in TABLES.values():
+        for name in table.columns:
+            values = [None, *(bound for pair in [table.ranges.get(name, ())] for bound in pair if bound is not None)]
+            for value in values:
+                dtype = table.columns[name]
+                for shift in (-1, 0, 1) if value is not None else (0,):
+                    row = {n: pl.Series(n, [_fitting(table, n)], dtype) for n, dtype in table.columns.items()}
+                    row[name] = pl.Series(name, [None if value is None else value + shift], dtype)
+                    frame = pl.DataFrame(row)
+                    text = frame.cast(pl.String)
+                    assert frame.select(parse._fits(table)).item() == (not parse._misfits(frame, text, table))
+        assert parse._schema(table, pa)
+
+
+def _fitting(table, name):
+    import datetime
+
+    if name in table.choices:
+        return table.choices[name][0]
+    lowest, highest = table.ranges.get(name, (1, None))
+    dtype = table.columns[name]
+    if dtype == pl.String:
+        return "x"
+    if dtype == pl.Date:
+        return datetime.date(1996, 1, 1)
+    if isinstance(dtype, pl.Datetime):
+        return datetime.datetime(1996, 1, 1, tzinfo=datetime.UTC)
+    return lowest if lowest is not None else highest
+
+
+def test_types_are_exact():
+    data = (
+        line(o_totalprice=12.5) + "\n" + line(o_totalprice="0.01") + "\n" + line(o_totalprice=1234567890123.45)
+    ).encode()
+    kept, refused = parse.parse(data, ORDERS)
+    assert refused.is_empty()
+    assert [str(value) for value in kept["o_totalprice"]] == ["12.50", "0.01", "1234567890123.45"]
+    assert kept.schema == pl.Schema(ORDERS.columns | {RESCUED: pl.String})
+    assert str(kept["o_order_time"][0]) == "2026-03-01 11:59:37.919000+00:00"

@@ -1,0 +1,181 @@
+"""The lake again from its archive, and doctor: what is planted is named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import polars as pl
+import pytest
+from deltalake import write_deltalake
+from polars.testing import assert_frame_equal
+from support import AT, ingest_all
+
+from etl.lake import compaction, doctor, ingest, quarantine, rebuild
+from etl.lake import snapshot as lake
+from etl.storage import Root
+from pipeline import source
+from pipeline.tables import TABLES
+
+
+@pytest.fixture(scope="module")
+def lived_once(tmp_path_factory, stream, made) -> str:
+    """A lake of three batches with a bad line and an unknown field, compacted."""
+    root = str(tmp_path_factory.mktemp("lived") / "root")
+    for tick, frames in made.items():
+        source.land(root, stream, {tick: frames})
+        if tick == 1:
+            name = "landing/orders/orders-00000001.json"
+            lines = Root.at(root).read(name).splitlines()
+            lines[3], lines[5] = b"{oops", lines[5][:-1] + b',"extra":1}'
+            Root.at(root).write(name, b"\n".join(lines))
+        ingest_all(root)
+    compaction.compact(root, target_mb=64, min_small_files=2, vacuum_hours=24, run_id="compact-1")
+    return root
+
+
+@pytest.fixture
+def lived(root, lived_once) -> str:
+    """A copy of it."""
+    shutil.copytree(lived_once, root)
+    return root
+
+
+def tables(root: str) -> dict:
+    snapshot = lake.snapshot(root)
+    return {
+        table: snapshot.frame(table, list(lake.COLUMNS[table])).collect().sort(lake.KEYS[table])
+        for table in lake.COLUMNS
+    }
+
+
+def test_a_rebuilt_lake_has_the_same_tables(lived, stream):
+    before = tables(lived)
+    source.land(lived, stream, source.make_ticks(stream, range(3, 4)))
+    Path(lived, "lake/orders/_delta_log", f"{0:020d}.json").write_bytes(b"gone")
+    compared = rebuild.rebuild(lived)
+    after = tables(lived)
+    for table, frame in before.items():
+        assert_frame_equal(after[table], frame)
+    assert dict(compared.select("table", "equal").rows()) == {t: None if t == "orders" else True for t in lake.COLUMNS}
+    assert lake.snapshot(lived).batch == 3
+    assert [name for name in Root.at(lived).list("") if name.startswith("lake")][0] == "lake"
+    ingest_all(lived)
+    assert lake.snapshot(lived).batch == 4
+    assert doctor.examine(lived) == [doctor.Finding(one.what) for one in doctor.examine(lived)]
+
+
+def test_without_pointer_and_manifests_it_is_made_from_what_is_there(lived):
+    before = tables(lived)
+    shutil.rmtree(Path(lived, "lake"))
+    rebuild.rebuild(lived)
+    for table, frame in tables(lived).items():
+        columns = [name for name in frame.columns if name != "batch"]  # one batch now
+        assert_frame_equal(frame.select(columns), before[table].select(columns))
+
+
+def test_an_archive_that_is_not_whole_is_refused_and_nothing_touched(lived):
+    before = lake.snapshot(lived)
+    Path(lived, "archive/2026-03-01/orders/orders-00000001.json").unlink()
+    with pytest.raises(rebuild.NotWhole, match="lacks 1 files .* orders-00000001.json"):
+        rebuild.rebuild(lived)
+    assert lake.snapshot(lived) == before
+
+
+def test_what_was_refused_is_listed_and_tried_again(lived, monkeypatch):
+    place = Root.at(lived)
+    place.write("landing/orders/orders-00000009.json", b"")
+    ingest.commit(ingest.read(ingest.next_batch(lived, max_files=9, scheduled_for=AT)), run_id="x")
+    assert quarantine.overview(lived) == [
+        {"file": "orders-00000009.json", "when": "2026-03-01", "lines": None, "why": "is empty"},
+        {
+            "file": "orders-00000001.json",
+            "when": 2,
+            "lines": 1,
+            "why": "not JSON: Expecting property name enclosed in double quotes at character 2",
+        },
+    ]
+    assert quarantine.retry(lived, "orders-00000009.json") == ["landing/orders/orders-00000009.json"]
+    with pytest.raises(LookupError):
+        quarantine.retry(lived, "orders-00000009.json")
+    with pytest.raises(LookupError, match="nothing of orders-00000001.json fits"):
+        quarantine.retry(lived, "orders-00000001.json")
+
+
+def test_lines_that_fit_by_now_are_ingested_once(root, stream, made):
+    place = Root.at(root)
+    source.land(root, stream, {1: made[1]})
+    name = "landing/orders/orders-00000001.json"
+    place.write(name, place.read(name).replace(b'"O"', b'"Q"', 1))
+    ingest_all(root)
+    whole = made[1]["orders"].height
+    assert lake.snapshot(root).frame("orders").collect().height == whole - 1
+    rules = TABLES["orders"].choices
+    rules["o_orderstatus"] = (*rules["o_orderstatus"], "Q")  # a new release takes it
+    try:
+        (made_again,) = quarantine.retry(root, "orders-00000001.json")
+        ingest_all(root)
+        assert lake.snapshot(root).frame("orders").collect().height == whole
+        assert quarantine.retry(root, "orders-00000001.json") == [made_again]
+        ingest_all(root)
+        assert lake.snapshot(root).frame("orders").collect().height == whole
+    finally:
+        rules["o_orderstatus"] = rules["o_orderstatus"][:-1]
+
+
+def _edit(path: Path, change) -> None:
+    path.write_bytes(change(path.read_bytes()))
+
+
+def flip(data: bytes) -> bytes:
+    return data[:-20] + bytes([data[-20] ^ 1]) + data[-19:]
+
+
+PLANTED = {
+    "a flipped bit in the pointer": (
+        "the published snapshot",
+        lambda root: _edit(root / "lake/published.json", flip),
+    ),
+    "a flipped bit in a manifest": ("the manifests", lambda root: _edit(root / "lake/batches/00000002.json", flip)),
+    "a flipped bit in a commit": (
+        "table orders",
+        lambda root: _edit(root / f"lake/orders/_delta_log/{2:020d}.json", flip),
+    ),
+    "an empty commit": (
+        "table region",
+        lambda root: (root / f"lake/region/_delta_log/{1:020d}.json").write_bytes(b""),
+    ),
+    "a data file gone": ("table lineitem", lambda root: next((root / "lake/lineitem").glob("compacted-*")).unlink()),
+    "a data file cut off": (
+        "table part",
+        lambda root: _edit(next((root / "lake/part").glob("batch-*")), lambda data: data[:-1]),
+    ),
+    "a run's row gone": ("the index of runs", lambda root: next((root / "lake/runs").glob("*.parquet")).unlink()),
+    "an answer gone": (
+        "the answers",
+        lambda root: (root / "results/q01/current.json").write_text('{"file": "results/q01/gone"}'),
+    ),
+    "another model than was published": ("the model", lambda root: (root / "models/m/model.json").write_text("{}")),
+    "a batch that was left unfinished": (
+        "landing",
+        lambda root: shutil.copy(root / "lake/batches/00000003.json", root / "lake/batches/00000004.json"),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_doctor_names_what_is_planted_and_what_to_do(lived, what):
+    root, (named, plant) = Path(lived), PLANTED[what]
+    place = Root.at(lived)
+    place.write("results/q01/current.json", json.dumps({"file": "results/q01/x.parquet"}).encode())
+    place.write("results/q01/x.parquet", b"PAR1")
+    write_deltalake(place.url_of("lake/runs"), pl.DataFrame({"run_id": ["query-1"]}))
+    if named == "the model":
+        pointer = {"model_id": "m", "sha256": "0" * 64, "run_id": "train-1", "metrics": {}}
+        place.write("models/current.json", json.dumps(pointer).encode())
+        (root / "models/m").mkdir()
+    else:
+        assert not [one for one in doctor.examine(lived) if one.problem]
+    plant(root)
+    wrong = [one for one in doctor.examine(lived) if one.problem]
+    assert {one.what for one in wrong} == {named}
+    assert all(one.remedy for one in wrong)

@@ -1,0 +1,140 @@
+"""Where a run's work is done: here without Coiled, or with the calls that the installed Coiled really takes."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import yaml
+
+from etl import params
+from etl.lake import snapshot as lake
+from etl.runs import dispatch
+from etl.storage import PROJECT
+from pipeline import queries
+
+AT = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def cloud() -> params.Project:
+    return params.load(PROJECT, "cloud")
+
+
+def test_here_never_imports_coiled():
+    code = "import sys, etl.runs.dispatch, etl.runs.engine; print('coiled' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_a_request_is_plain_data_with_what_is_supplied(cloud):
+    stage = cloud.stages["query"]
+    request = dispatch.make_request(stage, cloud.environment, AT, 2, "tcp://127.0.0.1:1")
+    assert request.run_id.startswith("query-20260301T120000-")
+    assert request.parameters["root"] == request.root == "s3://example-bucket/etl"
+    assert request.parameters["dask"] == "tcp://127.0.0.1:1"
+    assert request.parameters["scheduled_for"] == "2026-03-01T12:00:00+00:00"
+    assert request.origins["run_id"] == "supplied"
+    assert request.attempt == 2
+    yaml.safe_dump(dataclasses.asdict(request)["parameters"])
+
+
+@pytest.mark.parametrize("stage", ["generate", "preprocess", "compact", "query", "train"])
+def test_a_machine_block_is_what_coiled_takes(cloud, stage):
+    """autospec refuses any argument that the installed coiled.function does not have."""
+    coiled = pytest.importorskip("coiled")
+    request = dataclasses.asdict(dispatch.make_request(cloud.stages[stage], cloud.environment, AT, 1, None))
+    with mock.patch.object(coiled, "function", autospec=True) as function:
+        function.return_value.return_value.return_value = {"state": "ok"}
+        assert dispatch.run_there(request, cloud.stages[stage].machine) == {"state": "ok"}
+    (arguments,) = [call.kwargs for call in function.call_args_list]
+    assert arguments["name"] == f"etl-{stage}"
+    assert arguments["vm_type"] == cloud.stages[stage].machine["vm_type"]
+    function.return_value.assert_called_once_with(dispatch.execute_there)
+    function.return_value.return_value.assert_called_once_with(request)
+
+
+def test_a_wrong_machine_key_is_refused(cloud):
+    coiled = pytest.importorskip("coiled")
+    request = dataclasses.asdict(dispatch.make_request(cloud.stages["query"], cloud.environment, AT, 1, None))
+    with mock.patch.object(coiled, "function", autospec=True), pytest.raises(TypeError, match="vm_tipe"):
+        dispatch.run_there(request, {"vm_tipe": "m7i.large"})
+
+
+def test_a_machine_cannot_reach_a_folder_of_this_one():
+    with pytest.raises(ValueError, match="use an s3:// root"):
+        dispatch.run_there({"stage": "query", "root": "/somewhere"}, {})
+
+
+def test_no_block_is_no_cluster_and_an_address_is_passed_on():
+    with dispatch.cluster(None) as found:
+        assert found == (None, {})
+    with dispatch.cluster({"address": "tcp://10.0.0.1:8786"}) as found:
+        assert found == ("tcp://10.0.0.1:8786", {})
+
+
+def test_a_local_cluster_listens_on_loopback_and_goes():
+    from distributed import Client
+
+    with dispatch.cluster({"n_workers": 1}) as (address, _):
+        assert address.startswith("tcp://127.0.0.1:")
+        with Client(address) as client:
+            assert client.submit(sum, [1, 2]).result(timeout=60) == 3
+    with pytest.raises(OSError), Client(address, timeout=1):
+        pass
+
+
+def test_a_coiled_cluster_takes_the_blocks_arguments():
+    coiled = pytest.importorskip("coiled")
+    with mock.patch.object(coiled, "Cluster", autospec=True) as cluster:
+        cluster.return_value.__enter__.return_value.scheduler_address = "tls://1.2.3.4:8786"
+        with dispatch.cluster({"coiled": {"n_workers": 4, "region": "us-east-2"}}) as (address, _):
+            assert address == "tls://1.2.3.4:8786"
+    cluster.assert_called_once_with(n_workers=4, region="us-east-2")
+
+
+def test_the_questions_are_answered_on_a_cluster_of_coileds(filled):
+    """By its own client; the cluster's key gets to the kernel, and nowhere else."""
+    pytest.importorskip("coiled")
+    script = PROJECT / "tests" / "coiled_machines.py"
+    done = subprocess.run([sys.executable, script, filled], capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["state"] == "ok", told["reason"]
+    assert told["wanted"]["name"] == "questions", told["wanted"]
+    assert told["deleted"]
+    assert told["parameters"]["dask"].startswith("tls://127.0.0.1:")
+    for question in queries.questions():
+        if question.name in told["parameters"]["questions"]:
+            pointer, answer = queries.current(filled, question.name)
+            assert pointer["run_id"] == told["run_id"]
+            assert answer.equals(queries.ask(question, lake.snapshot(filled)))
+    a_line = told["key"].splitlines()[5].encode()
+    written = [path for path in Path(filled).rglob("*") if path.is_file()]
+    assert Path(filled, told["report"], "report.html") in written
+    assert not [path for path in written if a_line in path.read_bytes()]
+
+
+def test_a_run_whose_cluster_cannot_be_had_fails_and_says_so(tmp_path):
+    """Here for a misspelt argument; the same goes for a service that is down."""
+    pytest.importorskip("coiled")
+    local = params.load(PROJECT, "local")
+    stage = dataclasses.replace(local.stages["query"], dask={"coiled": {"n_wrokers": 2}}, retries=0)
+    record = dispatch.run_stage(stage, dataclasses.replace(local.environment, root=str(tmp_path)), scheduled_for=AT)
+    assert (record.state, record.reason[:27]) == ("failed", "no Dask cluster: TypeError:")
+    assert "n_wrokers" in record.reason
+    page = (tmp_path / record.report / "report.html").read_text()
+    assert "no Dask cluster" in page and "n_wrokers" in page
+
+
+def test_a_cancelled_run_is_not_repeated(cloud, tmp_path):
+    stage = dataclasses.replace(params.load(PROJECT, "local").stages["query"], retries=3)
+    environment = dataclasses.replace(cloud.environment, root=str(tmp_path))
+    cancel = threading.Event()
+    cancel.set()
+    record = dispatch.run_stage(stage, environment, scheduled_for=AT, cancel=cancel)
+    assert (record.state, record.attempt) == ("cancelled", 1)

@@ -1,0 +1,140 @@
+"""Every question's chart is drawn by every backend, also from no rows, and brings no JavaScript into a notebook."""
+
+import base64
+import io
+from dataclasses import replace
+from datetime import datetime, timedelta
+from decimal import Decimal
+
+import nbclient
+import nbformat
+import numpy as np
+import polars as pl
+import pytest
+from faults.answers import one_tick
+from PIL import Image
+
+from etl import charts
+from pipeline.queries import ask, questions
+
+MONEY = [Decimal("1200000.5000"), Decimal("3400000.0000"), Decimal("250000.2500")]
+BY_NATION = pl.DataFrame({"nation": ["CHINA", "INDIA", "JAPAN"], "revenue": MONEY})
+UNSHIPPED = pl.DataFrame({"segment": ["A", "A", "B"], "priority": ["1-URGENT", "2-HIGH", "5-LOW"], "revenue": MONEY})
+CHARTED = {question.name: question for question in questions() if question.chart}
+every_chart = pytest.mark.parametrize("name", CHARTED)
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Each charted question's answer from TPC-H at scale 0.01, a minute after the orders came."""
+    snapshot, _ = one_tick(tmp_path_factory.mktemp("tpch"), 0.01)
+    later = replace(snapshot, as_of=snapshot.as_of + timedelta(minutes=1))
+    return {name: ask(question, later) for name, question in CHARTED.items()}
+
+
+@every_chart
+def test_a_picture_has_the_size_of_the_report_and_is_small(answers, name):
+    picture = charts.show(CHARTED[name].chart, answers[name])
+    png, size = picture._repr_png_()
+    image = Image.open(io.BytesIO(png))
+    assert image.size == (charts.WIDTH_PX * charts.DENSITY, charts.HEIGHT_PX * charts.DENSITY)
+    assert size["width"] == charts.WIDTH_PX
+    assert len(png) < 40_000
+    assert len(image.getcolors()) > 4  # something is drawn
+
+
+@every_chart
+def test_plotly_draws_figures_with_a_title(answers, name):
+    figure = charts.plotly(CHARTED[name].chart, answers[name])
+    assert figure.layout.title.text != "No rows"
+    assert figure.layout.width is None
+    assert max(number for trace in figure.data for number in numbers_of(trace)) >= 0
+
+
+def test_plotly_draws_the_same_figures():
+    figure = charts.plotly(CHARTED["q05"].chart, BY_NATION)
+    assert max(number for trace in figure.data for number in numbers_of(trace)) == pytest.approx(3.4)
+
+
+def numbers_of(trace):
+    """The numbers of a trace. Plotly keeps arrays of them as base64."""
+    for values in (trace.x, trace.y, getattr(trace, "z", None)):
+        if isinstance(values, dict):
+            array = np.frombuffer(base64.b64decode(values["bdata"]), values["dtype"])
+            yield from array[~np.isnan(array)]
+
+
+def test_no_rows_are_drawn_as_no_rows():
+    chart, nothing = CHARTED["q05"].chart, BY_NATION.clear()
+    assert charts.show(chart, nothing)._repr_png_()[0].startswith(b"\x89PNG")
+    assert charts.plotly(chart, nothing).layout.title.text == "No rows"
+
+
+def test_a_stack_has_the_same_colours_and_order_on_the_dashboard():
+    figure = charts.plotly(CHARTED["unshipped_orders"].chart, UNSHIPPED)
+    assert [trace.name for trace in figure.data] == ["1-URGENT", "2-HIGH", "5-LOW"]
+    assert [trace.marker.color for trace in figure.data] == charts.COLOURS[:3]
+
+
+def test_groups_stand_in_the_order_of_the_rows_not_of_the_alphabet():
+    frame = pl.DataFrame({"table": ["orders", "orders"], "when": ["before", "after"], "files": [30, 1]})
+
+    def chart(rows):
+        return charts.plot(rows).bar(x="table", y="files", by="when", title="Files", xlabel="", ylabel="files")
+
+    figure = charts.plotly(chart, frame)
+    assert [trace.name for trace in figure.data] == ["before", "after"]
+    drawn = charts._drawn("matplotlib", chart, frame).axes[0]
+    assert [text.get_text() for text in drawn.get_legend().get_texts()] == ["before", "after"]
+    assert [bars[0].get_height() for bars in drawn.containers] == [30, 1]
+
+
+@pytest.mark.parametrize(
+    "largest, unit", [("3400000000", "billions"), ("999999", "thousands"), ("1000000", "millions"), ("12", "")]
+)
+def test_units_suit_the_largest_value(largest, unit):
+    frame = pl.DataFrame({"net_revenue": [Decimal("1"), Decimal(largest)]})
+    scaled, label = charts.in_units(frame, "net_revenue")
+    assert label == f"net revenue, {unit}".removesuffix(", ")
+    assert 1 <= scaled["net_revenue"].max() < 1000
+
+
+def test_a_notebook_gets_one_png_and_nothing_else_and_bokeh_when_asked_for():
+    cells = [
+        "import polars as pl\n"
+        "from pipeline import charts\n"
+        "from pipeline.queries import ask, questions\n"
+        "question = next(q for q in questions() if q.name == 'q05')\n"
+        "result = pl.DataFrame({'nation': ['CHINA', 'INDIA'], 'revenue': [2.5, 1.5]})",
+        "charts.show(question.chart, result)",
+        "import os\nos.environ['ETL_CHARTS'] = 'bokeh'\ncharts.show(question.chart, result)",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbclient.NotebookClient(notebook).execute()
+    imports, picture, live = (cell.outputs for cell in notebook.cells)
+    assert imports == []
+    assert [set(output.data) for output in picture] == [{"image/png", "text/plain"}]
+    assert any("bokeh" in output.data.get("text/html", "").lower() for output in live if "data" in output)
+
+
+def test_a_table_reads_as_people_write_and_holds_no_markup():
+    frame = pl.DataFrame(
+        {
+            "part_key": [1234567, None],
+            "rows": [1234567, None],
+            "name": ["<script>x</script>", None],
+            "price": [Decimal("1234.5049"), None],
+            "share": [0.123456, 1e7],
+            "at": [datetime(2026, 3, 1, 12, 0, 5, 999), None],
+        }
+    )
+    text = charts.table(frame, rows=1)._repr_html_()
+    assert '<th align="right">part key</th><th align="right">rows</th><th>name</th>' in text
+    assert (
+        '<td align="right">1234567</td><td align="right">1,234,567</td><td>&lt;script&gt;x&lt;/script&gt;</td>' in text
+    )
+    assert '<td align="right">1,234.50</td><td align="right">0.1235</td><td>2026-03-01 12:00:05</td>' in text
+    assert "and 1 more row<" in text
+    assert charts.table(frame, rows=2)._repr_html_().count(">–</td>") == 5
+    short = charts.table(frame, rows=1, letters=9)._repr_html_()
+    assert '<table class="short">' in short and "<td>&lt;script&gt;x…</td>" in short

@@ -1,0 +1,150 @@
+"""Roots: written whole or not at all, on this machine and over the S3 protocol alike."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import threading
+import time
+
+import pytest
+
+from etl.storage import PROJECT, LeaseHeld, Root
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request) -> Root:
+    return Root.at(request.getfixturevalue("root" if request.param == "local" else "s3_root"))
+
+
+def test_a_relative_root_is_relative_to_the_project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Root.at("outputs").url == str(PROJECT / "outputs")
+    assert Root.at("/somewhere").url == "/somewhere"
+
+
+def test_what_is_written_is_read_back(place):
+    place.write("a/b.json", b"1")
+    place.write("a/b.json", b"22")
+    assert place.read("a/b.json") == b"22"
+    assert place.size("a/b.json") == 2
+    assert place.list("a") == ["b.json"]
+    assert place.exists("a/b.json")
+
+
+def test_what_does_not_fit_on_the_disk_leaves_nothing(tmp_path):
+    place, limits = Root.at(tmp_path / "root"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    place.write("old", b"x")
+    (tmp_path / "large").write_bytes(b"x" * 20_000)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            place.write("new", b"x" * 20_000)
+        with pytest.raises(OSError):
+            place.put("new", tmp_path / "large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path / "root") == ["old"]
+
+
+def test_what_is_missing_says_so(place):
+    assert not place.exists("nothing")
+    assert place.list("nothing") == []
+    place.remove("nothing")
+    place.remove_tree("nothing")
+    with pytest.raises(FileNotFoundError):
+        place.read("nothing")
+
+
+def test_many_folders_are_removed_and_their_neighbours_stay(place):
+    for rel in ("a/1", "a/2", "a/10", "b/1"):
+        for name in ("run.json", "page.html", "more/deep"):
+            place.write(f"{rel}/{name}", b"x")
+    place.remove_trees(["a/1", "a/2", "a/none", "b/1", "none/1"], first="run.json")
+    assert place.list("a") == ["10"] and place.list("b") == []
+    assert place.list("a/10") == ["more", "page.html", "run.json"]
+
+
+def test_of_many_creators_one_wins(place):
+    won = []
+    threads = [
+        threading.Thread(target=lambda i=i: won.append(i) if place.create("one", str(i).encode()) else None)
+        for i in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert place.read("one") == str(won[0]).encode()
+
+
+def test_a_move_done_before_is_fine_and_a_lost_file_is_not(place):
+    place.write("here", b"x")
+    place.move("here", "there/it")
+    place.move("here", "there/it")
+    assert place.read("there/it") == b"x"
+    with pytest.raises(FileNotFoundError):
+        place.move("here", "elsewhere")
+
+
+def test_remove_tree_removes_a_folder(place):
+    place.write("days/monday/a", b"x")
+    place.write("days/tuesday/a", b"x")
+    place.remove_tree("days/monday")
+    assert place.list("days") == ["tuesday"]
+
+
+def test_a_lease_has_one_holder(place):
+    with (
+        place.lease("lock", "first"),
+        pytest.raises(LeaseHeld, match="first"),
+        place.lease("lock", "second", wait_s=0.3),
+    ):
+        pass
+    with place.lease("lock", "third", wait_s=0):
+        pass
+
+
+def test_an_expired_lease_is_taken_over(s3_root):
+    place = Root.at(s3_root)
+    assert place._take("lock", "dead", ttl_s=-1)
+    with place.lease("lock", "alive", wait_s=1):
+        assert b"alive" in place.read("lock")
+
+
+def _hold(url: str, ready) -> None:
+    with Root.at(url).lease("lock", "doomed"):
+        ready.set()
+        time.sleep(60)
+
+
+def test_a_killed_holder_frees_a_local_lease(root):
+    ready = multiprocessing.get_context("spawn").Event()
+    holder = multiprocessing.get_context("spawn").Process(target=_hold, args=(root, ready))
+    holder.start()
+    assert ready.wait(30)
+    os.kill(holder.pid, signal.SIGKILL)
+    with Root.at(root).lease("lock", "next", wait_s=10):
+        pass
+    holder.join()
+
+
+def test_a_reader_never_sees_half_a_file(root):
+    place, torn = Root.at(root), []
+    place.write("f", b"a" * 1_000_000)
+    done = threading.Event()
+
+    def read():
+        while not done.is_set():
+            data = place.read("f")
+            if len(data) != 1_000_000 or len(set(data)) != 1:
+                torn.append(len(data))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for letter in b"bcdefghij":
+        place.write("f", bytes([letter]) * 1_000_000)
+    done.set()
+    reader.join()
+    assert not torn
