@@ -16,11 +16,6 @@ def cents(value: Decimal | float) -> int:
     return int(Decimal(str(value)).scaleb(2).to_integral_exact())
 
 
-def revenue() -> nw.Expr:
-    """l_extendedprice * (1 - l_discount) of a line item, in 1/10,000. The sum fits 64 bits up to scale 4,000."""
-    return nw.col("l_extendedprice") * (100 - nw.col("l_discount"))
-
-
 def money(column: str, digits: int) -> nw.Expr:
     """A column of whole numbers in units of 10**-digits as a decimal; only in a frame that was gathered."""
     return nw.col(column) * Decimal(1).scaleb(-digits)

@@ -16,7 +16,7 @@ from etl.storage import Root
 
 if TYPE_CHECKING:
     from etl.lake.snapshot import Snapshot
-    from pipeline.queries import Question
+    from etl.questions.question import Question
 
 HISTORY = {
     "as_of": pl.Datetime("us", "UTC"),

@@ -8,7 +8,8 @@ from datetime import date
 
 import narwhals as nw
 
-from etl.questions.exact import gathered, money, revenue
+from etl.questions.exact import gathered, money
+from pipeline.queries._revenue import revenue
 
 TABLES = {
     "region": ["r_regionkey", "r_name"],

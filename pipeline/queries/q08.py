@@ -7,7 +7,8 @@ from datetime import date
 
 import narwhals as nw
 
-from etl.questions.exact import gathered, revenue
+from etl.questions.exact import gathered
+from pipeline.queries._revenue import revenue
 
 TABLES = {
     "region": ["r_regionkey", "r_name"],

@@ -5,7 +5,8 @@ What profit did each nation's suppliers make in each year with parts that have a
 
 import narwhals as nw
 
-from etl.questions.exact import gathered, money, revenue
+from etl.questions.exact import gathered, money
+from pipeline.queries._revenue import revenue
 
 TABLES = {
     "nation": ["n_nationkey", "n_name"],

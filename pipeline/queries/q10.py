@@ -8,8 +8,9 @@ from datetime import date
 
 import narwhals as nw
 
-from etl.questions.exact import gathered, money, revenue
+from etl.questions.exact import gathered, money
 from pipeline.queries._dates import months_later
+from pipeline.queries._revenue import revenue
 
 TABLES = {
     "nation": ["n_nationkey", "n_name"],

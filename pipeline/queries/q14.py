@@ -7,8 +7,9 @@ from datetime import date
 
 import narwhals as nw
 
-from etl.questions.exact import gathered, revenue
+from etl.questions.exact import gathered
 from pipeline.queries._dates import months_later
+from pipeline.queries._revenue import revenue
 
 TABLES = {
     "part": ["p_partkey", "p_type"],

@@ -7,8 +7,9 @@ from datetime import date
 
 import narwhals as nw
 
-from etl.questions.exact import gathered, money, revenue
+from etl.questions.exact import gathered, money
 from pipeline.queries._dates import months_later
+from pipeline.queries._revenue import revenue
 
 TABLES = {
     "supplier": ["s_suppkey", "s_name", "s_address", "s_phone"],

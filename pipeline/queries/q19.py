@@ -6,7 +6,8 @@ What revenue did three brands bring with parts that suit their containers, sent 
 
 import narwhals as nw
 
-from etl.questions.exact import cents, gathered, money, revenue
+from etl.questions.exact import cents, gathered, money
+from pipeline.queries._revenue import revenue
 
 TABLES = {
     "part": ["p_partkey", "p_brand", "p_size", "p_container"],

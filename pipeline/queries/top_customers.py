@@ -7,7 +7,8 @@ from datetime import datetime, timedelta
 
 import narwhals as nw
 
-from etl.questions.exact import gathered, money, revenue
+from etl.questions.exact import gathered, money
+from pipeline.queries._revenue import revenue
 
 TABLES = {
     "nation": ["n_nationkey", "n_name"],
