@@ -1,6 +1,9 @@
 # Each target sets up what it needs; a second call finds it set up and starts at once.
 .DEFAULT_GOAL := help
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# the newest that is there and works: pyenv's stand-ins for others are there and do not
+WORKS  := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+PYTHON ?= $(shell for python in python3.14 python3.13 python3.12 python3.11 python3; do \
+            $$python -c '$(WORKS)' 2>/dev/null && echo $$python && break; done)
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
@@ -15,8 +18,8 @@ help:  ## Show this help
 setup: $(READY)  ## Create .venv and install the locked packages (with uv where there is one)
 
 $(READY): requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
-	  { echo "Python 3.11 is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(or $(PYTHON),false) -c '$(WORKS)' 2>/dev/null || { echo "Python 3.11 to 3.14 with its venv is needed" \
+	  "(on Debian: apt-get install python3-venv), or make PYTHON=/path/to/one"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "setting up .venv: about two minutes, once"
 	@# -e . stands alone: pip refuses it beside hashed requirements

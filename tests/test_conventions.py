@@ -3,8 +3,8 @@
 import ast
 import json
 import re
-import sys
 import tokenize
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -133,8 +133,6 @@ def test_the_lock_names_no_index_and_pins_what_is_declared():
     lock = (PROJECT / "requirements.lock").read_text()
     assert not re.search(r"https?://|--index|--find-links|--extra-index", lock)
     pinned = {re.sub(r"\[.*", "", name) for name in re.findall(r"^([a-z0-9._-]+(?:\[.*\])?)==", lock, re.M)}
-    import tomllib
-
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
     assert {re.match(r"[a-zA-Z0-9._-]+", line)[0].lower() for line in wanted} <= pinned
@@ -144,7 +142,8 @@ def test_the_lock_names_no_index_and_pins_what_is_declared():
 def test_the_conda_environment_is_the_same_lock():
     environment = yaml.safe_load((PROJECT / "environment.yml").read_text())
     assert environment["dependencies"][-1] == {"pip": ["-r requirements.lock"]}
-    assert f"python={sys.version_info[0]}.{sys.version_info[1]}" in environment["dependencies"]
+    wanted = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert environment["dependencies"][0].startswith(f"python{wanted}")
 
 
 def test_every_make_target_is_in_the_readme_or_in_help():

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import nbformat
 import psutil
@@ -102,7 +103,7 @@ ENDS = {  # the cell it ends in, the run's state, part of the reason, the cell's
     ),
     "raise": ("1 / 0", "failed", "ZeroDivisionError: division by zero", "failed"),
     "namesake": ("class Stop(Exception): ...\nraise Stop('not ours')", "failed", "Stop: not ours", "failed"),
-    "syntax": ("rows = (", "failed", "SyntaxError", "failed"),
+    "syntax": ("rows = )", "failed", "SyntaxError", "failed"),
     "sys.exit": ("import sys; sys.exit(0)", "failed", "SystemExit: 0", "failed"),
     "exit": ("exit()", "failed", "called exit()", "failed"),
     "SIGKILL": ("import os; os.kill(os.getpid(), 9)", "killed", "killed by SIGKILL in 'Write'", "killed"),
@@ -178,7 +179,7 @@ def test_a_run_can_be_cancelled_from_another_thread(tmp_path):
 def test_ctrl_c_ends_a_run_as_cancelled(tmp_path):
     code = f"""
 import sys
-sys.path[:0] = [{str(PROJECT)!r}, {str(PROJECT / "tests" / "etl")!r}]
+sys.path[:0] = [{str(PROJECT)!r}, {str(Path(__file__).parent)!r}]
 from test_engine import run
 tell = lambda done, total, heading: print(done, flush=True)
 print(run({str(tmp_path)!r}, "rows: int = 1", "import time; time.sleep(1e9)", on_cell=tell).state)
