@@ -4,27 +4,12 @@ Column names and types are those of the TPC-H specification, revision 3.0.1, cla
 that make the stream live: `o_order_time` and `l_ship_time`, both UTC. Money is decimal, never float.
 """
 
-from dataclasses import dataclass, field
+from etl.lake.table import DAY, INT, INT32, RESCUED, TEXT, TIME, Table, decimal
 
-import polars as pl
+KEY, COUNT = INT, INT32
+MONEY = decimal(15, 2)
 
-KEY, COUNT, TEXT, DAY = pl.Int64, pl.Int32, pl.String, pl.Date
-MONEY = pl.Decimal(15, 2)
-TIME = pl.Datetime("us", "UTC")
-RESCUED = "_rescued"  # in the lake, beside a table's own columns: the fields of a line that no column takes, as JSON
-
-
-@dataclass(frozen=True)
-class Table:
-    """One table. `columns`: name -> Polars type, in order. `keys`: what names a row, never null.
-    `ranges`: column -> (lowest, highest) allowed, None for open. `choices`: column -> the values allowed."""
-
-    name: str
-    columns: dict[str, pl.DataType]
-    keys: tuple[str, ...]
-    ranges: dict[str, tuple] = field(default_factory=dict)
-    choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
+__all__ = ["COUNT", "DAY", "KEY", "MONEY", "RESCUED", "STREAMED", "TABLES", "TEXT", "TIME", "Table"]
 
 _ALL = [
     Table("region", {"r_regionkey": KEY, "r_name": TEXT, "r_comment": TEXT}, ("r_regionkey",)),
@@ -105,6 +90,7 @@ _ALL = [
             "o_order_time": TIME,
         },
         ("o_orderkey",),
+        time="o_order_time",
         ranges={"o_orderkey": (1, None), "o_totalprice": (0, None)},
         choices={"o_orderstatus": ("F", "O", "P")},
     ),

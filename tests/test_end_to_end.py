@@ -60,7 +60,7 @@ def test_the_lakes_eight_tables_are_tpch_row_by_row(full, canonical):
     for name, table in TABLES.items():
         expected = pl.read_parquet(canonical / f"{name}.parquet")
         got = snapshot.frame(name, expected.columns).collect()
-        assert_frame_equal(got.sort(table.keys), expected.sort(table.keys))
+        assert_frame_equal(got.sort(table.key), expected.sort(table.key))
 
 
 def test_the_questions_have_the_answers_of_another_engine(full, canonical):

@@ -19,8 +19,9 @@ import polars as pl
 from etl.lake import documents, durability, landing, ledger, parse
 from etl.lake import snapshot as lake
 from etl.lake.landing import File
+from etl.lake.table import RESCUED
 from etl.storage import Root, Unreadable, crash_point
-from pipeline.tables import RESCUED, TABLES
+from pipeline.tables import TABLES
 
 MAX_BYTES = 256_000_000  # of JSON in a batch: about four times that in memory
 GROUP_BYTES = 16_000_000  # of files that are parsed at once

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from etl.lake import documents, kept
+from etl.lake.table import INT, RESCUED, TEXT
 from etl.storage import Root, crash_point
-from pipeline.tables import KEY, RESCUED, TABLES, TEXT
+from pipeline.tables import TABLES
 
 if TYPE_CHECKING:
     import pyarrow
@@ -30,9 +31,9 @@ PUBLISHED = "lake/published.json"
 PINNED = "lake/pinned.json"  # a root that reads a snapshot of another one, as a replay does
 WRITER = "lake/writer.lease"
 APP_ID = "preprocess"  # whose transactions number the batches
-QUARANTINE = {"batch": KEY, "table": TEXT, "file": TEXT, "line": KEY, "reason": TEXT, "raw": TEXT}
-COLUMNS = {name: table.columns | {RESCUED: TEXT} for name, table in TABLES.items()} | {"quarantine": QUARANTINE}
-KEYS = {name: table.keys for name, table in TABLES.items()} | {"quarantine": ("batch", "table", "file", "line")}
+QUARANTINE = {"batch": INT, "table": TEXT, "file": TEXT, "line": INT, "reason": TEXT, "raw": TEXT}
+COLUMNS = {name: table.stored for name, table in TABLES.items()} | {"quarantine": QUARANTINE}
+KEYS = {name: table.key for name, table in TABLES.items()} | {"quarantine": ("batch", "table", "file", "line")}
 CHECKPOINT_INTERVAL = 20  # commits
 PROPERTIES = {
     "delta.checkpointInterval": str(CHECKPOINT_INTERVAL),

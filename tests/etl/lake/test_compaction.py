@@ -33,7 +33,7 @@ def scattered(root, stream, made) -> str:
 
 def test_rows_stay_and_files_become_one(scattered):
     before = lake.snapshot(scattered)
-    rows = {t: before.frame(t).collect().sort(TABLES[t].keys) for t in TABLES}
+    rows = {t: before.frame(t).collect().sort(TABLES[t].key) for t in TABLES}
     done = compaction.compact(scattered, **ASK, run_id="compact-1")
     after = lake.snapshot(scattered)
     assert done.filter(table="lineitem").select("files_before", "files_after").row(0) == (3, 1)
@@ -42,7 +42,7 @@ def test_rows_stay_and_files_become_one(scattered):
     assert after.versions["lineitem"] > before.versions["lineitem"]
     assert len(after.files("lineitem")) == 1
     for table, expected in rows.items():
-        assert_frame_equal(after.frame(table).collect().sort(TABLES[table].keys), expected)
+        assert_frame_equal(after.frame(table).collect().sort(TABLES[table].key), expected)
     assert lake.open_table(Root.at(scattered), "orders").history(1)[0]["run_id"] == "compact-1"
 
 

@@ -19,11 +19,11 @@ from pipeline.tables import TABLES
 
 
 def rows(root: str, table: str) -> pl.DataFrame:
-    return lake.snapshot(root).frame(table).collect().sort(TABLES[table].keys)
+    return lake.snapshot(root).frame(table).collect().sort(TABLES[table].key)
 
 
 def expected(made: dict, table: str) -> pl.DataFrame:
-    return pl.concat([frames[table] for frames in made.values() if table in frames]).sort(TABLES[table].keys)
+    return pl.concat([frames[table] for frames in made.values() if table in frames]).sort(TABLES[table].key)
 
 
 def assert_exactly(root: str, made: dict) -> None:
