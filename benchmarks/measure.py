@@ -27,7 +27,7 @@ IMPORTS = "\n".join(
         "from IPython.display import Markdown, display",
         "from pipeline import charts, compaction, ingest, lake, model, queries, source",
         "from etl.notebook import check, record, stop",
-        "import deltalake, holoviews.plotting.mpl, hvplot.plotting.core, pandera.polars, PIL.Image, pyarrow, xgboost",
+        "import deltalake, holoviews.plotting.mpl, hvplot.plotting.core, PIL.Image, pyarrow, xgboost",
     ]
 )
 CELLS = [IMPORTS, "import polars as pl", "pl.DataFrame({'x': range(rows)}).describe()"]

@@ -36,7 +36,7 @@ SLOWEST_S = 60  # between two starts of one that always ends
 READ_AT_START = (
     *("PYTHON", "LD_", "LC_", "LANG", "HOME", "IPYTHON", "JUPYTER_CONFIG_", "MALLOC_", "JE_", "ARROW_", "POLARS_"),
     *("OMP_", "GOMP_", "OPENBLAS_", "MKL_", "NUMEXPR_", "RAYON_", "TOKIO_", "MPL", "MATPLOTLIB", "DASK_", "BOKEH_"),
-    *("NUMBA_", "XGBOOST_", "PANDERA_", "GLIBC_", "SSL_"),
+    *("NUMBA_", "XGBOOST_", "GLIBC_", "SSL_"),
 )
 
 

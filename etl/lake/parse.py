@@ -10,6 +10,7 @@ import io
 import json
 import math
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import polars as pl
@@ -308,45 +309,30 @@ def _time(text: pl.Expr, form: str) -> pl.Expr:
     return text.str.to_datetime(form, time_unit="us", time_zone="UTC", strict=False, cache=False)
 
 
+def _rules(table: Table) -> Iterator[tuple[str, pl.Expr, str]]:
+    """The rules of a row: (column, whether the row keeps it, what a value has to be). Null keeps all but the first."""
+    for name, dtype in table.columns.items():
+        column, (lowest, highest) = pl.col(name), table.ranges.get(name, (None, None))
+        yield name, column.is_not_null(), KINDS.get(dtype, "a text")
+        if lowest is not None:
+            yield name, column >= lowest, f"at least {lowest}"
+        if highest is not None:
+            yield name, column <= highest, f"at most {highest}"
+        if choices := table.choices.get(name):
+            yield name, column.is_in(choices), f"one of {', '.join(choices)}"
+
+
 def _fits(table: Table) -> pl.Expr:
-    """Whether every row keeps the table's rules: the same as `_schema`, in one pass."""
-    rules = [pl.col(name).is_not_null() for name in table.columns]
-    for name, (lowest, highest) in table.ranges.items():
-        rules += [pl.col(name) >= lowest] if lowest is not None else []
-        rules += [pl.col(name) <= highest] if highest is not None else []
-    rules += [pl.col(name).is_in(choices) for name, choices in table.choices.items()]
-    return pl.all_horizontal(rule.all() for rule in rules)
+    """Whether every row keeps the table's rules."""
+    return pl.all_horizontal(kept.all() for _, kept, _ in _rules(table))
 
 
 def _misfits(frame: pl.DataFrame, text: pl.DataFrame, table: Table) -> dict[int, str]:
     """Row number -> why it does not fit its table, for the rows that do not; `text`: what they were typed from."""
-    import pandera.polars as pa
-
-    try:
-        _schema(table, pa).validate(frame, lazy=True)
-    except pa.errors.SchemaErrors as error:
-        reasons: dict[int, list[str]] = {}
-        for case in error.failure_cases.sort("index").iter_rows(named=True):
-            row, name = case["index"], case["column"]
-            if case["check"] == "not_nullable":
-                why = f"{_shown(text[name][row])} is not {KINDS.get(table.columns[name], 'a text')}"
-            else:
-                why = f"{_short(str(case['failure_case']), VALUE_CHARS)} is not {case['check']}"
-            reasons.setdefault(row, []).append(f"{name}: {why}")
-        return {row: "; ".join(found) for row, found in reasons.items()}
-    return {}
-
-
-def _schema(table: Table, pa):
-    """The table as a pandera schema, which can say what is wrong with which row."""
-    checks: dict[str, list] = {column: [] for column in table.columns}
-    for column, (lowest, highest) in table.ranges.items():
-        if lowest is not None:
-            checks[column].append(pa.Check.ge(lowest, name=f"at least {lowest}", error=f"at least {lowest}"))
-        if highest is not None:
-            checks[column].append(pa.Check.le(highest, name=f"at most {highest}", error=f"at most {highest}"))
-    for column, choices in table.choices.items():
-        checks[column].append(pa.Check.isin(choices, error=f"one of {', '.join(choices)}"))
-    return pa.DataFrameSchema(
-        {column: pa.Column(dtype, checks[column], nullable=False) for column, dtype in table.columns.items()}
-    )
+    reasons: dict[int, list[str]] = {}
+    for name, kept, wanted in _rules(table):
+        for row in frame.select(pl.arg_where(~kept)).to_series():
+            typed = frame[name][row]
+            value = _shown(text[name][row]) if typed is None else _short(str(typed), VALUE_CHARS)
+            reasons.setdefault(row, []).append(f"{name}: {value} is not {wanted}")
+    return {row: "; ".join(why) for row, why in reasons.items()}

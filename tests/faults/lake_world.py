@@ -33,7 +33,7 @@ MONEY = {"orders": ["o_totalprice"], "lineitem": ["l_quantity", "l_extendedprice
 KEYS = {"orders": "o_orderkey, 0", "lineitem": "l_orderkey, l_linenumber"}
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["faults.lake_world", "deltalake", "pandera.polars", "pyarrow.parquet"])
+processes.set_forkserver_preload(["faults.lake_world", "deltalake", "pyarrow.parquet"])
 
 
 class NotHeld(AssertionError):
