@@ -10,7 +10,7 @@ READY  := $(VENV)/.ready
 ROOT   ?= outputs/dev
 ENV    ?= local
 
-.PHONY: help setup up demo test faults lint format lab bench lock clean
+.PHONY: help setup up demo test fresh faults lint format lab bench lock clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -41,12 +41,16 @@ demo: setup  ## One pass of all stages on a scratch root (ROOT=outputs/dev, or s
 test: setup  ## Run the tests
 	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
+fresh:  ## The tests and a short `make up` in a fresh Debian 13 (as root, with debootstrap; a quarter of an hour)
+	@tools/fresh
+
 faults: setup  ## Provoke every fault in full numbers (most of an hour)
 	@$(BIN)/python tests/faults
 
-lint: setup  ## Check style, notebooks included, and every stage's parameters
+lint: setup  ## Check style, notebooks included, declared imports, and every stage's parameters
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/deptry .
 	@$(BIN)/nbstripout --verify --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
 	@$(BIN)/python orchestrate.py check
 
