@@ -275,7 +275,6 @@ def _frame(line_items: pl.DataFrame | list[dict[str, Any]]) -> pl.DataFrame:
 class Verdict(NamedTuple):
     better: bool
     reason: str  # a sentence with the numbers
-    champion_log_loss: float | None
 
 
 def is_better(booster: "xgboost.Booster", champion: Model | None, held_out: pl.DataFrame) -> Verdict:
@@ -283,10 +282,10 @@ def is_better(booster: "xgboost.Booster", champion: Model | None, held_out: pl.D
     truth = late(held_out).to_numpy().astype("float64")
     challenger_loss = _log_loss(predict(booster, held_out), truth)
     if champion is None:
-        return Verdict(True, f"log loss {challenger_loss:.6f}; there is no champion to beat", None)
+        return Verdict(True, f"log loss {challenger_loss:.6f}; there is no champion to beat")
     champion_loss = _log_loss(predict(champion.booster, held_out), truth)
     reason = f"log loss {challenger_loss:.6f}, the champion's {champion_loss:.6f} on the same {held_out.height:,} rows"
-    return Verdict(challenger_loss < champion_loss, reason, champion_loss)
+    return Verdict(challenger_loss < champion_loss, reason)
 
 
 def publish(root: str, booster: "xgboost.Booster", metrics: dict[str, Any], held_out: pl.DataFrame, run_id: str) -> str:

@@ -222,10 +222,7 @@ class Keeper:
         self._started_at, self._failures = 0.0, 0
 
     def start(self) -> None:
-        """Start it, in a group of its own; it answers a few seconds later. On a platform without fork: a warning."""
-        if sys.platform != "linux":
-            log.warning("kernels start cold: there is no safe fork on %s", sys.platform)
-            return
+        """Start it, in a group of its own; it answers a few seconds later."""
         from etl.serve import services
 
         self.log_path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,12 +26,25 @@ TAGS = set(
     )
 )
 ATTRIBUTES = set(re.findall(r"\w+", "align alt class colspan height open rowspan span start style title width"))
+STYLES = set(
+    re.findall(
+        r"[\w-]+",
+        """background-color border-bottom-color border-collapse border-color border-left-color border-right-color
+        border-top-color clear color direction display float font font-family font-size font-style font-variant
+        font-weight height letter-spacing line-height overflow text-align text-decoration text-indent unicode-bidi
+        vertical-align white-space width""",
+    )
+)
+ANY = re.compile("")
+LINKS = {  # what the attribute's value has to begin with
+    "href": re.compile(r"https?://|mailto:|#|(\.\./)+[\w/.-]+\Z"),
+    "src": re.compile(r"data:image/(png|jpeg|gif|svg\+xml);base64,"),
+}
 # the first of these that an output has: a picture rather than the script that would draw it
 SHOWN = ["image/png", "image/jpeg", "image/svg+xml", "text/html", "text/markdown", "text/latex", "text/plain"]
 # one exporter for all threads: its templates take longer to compile than to fill
 _EXPORTING = threading.Lock()
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]{8,}([+-]\d\d:\d\d|Z)\Z")
-SILENT = re.compile(r"<(style|script)\b.*?</\1\s*>", re.I | re.S)  # their text is nothing to read, either
 
 
 def write(root: Root, record: Any, nb: Any, place: str | None = None) -> None:
@@ -134,29 +147,22 @@ def _exporter() -> Any:
 
 def clean(fragment: Any) -> str:
     """HTML without anything that could run, ask the network or leave its place."""
-    return _cleaner().clean(SILENT.sub("", str(fragment)))
+    return _cleaner().clean(str(fragment))
 
 
 @functools.cache
 def _cleaner() -> Any:
-    from bleach import Cleaner
-    from bleach.css_sanitizer import CSSSanitizer
+    import nh3
 
-    return Cleaner(
+    return nh3.Cleaner(
         tags=TAGS,
-        attributes=_allowed,
-        protocols={"http", "https", "mailto", "data"},
-        strip=True,
-        css_sanitizer=CSSSanitizer(),
+        clean_content_tags={"script", "style"},  # their text is nothing to read, either
+        attributes={"*": ATTRIBUTES, "a": {"href"}, "img": {"src"}},
+        attribute_filter=lambda tag, name, value: value if LINKS.get(name, ANY).match(value) else None,
+        url_schemes={"http", "https", "mailto", "data"},
+        link_rel=None,
+        filter_style_properties=STYLES,
     )
-
-
-def _allowed(tag: str, name: str, value: str) -> bool:
-    if name == "href":
-        return tag == "a" and re.match(r"(https?://|mailto:|#|(\.\./)+[\w/.-]+\Z)", value) is not None
-    if name == "src":
-        return tag == "img" and re.match(r"data:image/(png|jpeg|gif|svg\+xml);base64,", value) is not None
-    return name in ATTRIBUTES
 
 
 def _literal(value: Any) -> str:

@@ -59,7 +59,6 @@ class RunRequest:
     scheduled_for: str  # ISO, UTC
     deadline_s: float  # wall clock of the whole run, the kernel's start included
     attempt: int = 1
-    host_note: str | None = None  # what kind of machine this is
     parent: str | None = None  # run_id of the run that this one repeats
     provenance: dict[str, Any] = field(default_factory=dict)  # of code and machine, as the record keeps it
     secrets: list[str] = field(default_factory=list)  # names whose values may never be written
@@ -473,7 +472,7 @@ def _new_record(request: RunRequest) -> RunRecord:
         parent=request.parent,
         provenance=request.provenance,
         report=f"reports/{request.stage}/{request.scheduled_for[:10]}/{request.run_id}",
-        host=socket.gethostname() + (f" ({request.host_note})" if request.host_note else ""),
+        host=socket.gethostname(),
         started_at=_now(),
     )
 

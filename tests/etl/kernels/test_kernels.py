@@ -215,15 +215,6 @@ def test_a_folder_that_others_may_enter_is_not_trusted(monkeypatch, tmp_path, ca
     assert [r.message for r in caplog.records] == [f"kernels start cold: {folder} is not a folder of this user alone"]
 
 
-def test_where_nothing_can_be_forked_there_is_one_warning(monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(sys, "platform", "darwin")
-    keeper = kernel_client.Keeper(1, tmp_path / "log")
-    with caplog.at_level(logging.WARNING):
-        keeper.start()
-        keeper.ensure()
-    assert keeper.process is None and len(caplog.records) == 1
-
-
 def test_a_preload_that_fails_is_one_warning_and_started_again_later(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("ETL_KERNELS", str(tmp_path / "file" / "below"))
     keeper = kernel_client.Keeper(1, tmp_path / "log")

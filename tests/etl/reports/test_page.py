@@ -85,6 +85,9 @@ PAYLOADS = {
         html="<form action='javascript:alert(1)'><button formaction='javascript:alert(1)'>go</button></form>"
     ),
     "style": shows(html="<div style='background:url(http://evil/x)'>a</div><style>@import 'http://evil/x'</style>"),
+    "style that fetches": shows(html="<td style='cursor:url(http://evil/x)'>a</td><p style='cursor:url(//evil)'>b</p>"),
+    "parsed twice": shows(html="<noscript><p title='</noscript><img src=x onerror=alert(1)>'>"),
+    "other namespaces": shows(html="<math><mtext><table><mglyph><style><img src=x onerror=alert(1)>"),
     "base": shows(html="<base href='http://evil/'><meta http-equiv=refresh content='0;url=http://evil/'>"),
     "picture elsewhere": shows(html="<img src='http://evil/x.png'><img srcset='http://evil/x.png'>"),
     "broken tag": shows(html='<<script>script>alert(1)</script><img src="x" "onerror=alert(1)">'),
