@@ -102,7 +102,7 @@ def test_units_suit_the_largest_value(largest, unit):
 def test_a_notebook_gets_one_png_and_nothing_else_and_bokeh_when_asked_for():
     cells = [
         "import polars as pl\n"
-        "from pipeline import charts\n"
+        "from etl import charts\n"
         "from pipeline.queries import ask, questions\n"
         "question = next(q for q in questions() if q.name == 'q05')\n"
         "result = pl.DataFrame({'nation': ['CHINA', 'INDIA'], 'revenue': [2.5, 1.5]})",

@@ -14,7 +14,7 @@ from etl.storage import PROJECT, Root, Unreadable
 UNREADABLE = """
 import os, sys
 from deltalake import DeltaTable, write_deltalake
-from pipeline import ingest, quarantine
+from etl.lake import ingest, quarantine
 root = sys.argv[1]
 if os.geteuid() == 0:
     os.setuid(65534)

@@ -27,7 +27,7 @@ STUCK = {  # the code, and the blocked lines; the other ways to hang are in test
         "libc.pthread_mutex_lock(mutex)\nlibc.pthread_mutex_lock(mutex)  # again",
         ["libc.pthread_mutex_lock(mutex)  # again"],
     ),
-    "project": ("import storage\nstorage.time.sleep(1e9)", ["storage.time.sleep(1e9)"]),
+    "project": ("from etl import storage\nstorage.time.sleep(1e9)", ["storage.time.sleep(1e9)"]),
 }
 
 
@@ -71,7 +71,7 @@ def test_what_is_said_of_a_sigkill_out_of_nowhere():
 
 
 def test_the_card_names_the_users_own_frame_and_what_is_new_since_it_went_well(tmp_path):
-    cells = ("# Read", "rows: int = 1", "import storage\nif rows > 3: etl.storage.Root.at(folder).read('none')")
+    cells = ("# Read", "rows: int = 1", "from etl import storage\nif rows > 3: storage.Root.at(folder).read('none')")
     parameters = {"rows": 3, "folder": str(tmp_path)}
     ok = run(tmp_path, *cells, parameters=parameters)
     bad = run(tmp_path, *cells, parameters=parameters | {"rows": 5}, number=1)
@@ -145,7 +145,7 @@ def test_nothing_outlives_a_runner_that_is_killed(tmp_path, spool, number):
     """Not a child, not one in a session of its own, not a daemon that has lost its parent."""
     pids = tmp_path / "pids"
     cells = ["# Title", "rows: int = 1", "# Work", f"PIDS = {str(pids)!r}\n{FAMILY}", "print('never')"]
-    code = f"import sys\nsys.path[:0] = [{str(PROJECT)!r}, {str(PROJECT / 'tests' / 'etl')!r}]\n"
+    code = f"import sys\nsys.path[:0] = [{str(PROJECT)!r}, {str(PROJECT / 'tests/etl/runs')!r}]\n"
     code += f"from test_engine import run\nrun({str(tmp_path)!r}, *{cells!r})"
     with subprocess.Popen([sys.executable, "-c", code]) as process:
         while not (pids.exists() and pids.read_text().endswith("]")):
