@@ -8,7 +8,7 @@ import polars as pl
 import streamlit as st
 
 from app import shown
-from pipeline import charts, lake, model, queries
+from pipeline import lake, model, queries
 from runner import journal
 from storage import Root
 
@@ -155,7 +155,7 @@ def loss_chart(metrics: dict[str, Any]) -> Any:
     def chart(frame: pl.DataFrame) -> Any:
         return plot(frame).barh(x="of", y="loss", title="Log loss on held-out line items", xlabel="", ylabel="log loss")
 
-    return charts.plotly(chart, losses)
+    return shown.figure(chart, losses)
 
 
 @st.cache_data(max_entries=32, show_spinner=False)
