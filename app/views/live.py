@@ -8,7 +8,6 @@ import polars as pl
 import streamlit as st
 
 from app import shown
-from etl import charts
 from etl.lake import snapshot as lake
 from etl.runs import journal
 from etl.storage import Root
@@ -157,7 +156,7 @@ def loss_chart(metrics: dict[str, Any]) -> Any:
     def chart(frame: pl.DataFrame) -> Any:
         return plot(frame).barh(x="of", y="loss", title="Log loss on held-out line items", xlabel="", ylabel="log loss")
 
-    return charts.plotly(chart, losses)
+    return shown.figure(chart, losses)
 
 
 @st.cache_data(max_entries=32, show_spinner=False)

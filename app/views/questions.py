@@ -6,11 +6,10 @@ import polars as pl
 import streamlit as st
 
 from app import shown
-from etl import charts
 from etl.storage import Root
 from pipeline import queries
 
-ASKED = "question"  # in the page's URL, so that an answer can be linked
+ASKED = "question"  # the field, and in the page's address, so that an answer can be linked
 
 
 def page() -> None:
@@ -18,15 +17,21 @@ def page() -> None:
     st.title("Business questions", anchor=False)
     asked = {q.name: q for q in sorted(queries.questions(), key=lambda question: not question.live)}
     linked = st.query_params.get(ASKED)
+    st.session_state[ASKED] = linked if linked in asked else next(iter(asked))
     name = st.selectbox(
         "Question",
         list(asked),
-        index=list(asked).index(linked) if linked in asked else 0,
         format_func=lambda name: f"{asked[name].title}  ·  {name}",
         label_visibility="collapsed",
+        key=ASKED,
+        on_change=link,
     )
-    st.query_params[ASKED] = name
     answered(asked[name])
+
+
+def link() -> None:
+    """Put what was chosen into the page's address, which the page goes by: so the browser's Back works too."""
+    st.query_params[ASKED] = st.session_state[ASKED]
 
 
 @st.fragment(run_every=shown.LOOK_S)
@@ -83,4 +88,4 @@ def history_chart(history: pl.DataFrame) -> Any:
         scaled, unit = in_units(frame, name)
         return plot(scaled).line(x="as_of", y=name, title="", xlabel="", ylabel=unit)
 
-    return charts.plotly(chart, history)
+    return shown.figure(chart, history)

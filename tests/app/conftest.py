@@ -5,6 +5,9 @@ import sys
 
 import pytest
 from published import QUERY_RUN, TRAIN_RUN, add_run, fill
+from support import free_port
+
+from etl.serve import services
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +40,41 @@ def empty(tmp_path, monkeypatch) -> str:
     """A root before the first run; what ETL_ROOT names."""
     monkeypatch.setenv("ETL_ROOT", str(tmp_path / "empty"))
     return str(tmp_path / "empty")
+
+
+@pytest.fixture(scope="session")
+def dashboard_url(filled, tmp_path_factory) -> str:
+    """The dashboard, served over `filled` as `up` serves it. Its first answer takes seconds, for its imports."""
+    service = services.dashboard(free_port(), filled, "http://127.0.0.1:8000", tmp_path_factory.mktemp("dashboard"))
+    service.start()
+    try:
+        service.wait_ready()
+        yield service.page
+    finally:
+        services.stop([service])
+
+
+@pytest.fixture(scope="module")  # while Playwright is there its event loop runs in this thread, which other tests mind
+def browser_window():
+    """A window of Debian's Chromium, not shown; its tabs share what they have loaded."""
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("not looked at in a browser: chromium is not installed")
+    from browser import HEIGHT_PX, WIDTH_PX
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path)
+        yield browser.new_context(viewport={"width": WIDTH_PX, "height": HEIGHT_PX})
+        browser.close()
+
+
+@pytest.fixture
+def dashboard(browser_window, dashboard_url):
+    """A tab of its own on the dashboard. What the browser complains of meanwhile fails the test."""
+    from browser import Dashboard
+
+    page = Dashboard(browser_window.new_page(), dashboard_url)
+    yield page
+    page.tab.close()
+    assert page.problems == []

@@ -1,0 +1,81 @@
+"""The dashboard in a browser: a page object that chooses, reads and looks, and keeps what the browser complains of."""
+
+import re
+from urllib.parse import parse_qs, urlencode, urlsplit
+
+from playwright.sync_api import ConsoleMessage, Locator, Page, Request, expect
+
+WIDTH_PX, HEIGHT_PX = 1440, 900
+PATIENCE_MS, FIRST_MS = 20_000, 120_000  # the first chart of a server imports for seconds, on busy cores for many
+expect.set_options(timeout=PATIENCE_MS)
+# What a browser may complain of, by a pattern of "<kind> <text> <address>", and why that is no fault of ours.
+KNOWN = {
+    r"^console Failed to load resource.* 404 .*/\w+/_stcore/(health|host-config)$": (
+        "Streamlit's page looks for its server below its own address first, then one level up"
+    ),
+}
+
+
+class Dashboard:
+    """One tab. `problems`: errors and warnings of the console and requests that failed or left this machine, but for
+    those that are KNOWN."""
+
+    def __init__(self, tab: Page, url: str):
+        self.tab, self.url, self.problems = tab, url, []
+        tab.set_default_timeout(PATIENCE_MS)
+        tab.on("console", self._on_console)
+        tab.on("pageerror", lambda error: self._complain("script", str(error)))
+        tab.on("request", self._on_request)
+        tab.on("requestfailed", lambda request: self._complain("failed", f"{request.failure}", request.url))
+
+    def open(self, page: str = "", **parameters: str) -> None:
+        """Go to a page, "" for the first, and wait until it is drawn."""
+        query = f"?{urlencode(parameters)}" if parameters else ""
+        self.tab.goto(f"{self.url}/{page}{query}")
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until the server has drawn everything."""
+        expect(self.tab.get_by_test_id("stApp")).to_have_attribute(
+            "data-test-script-state", "notRunning", timeout=FIRST_MS
+        )
+        expect(self.tab.get_by_test_id("stSkeleton")).to_have_count(0)
+        expect(self.tab.get_by_test_id("stException")).to_have_count(0)
+
+    @property
+    def address(self) -> tuple[str, dict[str, str]]:
+        """What the address bar says: the page, and its parameters."""
+        parts = urlsplit(self.tab.url)
+        return parts.path.strip("/"), {name: values[-1] for name, values in parse_qs(parts.query).items()}
+
+    def menu(self, page: str) -> None:
+        """Go to a page by the menu at the top."""
+        self.tab.get_by_test_id("stTopNavLink").filter(has_text=page).click()
+        self.settle()
+
+    @property
+    def selected(self) -> Locator:
+        """The field that shows what is selected."""
+        return self.tab.get_by_test_id("stSelectbox").get_by_role("combobox")
+
+    def select(self, text: str) -> None:
+        """Type into the field, and take the first that fits."""
+        self.selected.fill(text)
+        self.tab.get_by_role("option").first.click()
+
+    def charts(self) -> Locator:
+        """All that are drawn, from top to bottom."""
+        return self.tab.locator(".js-plotly-plot:has(.main-svg)")
+
+    def _on_console(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self._complain("console", message.text, message.location["url"])
+
+    def _on_request(self, request: Request) -> None:
+        if not re.match(r"(http|ws)://127\.0\.0\.1[:/]|data:|blob:", request.url):
+            self._complain("outside", request.url)
+
+    def _complain(self, *words: str) -> None:
+        complaint = " ".join(words)
+        if not any(re.search(pattern, complaint, re.S) for pattern in KNOWN):
+            self.problems.append(complaint)
