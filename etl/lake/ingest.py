@@ -206,7 +206,7 @@ def _look(place: Root, batch: Batch, group: list[File], expected: dict[str, str]
 def commit(parsed: Parsed, *, run_id: str) -> dict[str, int]:
     """Write a batch down, commit it to every table, publish it, archive its files. Returns table -> version.
 
-    May be killed anywhere and called again: every step looks first whether it is done. Raises etl.storage.LeaseHeld when
+    May be killed anywhere and called again: every step looks first whether it is done. Raises storage.LeaseHeld when
     another writer is at work, Overtaken when one took this number.
     """
     batch = parsed.batch

@@ -71,11 +71,7 @@ def test_what_is_said_of_a_sigkill_out_of_nowhere():
 
 
 def test_the_card_names_the_users_own_frame_and_what_is_new_since_it_went_well(tmp_path):
-    cells = (
-        "# Read",
-        "rows: int = 1",
-        "from etl import storage\nif rows > 3: etl.storage.Root.at(folder).read('none')",
-    )
+    cells = ("# Read", "rows: int = 1", "from etl import storage\nif rows > 3: storage.Root.at(folder).read('none')")
     parameters = {"rows": 3, "folder": str(tmp_path)}
     ok = run(tmp_path, *cells, parameters=parameters)
     bad = run(tmp_path, *cells, parameters=parameters | {"rows": 5}, number=1)
