@@ -14,6 +14,7 @@ import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from etl.kernels import client
 from etl.storage import PROJECT
 
 log = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ def api(port: int, root: str, logs: Path) -> Service:
         port,
         f"http://{HOST}:{port}/health",
         f"http://{HOST}:{port}/docs",
-        {"ETL_ROOT": root},
+        {"ETL_ROOT": root, "PYTHONPATH": client.python_path()},
         logs / "api.log",
     )
 
@@ -176,7 +177,7 @@ def dashboard(port: int, root: str, api_url: str, logs: Path) -> Service:
         port,
         f"http://{HOST}:{port}/_stcore/health",
         f"http://{HOST}:{port}",
-        {"ETL_ROOT": root, "ETL_API_URL": api_url},
+        {"ETL_ROOT": root, "ETL_API_URL": api_url, "PYTHONPATH": client.python_path()},
         logs / "dashboard.log",
     )
 
