@@ -151,6 +151,13 @@ def test_every_make_target_is_in_the_readme_or_in_help():
     assert {"help", "setup", "up", "demo", "test", "lint", "lab", "bench", "clean"} <= set(targets)
 
 
+@pytest.mark.parametrize("path", [".ci/run", ".pre-commit-config.yaml", ".github/workflows/test.yml"])
+def test_what_is_run_for_every_change_are_targets_of_make(path):
+    called = set(re.findall(r"\bmake (\w+)$", (PROJECT / path).read_text(), re.M))
+    assert "lint" in called
+    assert called <= set(re.findall(r"^(\w+):.*?## ", (PROJECT / "Makefile").read_text(), re.M))
+
+
 def test_no_line_of_code_is_left_unfinished():
     for path in [
         *PROJECT.glob("*.py"),
