@@ -1,12 +1,12 @@
 """What is wrong with the data under a root, found by looking at all of it, and what to do about it. Changes nothing."""
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
-from pipeline import batches, compaction, documents, kept, lake, model
+from pipeline import batches, compaction, documents, kept, lake, model, queries
 from pipeline.documents import Damaged
 from pipeline.tables import TABLES
 from storage import Root
@@ -28,20 +28,47 @@ class Finding:
 
 def examine(root: str) -> list[Finding]:
     """Everything under `root` that a run relies on, one line each; what is in order too."""
-    place, found = Root.at(root), []
-    looks: list[tuple[str, Callable[[Root], Iterator[tuple[str, str]]]]] = [
-        ("the published snapshot", _pointer),
-        ("the manifests", _manifests),
-        *((f"table {name}", lambda place, name=name: _table(place, name)) for name in lake.COLUMNS),
-        ("the index of runs", _index),
-        ("the model", _model),
-        ("the answers", _answers),
-        ("landing", _landing),
-    ]
-    for what, look in looks:
-        problems = list(look(place))
-        found += [Finding(what, *problem) for problem in problems] or [Finding(what)]
-    return found
+    return [finding for what in _looks() for finding in look(root, what)]
+
+
+def look(root: str, what: str) -> list[Finding]:
+    """One thing under `root`, by its name in a Finding: all that is wrong with it, or that nothing is."""
+    problems = []
+    try:
+        problems.extend(_looks()[what](Root.at(root)))
+    except BaseException as error:
+        if not may_be_damage(error):
+            raise
+        problems.append(
+            (f"it cannot be looked at: {sentence(error)}", "see what else is wrong, and put that right first")
+        )
+    return [Finding(what, *problem) for problem in problems] or [Finding(what)]
+
+
+def may_be_damage(error: BaseException) -> bool:
+    """Whether a damaged file may have raised it: any error may, and so may a panic of a library in Rust, which is none.
+
+    What ends a process, or the drawing of a page, may not.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def sentence(error: BaseException) -> str:
+    """An error on one line, its type first."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
+
+
+def _looks() -> dict[str, Callable[[Root], Iterator[tuple[str, str]]]]:
+    """What is looked at -> what finds its problems and their remedies."""
+    return {
+        "the published snapshot": _pointer,
+        "the manifests": _manifests,
+        **{f"table {name}": partial(_table, table=name) for name in lake.COLUMNS},
+        "the index of runs": _index,
+        "the model": _model,
+        "the answers": _answers,
+        "landing": _landing,
+    }
 
 
 def _pointer(place: Root) -> Iterator[tuple[str, str]]:
@@ -146,15 +173,17 @@ def _model(place: Root) -> Iterator[tuple[str, str]]:
 
 def _answers(place: Root) -> Iterator[tuple[str, str]]:
     for question in place.list("results"):
-        rel = f"results/{question}/current.json"
-        try:
-            pointer = json.loads(place.read(rel))
-            if not place.size(pointer["file"]):
-                yield f"{pointer['file']} is empty", "run query"
-        except FileNotFoundError as error:
-            yield f"{rel} leads to nothing: {error}", "run query"
-        except (ValueError, KeyError):
-            yield f"{rel} is damaged", "run query"
+        rel = f"results/{question}"
+        for what, read in (
+            (f"{rel}/current.json or its file", queries.current),
+            (f"{rel}/history.json", queries.history),
+        ):
+            try:
+                read(place.url, question)
+            except BaseException as error:
+                if not may_be_damage(error):
+                    raise
+                yield f"{what} cannot be read: {sentence(error)}", "run query"
 
 
 def _landing(place: Root) -> Iterator[tuple[str, str]]:

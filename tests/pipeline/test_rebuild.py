@@ -10,7 +10,7 @@ from deltalake import write_deltalake
 from polars.testing import assert_frame_equal
 from support import AT, ingest_all
 
-from pipeline import compaction, doctor, ingest, lake, quarantine, rebuild, source
+from pipeline import compaction, doctor, ingest, lake, quarantine, queries, rebuild, source
 from pipeline.tables import TABLES
 from storage import Root
 
@@ -152,6 +152,19 @@ PLANTED = {
         "the answers",
         lambda root: (root / "results/q01/current.json").write_text('{"file": "results/q01/gone"}'),
     ),
+    "an answer cut off": (
+        "the answers",
+        lambda root: _edit(root / "results/q01/query-1.parquet", lambda data: data[:-9]),
+    ),
+    "a list where an answer's pointer was": (
+        "the answers",
+        lambda root: (root / "results/q01/current.json").write_text("[]"),
+    ),
+    "a history cut off": ("the answers", lambda root: _edit(root / "results/q01/history.json", lambda data: data[:-9])),
+    "a list where the pointer was": (
+        "the published snapshot",
+        lambda root: (root / "lake/published.json").write_text("[]"),
+    ),
     "another model than was published": ("the model", lambda root: (root / "models/m/model.json").write_text("{}")),
     "a batch that was left unfinished": (
         "landing",
@@ -164,8 +177,8 @@ PLANTED = {
 def test_doctor_names_what_is_planted_and_what_to_do(lived, what):
     root, (named, plant) = Path(lived), PLANTED[what]
     place = Root.at(lived)
-    place.write("results/q01/current.json", json.dumps({"file": "results/q01/x.parquet"}).encode())
-    place.write("results/q01/x.parquet", b"PAR1")
+    question, snapshot = next(q for q in queries.questions() if q.name == "q01"), lake.snapshot(lived)
+    queries.save(lived, queries.ask(question, snapshot), question, snapshot, "query-1")
     write_deltalake(place.url_of("lake/runs"), pl.DataFrame({"run_id": ["query-1"]}))
     if named == "the model":
         pointer = {"model_id": "m", "sha256": "0" * 64, "run_id": "train-1", "metrics": {}}
