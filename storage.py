@@ -452,4 +452,4 @@ def _no_file(mode: int) -> str | None:
 
 def _refuse_above(size: int, most: int) -> None:
     if size > most:
-        raise Unreadable(f"has {size:,} bytes: more than the {most:,} of a batch")
+        raise Unreadable(f"has {size:,} bytes: more than the {most:,} that are read")
