@@ -4,7 +4,8 @@ Column names and types are those of the TPC-H specification, revision 3.0.1, cla
 that make the stream live: `o_order_time` and `l_ship_time`, both UTC. Money is decimal, never float.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 
 import polars as pl
 
@@ -17,13 +18,19 @@ RESCUED = "_rescued"  # in the lake, beside a table's own columns: the fields of
 @dataclass(frozen=True)
 class Table:
     """One table. `columns`: name -> Polars type, in order. `keys`: what names a row, never null.
-    `ranges`: column -> (lowest, highest) allowed, None for open. `choices`: column -> the values allowed."""
+    `ranges`: column -> (lowest, highest) allowed, None for open. `choices`: column -> the values allowed.
+    `time`: the column that says when a row came to be; the newest of all is the lake's `as_of`."""
 
     name: str
     columns: dict[str, pl.DataType]
     keys: tuple[str, ...]
     ranges: dict[str, tuple] = field(default_factory=dict)
     choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    time: str | None = None
+
+    def until(self, latest: datetime) -> "Table":
+        """The table, of which no row may have come to be after `latest`."""
+        return replace(self, ranges=self.ranges | {self.time: (None, latest)}) if self.time else self
 
 
 _ALL = [
@@ -107,6 +114,7 @@ _ALL = [
         ("o_orderkey",),
         ranges={"o_orderkey": (1, None), "o_totalprice": (0, None)},
         choices={"o_orderstatus": ("F", "O", "P")},
+        time="o_order_time",
     ),
     Table(
         "lineitem",

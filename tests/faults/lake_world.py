@@ -71,8 +71,10 @@ class World:
                 if table in MONEY and self.random.random() < self.bad * 5:
                     number = self.random.randrange(len(lines))
                     good = lines[:number] + lines[number + 1 :]
-                    lines[number] = self.random.choice([b"{oops", lines[number][:-9], lines[number] * 2, b""])
-                    self.quarantined.add((f"{table}-{tick:08d}.json", number + 1))
+                    lines[number] = self.random.choice([b"{oops", lines[number][:-9], lines[number] * 2, b"{}"])
+                    blank = self.random.randrange(2)  # lines that are no rows, but count
+                    lines[:0] = [b" "] * blank
+                    self.quarantined.add((f"{table}-{tick:08d}.json", number + 1 + blank))
                 if table in MONEY and self.random.random() < self.bad * 5:
                     lines = [line if b"key" not in line else line[:-1] + b',"extra":"one"}' for line in lines]
                     good = [line[:-1] + b',"extra":"one"}' for line in good]

@@ -73,7 +73,7 @@ def test_without_pointer_and_manifests_it_is_made_from_what_is_there(lived):
 
 def test_an_archive_that_is_not_whole_is_refused_and_nothing_touched(lived):
     before = lake.snapshot(lived)
-    Path(lived, "archive/2026-03-01/orders/orders-00000001.json").unlink()
+    next(Path(lived, "archive").glob("*/orders/orders-00000001.json")).unlink()
     with pytest.raises(rebuild.NotWhole, match="lacks 1 files .* orders-00000001.json"):
         rebuild.rebuild(lived)
     assert lake.snapshot(lived) == before
@@ -84,7 +84,7 @@ def test_what_was_refused_is_listed_and_tried_again(lived, monkeypatch):
     place.write("landing/orders/orders-00000009.json", b"")
     ingest.commit(ingest.read(ingest.next_batch(lived, max_files=9, scheduled_for=AT)), run_id="x")
     assert quarantine.overview(lived) == [
-        {"file": "orders-00000009.json", "when": "2026-03-01", "lines": None, "why": "is empty"},
+        {"file": "orders-00000009.json", "when": place.list("refused")[0], "lines": None, "why": "is empty"},
         {
             "file": "orders-00000001.json",
             "when": 2,
@@ -118,6 +118,21 @@ def test_lines_that_fit_by_now_are_ingested_once(root, stream, made):
         assert lake.snapshot(root).frame("orders").collect().height == whole
     finally:
         rules["o_orderstatus"] = rules["o_orderstatus"][:-1]
+
+
+def test_a_line_that_was_not_kept_as_it_came_is_not_tried_again(root, stream, made):
+    """Quarantine keeps text: bytes that are none are not in it, nor is the end of a long line."""
+    source.land(root, stream, {1: made[1]})
+    place, name = Root.at(root), "landing/orders/orders-00000001.json"
+    lines = place.read(name).splitlines()
+    lines[0] = lines[0].replace(b"Clerk", b"Clerk\xff")
+    lines[1] = lines[1].replace(b"Clerk", "Clérk".encode()) + b" " * 4000 + b"x"
+    place.write(name, b"\n".join(lines))
+    ingest_all(root)
+    assert quarantine.refused_lines(root)["line"].to_list() == [1, 2]
+    with pytest.raises(LookupError, match="nothing of orders-00000001.json fits"):
+        quarantine.retry(root, "orders-00000001.json")
+    assert place.list("landing/orders") == []
 
 
 def _edit(path: Path, change) -> None:
