@@ -123,12 +123,12 @@ def _table(place: Root, table: str) -> Iterator[tuple[str, str]]:
     try:
         handle = lake.open_table(place, table, version)
         named = _files(handle)
-        missing_columns = set(lake.COLUMNS[table]) - {field.name for field in handle.schema().fields}
+        columns = lake.columns_of(handle)
     except (DeltaError, OSError, ValueError) as error:
         yield f"it does not open: {str(error).splitlines()[0][:200]}", f"{RUN_PREPROCESS}; if it cannot: {REBUILD}"
         return
-    if missing_columns:
-        yield f"it has no column {', '.join(sorted(missing_columns))}: made by an older release", REBUILD
+    if differs := lake.unlike_declared(table, columns):
+        yield f"it is not as it is declared: {differs}", lake.schema_remedy(table, columns)
     there = {entry.name: entry.bytes for entry in place.entries(f"lake/{table}")}
     for path, size in named:
         if there.get(path) != size:

@@ -118,10 +118,12 @@ def next_batch(
 
     At most `max_files`, and at most `max_bytes` of JSON; a larger file is refused before it is read. None when nothing
     waits. `scheduled_for`: what the run says of its time, ISO 8601; `now`: what the clock says, if not the machine's.
-    Raises documents.Damaged when it cannot be known what was ingested.
+    Raises documents.Damaged when it cannot be known what was ingested, lake.SchemasDiffer when the lake's tables are
+    not those that are declared.
     """
     place, now = Root.at(root), now or datetime.now(UTC)
     published = lake.read_published(place)
+    lake.check_schemas(place, published)
     date = f"{now:%Y-%m-%d}"
     number = published["batch"] if published else 0
     for unfinished in (number + 1, number):
@@ -274,7 +276,7 @@ def _commit_tables(place: Root, parsed: Parsed, run_id: str) -> dict[str, int]:
             crash_point(f"sealed: {table}")
     as_of = max(filter(None, (published["as_of"], parsed.as_of)), default="1970-01-01T00:00:00+00:00")
     crash_point("before it is published")
-    lake.publish(place, batch=number, as_of=as_of, versions=versions, run_id=run_id)
+    lake.publish(place, batch=number, as_of=as_of, versions=versions, run_id=run_id, schemas=lake.declared())
     crash_point("published")
     return versions
 
