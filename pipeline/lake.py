@@ -273,14 +273,13 @@ def append(place: Root, table: str, rows: Encoded, *, batch: int, run_id: str, a
 
     delta-rs does not deduplicate by itself, so the commits since the last batch are looked through for this one, and
     the commit is the version after them or none: of two writers with the same batch the second finds that version
-    taken, looks again, and finds the batch done. The rows are on the disk before the commit that names them.
+    taken, looks again, and finds the batch done. The rows are on the disk before the commit that names them; of the
+    second writer's nothing is removed here, where a commit might name it after all: compaction does, a day later.
     """
     path = None
     while True:
         newest, last = head(place, table, after)
         if last >= batch:
-            if path:
-                place.remove(f"lake/{table}/{path}")
             return newest
         if path is None:
             path = f"batch-{batch:08d}-{uuid.uuid4()}.zstd.parquet"
