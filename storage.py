@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent
@@ -208,6 +209,15 @@ class Root:
         """Remove a file; one that is missing is fine."""
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._path(rel))
+
+    def remove_all(self, rels: Iterable[str]) -> None:
+        """Remove many files; one that is missing is fine."""
+        with ThreadPoolExecutor(16) as pool:  # in an object store each is a request
+            for _ in pool.map(self.remove, rels):
+                pass
+
+    def remove_unfinished(self, rel: str, before: datetime) -> None:
+        """Remove what writers that were killed `before` left below a folder. In an object store nothing shows."""
 
     def move_tree(self, source: str, target: str) -> None:
         """Move a folder to where nothing is: at once on this machine, file by file in an object store."""
@@ -412,6 +422,14 @@ class LocalRoot(Root):
 
     def remove(self, rel: str) -> None:
         Path(self._path(rel)).unlink(missing_ok=True)
+
+    def remove_unfinished(self, rel: str, before: datetime) -> None:
+        for folder, _, names in os.walk(self._path(rel)):
+            for name in names:
+                if name.startswith(".") and name.endswith(".part"):  # as `_staged` names them
+                    with contextlib.suppress(FileNotFoundError):
+                        if os.stat(f"{folder}/{name}").st_mtime <= before.timestamp():
+                            os.unlink(f"{folder}/{name}")
 
     def move_tree(self, source: str, target: str) -> None:
         os.makedirs(os.path.dirname(self._path(target)), exist_ok=True)

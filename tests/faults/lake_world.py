@@ -195,7 +195,10 @@ def stage(name: str, root: str) -> None:
     if name == "preprocess":
         ingest.drain(root, **LIMITS, scheduled_for=AT, run_id=f"preprocess-{os.getpid()}")
     elif name == "compact":
-        compaction.compact(root, target_mb=64, min_small_files=2, vacuum_hours=24, run_id=f"compact-{os.getpid()}")
+        ask = {"target_mb": 64, "min_small_files": 2, "vacuum_hours": 24, "run_id": f"compact-{os.getpid()}"}
+        failed = compaction.compact(root, **ask).drop_nulls("failed")
+        if failed.height:
+            raise NotHeld(f"{failed['table'][0]} could not be compacted: {failed['failed'][0]}")
 
 
 def _run(name: str, root: str, folder: str, crash_at: str | None, mutant: str | None, wait_for: str | None) -> None:

@@ -1,5 +1,7 @@
 """An object store that does what it is asked, whose answer is lost on the way: what was committed stays committed."""
 
+from datetime import UTC, datetime, timedelta
+
 import duckdb
 import polars as pl
 import pytest
@@ -47,10 +49,17 @@ def test_a_compaction_whose_commit_was_not_answered_has_its_rows(s3_root, faulty
     for tick in (0, 1):
         source.land(s3_root, stream, {tick: made[tick]})
         ingest_all(s3_root)
-    commit = f"lake/orders/_delta_log/{3:020d}.json"
+    commit, started = f"lake/orders/_delta_log/{3:020d}.json", datetime.now(UTC)
     faulty.lose_reply("PUT", commit)
-    done = compaction.compact(s3_root, **ASK, run_id="compact-1")
+    done = compaction.compact(s3_root, **ASK, run_id="compact-1", now=started)
     assert (faulty.count("PUT", commit, None), faulty.count("PUT", commit, 412)) == (1, 1)
     assert done.filter(table="orders").select("files_before", "files_after", "failed").row(0) == (2, 1, None)
     assert len(lake.snapshot(s3_root).files("orders")) == 1
+    faulty.lose_reply("DELETE", "lake/orders/batch-00000001")
+    done = compaction.compact(s3_root, **ASK, run_id="compact-2", now=started + timedelta(days=1))
+    assert done.filter(table="orders").select("removed", "failed").row(0) == (2, None)
+    assert Root.at(s3_root).list("lake/orders") == [
+        "_delta_log",
+        lake.snapshot(s3_root).files("orders")[0].split("/")[-1],
+    ]
     assert rows(s3_root, tmp_path) == given(made, (0, 1))
