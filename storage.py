@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent
@@ -218,6 +218,11 @@ class Root:
 
     def remove_unfinished(self, rel: str, before: datetime) -> None:
         """Remove what writers that were killed `before` left below a folder. In an object store nothing shows."""
+
+    def newest(self, rel: str) -> datetime | None:
+        """When something was last put below a folder, by the store's own clock; None when nothing is there."""
+        found = self._fs.find(self._path(rel), detail=True).values()
+        return max((one["LastModified"] for one in found), default=None)
 
     def move_tree(self, source: str, target: str) -> None:
         """Move a folder to where nothing is: at once on this machine, file by file in an object store."""
@@ -430,6 +435,10 @@ class LocalRoot(Root):
                     with contextlib.suppress(FileNotFoundError):
                         if os.stat(f"{folder}/{name}").st_mtime <= before.timestamp():
                             os.unlink(f"{folder}/{name}")
+
+    def newest(self, rel: str) -> datetime | None:
+        folders = [folder for folder, _, _ in os.walk(self._path(rel))]  # a file's own time is its producer's
+        return max((datetime.fromtimestamp(os.stat(one).st_mtime, UTC) for one in folders), default=None)
 
     def move_tree(self, source: str, target: str) -> None:
         os.makedirs(os.path.dirname(self._path(target)), exist_ok=True)

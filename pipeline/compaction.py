@@ -426,18 +426,30 @@ def _publishable(place: Root, table: str, version: int, batch: int) -> int:
     return handle.version()
 
 
-def prune_archive(root: str, scheduled_for: str | None, days: int = ARCHIVE_DAYS) -> list[str]:
-    """Remove the archive's days that are older than `days` before `scheduled_for` (ISO 8601). Returns them.
+def prune_archive(root: str, days: int = ARCHIVE_DAYS, now: datetime | None = None) -> list[str]:
+    """Remove the oldest day of the archive that nothing was put into for more than `days`. Returns it, if there is one.
 
-    What is removed cannot be made again from the archive. With 0 days, or without a time, nothing is removed.
+    What is removed cannot be made again from the archive, so it is a day at a time, nothing while the clock looks
+    wrong, and by when files really came: a day's name may be one that somebody asked for. With 0 days nothing goes.
     """
-    if scheduled_for is None or not days:
+    place, now = Root.at(root), now or datetime.now(UTC)
+    if not days or clock_problem(place, now, VACUUM_HOURS):
         return []
-    place, oldest = Root.at(root), date.fromisoformat(scheduled_for[:10]) - timedelta(days=days)
-    old = [day for day in place.list("archive") if date.fromisoformat(day) < oldest]
-    for day in old:
-        place.remove_tree(f"archive/{day}")
-    return old
+    oldest = (now - timedelta(days=days)).date()
+    for day in place.list("archive"):
+        newest = None if _is_recent(day, oldest, now.date()) else place.newest(f"archive/{day}")
+        if newest and newest.date() < oldest:
+            place.remove_tree(f"archive/{day}")
+            return [day]
+    return []
+
+
+def _is_recent(day: str, oldest: date, today: date) -> bool:
+    """Whether a folder's name says that there is no need to look into it; one that is no day is left alone."""
+    try:
+        return oldest <= date.fromisoformat(day) <= today
+    except ValueError:
+        return True
 
 
 def chart(done: pl.DataFrame):

@@ -315,9 +315,63 @@ def test_a_log_that_is_old_is_cut_and_the_lake_stays_whole(root, stream, made, m
     assert lake.snapshot(root).frame("orders").collect().height == 45
 
 
-def test_old_days_of_the_archive_go(filled):
-    place = Root.at(filled)
-    place.write("archive/2026-02-20/orders/orders-00000000.json", b"")
-    assert compaction.prune_archive(filled, AT) == ["2026-02-20"]
-    assert "2026-02-20" not in place.list("archive")
-    assert compaction.prune_archive(filled, None) == []
+def days_ago(days: float) -> float:
+    return time.time() - days * 86_400
+
+
+def archived(root: str, day: str, days: float) -> str:
+    """A folder of the archive with a file that came so many days ago."""
+    place, rel = Root.at(root), f"archive/{day}/orders"
+    place.write(f"{rel}/orders-00000000.json", b"x")
+    for folder in (f"archive/{day}", rel):
+        os.utime(f"{root}/{folder}", (days_ago(days),) * 2)
+    return f"archive/{day}"
+
+
+def day(days: float) -> str:
+    return f"{datetime.fromtimestamp(days_ago(days), UTC):%Y-%m-%d}"
+
+
+@pytest.fixture
+def steady(root) -> str:
+    """A root whose clock was seen to be steady for a day."""
+    compaction.clock_problem(Root.at(root), datetime.fromtimestamp(days_ago(1), UTC), 24)
+    return root
+
+
+def test_old_days_of_the_archive_go_one_a_run(steady):
+    for age in (20, 9, 8, 7, 1, 0):
+        archived(steady, day(age), age)
+    assert [compaction.prune_archive(steady) for _ in range(4)] == [[day(20)], [day(9)], [day(8)], []]
+    assert Root.at(steady).list("archive") == [day(7), day(1), day(0)]
+    assert compaction.prune_archive(steady, days=0) == []
+
+
+def test_the_archive_is_pruned_by_when_files_came_and_not_by_what_a_day_is_called(steady):
+    archived(steady, "1999-01-01", 2)
+    archived(steady, "2100-01-01", 3)
+    archived(steady, "notes", 300)
+    assert compaction.prune_archive(steady) == []
+    archived(steady, "2100-01-01", 9)
+    assert [compaction.prune_archive(steady) for _ in range(2)] == [["2100-01-01"], []]
+    assert Root.at(steady).list("archive") == ["1999-01-01", "notes"]
+
+
+def test_nothing_of_the_archive_goes_while_the_clock_looks_wrong(root):
+    old, started = archived(root, day(20), 20), datetime.now(UTC)
+    assert compaction.prune_archive(root, now=started) == []
+    assert compaction.prune_archive(root, now=started + timedelta(hours=23)) == []
+    assert compaction.prune_archive(root, now=started + timedelta(days=3, hours=1)) == []  # a pause, or a jump
+    assert compaction.prune_archive(root, now=datetime(2100, 1, 1, tzinfo=UTC)) == []
+    assert compaction.prune_archive(root, now=started + timedelta(days=3, hours=2)) == []
+    assert Root.at(root).exists(old)
+    assert compaction.prune_archive(root, now=started + timedelta(days=4, hours=3)) == [day(20)]
+
+
+def test_old_days_of_an_archive_in_an_object_store_go(s3_root):
+    place, started = Root.at(s3_root), datetime.now(UTC)
+    place.write("landing/orders/orders-00000000.json", b"x")
+    place.move("landing/orders/orders-00000000.json", "archive/2020-01-01/orders/orders-00000000.json")
+    pruned = [compaction.prune_archive(s3_root, now=started + timedelta(days=days)) for days in range(10)]
+    assert pruned == [[]] * 8 + [["2020-01-01"], []]
+    assert place.list("archive") == []
