@@ -421,16 +421,28 @@ def doctor(
 
 
 @app.command()
-def rebuild(env: Env = "local", root: RootOption = None, as_json: AsJson = False):
+def rebuild(
+    env: Env = "local",
+    root: RootOption = None,
+    accept_quarantine: Annotated[
+        bool,
+        typer.Option("--accept-quarantine", help="Also when rows of the present lake would not fit any more."),
+    ] = False,
+    as_json: AsJson = False,
+):
     """The lake again from its archive, swapped in whole; the one before stays beside it. End `up` first.
 
-    Refused when the archive no longer has every file that is in the lake: it keeps `archive_days` of compact.
+    Refused when the archive no longer has every file that is in the lake: it keeps `archive_days` of compact. Refused
+    too when rows that are in the lake would go to quarantine, which `--accept-quarantine` allows.
     """
     from etl.lake import rebuild as again
 
     place = _root(env, root)
     try:
-        tables = again.rebuild(place.url, run_id=f"rebuild-{datetime.now(UTC):%Y%m%dT%H%M%S}")
+        run_id = f"rebuild-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+        tables = again.rebuild(place.url, run_id, accept_quarantine=accept_quarantine)
+    except again.RowsWouldGo as error:
+        _refuse(f"{error}. `rebuild --accept-quarantine` goes on all the same")
     except (again.NotWhole, LeaseHeld) as error:
         _refuse(str(error))
     if as_json:

@@ -10,13 +10,15 @@ import threading
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import polars as pl
+from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, HTTPException, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi_offline import FastAPIOffline
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
@@ -29,7 +31,11 @@ from pipeline import model, queries
 
 BODY_LIMIT = 1_000_000  # bytes; 1,000 line items are about a quarter of it
 ITEM_LIMIT = 1000
+LARGE = 20_000  # bytes of a body, about 80 line items: that many take longer than all else about a request
 LATE_FROM = 0.5  # probability
+ROW_LIMIT = 1_000_000_000
+HOST = re.compile(r"(?P<name>[\w.-]+|\[[0-9a-f:.]+\])(:\d+)?", re.A | re.I)
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]", "testserver"})  # the last is Starlette's TestClient
 RUN_ID = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,99}-\d{8}T\d{6}-[0-9a-f]{6}")
 # a report's link to another of its stage, as the files lie beside each other
 BESIDE = re.compile(rb'href="\.\./\.\./[0-9-]+/([\w-]+)/report\.html"')
@@ -62,7 +68,8 @@ class ModelInfo(BaseModel):
     run_id: str = Field(description="The run that trained it; its report is at /reports/{run_id}")
     sha256: str = Field(description="Of the stored model, checked before it is used")
     metrics: dict[str, Any] = Field(
-        description="On held-out line items: log_loss beside best_log_loss, the lowest that any model can have"
+        description="On held-out line items: divergence from the true probability, and log_loss beside best_log_loss, "
+        "the lowest that any model can have"
     )
     features: list[str] = Field(description="What it was trained on, computed from a line item's columns")
 
@@ -113,13 +120,17 @@ class LineItem(BaseModel):
     l_shipinstruct: Literal[tuple(model.INSTRUCTIONS)]
 
 
-LineItems = Annotated[list[LineItem], Field(min_length=1, max_length=ITEM_LIMIT)]
+LINE_ITEMS = TypeAdapter(Annotated[list[LineItem], Field(min_length=1, max_length=ITEM_LIMIT)])
+BODY_SCHEMA = {"type": "array", "items": LineItem.model_json_schema(), "minItems": 1, "maxItems": ITEM_LIMIT}
 
 
 class Prediction(BaseModel):
     probability: float = Field(description="Of being received after l_commitdate, 0 to 1")
     late: bool = Field(description=f"Whether that is at least {LATE_FROM}")
     model_id: str
+
+
+PREDICTIONS = TypeAdapter(list[Prediction])
 
 
 class Pointer(BaseModel):
@@ -153,6 +164,14 @@ class Answer(QuestionInfo):
     )
 
 
+def _in_utc(value: datetime) -> datetime:
+    try:
+        return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
+    except OverflowError:
+        raise ValueError("Input should be a time whose year in UTC is between 1 and 9999") from None
+
+
+Moment = Annotated[datetime, AfterValidator(_in_utc)]
 State = Literal[index.STATES]
 
 
@@ -168,6 +187,27 @@ class Run(BaseModel):
     attempt: int
     report: str = Field(description="The report's folder, relative to the root; it is served at /reports/{run_id}")
     kept: bool = Field(description="Whether the report is there: old ones that tell nothing new are removed")
+
+
+class KnownHosts:
+    """ASGI middleware: refuses requests for another host than those of `known_hosts`.
+
+    Or a page anywhere could have its own name lead to this machine, and read all that is served here (DNS rebinding).
+    """
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] == "http" and not self._known(Headers(scope=scope).getlist("host")):
+            sentence = "this service is not known by that name; ETL_API_HOSTS lists the names it has besides localhost"
+            await JSONResponse({"detail": sentence}, 400)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def _known(self, asked: list[str]) -> bool:
+        match = HOST.fullmatch(asked[0]) if len(asked) == 1 else None
+        return match is not None and match["name"].lower() in known_hosts()
 
 
 class BodyLimit:
@@ -196,38 +236,63 @@ class BodyLimit:
 
 
 class ServedModel:
-    """The model that predictions come from: the published one, or the last good one while that is damaged."""
+    """The model that predictions come from: the published one, or the last good one while that cannot be used."""
 
     def __init__(self, root: Root):
         self.root = root
-        self._lock = threading.Lock()
-        self._pointer: bytes | None = None  # of the model that is served
+        self._looking = threading.Lock()
+        self._mark: str | None = None  # of the pointer to the model that is served
         self._model: model.Model | None = None
+        self._problem: str | None = None
 
     def current(self) -> tuple[model.Model | None, str | None]:
         """The model, and what is wrong with the published one: None when nothing is. Safe in threads."""
+        if self._looking.acquire(blocking=self._model is None):  # while one of them loads, the others go on with this
+            try:
+                self._problem = self._look()
+            finally:
+                self._looking.release()
+        return self._model, self._problem
+
+    def _look(self) -> str | None:
+        """Take up what is published since. What is wrong with that is tried again by the next request."""
         try:
-            pointer = self.root.read(model.CURRENT)
-        except FileNotFoundError:
-            return None, f"no model is published under {self.root.url} yet: run train"
-        with self._lock:
-            if pointer != self._pointer:
-                try:
-                    self._model = model.load_current(self.root)
-                except (model.NoModel, model.ModelDamaged) as error:  # tried again by the next request
-                    if self._model is None:
-                        return None, f"the published model cannot be used: {error}"
-                    return self._model, f"the published model cannot be used, {self._model.model_id} still is: {error}"
-                self._pointer = pointer
-            return self._model, None
+            entry = self.root.entry(model.CURRENT)
+            if entry is None or entry.mark != self._mark:
+                self._model = model.load_current(self.root)
+                self._mark = entry and entry.mark
+        except Exception as error:  # whatever it is, of the files or of where they are, what is loaded still predicts
+            if self._model is not None:
+                return f"the published model cannot be used, {self._model.model_id} still is: {error}"
+            return str(error) if isinstance(error, model.NoModel) else f"the published model cannot be used: {error}"
+        return None
 
 
 served_model = functools.cache(ServedModel)
 
+# What holds the interpreter's lock for long has threads of its own, and few: nobody else waits for one of them, and
+# they keep nobody waiting for the lock. All else shares the 40 of Starlette's pool.
+PREDICTING = CapacityLimiter(2)
+LOOKING = CapacityLimiter(2)
 
-def published_root() -> Root:
-    """The root that ETL_ROOT names."""
-    return _root_at(Settings().root)
+
+@functools.cache
+def settings() -> Settings:
+    """Read once: it costs more than a prediction."""
+    return Settings()
+
+
+@functools.cache
+def known_hosts() -> frozenset[str]:
+    """The names by which this service may be asked: this machine's own, ETL_API_URL's and those in ETL_API_HOSTS."""
+    named = [urlsplit(settings().api_url).netloc, *settings().api_hosts.split(",")]
+    matches = (HOST.fullmatch(name.strip()) for name in named)
+    return LOOPBACK | {match["name"].lower() for match in matches if match}
+
+
+async def published_root() -> Root:
+    """The root that ETL_ROOT names. Not in a thread: FastAPI would have it wait for a free one."""
+    return _root_at(settings().root)
 
 
 _root_at = functools.cache(Root.at)  # one object a root: the served model is kept by it
@@ -251,17 +316,24 @@ app = FastAPIOffline(
     description='Reads only, and never starts a stage. Every error is JSON: `{"detail": "<a sentence>"}`.',
 )
 app.add_middleware(BodyLimit, limit=BODY_LIMIT)
+app.add_middleware(KnownHosts)  # the outermost
 
 
 @app.get("/health", tags=["service"])
-def health() -> Health:
+async def health() -> Health:
     """The process is up."""
     return Health(status="up")
 
 
 @app.get("/ready", tags=["service"], responses={503: {"model": Ready, "description": "Nothing is published yet"}})
-def ready(root: PublishedRoot, response: Response) -> Ready:
+async def ready(root: PublishedRoot, response: Response) -> Ready:
     """Whether there is something to read: 200 when a snapshot is published. Says what else is missing."""
+    found = await to_thread.run_sync(_ready, root, limiter=LOOKING)
+    response.status_code = 200 if found.ready else 503
+    return found
+
+
+def _ready(root: Root) -> Ready:
     missing = [f"{name} has no answer yet: run query" for name in _names() if _pointer(root, name) is None]
     _, model_problem = served_model(root).current()
     missing += [model_problem] if model_problem else []
@@ -269,7 +341,6 @@ def ready(root: PublishedRoot, response: Response) -> Ready:
         snapshot = lake.snapshot(root)
     except (lake.NothingPublished, ValueError, KeyError) as error:
         why = str(error) if isinstance(error, lake.NothingPublished) else f"{lake.PUBLISHED} is damaged: {error!r}"
-        response.status_code = 503
         return Ready(ready=False, detail=why, missing=[why, *missing], batch=None, as_of=None, lag_s=None)
     return Ready(
         ready=True,
@@ -300,20 +371,59 @@ def current_model(root: PublishedRoot) -> ModelInfo:
     "/predict",
     tags=["model"],
     responses=_problems(
+        e400="The body is not text, or nested too deeply",
         e413=f"The body is larger than {BODY_LIMIT:,} bytes",
         e422="A line item is not what it should be; the sentence says which and why",
         e503="No model is published yet, or none can be used",
     ),
+    response_model=list[Prediction],
+    openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": BODY_SCHEMA}}}},
 )
-def predict(line_items: LineItems, root: PublishedRoot) -> list[Prediction]:
+async def predict(request: Request, root: PublishedRoot) -> Response:
     """How likely each line item is to arrive late, in the order they were sent."""
+    body = await request.body()
+    limiter = PREDICTING if len(body) > LARGE else None
+    answer = await to_thread.run_sync(_predict, body, request.headers.get("content-type", ""), root, limiter=limiter)
+    return Response(answer, media_type="application/json")
+
+
+def _predict(body: bytes, content_type: str, root: Root) -> bytes:
+    """All of a prediction but the network, so that none of it holds up the event loop."""
+    line_items = _line_items(body, content_type)
     served, problem = served_model(root).current()
     if served is None:
         raise HTTPException(503, problem)
-    return [
+    # exact as floats too: 15 digits; as a Decimal 1 may have any number of zeros behind it, and Polars panics
+    rows = [{name: float(v) if isinstance(v, Decimal) else v for name, v in item} for item in line_items]
+    predictions = [
         Prediction(probability=probability, late=probability >= LATE_FROM, model_id=served.model_id)
-        for probability in served.predict([dict(item) for item in line_items])
+        for probability in served.predict(rows)
     ]
+    return PREDICTIONS.dump_json(predictions)
+
+
+def _line_items(body: bytes, content_type: str) -> list[LineItem]:
+    """The line items in a request's body. Raises RequestValidationError and HTTPException 400."""
+    kind = content_type.partition(";")[0].strip().lower()
+    if not re.fullmatch(r"application/(.*\+)?json", kind):
+        raise _refuse("content_type", "Input should be application/json", kind)
+    if not body:
+        raise _refuse("missing", "Field required")
+    try:
+        return LINE_ITEMS.validate_python(json.loads(body))
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        raise RequestValidationError([line | {"loc": ("body", *line["loc"])} for line in found]) from error
+    except json.JSONDecodeError as error:
+        raise _refuse("json_invalid", error.msg, where=(error.pos,)) from error
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, f"the body cannot be read: {error}") from error
+
+
+def _refuse(kind: str, message: str, given: Any = None, where: tuple = ()) -> RequestValidationError:
+    """What pydantic would say of a body that it does not get to see."""
+    line = {"type": kind, "loc": ("body", *where), "msg": message, "input": given, "ctx": {"error": message}}
+    return RequestValidationError([line])
 
 
 @app.get("/results", tags=["results"])
@@ -329,13 +439,14 @@ def results(root: PublishedRoot) -> list[QuestionInfo]:
     "/results/{question}",
     tags=["results"],
     responses=_problems(
-        e404="There is no such question, or no answer to it yet", e422="The limit is not a whole number from 1"
+        e404="There is no such question, or no answer to it yet",
+        e422=f"The limit is not a whole number from 1 to {ROW_LIMIT:,}",
     ),
 )
 def result(
     question: Annotated[str, Path(examples=["revenue_per_minute"])],
     root: PublishedRoot,
-    limit: Annotated[int | None, Query(ge=1, description="At most so many rows, from the first")] = None,
+    limit: Annotated[int | None, Query(ge=1, le=ROW_LIMIT, description="At most so many rows, from the first")] = None,
 ) -> Answer:
     """The current answer to a question. Money is exact: decimals come as strings."""
     asked = next((q for q in queries.questions() if q.name == question), None)
@@ -345,7 +456,7 @@ def result(
         pointer, frame = queries.current(root, question)
     except FileNotFoundError:
         raise HTTPException(404, f"{question} has no answer yet: run query") from None
-    except (ValueError, pl.exceptions.PolarsError) as error:
+    except (ValueError, TypeError, KeyError, OSError, pl.exceptions.PolarsError) as error:
         raise HTTPException(503, f"the answer to {question} cannot be read: {error}") from error
     return Answer(
         question=asked.name,
@@ -362,8 +473,8 @@ def list_runs(
     root: PublishedRoot,
     stage: Annotated[str | None, Query(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", examples=["query"])] = None,
     state: State | None = None,
-    since: Annotated[datetime | None, Query(description="Started at this time or later; UTC unless it says")] = None,
-    until: Annotated[datetime | None, Query(description="Started before this time")] = None,
+    since: Annotated[Moment | None, Query(description="Started at this time or later; UTC unless it says")] = None,
+    until: Annotated[Moment | None, Query(description="Started before this time")] = None,
     limit: Annotated[int, Query(ge=1, le=1000, description="At most so many")] = 50,
 ) -> list[Run]:
     """The last runs, newest first."""
@@ -440,8 +551,8 @@ def _names() -> list[str]:
 def _pointer(root: Root, question: str) -> dict[str, Any] | None:
     """The pointer to the current answer; None when there is none, or it cannot be read."""
     try:
-        return json.loads(root.read(f"results/{question}/current.json"))
-    except (FileNotFoundError, ValueError):
+        return Pointer.model_validate_json(root.read(f"results/{question}/current.json")).model_dump()
+    except (OSError, ValueError):
         return None
 
 

@@ -1,12 +1,14 @@
-"""The two settings of the API and the dashboard, from the environment."""
+"""The settings of the API and the dashboard, from the environment."""
 
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class Settings(BaseSettings):
-    """ETL_ROOT: the root to read, a folder of the project or a URL. ETL_API_URL: where browsers reach the API."""
+    """ETL_ROOT: the root to read, a folder of the project or a URL. ETL_API_URL: where browsers reach the API.
+    ETL_API_HOSTS: other names by which the API may be asked, separated by commas."""
 
     model_config = SettingsConfigDict(env_prefix="ETL_")
 
     root: str = "outputs"
     api_url: str = "http://127.0.0.1:8000"
+    api_hosts: str = ""

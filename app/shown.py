@@ -1,6 +1,8 @@
 """What the dashboard's pages share: answers and runs as they are shown, cached by the pointers they come from."""
 
-import json
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,10 +13,12 @@ import streamlit as st
 
 from app.settings import Settings
 from etl import charts
+from etl.lake import doctor
 from etl.runs import index
 from etl.storage import Root
 from pipeline import queries
 
+log = logging.getLogger(__name__)
 LOOK_S = 15  # between two looks at the root
 TABLE_PX = 213  # a head and five rows
 STATES = {  # of a run: colour of the badge and, dark enough to read, of the text; the others are bad
@@ -33,6 +37,36 @@ def published_root() -> Root:
 def report_url(run_id: str) -> str:
     """Where the API serves a run's report."""
     return f"{Settings().api_url.rstrip('/')}/reports/{run_id}"
+
+
+@contextmanager
+def panel(what: str, looks: Iterable[str] = (), about: str = "") -> Iterator[None]:
+    """A part of a page that stands or falls alone: an error inside is said in its place, with what is to be done.
+
+    `what`: the part, as a sentence begins; `looks`: what `doctor` calls the things it is read from, of whose problems
+    those are shown that name `about`.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not doctor.may_be_damage(error):  # Streamlit ends and begins the drawing of a page by exceptions too
+            raise
+        found = findings(published_root().url, what, tuple(looks), error)
+        said = [f"{_code(one.problem)}. What to do: {one.remedy}." for one in found if about in one.problem]
+        unknown = f"{_code(doctor.sentence(error))}. What to do: see what `python orchestrate.py doctor` says."
+        st.warning("\n\n".join([f"**{what} cannot be shown.**", *(said or [unknown])]))
+
+
+@st.cache_data(ttl=60, max_entries=32, show_spinner=False)
+def findings(root_url: str, what: str, looks: tuple[str, ...], _error: BaseException) -> list[doctor.Finding]:
+    """What `doctor` finds wrong where it looks; once a minute, as it reads a table's whole log."""
+    log.error("%s cannot be shown", what, exc_info=_error)
+    return [finding for look in looks for finding in doctor.look(root_url, look) if finding.problem]
+
+
+def _code(text: str) -> str:
+    """Text of any kind in a line of Markdown."""
+    return "`" + text.replace("`", "'").replace("\n", " ") + "`"
 
 
 @st.cache_data(max_entries=32, show_spinner=False)
@@ -104,25 +138,19 @@ def runs_table(shown: list[dict[str, Any]]) -> None:
 
 
 def answer_card(root: Root, question: queries.Question, rows_px: int | None = TABLE_PX) -> None:
-    """The chart and the table of a question's current answer, and the run they come from; all rows without `rows_px`.
-
-    What cannot be read is said in place of them.
-    """
-    try:
+    """A question's current answer as a chart and a table, and the run it comes from; all rows without `rows_px`."""
+    with panel("The answer", ["the answers"], f"results/{question.name}/current.json"):
         current, frame, drawn = answer(root.url, question.name, root.read(pointer(question)))
-    except (OSError, ValueError, KeyError, pl.exceptions.PolarsError) as error:
-        st.warning(f"The answer cannot be read: {error}")
-        return
-    asked_with = [f"`{words(name)}: {value}`" for name, value in current["parameters"].items()]
-    st.caption(" ".join([question.text, *asked_with]))
-    if drawn:
-        draw(drawn, question.name)
-    table(frame, {name: column(name, dtype) for name, dtype in frame.schema.items()}, question.name, rows_px)
-    as_of = datetime.fromisoformat(current["as_of"])
-    st.caption(
-        f"{current['rows']:,} rows, batch {current['batch']:,}, up to {as_of:%Y-%m-%d %H:%M:%S} UTC, "
-        f"by [{current['run_id']}]({report_url(current['run_id'])})"
-    )
+        asked_with = [f"`{words(name)}: {value}`" for name, value in current["parameters"].items()]
+        st.caption(" ".join([question.text, *asked_with]))
+        if drawn:
+            draw(drawn, question.name)
+        table(frame, {name: column(name, dtype) for name, dtype in frame.schema.items()}, question.name, rows_px)
+        as_of = datetime.fromisoformat(current["as_of"])
+        st.caption(
+            f"{current['rows']:,} rows, batch {current['batch']:,}, up to {as_of:%Y-%m-%d %H:%M:%S} UTC, "
+            f"by [{current['run_id']}]({report_url(current['run_id'])})"
+        )
 
 
 def draw(figure: Any, name: str) -> None:
@@ -157,14 +185,6 @@ def column(name: str, dtype: pl.DataType) -> Any:
 def pointer(question: queries.Question) -> str:
     """Where the pointer to its current answer is, under the root."""
     return f"results/{question.name}/current.json"
-
-
-def read_json(root: Root, rel: str) -> dict[str, Any] | None:
-    """What is there; None when nothing is."""
-    try:
-        return json.loads(root.read(rel))
-    except FileNotFoundError:
-        return None
 
 
 def words(name: str) -> str:

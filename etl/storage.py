@@ -20,9 +20,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
+CONFLICTS = 8  # of a conditional write with nothing there, before it is an error
 
 
 class LeaseHeld(RuntimeError):
@@ -122,12 +124,32 @@ class Root:
         self._fs.put_file(str(path), self._path(rel))
 
     def create(self, rel: str, data: bytes) -> bool:
-        """Put `data` there unless something is there already; of two racing writers one gets True."""
-        try:
-            self._fs.pipe_file(self._path(rel), data, mode="create")  # If-None-Match on S3
-        except FileExistsError:
-            return False
-        return True
+        """Put `data` there unless something is there already; of two racing writers with unlike bytes one gets True.
+
+        What is there with the same bytes is ours: an answer that is lost on its way is asked for again, and the second
+        is that something is there. So whoever must win alone writes bytes that nobody else can.
+        """
+        return self._put_if(rel, data, {"mode": "create"}) is not None  # If-None-Match on S3
+
+    def _put_if(self, rel: str, data: bytes, condition: dict) -> str | None:
+        """Put `data` there if the store finds the condition met; the ETag that it has then, None when it is not met."""
+        for attempt in range(CONFLICTS):
+            time.sleep(0.05 * attempt)
+            try:
+                answer = self._fs.pipe_file(self._path(rel), data, **condition)
+                return answer["ETag"] if answer else ""
+            except OSError as error:
+                if not _is_conflict(error):
+                    raise
+                refusal = error
+            # nothing there: something else happened to it at the same moment, and after a 409 AWS asks to try again
+            with contextlib.suppress(FileNotFoundError):
+                etag = self._etag(rel)
+                return etag if self.read(rel) == data else None
+        raise refusal
+
+    def _etag(self, rel: str) -> str:
+        return self._fs.info(self._path(rel)).get("ETag", "")
 
     def exists(self, rel: str) -> bool:
         return self._fs.exists(self._path(rel))
@@ -188,6 +210,20 @@ class Root:
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._path(rel))
 
+    def remove_all(self, rels: Iterable[str]) -> None:
+        """Remove many files; one that is missing is fine."""
+        with ThreadPoolExecutor(16) as pool:  # in an object store each is a request
+            for _ in pool.map(self.remove, rels):
+                pass
+
+    def remove_unfinished(self, rel: str, before: datetime) -> None:
+        """Remove what writers that were killed `before` left below a folder. In an object store nothing shows."""
+
+    def newest(self, rel: str) -> datetime | None:
+        """When something was last put below a folder, by the store's own clock; None when nothing is there."""
+        found = self._fs.find(self._path(rel), detail=True).values()
+        return max((one["LastModified"] for one in found), default=None)
+
     def move_tree(self, source: str, target: str) -> None:
         """Move a folder to where nothing is: at once on this machine, file by file in an object store."""
         self._fs.mv(self._path(source), self._path(target), recursive=True)
@@ -217,30 +253,50 @@ class Root:
         A holder that died is replaced `ttl_s` seconds after it began, so a block must be shorter than that.
         Raises LeaseHeld when the lease is not free within `wait_s` seconds.
         """
-        deadline = time.monotonic() + wait_s
-        while not self._take(rel, holder, ttl_s):
+        token, deadline = os.urandom(16).hex(), time.monotonic() + wait_s
+        while (etag := self._take(rel, holder, token, ttl_s)) is None:
             if time.monotonic() > deadline:
-                raise LeaseHeld(f"{self.url_of(rel)} is held by {json.loads(self.read(rel))['holder']}")
+                raise LeaseHeld(f"{self.url_of(rel)} is held by {self._held(rel).get('holder', 'nobody any more')}")
             time.sleep(0.2)
         try:
             yield
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                if json.loads(self.read(rel))["holder"] == holder:
-                    self.remove(rel)
+            # not removed: a removal whose answer was lost is asked for again, and would free the next holder's lease
+            if etag or self._held(rel).get("token") == token:
+                self._replace(rel, _lease(holder, token, 0), etag)
 
-    def _take(self, rel: str, holder: str, ttl_s: float) -> bool:
-        mine = json.dumps({"holder": holder, "until": time.time() + ttl_s}).encode()
-        if self.create(rel, mine):
-            return True
+    def _take(self, rel: str, holder: str, token: str, ttl_s: float) -> str | None:
+        """The ETag of our lease; None when it is not to be had now."""
+        mine = _lease(holder, token, time.time() + ttl_s)
         try:
-            etag = self._fs.info(self._path(rel)).get("ETag")
-            if json.loads(self.read(rel))["until"] > time.time():
-                return False
-            self._fs.pipe_file(self._path(rel), mine, **({"IfMatch": etag} if etag else {}))
-        except OSError:  # released or taken over by another in the meantime: try again
-            return False
-        return True
+            etag = self._etag(rel)
+        except FileNotFoundError:
+            return self._put_if(rel, mine, {"mode": "create"})
+        return None if self._held(rel).get("until", 0) > time.time() else self._replace(rel, mine, etag)
+
+    def _held(self, rel: str) -> dict:
+        try:
+            return json.loads(self.read(rel))
+        except FileNotFoundError:
+            return {}
+
+    def _replace(self, rel: str, data: bytes, etag: str) -> str | None:
+        """Put `data` in the place of what has this ETag; its own then, None when something else or nothing is there."""
+        try:
+            return self._put_if(rel, data, {"IfMatch": etag} if etag else {})
+        except FileNotFoundError:
+            return None
+
+
+def _lease(holder: str, token: str, until: float) -> bytes:
+    return json.dumps({"holder": holder, "token": token, "until": until}).encode()
+
+
+def _is_conflict(error: OSError) -> bool:
+    """Whether a store refused a conditional write: 412, whatever its body says, or 409 while another was under way."""
+    answer = getattr(error.__cause__, "response", None) or {}
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return isinstance(error, FileExistsError) or status in (409, 412)
 
 
 class LocalRoot(Root):
@@ -319,7 +375,8 @@ class LocalRoot(Root):
         try:
             os.link(staged, self._path(rel))  # unlike a rename, refuses to replace
         except FileExistsError:
-            return False
+            if os.stat(staged).st_nlink == 1:  # 2 on a network share whose answer was lost, and which was asked again
+                return False
         finally:
             os.unlink(staged)
         _sync(os.path.dirname(self._path(rel)))
@@ -370,6 +427,18 @@ class LocalRoot(Root):
 
     def remove(self, rel: str) -> None:
         Path(self._path(rel)).unlink(missing_ok=True)
+
+    def remove_unfinished(self, rel: str, before: datetime) -> None:
+        for folder, _, names in os.walk(self._path(rel)):
+            for name in names:
+                if name.startswith(".") and name.endswith(".part"):  # as `_staged` names them
+                    with contextlib.suppress(FileNotFoundError):
+                        if os.stat(f"{folder}/{name}").st_mtime <= before.timestamp():
+                            os.unlink(f"{folder}/{name}")
+
+    def newest(self, rel: str) -> datetime | None:
+        folders = [folder for folder, _, _ in os.walk(self._path(rel))]  # a file's own time is its producer's
+        return max((datetime.fromtimestamp(os.stat(one).st_mtime, UTC) for one in folders), default=None)
 
     def move_tree(self, source: str, target: str) -> None:
         os.makedirs(os.path.dirname(self._path(target)), exist_ok=True)
@@ -452,4 +521,4 @@ def _no_file(mode: int) -> str | None:
 
 def _refuse_above(size: int, most: int) -> None:
     if size > most:
-        raise Unreadable(f"has {size:,} bytes: more than the {most:,} of a batch")
+        raise Unreadable(f"has {size:,} bytes: more than the {most:,} that are read")

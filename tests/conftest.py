@@ -10,6 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from s3_faults import FaultyS3, faulty_s3
 from support import free_port, ingest_all, s3_variables
 
 from etl.storage import PROJECT
@@ -71,6 +72,15 @@ def filled(landed) -> str:
 
 
 @pytest.fixture
+def scattered(root, stream, made) -> str:
+    """A lake with three files in each streamed table."""
+    for tick, frames in made.items():
+        source.land(root, stream, {tick: frames})
+        ingest_all(root)
+    return root
+
+
+@pytest.fixture
 def project(tmp_path) -> Path:
     """A copy of the project whose notebooks and YAML a test may change."""
     copy = tmp_path / "project"
@@ -110,3 +120,15 @@ def s3_root(s3_server, monkeypatch, request) -> str:
     bucket = f"bucket-{abs(hash(request.node.nodeid)) % 10**9}"
     boto3.client("s3").create_bucket(Bucket=bucket)
     return f"s3://{bucket}/etl"
+
+
+@pytest.fixture
+def faulty(s3_server, s3_root, monkeypatch) -> FaultyS3:
+    """A proxy between `s3_root` and its server, that misbehaves as it is told."""
+    import s3fs
+
+    with faulty_s3(s3_server) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        s3fs.S3FileSystem.clear_instance_cache()  # one knows its endpoint for good
+        yield proxy
+        s3fs.S3FileSystem.clear_instance_cache()

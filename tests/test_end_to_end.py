@@ -130,6 +130,24 @@ def test_bad_input_stops_the_run_before_anything_is_written(root):
     assert not lake.is_published(root)
 
 
+def test_compact_deletes_nothing_by_the_time_it_is_given_and_tells_of_a_table_that_fails(scattered):
+    """One table's file is not what it was: all others are compacted and published, and the archive is whole."""
+    place, before = Root.at(scattered), lake.snapshot(scattered)
+    archived = place.files("archive")
+    Path(before.files("lineitem")[0]).write_bytes(b"x")
+    asked = ("run", "compact", "--root", scattered, "--at", "2100-01-01T00:00:00", "-p", "min_small_files=2", "--json")
+    done = orchestrate(PROJECT, *asked)
+    (record,) = json.loads(done.stdout)
+    assert (done.returncode, record["state"]) == (1, "check_failed")
+    failed = {check["name"]: check["detail"] for check in record["checks"] if not check["ok"]}
+    assert list(failed) == ["every table could be compacted"]
+    assert failed["every table could be compacted"].startswith("lineitem: ArrowInvalid: ")
+    after = lake.snapshot(scattered)
+    assert (len(after.files("orders")), after.versions["lineitem"]) == (1, before.versions["lineitem"])
+    assert record["versions_written"] == {"orders": after.versions["orders"]}
+    assert archived and place.files("archive") == archived
+
+
 def test_the_same_answers_on_a_dask_cluster(full, project):
     (project / "params" / "env" / "dask.yml").write_text(f"root: {full[0]}\nmachine: null\ndask: {{n_workers: 1}}\n")
     before = {name: queries.current(full[0], name)[1] for name in ("q01", "q05")}

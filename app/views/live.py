@@ -1,5 +1,6 @@
 """The live page: what runs, how new the data is, the questions of the moment, the model."""
 
+import json
 import math
 from datetime import UTC, datetime
 from typing import Any
@@ -17,6 +18,7 @@ FOLLOW_S = 2  # between two looks at the runs under way
 LINES = 12  # of a run's output, the last
 LATE_S, STALE_S = 300, 3600  # age of the data; preprocess runs every minute
 RUNS = 20  # in the table
+GROWING = {"orders": "Orders", "lineitem": "Line items", "quarantine": "Refused rows"}  # tables whose rows are counted
 
 
 def page() -> None:
@@ -29,77 +31,71 @@ def page() -> None:
 @st.fragment(run_every=FOLLOW_S)
 def under_way() -> None:
     """The runs of this root that are at work on this machine, as their journals tell."""
-    root = shown.published_root()
-    at_work = [run for run in journal.live() if run["root"] == root.url]
-    if not at_work:
-        st.caption("No stage is running right now.")
-    for run in at_work:
-        taken_s = (datetime.now(UTC) - datetime.fromisoformat(run["started_at"])).total_seconds()
-        memory = f", {run['rss_mb']:,.0f} MB" if run["rss_mb"] else ""
-        with st.expander(f"**{run['stage']}** runs: {run['heading'] or 'its kernel starts'}, {taken_s:.0f} s{memory}"):
-            st.code(_last_lines(run["run_id"]) or "nothing printed yet", language=None)
+    with shown.panel("What is running"):
+        root = shown.published_root()
+        at_work = [run for run in journal.live() if run["root"] == root.url]
+        if not at_work:
+            st.caption("No stage is running right now.")
+        for run in at_work:
+            taken_s = (datetime.now(UTC) - datetime.fromisoformat(run["started_at"])).total_seconds()
+            memory = f", {run['rss_mb']:,.0f} MB" if run["rss_mb"] else ""
+            heading = run["heading"] or "its kernel starts"
+            with st.expander(f"**{run['stage']}** runs: {heading}, {taken_s:.0f} s{memory}"):
+                st.code(_last_lines(run["run_id"]) or "nothing printed yet", language=None)
 
 
 @st.fragment(run_every=shown.LOOK_S)
 def published() -> None:
     """What is published; runs again by itself."""
     root = shown.published_root()
-    published_model = shown.read_json(root, model.CURRENT)
+    with shown.panel("The published snapshot", ["the published snapshot"]):
+        freshness(root)
+    with shown.panel("The state of the stages", ["the index of runs"]):
+        stage_states(shown.latest_runs(root.url))
+    with shown.panel("The answers"):
+        question_cards(root)
+    with shown.panel("The last runs", ["the index of runs"]):
+        last_runs(shown.latest_runs(root.url)[:RUNS])
+
+
+def freshness(root: Root) -> None:
+    """A row of figures: how new, how much, how good."""
     try:
-        freshness(lake.snapshot(root), published_model)
+        snapshot = lake.snapshot(root)
     except lake.NothingPublished:
         st.info(
             f"Nothing is published yet under {root.url}. `python orchestrate.py run all` makes one pass over all "
             "stages, `make up` keeps them running. This page fills by itself."
         )
-    latest = shown.latest_runs(root.url)
-    stage_states(latest)
-    live = [question for question in queries.questions() if question.live]
-    cards = [(question_card, (root, question)) for question in live if root.exists(shown.pointer(question))]
-    if missing := len(live) - len(cards):
-        st.caption(f"{missing} of {len(live)} live questions have no answer yet: `query` gives them.")
-    if published_model:
-        cards.append((model_card, (published_model,)))
-    else:
-        st.caption("There is no model yet: `train` publishes one as soon as there are enough line items.")
-    for row in range(0, len(cards), 2):
-        for column, (card, arguments) in zip(st.columns(2), cards[row : row + 2], strict=False):
-            with column.container(border=True, height="stretch"):
-                card(*arguments)
-    if latest:
-        st.subheader("Last runs", anchor=False)
-        shown.runs_table(latest[:RUNS])
-    else:
-        st.caption("No stage has run yet.")
-
-
-def freshness(snapshot: lake.Snapshot, published_model: dict[str, Any] | None) -> None:
-    """A row of figures: how new, how much, how good."""
-    columns = iter(st.columns(6))
-
-    def figure(label: str, value: str, note: str, colour: str = "gray", explained: str | None = None) -> None:
-        next(columns).metric(
-            label, value, note, delta_color=colour, delta_arrow="off", help=explained, border=True, height="stretch"
-        )
-
+        return
+    columns = st.columns(6)
     age_s = (datetime.now(UTC) - snapshot.as_of).total_seconds()
-    figure(
-        "Data up to (UTC)",
-        f"{snapshot.as_of:%H:%M:%S}",
-        shown.ago(snapshot.as_of),
-        "green" if age_s < LATE_S else "orange" if age_s < STALE_S else "red",
-        f"The newest order was placed on {snapshot.as_of:%-d %B %Y}.",
-    )
-    rows = row_counts(snapshot.root, snapshot.versions)
-    figure("Batch", f"{snapshot.batch:,}", "in every table")
-    figure("Orders", f"{rows['orders']:,}", "in the lake")
-    figure("Line items", f"{rows['lineitem']:,}", "in the lake")
-    figure("Refused rows", f"{rows['quarantine']:,}", "in quarantine", "orange" if rows["quarantine"] else "gray")
-    if published_model:
-        metrics = published_model["metrics"]
-        figure("Model's log loss", f"{metrics['log_loss']:.4f}", f"best possible {metrics['best_log_loss']:.4f}")
-    else:
-        figure("Model's log loss", "–", "no model yet")
+    with columns[0]:
+        figure(
+            "Data up to (UTC)",
+            f"{snapshot.as_of:%H:%M:%S}",
+            shown.ago(snapshot.as_of),
+            "green" if age_s < LATE_S else "orange" if age_s < STALE_S else "red",
+            f"The newest order was placed on {snapshot.as_of:%-d %B %Y}.",
+        )
+    with columns[1]:
+        figure("Batch", f"{snapshot.batch:,}", "in every table")
+    for column, (table, label) in zip(columns[2:5], GROWING.items(), strict=True):
+        with column, shown.panel(label, [f"table {table}"]):
+            rows = row_count(snapshot.root, table, snapshot.versions[table], snapshot)
+            note, colour = ("in quarantine", "orange") if table == "quarantine" else ("in the lake", "gray")
+            figure(label, f"{rows:,}", note, colour if rows else "gray")
+    with columns[5], shown.panel("The model", ["the model"]):
+        if root.exists(model.CURRENT):
+            metrics = json.loads(root.read(model.CURRENT))["metrics"]
+            figure("Model's log loss", f"{metrics['log_loss']:.4f}", f"best possible {metrics['best_log_loss']:.4f}")
+        else:
+            figure("Model's log loss", "–", "no model yet")
+
+
+def figure(label: str, value: str, note: str, colour: str = "gray", explained: str | None = None) -> None:
+    """One figure of the row, with a note in a colour below it."""
+    st.metric(label, value, note, delta_color=colour, delta_arrow="off", help=explained, border=True, height="stretch")
 
 
 def stage_states(latest: list[dict[str, Any]]) -> None:
@@ -113,16 +109,38 @@ def stage_states(latest: list[dict[str, Any]]) -> None:
             )
 
 
+def question_cards(root: Root) -> None:
+    """The live questions and the model, two in a row; which of them are not there yet."""
+    live = [question for question in queries.questions() if question.live]
+    cards = [(question_card, (root, question)) for question in live if root.exists(shown.pointer(question))]
+    if missing := len(live) - len(cards):
+        st.caption(f"{missing} of {len(live)} live questions have no answer yet: `query` gives them.")
+    if root.exists(model.CURRENT):
+        cards.append((model_card, (root,)))
+    else:
+        st.caption("There is no model yet: `train` publishes one as soon as there are enough line items.")
+    for row in range(0, len(cards), 2):
+        for column, (card, arguments) in zip(st.columns(2), cards[row : row + 2], strict=False):
+            with column.container(border=True, height="stretch"):
+                card(*arguments)
+
+
 def question_card(root: Root, question: queries.Question) -> None:
     """A question with its current answer."""
     st.subheader(question.title, anchor=False)
     shown.answer_card(root, question)
 
 
-def model_card(published: dict[str, Any]) -> None:
+def model_card(root: Root) -> None:
     """The model's figures beside the best that any model can reach."""
-    metrics, run_id = published["metrics"], published["run_id"]
     st.subheader("Late deliveries", anchor=False)
+    with shown.panel("The model", ["the model"]):
+        model_figures(json.loads(root.read(model.CURRENT)))
+
+
+def model_figures(published: dict[str, Any]) -> None:
+    """How well the model does; `published`: its pointer."""
+    metrics, run_id = published["metrics"], published["run_id"]
     st.caption(
         "Will a line item that ships now arrive after the day it was promised for? TPC-H draws the days on the road "
         "evenly from 1 to 30, so the lowest log loss that any model can have is known."
@@ -159,12 +177,22 @@ def loss_chart(metrics: dict[str, Any]) -> Any:
     return shown.figure(chart, losses)
 
 
+def last_runs(latest: list[dict[str, Any]]) -> None:
+    """The runs, newest first."""
+    if not latest:
+        st.caption("No stage has run yet.")
+        return
+    st.subheader("Last runs", anchor=False)
+    shown.runs_table(latest)
+
+
 @st.cache_data(max_entries=32, show_spinner=False)
-def row_counts(root_url: str, versions: dict[str, int]) -> dict[str, int]:
-    """Rows of the tables that grow, from their logs; `versions` as in the published snapshot."""
-    place = Root.at(root_url)
-    growing = ("orders", "lineitem", "quarantine")
-    return {name: lake.file_stats(lake.open_table(place, name, versions[name]))[1] for name in growing}
+def row_count(root_url: str, table: str, version: int, _snapshot: lake.Snapshot) -> int:
+    """A table's rows, from its log; its root and version are the snapshot's, by which the cache knows it.
+
+    Raises documents.Damaged when the log is not what was written.
+    """
+    return lake.file_stats(_snapshot.table(table))[1]
 
 
 def _last_lines(run_id: str) -> str:

@@ -38,24 +38,29 @@ def link() -> None:
 def answered(question: queries.Question) -> None:
     """All about a question; runs again by itself."""
     root = shown.published_root()
-    if not root.exists(shown.pointer(question)):
-        st.caption(question.text)
-        st.info("There is no answer yet: the next run of `query` gives it.")
-        return
-    answer, past = st.columns([3, 2])
-    with answer.container(border=True):
-        shown.answer_card(root, question, rows_px=None)
-    with past.container(border=True):
-        over_time(root, question)
-        read_from(question)
+    with shown.panel("The answer", ["the answers"], f"results/{question.name}/"):
+        if not root.exists(shown.pointer(question)):
+            st.caption(question.text)
+            st.info("There is no answer yet: the next run of `query` gives it.")
+            return
+        answer, past = st.columns([3, 2])
+        with answer.container(border=True):
+            shown.answer_card(root, question, rows_px=None)
+        with past.container(border=True):
+            label = shown.words(question.figure or "rows").capitalize()
+            st.subheader(f"{label}, run by run", anchor=False)
+            with shown.panel("The history", ["the answers"], f"results/{question.name}/history.json"):
+                over_time(root, question, label)
+            read_from(question)
 
 
-def over_time(root: Root, question: queries.Question) -> None:
-    """The figure that stands for the answer, run by run: those that were asked with the same parameters."""
+def over_time(root: Root, question: queries.Question, label: str) -> None:
+    """The figure that stands for the answer, run by run: those that were asked with the same parameters.
+
+    `label`: what the figure is called.
+    """
     history = queries.history(root.url, question.name)
     alike = history.filter(pl.col("parameters") == history["parameters"][-1]) if history.height else history
-    label = shown.words(question.figure or "rows").capitalize()
-    st.subheader(f"{label}, run by run", anchor=False)
     if alike.height > 1:
         line = alike.select("as_of", pl.col("figure").alias(label))
         shown.draw(history_chart(line), f"{question.name}-history")

@@ -13,22 +13,24 @@ RUNS = 200  # in the table, the newest
 def page() -> None:
     """The newest runs that the reader asks for."""
     st.title("Runs", anchor=False)
-    stages = [ALL, *shown.published_root().list("reports")]
-    stage = st.segmented_control("Stage", stages, default=ALL, key="stage", required=True)
-    state = st.segmented_control(
-        "State", [ALL, BAD, *index.STATES], default=ALL, format_func=shown.words, key="state", required=True
-    )
-    listed(stage, state)
+    with shown.panel("The list of runs"):
+        stages = [ALL, *shown.published_root().list("reports")]
+        stage = st.segmented_control("Stage", stages, default=ALL, key="stage", required=True)
+        state = st.segmented_control(
+            "State", [ALL, BAD, *index.STATES], default=ALL, format_func=shown.words, key="state", required=True
+        )
+        listed(stage, state)
 
 
 @st.fragment(run_every=shown.LOOK_S)
 def listed(stage: str, state: str) -> None:
     """The newest runs of a stage in a state; runs again by itself."""
-    found = newest(shown.published_root().url, stage, state)
-    if not found:
-        st.caption("There is no such run.")
-        return
-    shown.runs_table(found)
+    with shown.panel("The list of runs", ["the index of runs"]):
+        found = newest(shown.published_root().url, stage, state)
+        if found:
+            shown.runs_table(found)
+        else:
+            st.caption("There is no such run.")
 
 
 @st.cache_data(ttl=shown.LOOK_S - 5, max_entries=32, show_spinner=False)

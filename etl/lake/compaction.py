@@ -9,9 +9,13 @@ so a batch may be committed meanwhile, and the writer's lease is held only to pu
 import io
 import json
 import time
+import traceback
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from urllib.parse import unquote
 
 import polars as pl
 import pyarrow as pa
@@ -23,6 +27,7 @@ from etl.storage import LeaseHeld, Root, crash_point
 
 VACUUM_HOURS = 24  # at least: a reader may still be on a version this old
 ARCHIVE_DAYS = 7
+WRITTEN = ("lake", "landing", "refused", "results", "models")  # where a killed run may leave a file half written
 INDEX = "runs"  # the index of runs is a table of the lake too, though no snapshot names it
 LEASE_S = 1800  # of one table; longer than any of them takes
 CLOCK = "lake/clock.json"
@@ -58,14 +63,20 @@ def tables(root: str) -> list[str]:
 
 
 def survey(root: str, small_mb: float) -> pl.DataFrame:
-    """One row a table: table, rows, files, small_files (below `small_mb` megabytes), mb, mean_mb."""
+    """One row a table: table, rows, files, small_files (below `small_mb` megabytes), mb, mean_mb, failed.
+
+    `failed`: why the table has no figures; null when it has.
+    """
     lines = []
     for name in tables(root):
-        sizes, rows = lake.file_stats(lake.open_table(Root.at(root), name))
-        small = sum(size < small_mb * 1e6 for size in sizes)
-        lines.append((name, rows, len(sizes), small, sum(sizes) / 1e6, sum(sizes) / 1e6 / max(len(sizes), 1)))
-    schema = ["table", "rows", "files", "small_files", "mb", "mean_mb"]
-    return pl.DataFrame(lines, schema=schema, orient="row")
+        line = {"table": name}
+        with _told(line):
+            sizes, rows = lake.file_stats(lake.open_table(Root.at(root), name))
+            line |= {"rows": rows, "files": len(sizes), "small_files": sum(size < small_mb * 1e6 for size in sizes)}
+            line |= {"mb": sum(sizes) / 1e6, "mean_mb": sum(sizes) / 1e6 / max(len(sizes), 1)}
+        lines.append(line)
+    counts = {"rows": pl.Int64, "files": pl.Int64, "small_files": pl.Int64, "mb": pl.Float64, "mean_mb": pl.Float64}
+    return pl.DataFrame(lines, schema={"table": pl.String} | counts | {"failed": pl.String})
 
 
 def compact(
@@ -77,38 +88,55 @@ def compact(
     run_id: str,
     now: datetime | None = None,
 ) -> pl.DataFrame:
-    """Compact and vacuum every table with at least `min_small_files` files below half of `target_mb`, and publish.
+    """Compact every table with at least `min_small_files` files below half of `target_mb`, publish, and sweep.
 
     Returns one row a table: table, version, rows_before, rows_after, files_before, files_after, mb_before, mb_after,
-    removed (files vacuumed), note (why something was left out). The snapshot moves to the compacted versions; its batch
-    stays. A table that another compaction is at work on is left to it.
-    Raises ValueError when `vacuum_hours` is under 24, RowsDiffer when a table would not have the same rows after as
-    before: then it is as it was, and nothing is published.
+    removed (files that nothing has needed for `vacuum_hours`), note (why something was left out), failed (what went
+    wrong with it, null when nothing did). The snapshot moves to the compacted versions; its batch stays. A table that
+    another compaction is at work on is left to it, and one that fails, RowsDiffer above all, stays as it was and keeps
+    no other from its turn. Raises ValueError when `vacuum_hours` is under 24.
     """
     if vacuum_hours < VACUUM_HOURS:
         raise ValueError(f"vacuum_hours is {vacuum_hours}: readers may be on versions up to {VACUUM_HOURS} hours old")
-    place, done = Root.at(root), []
-    suspicion = clock_problem(place, now or datetime.now(UTC), vacuum_hours)
+    place, now = Root.at(root), now or datetime.now(UTC)
+    suspicion = clock_problem(place, now, vacuum_hours)
     published = lake.read_published(place)
     versions = published["tables"] if published else {}
-    for table in tables(root):
-        try:
-            with place.lease(f"lake/leases/{table}", run_id, ttl_s=LEASE_S, wait_s=0):
-                crash_point(f"compaction holds: {table}")
-                line = _compact_table(place, table, versions.get(table), target_mb, min_small_files, run_id)
-                done.append(line | _vacuum(place, table, vacuum_hours, suspicion, run_id))
-        except (LeaseHeld, Overlapped) as error:
-            done.append({"table": table, "note": f"left to another compaction: {error}"})
+    lines = {table: {"table": table, "note": ""} for table in tables(root)}
+    for table, line in lines.items():
+        with _told(line), place.lease(f"lake/leases/{table}", run_id, ttl_s=LEASE_S, wait_s=0):
+            crash_point(f"compaction holds: {table}")
+            line |= _compact_table(place, table, versions.get(table), target_mb, min_small_files, run_id)
     if published:
-        _publish(place, [line["table"] for line in done if line.get("version") is not None], run_id)
+        versions = _publish(place, [line for line in lines.values() if "version" in line], run_id)
+    for table, line in lines.items():
+        with _told(line):
+            line["removed"] = _sweep(place, table, versions.get(table), vacuum_hours, now, suspicion)
+        if suspicion and not line["note"]:
+            line["note"] = f"nothing removed: {suspicion}"
+    if not suspicion:
+        for folder in WRITTEN:
+            place.remove_unfinished(folder, before=now - timedelta(hours=vacuum_hours))
     schema = {"table": pl.String, "version": pl.Int64} | {
         f"{what}_{when}": kind
         for what, kind in (("rows", pl.Int64), ("files", pl.Int64), ("mb", pl.Float64))
         for when in ("before", "after")
     }
-    return pl.DataFrame(done, schema=schema | {"removed": pl.Int64, "note": pl.String}).with_columns(
-        pl.col("note").fill_null("")
+    return pl.DataFrame(
+        [*lines.values()], schema=schema | {"removed": pl.Int64, "note": pl.String, "failed": pl.String}
     )
+
+
+@contextmanager
+def _told(line: dict) -> Iterator[None]:
+    """What goes wrong with a table is told in its line, and in full on stderr; the next one has its turn."""
+    try:
+        yield
+    except (LeaseHeld, Overlapped) as error:
+        line["note"] = f"left to another compaction: {error}"
+    except Exception as error:
+        traceback.print_exc()
+        line["failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _compact_table(
@@ -117,9 +145,11 @@ def _compact_table(
     """Rewrite what is small among the published files of a table. `published`: None where no snapshot names it."""
     handle = lake.open_table(place, table, published)
     sizes, rows = lake.file_stats(handle)
-    rewrites = [
-        _rewrite(place, table, files) for files in _worth_it(handle, table, target_mb * 1_000_000, min_small_files)
-    ]
+    groups = _worth_it(handle, table, target_mb * 1_000_000, min_small_files)
+    if groups:
+        _require_live(lake.open_table(place, table), table, {path for group in groups for path, _ in group})
+    declared = pa.schema(handle.schema().to_arrow())
+    rewrites = [_rewrite(place, table, files, declared) for files in groups]
     crash_point(f"rewritten: {table}")
     if rewrites:
         version = _swap(place, table, rewrites, run_id)
@@ -136,7 +166,6 @@ def _compact_table(
         "files_after": len(sizes) - len(moved) + len(made),
         "mb_before": sum(sizes) / 1e6,
         "mb_after": (sum(sizes) - sum(moved) + sum(made)) / 1e6,
-        "note": "",
     }
 
 
@@ -164,10 +193,13 @@ def _worth_it(handle, table: str, target: int, min_small_files: int) -> list[lis
     return [group for group in groups if len(group) > 1]
 
 
-def _rewrite(place: Root, table: str, files: list[tuple[str, int]]) -> Rewrite:
-    """Write the rows of `files` into one, sorted by key, and read it again. Raises RowsDiffer."""
+def _rewrite(place: Root, table: str, files: list[tuple[str, int]], declared: pa.Schema) -> Rewrite:
+    """Write the rows of `files` into one, sorted by key, and read it again. Raises RowsDiffer.
+
+    `declared`: the table's own schema, which every file's rows are given.
+    """
     parts = [pq.read_table(io.BytesIO(place.read(f"lake/{table}/{path}"))) for path, _ in files]
-    before = pa.concat_tables(parts, promote_options="default")
+    before = pa.concat_tables([_as_declared(part, declared) for part in parts])
     frame = pl.from_arrow(before)
     keys = [key for key in lake.KEYS.get(table, ()) if key in frame.columns]
     buffer = io.BytesIO()
@@ -186,6 +218,18 @@ def _rewrite(place: Root, table: str, files: list[tuple[str, int]]) -> Rewrite:
     return Rewrite(tuple(files), path, len(buffer.getvalue()), after.height, checksum(after), lake.statistics(after))
 
 
+def _as_declared(part: pa.Table, declared: pa.Schema) -> pa.Table:
+    """A file's rows in the table's types: Delta knows one string, writers have string, large_string and string_view.
+
+    Raises pyarrow.ArrowInvalid for a value that its column's type does not hold.
+    """
+    columns = [
+        part[field.name].cast(field.type) if field.name in part.column_names else pa.nulls(part.num_rows, field.type)
+        for field in declared
+    ]
+    return pa.table(columns, schema=declared)
+
+
 def checksum(frame: pl.DataFrame) -> int:
     """The sum of a hash of each row: the same in any order of rows."""
     return int(frame.select(sorted(frame.columns)).hash_rows(seed=0).cast(pl.Int128).sum())
@@ -196,18 +240,21 @@ def _swap(place: Root, table: str, rewrites: list[Rewrite], run_id: str) -> int:
 
     By hand, because delta-rs's own compaction neither sorts nor chooses its files. A commit is a file that must not be
     there yet; before each try the files to be replaced must all be live, so that no row can come twice.
-    Raises Overlapped when one is not.
+    Raises Overlapped when one is not; what was written for it goes with a later sweep.
     """
     gone = {path for rewrite in rewrites for path, _ in rewrite.removed}
     while True:
         handle = lake.open_table(place, table)
-        if not gone <= _live(handle):
-            for rewrite in rewrites:
-                place.remove(f"lake/{table}/{rewrite.path}")
-            raise Overlapped(f"{table}: another writer replaced files that this compaction had read: left as it is")
+        _require_live(handle, table, gone)
         version = handle.version() + 1
         if lake.commit(place, table, version, _actions(rewrites, handle.version(), run_id)):
             return version
+
+
+def _require_live(handle, table: str, paths: set[str]) -> None:
+    """Raises Overlapped when a version does not have all these files."""
+    if not paths <= _live(handle):
+        raise Overlapped(f"{table}: another writer replaced files that this compaction had read: left as it is")
 
 
 def _live(handle) -> set[str]:
@@ -261,29 +308,61 @@ def _assert_same(place: Root, table: str, version: int, rewrites: list[Rewrite],
         return
     from deltalake import CommitProperties
 
-    with lake.writing(place, run_id):
-        handle = lake.open_table(place, table)
-        if handle.version() == version:
-            properties = CommitProperties(custom_metadata={"run_id": run_id, "stage": "compact"})
-            handle.restore(version - 1, commit_properties=properties)
-    raise RowsDiffer(f"{table} had {rows[0]} rows before its compaction and {rows[1]} after: put back")
+    what = f"{table} had {rows[0]} rows before its compaction and {rows[1]} after"
+    try:
+        with lake.writing(place, run_id):
+            handle = lake.open_table(place, table)
+            if handle.version() == version:
+                properties = CommitProperties(custom_metadata={"run_id": run_id, "stage": "compact"})
+                handle.restore(version - 1, commit_properties=properties)
+    except LeaseHeld as error:
+        raise RowsDiffer(f"{what}, and it could not be put back: {error}") from error
+    raise RowsDiffer(f"{what}: put back")
 
 
-def _vacuum(place: Root, table: str, hours: int, suspicion: str | None, run_id: str) -> dict:
-    """Remove files that no version of the last `hours` names."""
-    from deltalake import CommitProperties
+def _sweep(place: Root, table: str, published: int | None, hours: int, now: datetime, suspicion: str | None) -> int:
+    """Remove the Parquet files that neither the newest version nor a published one has needed for `hours`; how many.
 
-    if suspicion:
-        return {"removed": 0, "note": f"not vacuumed: {suspicion}"}
+    Since when is kept in `lake/unneeded/<table>.json`, as each sweep sees it. The log cannot tell: checkpoints forget
+    what was removed, nobody ever wrote down what a killed run left, and a removal that is old may still be published.
+    Nor can a file's own time, which is when it was written. So a file that is about to be committed has a day as well.
+    """
+    files = {name for name in place.list(f"lake/{table}") if name.endswith(".parquet")}
     handle = lake.open_table(place, table)
-    handle.cleanup_metadata()  # what the log's retention allows; a checkpoint alone was not seen to do it
-    durability.forget(place, table)
-    if not handle.vacuum(retention_hours=hours):  # it would be two commits all the same
-        return {"removed": 0}
-    properties = CommitProperties(custom_metadata={"run_id": run_id, "stage": "compact"})
-    removed = handle.vacuum(retention_hours=hours, dry_run=False, commit_properties=properties)
-    crash_point(f"vacuumed: {table}")
-    return {"removed": len(removed), "version": handle.version()}
+    needed = _names(handle)
+    if published not in (None, handle.version()):
+        needed |= _names(lake.open_table(place, table, published))
+    memory = f"lake/unneeded/{table}.json"
+    before = _unneeded(place, memory)
+    since = {name: min(before.get(name, now), now) for name in files - needed}
+    old = set() if suspicion else {name for name, seen in since.items() if now - seen >= timedelta(hours=hours)}
+    place.remove_all(f"lake/{table}/{name}" for name in sorted(old))
+    crash_point(f"swept: {table}")
+    left = {name: seen for name, seen in since.items() if name not in old}
+    if left != before:
+        by_time: dict[str, list[str]] = {}
+        for name in sorted(left):
+            by_time.setdefault(left[name].isoformat(), []).append(name)
+        documents.keep(place, memory, {"since": by_time})
+    if not suspicion and published in (None, handle.version()):  # readers open the published one by its log
+        handle.cleanup_metadata()  # what the log's retention allows; a checkpoint alone was not seen to do it
+        durability.forget(place, table)
+    return len(old)
+
+
+def _names(handle) -> set[str]:
+    """The names of a version's files, as the log has them and as they are on the disk."""
+    names = {path.rsplit("/", 1)[-1] for path in _live(handle)}
+    return names | {unquote(name) for name in names}
+
+
+def _unneeded(place: Root, memory: str) -> dict[str, datetime]:
+    """Name -> since when; nothing is known when it is damaged, and everything has another day."""
+    try:
+        by_time = (documents.read(place, memory) or {"since": {}})["since"]
+    except documents.Damaged:
+        return {}
+    return {name: datetime.fromisoformat(time) for time, names in by_time.items() for name in names}
 
 
 def clock_problem(place: Root, now: datetime, hours: int) -> str | None:
@@ -294,7 +373,11 @@ def clock_problem(place: Root, now: datetime, hours: int) -> str | None:
     """
     published = lake.read_published(place)
     newest = datetime.fromisoformat(published["published_at"]) if published else now
-    seen = documents.read(place, CLOCK) or {"steady_since": now.isoformat(), "seen": now.isoformat()}
+    try:
+        seen = documents.read(place, CLOCK)
+    except documents.Damaged:
+        seen = None
+    seen = seen or {"steady_since": now.isoformat(), "seen": now.isoformat()}
     last, since = (datetime.fromisoformat(seen[name]) for name in ("seen", "steady_since"))
     jumped = now < last - SLACK or now > last + GAP
     if jumped:
@@ -309,21 +392,18 @@ def clock_problem(place: Root, now: datetime, hours: int) -> str | None:
     return None
 
 
-def _publish(place: Root, names: list[str], run_id: str) -> None:
-    """Move the snapshot to the newest versions, but not of a table that holds rows of a batch that is not published."""
+def _publish(place: Root, lines: list[dict], run_id: str) -> dict[str, int]:
+    """Move the snapshot to the newest versions, but not of a table that holds rows of a batch that is not published.
+
+    `lines`: of the tables, as in `compact`. Returns table -> version, as it is published then.
+    """
     with lake.writing(place, run_id):
         published = lake.read_published(place)
         versions = dict(published["tables"])
-        for table in set(names) & set(versions):
-            handle = lake.open_table(place, table)
-            if (
-                handle.version() == versions[table]
-                or (handle.transaction_version(lake.APP_ID) or 0) > published["batch"]
-            ):
-                continue
-            durability.seal(place, table, after=versions[table], until=handle.version())
-            crash_point(f"compaction sealed: {table}")
-            versions[table] = handle.version()
+        for line in lines:
+            if (table := line["table"]) in versions:
+                with _told(line):
+                    versions[table] = _publishable(place, table, versions[table], published["batch"])
         if versions != published["tables"]:
             crash_point("before the compaction is published")
             lake.publish(
@@ -334,20 +414,43 @@ def _publish(place: Root, names: list[str], run_id: str) -> None:
                 run_id=published["run_id"],
             )
             crash_point("compaction published")
+    return versions
 
 
-def prune_archive(root: str, scheduled_for: str | None, days: int = ARCHIVE_DAYS) -> list[str]:
-    """Remove the archive's days that are older than `days` before `scheduled_for` (ISO 8601). Returns them.
+def _publishable(place: Root, table: str, version: int, batch: int) -> int:
+    """The newest version of a table, made durable; the published `version` when it holds a batch after `batch`."""
+    handle = lake.open_table(place, table)
+    if handle.version() == version or (handle.transaction_version(lake.APP_ID) or 0) > batch:
+        return version
+    durability.seal(place, table, after=version, until=handle.version())
+    crash_point(f"compaction sealed: {table}")
+    return handle.version()
 
-    What is removed cannot be made again from the archive. With 0 days, or without a time, nothing is removed.
+
+def prune_archive(root: str, days: int = ARCHIVE_DAYS, now: datetime | None = None) -> list[str]:
+    """Remove the oldest day of the archive that nothing was put into for more than `days`. Returns it, if there is one.
+
+    What is removed cannot be made again from the archive, so it is a day at a time, nothing while the clock looks
+    wrong, and by when files really came: a day's name may be one that somebody asked for. With 0 days nothing goes.
     """
-    if scheduled_for is None or not days:
+    place, now = Root.at(root), now or datetime.now(UTC)
+    if not days or clock_problem(place, now, VACUUM_HOURS):
         return []
-    place, oldest = Root.at(root), date.fromisoformat(scheduled_for[:10]) - timedelta(days=days)
-    old = [day for day in place.list("archive") if date.fromisoformat(day) < oldest]
-    for day in old:
-        place.remove_tree(f"archive/{day}")
-    return old
+    oldest = (now - timedelta(days=days)).date()
+    for day in place.list("archive"):
+        newest = None if _is_recent(day, oldest, now.date()) else place.newest(f"archive/{day}")
+        if newest and newest.date() < oldest:
+            place.remove_tree(f"archive/{day}")
+            return [day]
+    return []
+
+
+def _is_recent(day: str, oldest: date, today: date) -> bool:
+    """Whether a folder's name says that there is no need to look into it; one that is no day is left alone."""
+    try:
+        return oldest <= date.fromisoformat(day) <= today
+    except ValueError:
+        return True
 
 
 def chart(done: pl.DataFrame):

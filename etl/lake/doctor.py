@@ -1,16 +1,16 @@
 """What is wrong with the data under a root, found by looking at all of it, and what to do about it. Changes nothing."""
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 from etl.lake import compaction, documents, kept, ledger
 from etl.lake import snapshot as lake
 from etl.lake.documents import Damaged
 from etl.storage import Root
-from pipeline import model
+from pipeline import model, queries
 from pipeline.tables import TABLES
 
 PART = re.compile(r"\d{20}(\.checkpoint\.parquet|\.json)")  # of a table's log
@@ -30,20 +30,47 @@ class Finding:
 
 def examine(root: str) -> list[Finding]:
     """Everything under `root` that a run relies on, one line each; what is in order too."""
-    place, found = Root.at(root), []
-    looks: list[tuple[str, Callable[[Root], Iterator[tuple[str, str]]]]] = [
-        ("the published snapshot", _pointer),
-        ("the manifests", _manifests),
-        *((f"table {name}", lambda place, name=name: _table(place, name)) for name in lake.COLUMNS),
-        ("the index of runs", _index),
-        ("the model", _model),
-        ("the answers", _answers),
-        ("landing", _landing),
-    ]
-    for what, look in looks:
-        problems = list(look(place))
-        found += [Finding(what, *problem) for problem in problems] or [Finding(what)]
-    return found
+    return [finding for what in _looks() for finding in look(root, what)]
+
+
+def look(root: str, what: str) -> list[Finding]:
+    """One thing under `root`, by its name in a Finding: all that is wrong with it, or that nothing is."""
+    problems = []
+    try:
+        problems.extend(_looks()[what](Root.at(root)))
+    except BaseException as error:
+        if not may_be_damage(error):
+            raise
+        problems.append(
+            (f"it cannot be looked at: {sentence(error)}", "see what else is wrong, and put that right first")
+        )
+    return [Finding(what, *problem) for problem in problems] or [Finding(what)]
+
+
+def may_be_damage(error: BaseException) -> bool:
+    """Whether a damaged file may have raised it: any error may, and so may a panic of a library in Rust, which is none.
+
+    What ends a process, or the drawing of a page, may not.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def sentence(error: BaseException) -> str:
+    """An error on one line, its type first."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
+
+
+def _looks() -> dict[str, Callable[[Root], Iterator[tuple[str, str]]]]:
+    """What is looked at -> what finds its problems and their remedies."""
+    return {
+        "the published snapshot": _pointer,
+        "the manifests": _manifests,
+        **{f"table {name}": partial(_table, table=name) for name in lake.COLUMNS},
+        "the index of runs": _index,
+        "the model": _model,
+        "the answers": _answers,
+        "landing": _landing,
+    }
 
 
 def _pointer(place: Root) -> Iterator[tuple[str, str]]:
@@ -98,12 +125,12 @@ def _table(place: Root, table: str) -> Iterator[tuple[str, str]]:
     try:
         handle = lake.open_table(place, table, version)
         named = _files(handle)
-        missing_columns = set(lake.COLUMNS[table]) - {field.name for field in handle.schema().fields}
+        columns = lake.columns_of(handle)
     except (DeltaError, OSError, ValueError) as error:
         yield f"it does not open: {str(error).splitlines()[0][:200]}", f"{RUN_PREPROCESS}; if it cannot: {REBUILD}"
         return
-    if missing_columns:
-        yield f"it has no column {', '.join(sorted(missing_columns))}: made by an older release", REBUILD
+    if differs := lake.unlike_declared(table, columns):
+        yield f"it is not as it is declared: {differs}", lake.schema_remedy(table, columns)
     there = {entry.name: entry.bytes for entry in place.entries(f"lake/{table}")}
     for path, size in named:
         if there.get(path) != size:
@@ -148,15 +175,17 @@ def _model(place: Root) -> Iterator[tuple[str, str]]:
 
 def _answers(place: Root) -> Iterator[tuple[str, str]]:
     for question in place.list("results"):
-        rel = f"results/{question}/current.json"
-        try:
-            pointer = json.loads(place.read(rel))
-            if not place.size(pointer["file"]):
-                yield f"{pointer['file']} is empty", "run query"
-        except FileNotFoundError as error:
-            yield f"{rel} leads to nothing: {error}", "run query"
-        except (ValueError, KeyError):
-            yield f"{rel} is damaged", "run query"
+        rel = f"results/{question}"
+        for what, read in (
+            (f"{rel}/current.json or its file", queries.current),
+            (f"{rel}/history.json", queries.history),
+        ):
+            try:
+                read(place.url, question)
+            except BaseException as error:
+                if not may_be_damage(error):
+                    raise
+                yield f"{what} cannot be read: {sentence(error)}", "run query"
 
 
 def _landing(place: Root) -> Iterator[tuple[str, str]]:

@@ -77,7 +77,7 @@ def _opened(data: bytes) -> dict | None:
     try:
         document = json.loads(data)
         sha256 = document.pop("sha256")
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         return None
     return document if sha256 == _sha256(document) else None
 

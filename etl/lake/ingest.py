@@ -3,15 +3,17 @@
 A batch is numbered and written down first (`lake/batches/<n>.json`: the files with their sizes and sha256), then
 committed to each table under its number, then made durable, then published, then its files are archived, then it is
 marked done. A run that finds an unfinished batch finishes that one, from the same files. Rows that do not fit go to
-`quarantine` with file, line, reason and the raw text; files that cannot be read at all go to `refused/`.
+`quarantine` with file, line, reason and the raw text; files that cannot be read at all, or of which no line fits, go to
+`refused/`.
 """
 
+import contextlib
 import hashlib
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 import polars as pl
@@ -19,12 +21,12 @@ import polars as pl
 from etl.lake import documents, durability, landing, ledger, parse
 from etl.lake import snapshot as lake
 from etl.lake.landing import File
-from etl.lake.table import RESCUED
 from etl.storage import Root, Unreadable, crash_point
-from pipeline.tables import TABLES
+from pipeline.tables import RESCUED, TABLES, Table
 
 MAX_BYTES = 256_000_000  # of JSON in a batch: about four times that in memory
 GROUP_BYTES = 16_000_000  # of files that are parsed at once
+AHEAD = timedelta(days=1)  # of its batch that a row may be: `as_of` never goes back, so one far ahead would stay it
 FILES = {
     "table": pl.String,
     "file": pl.String,
@@ -60,7 +62,8 @@ class Batch:
 
     root: str
     number: int
-    date: str  # of the archive, UTC
+    date: str  # of the archive: the day on which the files are really moved, UTC
+    at: str  # ISO 8601: the run's own time or the clock's, whichever is later; when it was written down, if it was
     files: tuple[File, ...]
     repeated: tuple[File, ...] = ()
     refused: tuple[File, ...] = ()
@@ -104,32 +107,56 @@ class Parsed:
         return f"{file['file']} has {file['bad']:,} of {file['lines']:,}"
 
 
-def next_batch(root: str, *, max_files: int, scheduled_for: str | None, max_bytes: int = MAX_BYTES) -> Batch | None:
+def next_batch(
+    root: str,
+    *,
+    max_files: int,
+    scheduled_for: str | None,
+    max_bytes: int = MAX_BYTES,
+    now: datetime | None = None,
+) -> Batch | None:
     """The unfinished batch when there is one, else the files that wait, oldest tick first.
 
     At most `max_files`, and at most `max_bytes` of JSON; a larger file is refused before it is read. None when nothing
-    waits. Raises documents.Damaged when it cannot be known what was ingested.
+    waits. `scheduled_for`: what the run says of its time, ISO 8601; `now`: what the clock says, if not the machine's.
+    Raises documents.Damaged when it cannot be known what was ingested, lake.SchemasDiffer when the lake's tables are
+    not those that are declared.
     """
-    place = Root.at(root)
+    place, now = Root.at(root), now or datetime.now(UTC)
     published = lake.read_published(place)
+    lake.check_schemas(place, published)
+    date = f"{now:%Y-%m-%d}"
     number = published["batch"] if published else 0
     for unfinished in (number + 1, number):
         manifest = ledger.read(place, unfinished)
         if manifest and not place.exists(ledger.done(unfinished)):
             files = tuple(File(f["name"], f["table"], f["tick"], f["bytes"]) for f in manifest["files"])
-            return Batch(place.url, unfinished, manifest["date"], files, manifest=manifest)
+            return Batch(place.url, unfinished, date, ledger.time_of(manifest, now), files, manifest=manifest)
     waiting = landing.look(place, number, ledger.ingested_until(place, number), max_bytes)
     files = landing.cut(waiting.files, max_files, max_bytes)
     if not files and not waiting.repeated and not waiting.refused:
         return None
-    date = scheduled_for[:10] if scheduled_for else f"{datetime.now(UTC):%Y-%m-%d}"
-    return Batch(place.url, number + 1, date, files, waiting.repeated, waiting.refused)
+    at = max(now, _utc(scheduled_for) if scheduled_for else now).isoformat(timespec="seconds")
+    return Batch(place.url, number + 1, date, at, files, waiting.repeated, waiting.refused)
+
+
+def _utc(moment: str) -> datetime:
+    """ISO 8601, in UTC where no zone is given."""
+    given = datetime.fromisoformat(moment)
+    return given.astimezone(UTC) if given.tzinfo else given.replace(tzinfo=UTC)
+
+
+def rules(table: str, at: str) -> Table:
+    """A table as a batch of the time `at` (ISO 8601) takes its rows: none is more than a day ahead of it."""
+    moment = _utc(at)
+    return TABLES[table].until(moment + min(AHEAD, parse.LAST - moment))
 
 
 def read(batch: Batch) -> Parsed:
     """Read a batch's files, type their rows and set apart those that do not fit. Writes nothing.
 
-    A file that cannot be read is refused, and one that is no longer what the manifest of an unfinished batch says.
+    A file that cannot be read or has no line that fits is refused, and one that is no longer what the manifest of an
+    unfinished batch says.
     """
     place = Root.at(batch.root)
     expected = {f["name"]: f["sha256"] for f in batch.manifest["files"]} if batch.manifest else {}
@@ -148,7 +175,8 @@ def read(batch: Batch) -> Parsed:
             if looked.files:
                 good.setdefault(looked.files[0][0].table, []).append(looked.rows)
     frames = {table: pl.concat(parts) for table, parts in good.items()}
-    newest = frames["orders"]["o_order_time"].max() if "orders" in frames else None
+    times = [frame[time].max() for table, frame in frames.items() if frame.height and (time := TABLES[table].time)]
+    newest = max(times, default=None)
     return Parsed(
         replace(batch, files=tuple(kept), refused=tuple(refused)),
         frames,
@@ -185,8 +213,7 @@ def _look(place: Root, batch: Batch, group: list[File], expected: dict[str, str]
     files, pieces, refused = [], [], []
     for file in group:
         try:
-            data = _read(place, file, batch.date)
-            sha256 = hashlib.sha256(data).hexdigest()
+            data, sha256 = _read(place, file, expected.get(file.name))
             if expected.get(file.name, sha256) != sha256:
                 raise Unreadable(f"changed since batch {batch.number} was written down")
             if why := parse.refusal(data):
@@ -196,11 +223,12 @@ def _look(place: Root, batch: Batch, group: list[File], expected: dict[str, str]
             continue
         files.append((file, sha256, len(data)))
         pieces.append(data)
-    lines = [parse.line_count(data) for data in pieces]
-    rows, bad = parse.parse_all(pieces, TABLES[group[0].table], sum(lines))
+    rows, bad, lines = parse.parse_all(pieces, rules(group[0].table, batch.at))
     if sum(lines) != rows.height + sum(frame.height for frame in bad):
         raise AssertionError(f"{group[0].landing} and others: {sum(lines)} lines, but {rows.height} rows fit")
-    return _Looked(files, rows, lines, bad, refused)
+    kept = [number for number, frame in enumerate(bad) if frame.height < lines[number]]
+    refused += [(files[n][0], parse.no_line_fits(bad[n])) for n in range(len(files)) if n not in kept]
+    return _Looked([files[n] for n in kept], rows, [lines[n] for n in kept], [bad[n] for n in kept], refused)
 
 
 def commit(parsed: Parsed, *, run_id: str) -> dict[str, int]:
@@ -249,7 +277,7 @@ def _commit_tables(place: Root, parsed: Parsed, run_id: str) -> dict[str, int]:
             crash_point(f"sealed: {table}")
     as_of = max(filter(None, (published["as_of"], parsed.as_of)), default="1970-01-01T00:00:00+00:00")
     crash_point("before it is published")
-    lake.publish(place, batch=number, as_of=as_of, versions=versions, run_id=run_id)
+    lake.publish(place, batch=number, as_of=as_of, versions=versions, run_id=run_id, schemas=lake.declared())
     crash_point("published")
     return versions
 
@@ -263,6 +291,7 @@ def drain(
     for_s: float,
     scheduled_for: str | None,
     run_id: str,
+    now: datetime | None = None,
 ) -> pl.DataFrame:
     """Commit batch after batch until nothing waits; one row each, as `summary` has it.
 
@@ -271,7 +300,7 @@ def drain(
     """
     began, slowest, done = time.monotonic(), 0.0, [pl.DataFrame(schema=SUMMARY)]
     while (started := time.monotonic()) - began + slowest < for_s:
-        batch = next_batch(root, max_files=max_files, max_bytes=max_bytes, scheduled_for=scheduled_for)
+        batch = next_batch(root, max_files=max_files, max_bytes=max_bytes, scheduled_for=scheduled_for, now=now)
         if batch is None:
             break
         parsed = read(batch)
@@ -296,14 +325,18 @@ def summary(parsed: Parsed, committed: bool = True) -> pl.DataFrame:
     return pl.DataFrame([(*row, sorted(parsed.frames), committed, parsed.worst)], schema=SUMMARY, orient="row")
 
 
-def _read(place: Root, file: File, date: str) -> bytes:
-    try:
-        return place.read_at_most(file.landing, file.bytes)
-    except FileNotFoundError:  # a replay after some of its files were archived
-        try:
-            return place.read_at_most(file.archived(date), file.bytes)
-        except FileNotFoundError:
-            raise Unreadable("is gone from landing, and not in the archive") from None
+def _read(place: Root, file: File, expected: str | None) -> tuple[bytes, str]:
+    """A file's bytes and their sha256. `expected`: what that was when the batch was written down."""
+    with contextlib.suppress(FileNotFoundError):
+        data = place.read_at_most(file.landing, file.bytes)
+        return data, hashlib.sha256(data).hexdigest()
+    for date in reversed(place.list("archive")):  # a replay after some of its files were archived
+        with contextlib.suppress(FileNotFoundError, Unreadable):
+            data = place.read_at_most(file.archived(date), file.bytes)
+            sha256 = hashlib.sha256(data).hexdigest()
+            if expected in (sha256, None):
+                return data, sha256
+    raise Unreadable("is gone from landing, and not in the archive")
 
 
 def _for_quarantine(bad: pl.DataFrame, batch: Batch, file: File) -> pl.DataFrame:
@@ -325,7 +358,7 @@ def _write_down(place: Root, parsed: Parsed, run_id: str) -> None:
     ]
     there = ledger.read(place, batch.number)
     if there is None:
-        manifest = {"batch": batch.number, "run_id": run_id, "date": batch.date, "files": files}
+        manifest = {"batch": batch.number, "run_id": run_id, "date": batch.date, "at": batch.at, "files": files}
         manifest["ingested"] = _ingested(place, batch.number, files)
         crash_point("before it is written down")
         if documents.create(place, ledger.manifest(batch.number), manifest):

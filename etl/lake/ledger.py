@@ -1,5 +1,7 @@
 """The manifests: which files make a batch, written down before anything is committed (`lake/batches/<n>.json`)."""
 
+from datetime import datetime
+
 from etl.lake import documents
 from etl.storage import Root
 
@@ -15,8 +17,15 @@ def done(number: int) -> str:
 
 
 def read(place: Root, number: int) -> dict | None:
-    """A manifest: batch, run_id, date, files (name, table, tick, bytes, sha256), ingested. Raises documents.Damaged."""
+    """A manifest: batch, run_id, date (of the archive), at (the batch's time), files (name, table, tick, bytes,
+    sha256), ingested. Raises documents.Damaged."""
     return documents.read(place, manifest(number))
+
+
+def time_of(manifest: dict, now: datetime) -> str:
+    """A batch's time, ISO 8601. Where an earlier release wrote it down: `now`, or its day's end if that is later."""
+    at = manifest.get("at")
+    return at or max(now.isoformat(timespec="seconds"), f"{manifest['date']}T23:59:59+00:00")
 
 
 def ingested_until(place: Root, number: int) -> dict[str, list[list[int]]]:

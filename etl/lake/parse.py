@@ -3,7 +3,7 @@
 A plain piece (no escapes, nothing nested, just the table's keys) is read at once by Polars; any other is cut smaller,
 and what is still not plain is read line by line, strictly: a wrong type, a key that comes twice, NaN, a lone surrogate
 or a number that no column holds is a reason to refuse the line. Unknown fields are no reason: they are kept, as JSON,
-in the column `_rescued`.
+in the column `_rescued`. Blank lines are no rows and no reason, but they count in the numbers of the others.
 """
 
 import io
@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import numpy as np
 import polars as pl
@@ -19,6 +20,8 @@ from pipeline.tables import COUNT, DAY, KEY, MONEY, RESCUED, TEXT, TIME, Table
 
 RAW_CHARS = 4000  # of a refused line that quarantine keeps
 VALUE_CHARS = 80  # of a value that a reason shows
+NOT_UTF8 = "not UTF-8"  # begins a reason: what quarantine keeps of the line is not what it was
+SHOWN_REASONS = 3  # why a whole file is refused
 LINE_BYTES = 1 << 20  # a longer line is refused unread
 PIECE_BYTES = 64 << 10  # a piece that is not plain is cut down to this before it is read line by line
 REFUSED = {"line": KEY, "reason": TEXT, "raw": TEXT}
@@ -33,17 +36,26 @@ NOT_JSON_LINES = {
     b"{\x00": "is UTF-16, not UTF-8",
     b"\x00{": "is UTF-16, not UTF-8",
 }
+YEAR = "([1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"  # those that Python, JSON and Delta's statistics can say
+FIRST, LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 FORMS = {
     MONEY: r"^-?[0-9]{1,13}(\.[0-9]{1,2})?$",  # more decimals are not rounded: they do not fit
-    DAY: r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$",  # beside the format, which alone takes year 6, year -1996 and blanks
+    DAY: rf"^{YEAR}-[0-9]{{2}}-[0-9]{{2}}$",  # beside the format, which alone takes year 6, year -1996 and blanks
 }
-TIME_TEXT = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|[+-][0-9]{2}:[0-9]{2})$"
+# the seconds end at 59: of a 60th Polars would make the next minute
+TIME_TEXT = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-5][0-9](\.[0-9]{1,6})?(Z|[+-][0-9]{2}:[0-9]{2})$"
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%.f%:z"
 # the form of nearly all of the stream, which Polars reads in a third of the time: milliseconds, UTC
-UTC_TEXT = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}\+00:00$"
+UTC_TEXT = rf"^{YEAR}-[0-9]{{2}}-[0-9]{{2}}T[0-9]{{2}}:[0-9]{{2}}:[0-5][0-9]\.[0-9]{{3}}\+00:00$"
 UTC_FORMAT, UTC_CHARS = "%Y-%m-%dT%H:%M:%S.%3f", 23
 COUNTED_BYTES = 1 << 18  # at once: they stay in the core's cache
-KINDS = {KEY: "a whole number", COUNT: "a whole number", MONEY: "an amount", DAY: "a date", TIME: "a time with zone"}
+KINDS = {
+    KEY: "a whole number",
+    COUNT: "a whole number",
+    MONEY: "an amount",
+    DAY: "a date of the years 1 to 9999",
+    TIME: "a time with zone of the years 1 to 9999 in UTC",
+}
 BOUNDS = {KEY: 2**63, COUNT: 2**31}
 
 
@@ -51,12 +63,29 @@ def refusal(data: bytes) -> str | None:
     """Why a whole file is refused by what is in it; None when its lines are to be looked at."""
     if not data:
         return "is empty"
+    if data.lstrip().startswith(b"[") and data.rstrip().endswith(b"]"):
+        return "is one JSON array: a JSON object a line is wanted"
     return next((why for beginning, why in NOT_JSON_LINES.items() if data.startswith(beginning)), None)
+
+
+def no_line_fits(refused: pl.DataFrame) -> str:
+    """Why a file of which every line is refused (`REFUSED`) is refused whole: its most frequent reasons, in words."""
+    if refused.is_empty():
+        return "has only blank lines"
+    reasons = refused.group_by("reason", maintain_order=True).agg(pl.first("line"), pl.len())
+    often = reasons.sort("len", descending=True, maintain_order=True).head(SHOWN_REASONS)
+    said = [f"{why} (line {line}{f' and {n - 1:,} more' * (n > 1)})" for why, line, n in often.iter_rows()]
+    return f"has no line that fits: {'; '.join(said)}{'; ...' * (reasons.height > often.height)}"
 
 
 def line_count(data: bytes) -> int:
     """How many lines: a last one without its newline counts."""
     return _count(data, b"\n") + (not data.endswith(b"\n") and bool(data))
+
+
+def blank_lines(data: bytes) -> int:
+    """How many of the lines are blank."""
+    return sum(not line.strip() for line in data.split(b"\n")[: line_count(data)])
 
 
 def _count(data: bytes, byte: bytes) -> int:
@@ -69,7 +98,7 @@ def _count(data: bytes, byte: bytes) -> int:
 def parse(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The rows that fit (the table's columns, typed, and `_rescued`), and the lines that do not (`REFUSED`).
 
-    Lines are counted from 1. The two together are as many as the lines.
+    Lines are counted from 1. The two together are as many as the lines that are not blank.
     """
     plain = _plain(data, table, line_count(data))
     if plain is not None:
@@ -86,24 +115,29 @@ def parse(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
     return pl.concat(good), pl.concat(bad)
 
 
-def parse_all(files: list[bytes], table: Table, lines: int) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
-    """As `parse`, of several files of `lines` lines: the rows of all in their order, and each one's that do not fit."""
+def parse_all(files: list[bytes], table: Table) -> tuple[pl.DataFrame, list[pl.DataFrame], list[int]]:
+    """As `parse`, of several files: the rows of all in their order, each one's lines that do not fit, and how many
+    lines each has that are not blank."""
+    lines = [line_count(data) for data in files]
     if files:
         whole = files[0] if len(files) == 1 else b"".join(d if d.endswith(b"\n") else d + b"\n" for d in files)
-        plain = _plain(whole, table, lines)
-        if plain is not None:
-            return plain, [pl.DataFrame(schema=REFUSED)] * len(files)
+        plain = _plain(whole, table, sum(lines))
+        if plain is not None and plain.height == sum(lines):
+            return plain, [pl.DataFrame(schema=REFUSED)] * len(files), lines
     parsed = [parse(data, table) for data in files]
     rows = [pl.DataFrame(schema=table.columns | {RESCUED: TEXT}), *(rows for rows, _ in parsed)]
-    return pl.concat(rows), [bad for _, bad in parsed]
+    return pl.concat(rows), [bad for _, bad in parsed], [rows.height + bad.height for rows, bad in parsed]
 
 
 def _plain(data: bytes, table: Table, lines: int) -> pl.DataFrame | None:
     """All the rows of a piece of `lines` lines in which nothing is odd; None when something is, or a row does not fit.
 
-    Polars alone would drop unknown fields, take the first of two equal keys, write down a nested value as text and make
-    a NUL of a lone surrogate. None of that can be in a piece that has no backslash, no text that begins with a bracket,
-    and as many colons and quotes as its values and the table's keys account for.
+    Polars alone would drop unknown fields, take the first of two equal keys, write down a number or a nested value as
+    text and make a NUL of a lone surrogate. None of that can be in a piece that has no backslash, no text that begins
+    with a bracket, and so many commas and quotes. Each of the two counts can err in one direction only, so that no
+    oddity makes up for another: every key of the table is there with a value, so one that is unknown or comes twice
+    adds a comma and nothing takes one away; and of as many values as there are keys, none that has to be a number can
+    be in quotes, so a text that is not takes its quotes away and nothing adds any.
     """
     if not data or b"\\" in data:
         return None
@@ -114,16 +148,17 @@ def _plain(data: bytes, table: Table, lines: int) -> pl.DataFrame | None:
         text = pl.read_ndjson(io.BytesIO(data), schema=schema)
     except pl.exceptions.PolarsError:
         return None
+    rows = lines if text.height == lines else lines - blank_lines(data)
     names = [name for name, dtype in schema.items() if dtype == TEXT]
     free = pl.col([name for name in names if table.columns[name] == TEXT])  # the others are typed: no bracket passes
-    if b"[" in data or _count(data, b"{") != lines:
+    if b"[" in data or _count(data, b"{") != rows:
         nested = pl.any_horizontal((free.str.starts_with("[") | free.str.starts_with("{")).any())
         if text.select(nested).item():
             return None
-    inside = text.select(pl.sum_horizontal(free.str.count_matches(":", literal=True).sum())).item() or 0
-    quotes = 2 * len(schema) + 2 * len(names)  # around each key and each text
-    colons = len(schema) + 3 * list(table.columns.values()).count(TIME)  # after each key, and in a time with its offset
-    if text.height != lines or _count(data, b":") != colons * lines + inside or _count(data, b'"') != quotes * lines:
+    inside = text.select(pl.sum_horizontal(free.str.count_matches(",", literal=True).sum())).item() or 0
+    commas = (len(schema) - 1) * rows + inside
+    quotes = 2 * (len(schema) + len(names)) * rows  # around each key and each text
+    if text.height != rows or _count(data, b",") != commas or _count(data, b'"') != quotes:
         return None
     typed = _all_typed(text, table)
     if typed is None:
@@ -137,10 +172,11 @@ def _all_typed(text: pl.DataFrame, table: Table) -> pl.DataFrame | None:
     if formed and not text.select(pl.all_horizontal(like.all() for like in formed)).item():
         return None
     typed = text.select(_parsed(name, dtype) for name, dtype in table.columns.items())
-    times = [name for name, dtype in table.columns.items() if dtype == TIME and typed[name].null_count()]
-    rest = text.select(pl.when(typed[name].is_null()).then(name).alias(name) for name in times)
-    others = rest.select(_typed(name, TIME) for name in times)
-    return typed.with_columns(typed[name].fill_null(others[name]) for name in times)
+    for name in [name for name, dtype in table.columns.items() if dtype == TIME and typed[name].null_count()]:
+        rest = typed[name].is_null().arg_true()
+        others = text.select(pl.col(name).gather(rest)).select(_typed(name, TIME)).select(_sayable(name))
+        typed = typed.with_columns(typed[name].scatter(rest, others[name]))
+    return typed
 
 
 def _longest_line(data: bytes) -> int:
@@ -170,6 +206,8 @@ def _line_by_line(data: bytes, table: Table, first: int) -> tuple[pl.DataFrame, 
     lines = data.split(b"\n")[: line_count(data)]
     rows, numbers, refused = [], [], []
     for number, line in enumerate(lines, start=first):
+        if not line.strip():
+            continue
         try:
             rows.append(_row(line, table))
             numbers.append(number)
@@ -179,6 +217,7 @@ def _line_by_line(data: bytes, table: Table, first: int) -> tuple[pl.DataFrame, 
     schema = {name: dtype if dtype in BOUNDS else TEXT for name, dtype in table.columns.items()} | {RESCUED: TEXT}
     text = pl.DataFrame(rows, schema=schema, orient="row")
     typed = text.select(*(_typed(name, dtype) for name, dtype in table.columns.items()), RESCUED)
+    typed = typed.with_columns(_sayable(name) for name, dtype in table.columns.items() if dtype == TIME)
     reasons = {} if typed.select(_fits(table)).item() else _misfits(typed.drop(RESCUED), text, table)
     refused += [(numbers[row], why, _as_text(lines[numbers[row] - first])) for row, why in reasons.items()]
     fits = typed.with_row_index("_row").filter(~pl.col("_row").is_in(list(reasons))).drop("_row")
@@ -208,7 +247,7 @@ def _row(line: bytes, table: Table) -> list:
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start + 1}") from None
+        raise ValueError(f"{NOT_UTF8}: {error.reason} at byte {error.start + 1}") from None
     try:
         value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
@@ -289,6 +328,11 @@ def _typed(name: str, dtype) -> pl.Expr:
     if dtype in FORMS:
         return pl.when(_formed(name, dtype)).then(_parsed(name, dtype)).alias(name)
     return pl.col(name)
+
+
+def _sayable(name: str) -> pl.Expr:
+    """A time in the years 1 to 9999; null where it was moved out of them by its offset from UTC."""
+    return pl.when(pl.col(name).is_between(FIRST, LAST)).then(name).alias(name)
 
 
 def _formed(name: str, dtype) -> pl.Expr:

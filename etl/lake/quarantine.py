@@ -2,15 +2,16 @@
 
 import json
 import zlib
+from datetime import UTC, datetime
 from typing import Any
 
 import polars as pl
 
+from etl.lake import ingest
 from etl.lake import snapshot as lake
 from etl.lake.landing import WHY
-from etl.lake.parse import RAW_CHARS, parse
+from etl.lake.parse import NOT_UTF8, RAW_CHARS, parse
 from etl.storage import Root
-from pipeline.tables import TABLES
 
 
 def refused_files(root: str) -> list[dict[str, Any]]:
@@ -71,9 +72,12 @@ def _lines(place: Root, file: str) -> list[str]:
     lines = refused_lines(place.url, file)
     if lines.is_empty():
         raise LookupError(f"nothing of {file} was refused; `quarantine list` names what was")
-    made = []
+    made, now = [], datetime.now(UTC).isoformat()
     for (batch, table), group in lines.group_by("batch", "table", maintain_order=True):
-        fit = [raw for raw in group["raw"] if len(raw) < RAW_CHARS and parse(raw.encode(), TABLES[table])[0].height]
+        whole = group.filter(
+            pl.col("raw").str.len_bytes() < RAW_CHARS, ~pl.col("reason").str.starts_with(NOT_UTF8)
+        )  # what is not here as it was would be ingested as something else
+        fit = [raw for raw in whole["raw"] if parse(raw.encode(), ingest.rules(table, now))[0].height]
         landing = f"landing/{table}/{table}-{_tick_of(batch, file):08d}.json"
         if fit and place.create(landing, "".join(f"{raw}\n" for raw in fit).encode()):
             made.append(landing)

@@ -5,6 +5,7 @@ by one small file: `lake/published.json` names the version of every table that b
 those versions and nothing else.
 """
 
+import hashlib
 import io
 import json
 import time
@@ -42,6 +43,20 @@ PROPERTIES = {
 }
 
 
+DELTA_TYPES = {
+    pl.Int64: "long",
+    pl.Int32: "integer",
+    pl.String: "string",
+    pl.Date: "date",
+    pl.Decimal: "decimal(15,2)",
+    pl.Datetime: "timestamp",
+}
+
+
+class SchemasDiffer(RuntimeError):
+    """The lake's tables do not have the columns that are declared; nothing was written."""
+
+
 class NothingPublished(LookupError):
     """There is no snapshot yet: no batch has been published under this root."""
 
@@ -57,9 +72,11 @@ class Snapshot:
     run_id: str  # the run that published it
 
     def frame(self, table: str, columns: list[str] | None = None) -> pl.LazyFrame:
-        """The table's rows, lazily; `columns` in that order; when None all of them but `_rescued`."""
-        lazy = pl.scan_delta(self.table(table))
-        return lazy.select(columns or [name for name in COLUMNS[table] if name != RESCUED])
+        """The table's rows, lazily; `columns` in that order; when None all that it has, but `_rescued`."""
+        handle = self.table(table)
+        there = columns_of(handle) if columns is None else {}
+        lazy = pl.scan_delta(handle)
+        return lazy.select(columns or [name for name in COLUMNS[table] if name != RESCUED and name in there])
 
     def files(self, table: str) -> list[str]:
         """The full URLs of the Parquet files that hold the table's rows."""
@@ -113,19 +130,30 @@ def _pinned(place: Root) -> dict | None:
 
 
 def read_published(place: Root) -> dict | None:
-    """The pointer itself: batch, as_of, tables, run_id, published_at; None before the first batch.
+    """The pointer itself: batch, as_of, tables, schemas, run_id, published_at; None before the first batch.
 
     Read from its copy when it is damaged. Raises documents.Damaged when both are.
     """
     return documents.read(place, PUBLISHED)
 
 
-def publish(place: Root, *, batch: int, as_of: str, versions: dict[str, int], run_id: str) -> None:
-    """Swap the pointer. Only inside `writing`, so that preprocess and compact do not lose each other's change."""
+def publish(
+    place: Root, *, batch: int, as_of: str, versions: dict[str, int], run_id: str, schemas: dict[str, str] | None = None
+) -> None:
+    """Swap the pointer. Only inside `writing`, so that preprocess and compact do not lose each other's change.
+
+    `schemas`: table -> the fingerprint of the columns that it is known to have; None where nobody looked: then what was
+    known stays so of the tables whose version does.
+    """
+    if schemas is None:
+        before = read_published(place) or {"tables": {}}
+        same = {table for table, version in versions.items() if before["tables"].get(table) == version}
+        schemas = {table: known for table, known in before.get("schemas", {}).items() if table in same}
     pointer = {
         "batch": batch,
         "as_of": as_of,
         "tables": versions,
+        "schemas": schemas,
         "run_id": run_id,
         "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -137,6 +165,71 @@ def writing(place: Root, run_id: str) -> Iterator[None]:
     """The one writer's lease on the lake. Raises etl.storage.LeaseHeld."""
     with place.lease(WRITER, run_id):
         yield
+
+
+def columns_of(handle: "DeltaTable") -> dict[str, str]:
+    """Column -> type, as Delta names them."""
+    return _columns(handle.schema().to_json())
+
+
+def _columns(schema: str) -> dict[str, str]:
+    return {field["name"]: str(field["type"]) for field in json.loads(schema)["fields"]}
+
+
+def declared_columns(table: str) -> dict[str, str]:
+    """As `columns_of`, of a table as it is declared."""
+    kinds = {name: dtype if isinstance(dtype, type) else type(dtype) for name, dtype in COLUMNS[table].items()}
+    return {name: DELTA_TYPES.get(kind, kind.__name__) for name, kind in kinds.items()}
+
+
+def fingerprint(columns: dict[str, str]) -> str:
+    """The same for the same columns and types, in any order."""
+    return hashlib.sha256(json.dumps(columns, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def declared() -> dict[str, str]:
+    """Table -> the fingerprint of its declared columns."""
+    return {table: fingerprint(declared_columns(table)) for table in COLUMNS}
+
+
+def unlike_declared(table: str, there: dict[str, str]) -> str | None:
+    """Where the columns of a table, as `columns_of` has them, are not the declared ones, in words; None nowhere."""
+    wanted, found = declared_columns(table), []
+    for name in dict.fromkeys([*wanted, *there]):
+        if wanted.get(name) != there.get(name):
+            here = f"declared as {wanted[name]}" if name in wanted else "not declared"
+            found.append(f"{name} is {here} and {there.get(name, 'missing')} in the table")
+    return f"{table}: {'; '.join(found)}" if found else None
+
+
+def schema_remedy(table: str, there: dict[str, str]) -> str:
+    """What to do about a table whose columns are not the declared ones."""
+    if declared_columns(table).items() - there.items() == {(RESCUED, DELTA_TYPES[TEXT])}:
+        return "made by an older release: end `up`, then `orchestrate.py rebuild`"
+    return "a table cannot change its columns yet: take the change of pipeline/tables.py back"
+
+
+def check_schemas(place: Root, published: dict | None) -> None:
+    """Raise SchemasDiffer when a table that there is does not have the declared columns.
+
+    Only a table whose columns the pointer does not know to be these is opened, so nearly always none.
+    """
+    known, versions = ((published or {}).get(what, {}) for what in ("schemas", "tables"))
+    wrong, remedies = [], []
+    for table, wanted in declared().items():
+        if known.get(table) == wanted or not place.list(f"lake/{table}/_delta_log"):
+            continue
+        there = columns_of(open_table(place, table, versions.get(table)))
+        if differs := unlike_declared(table, there):
+            wrong.append(differs)
+            remedies.append(schema_remedy(table, there))
+    if wrong:
+        raise SchemasDiffer(_refusal(wrong, remedies[0]))
+
+
+def _refusal(differences: list[str], remedy: str) -> str:
+    what = ". ".join(differences)
+    return f"the lake's tables are not as they are declared: {what}. Nothing was written; what to do: {remedy}"
 
 
 def create_tables(place: Root, run_id: str, there: Container[str] = ()) -> None:
@@ -181,14 +274,13 @@ def append(place: Root, table: str, rows: Encoded, *, batch: int, run_id: str, a
 
     delta-rs does not deduplicate by itself, so the commits since the last batch are looked through for this one, and
     the commit is the version after them or none: of two writers with the same batch the second finds that version
-    taken, looks again, and finds the batch done. The rows are on the disk before the commit that names them.
+    taken, looks again, and finds the batch done. The rows are on the disk before the commit that names them; of the
+    second writer's nothing is removed here, where a commit might name it after all: compaction does, a day later.
     """
     path = None
     while True:
         newest, last = head(place, table, after)
         if last >= batch:
-            if path:
-                place.remove(f"lake/{table}/{path}")
             return newest
         if path is None:
             path = f"batch-{batch:08d}-{uuid.uuid4()}.zstd.parquet"
@@ -202,15 +294,20 @@ def head(place: Root, table: str, after: int) -> tuple[int, int]:
     """The newest version of a table, and the newest batch in the commits after version `after`, 0 when there is none.
 
     As delta-rs would say it, but at the cost of these few commits: to open a table it lists the whole log.
+    Raises SchemasDiffer when somebody gave the table other columns in them.
     """
-    version, batch = after, 0
+    version, batch, columns = after, 0, declared_columns(table)
     while True:
         try:
             data = place.read(f"lake/{table}/_delta_log/{version + 1:020d}.json")
         except FileNotFoundError:
+            if differs := unlike_declared(table, columns):
+                raise SchemasDiffer(_refusal([differs], schema_remedy(table, columns))) from None
             return version, batch
         version += 1
         for action in map(json.loads, data.splitlines()):
+            if "metaData" in action:
+                columns = _columns(action["metaData"]["schemaString"])
             if action.get("txn", {}).get("appId") == APP_ID:
                 batch = max(batch, action["txn"]["version"])
 

@@ -1,7 +1,8 @@
 """What a table is: the declaration that the domain makes and that everything in the lake goes by."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any, TypeAlias
 
 import polars as pl
@@ -32,6 +33,10 @@ class Table:
     time: str | None = None
     ranges: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def until(self, latest: datetime) -> "Table":
+        """The table, of which no row may have come to be after `latest`."""
+        return replace(self, ranges={**self.ranges, self.time: (None, latest)}) if self.time else self
 
     @property
     def stored(self) -> dict[str, DataType]:

@@ -5,6 +5,7 @@ lists the answers that are there, oldest first, each with one figure, so that a 
 opening any of them.
 """
 
+import contextlib
 import io
 import json
 from datetime import datetime
@@ -60,7 +61,11 @@ def save(
     place.write(pointer["file"], buffer.getvalue())
     line = {name: pointer[name] for name in ("as_of", "batch", "run_id", "rows")}
     line |= {"figure": figure(question, result), "parameters": metadata["parameters"]}
-    lines = [*(old for old in _lines(place, question.name) if old["run_id"] != run_id), line][-keep:]
+    try:
+        before = _lines(place, question.name)
+    except ValueError:
+        before = _lines_again(place, question)
+    lines = [*(old for old in before if old["run_id"] != run_id), line][-keep:]
     place.write(f"{folder}/history.json", json.dumps(lines, indent=1).encode())
     place.write(f"{folder}/current.json", json.dumps(pointer, default=str, indent=1).encode())
     kept = {f"{line['run_id']}.parquet" for line in lines}
@@ -79,7 +84,10 @@ def current(root: str, question: str) -> tuple[dict[str, Any], pl.DataFrame]:
 
 
 def history(root: str, question: str) -> pl.DataFrame:
-    """The answers that are kept, oldest first, with the columns of HISTORY; no rows before the first answer."""
+    """The answers that are kept, oldest first, with the columns of HISTORY; no rows before the first answer.
+
+    Raises ValueError when the list of them is damaged; `save` makes it again.
+    """
     lines = pl.DataFrame(_lines(Root.at(root), question), schema=HISTORY | {"as_of": pl.String}, orient="row")
     return lines.with_columns(pl.col("as_of").str.to_datetime(time_unit="us", time_zone="UTC"))
 
@@ -99,6 +107,8 @@ def changes(root: str, question: "Question", result: pl.DataFrame) -> str:
         pointer, before = current(root, question.name)
     except FileNotFoundError:
         return "This is the first answer."
+    except (Exception, pl.exceptions.PanicException) as error:  # damaged; this answer takes its place
+        return f"The answer before cannot be read: {error!r:.200}."
     since = f"batch {pointer['batch']}, up to {datetime.fromisoformat(pointer['as_of']):%Y-%m-%d %H:%M:%S} UTC"
     if before.schema != result.schema:
         return f"The answer to {since} had other columns."
@@ -131,7 +141,28 @@ def _names(column: str, dtype: pl.DataType) -> bool:
 
 
 def _lines(place: Root, question: str) -> list[dict[str, Any]]:
+    """The history as it is kept. Raises ValueError when it is damaged."""
+    rel = f"results/{question}/history.json"
     try:
-        return json.loads(place.read(f"results/{question}/history.json"))
+        lines = json.loads(place.read(rel))
     except FileNotFoundError:
         return []
+    if not isinstance(lines, list) or not all(
+        isinstance(line, dict) and HISTORY.keys() <= line.keys() for line in lines
+    ):
+        raise ValueError(f"{rel} is no list of answers")
+    return lines
+
+
+def _lines_again(place: Root, question: "Question") -> list[dict[str, Any]]:
+    """The history from the answers themselves, but for those that are damaged too."""
+    lines = []
+    for name in place.list(f"results/{question.name}"):
+        if not name.endswith(".parquet"):
+            continue
+        data = place.read(f"results/{question.name}/{name}")
+        with contextlib.suppress(Exception, pl.exceptions.PanicException):
+            about, frame = pl.read_parquet_metadata(data), pl.read_parquet(data)
+            line = {key: about[key] for key in ("as_of", "run_id", "parameters")}
+            lines.append(line | {"batch": int(about["batch"]), "rows": frame.height, "figure": figure(question, frame)})
+    return sorted(lines, key=lambda line: line["as_of"])

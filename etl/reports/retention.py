@@ -90,9 +90,10 @@ def sweep(
     doomed = sorted(there & known - keep)
     if not dry_run:
         root.remove_trees(doomed, first=run_index.COMPLETE)
-    youngest = f"{now - datetime.timedelta(days=rules.page_days):%Y-%m-%d}"
-    old = [name for day in days if day.rpartition("/")[2] < youngest for name in root.files(day)]
-    pages = [name for name in old if name.endswith(f"/{report_page.PAGE}") and name.rpartition("/")[0] in keep]
+    # by when a run ended: its report's day is the one it was scheduled for, which may be any
+    old = set(kept.filter(kept["ended_at"] < now - datetime.timedelta(days=rules.page_days))["report"])
+    held = [name for day in sorted({report.rpartition("/")[0] for report in old & there}) for name in root.files(day)]
+    pages = [name for name in held if name.endswith(f"/{report_page.PAGE}") and name.rpartition("/")[0] in old]
     if not dry_run:
         for page in pages:
             root.remove(page)

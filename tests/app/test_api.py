@@ -2,12 +2,14 @@
 
 import http.client
 import json
+import os
 import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import pytest
 import uvicorn
 from published import QUERY_RUN, TRAIN_RUN, publish_model
 
-from app.api import BODY_LIMIT, LineItem, app
+from app.api import BODY_LIMIT, LineItem, app, known_hosts, settings
 from etl.lake import snapshot as lake
 from pipeline import model, queries
 
@@ -26,7 +28,7 @@ ITEM = LineItem.model_config["json_schema_extra"]["example"]
 
 @pytest.fixture(scope="session")
 def url():
-    """Where the API answers. It reads the root that ETL_ROOT names at the time of the request."""
+    """Where the API answers. It reads the root that ETL_ROOT names at the first request of a test."""
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", timeout_graceful_shutdown=1))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -37,6 +39,13 @@ def url():
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _settings():
+    """Each test has its own; a service reads them once."""
+    settings.cache_clear()
+    known_hosts.cache_clear()
 
 
 @pytest.fixture
@@ -108,6 +117,84 @@ def test_a_damaged_snapshot_is_not_ready(api, root):
     assert "lake/published.json is damaged" in ready.json()["detail"]
 
 
+def test_the_settings_are_read_once(api, root, monkeypatch):
+    assert api.get("/ready").json()["ready"]
+    monkeypatch.setenv("ETL_ROOT", f"{root}-other")
+    assert api.get("/ready").json()["ready"]
+
+
+def send(url: str, method: str, path: str, body: str | None = None, **headers: str) -> tuple[int, bytes]:
+    """A request of its own connection, path and headers as they are."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=120)
+    connection.request(method, path, body, {"content-type": "application/json"} | headers)
+    response = connection.getresponse()
+    answer = response.status, response.read()
+    connection.close()
+    return answer
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/runs", "/predict"])
+def test_nothing_waits_behind_large_predictions(url, root, path):
+    """They had all of the 40 threads that the service has for everything: `/health` waited for 29 seconds."""
+    large, done = json.dumps([ITEM] * 1000), []
+    with ThreadPoolExecutor(80) as pool:
+        for _ in range(80):
+            pool.submit(lambda: done.append(send(url, "POST", "/predict", large)))
+        while not done:
+            time.sleep(0.01)
+        if path == "/predict":
+            status, _ = send(url, "POST", path, json.dumps([ITEM]))
+        else:
+            status, _ = send(url, "GET", path)
+        meanwhile = len(done)
+    assert status == 200
+    assert meanwhile < 40
+    assert {status for status, _ in done} == {200}
+
+
+class TestHost:
+    """A page anywhere can have its own name lead to 127.0.0.1 once it is loaded, and then reads what is served here."""
+
+    @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.1:8000", "localhost", "LOCALHOST:1", "[::1]", "[::1]:8000"])
+    def test_this_machine_is_known(self, url, empty, host):
+        assert send(url, "GET", "/runs", Host=host)[0] == 200
+
+    @pytest.mark.parametrize(
+        "host",
+        [
+            *(
+                "evil.example",
+                "evil.example:8000",
+                "127.0.0.1.evil.example",
+                "localhost.evil.example",
+                "evil@localhost",
+            ),
+            *("", "[::1", "[::2]", "127.0.0.1:x", "localhost, evil.example", "evil.example/localhost", "0.0.0.0"),
+        ],
+    )
+    def test_another_name_is_refused(self, url, empty, host):
+        for path in ("/runs", "/health", "/docs", "/nothing"):
+            status, body = send(url, "GET", path, Host=host)
+            assert status == 400
+            assert "ETL_API_HOSTS" in json.loads(body)["detail"]
+
+    def test_two_names_are_refused(self, url, empty):
+        connection = http.client.HTTPConnection(url.removeprefix("http://"))
+        connection.putrequest("GET", "/runs", skip_host=True)
+        for host in ("localhost", "evil.example"):
+            connection.putheader("Host", host)
+        connection.endheaders()
+        assert connection.getresponse().status == 400
+        connection.close()
+
+    def test_the_settings_name_others(self, url, empty, monkeypatch):
+        monkeypatch.setenv("ETL_API_HOSTS", "etl.internal, 10.0.0.7,[fe80::1]")
+        monkeypatch.setenv("ETL_API_URL", "https://ETL.example.com:8443/api")
+        for host in ("etl.internal", "10.0.0.7:8000", "[fe80::1]:8000", "etl.example.com", "localhost"):
+            assert send(url, "GET", "/runs", Host=host)[0] == 200
+        assert send(url, "GET", "/runs", Host="evil.example")[0] == 400
+
+
 class TestPredict:
     def test_the_answers_are_the_models(self, api, root):
         published = model.load_current(root)
@@ -123,6 +210,20 @@ class TestPredict:
         answers = api.post("/predict", json=[ITEM | {"l_quantity": amount} for amount in amounts]).json()
         probabilities = [answer["probability"] for answer in answers]
         assert probabilities[0] == probabilities[1] and probabilities[2] == probabilities[3]
+
+    @pytest.mark.parametrize("amount", ["17", "17.00", "17." + "0" * 5000, "1.7E+1", "9999999999999.99", "1E+12"])
+    def test_however_an_amount_is_written(self, api, root, amount):
+        answer = api.post("/predict", json=[ITEM | {"l_extendedprice": amount}, ITEM])
+        assert answer.status_code == 200
+        same = api.post("/predict", json=[ITEM | {"l_extendedprice": float(amount)}, ITEM])
+        assert answer.json() == same.json()
+
+    @pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "application/jsonp"])
+    def test_the_body_has_to_say_that_it_is_json(self, api, root, kind):
+        """What a page of another site may send without having asked."""
+        response = api.post("/predict", content=json.dumps([ITEM]), headers={"content-type": kind})
+        assert response.status_code == 422
+        assert "body: Input should be application/json" in detail(response)
 
     @pytest.mark.parametrize(
         ("change", "sentence"),
@@ -202,6 +303,31 @@ class TestModel:
         assert api.post("/predict", json=[ITEM]).json()[0]["model_id"] == after
         assert api.get("/ready").json()["missing"] == []
 
+    @pytest.mark.parametrize(
+        "put",
+        [
+            os.mkfifo,
+            Path.mkdir,
+            lambda path: path.symlink_to(path.name),
+            lambda path: path.write_bytes(b"[" * 100_000),
+            lambda path: path.write_text('{"model_id": null}'),
+            lambda path: (path.touch(), os.truncate(path, 150_000_000)),
+            lambda path: None,
+            lambda path: (path.parent.rename(path.parent.with_name("elsewhere")), path.parent.touch()),
+        ],
+        ids=["pipe", "folder", "link loop", "nested", "null", "150 MB", "gone", "no folder"],
+    )
+    def test_whatever_the_pointer_becomes_the_last_good_one_is_served(self, api, root, put):
+        before = api.post("/predict", json=[ITEM]).json()
+        pointer = Path(root, "models/current.json")
+        pointer.unlink()
+        put(pointer)
+        for _ in range(2):
+            assert api.post("/predict", json=[ITEM]).json() == before
+        assert api.get("/model").json()["model_id"] == before[0]["model_id"]
+        (missing,) = api.get("/ready").json()["missing"]
+        assert f"{before[0]['model_id']} still is" in missing
+
     def test_a_damaged_first_one_is_none(self, api, root):
         Path(root, "models/current.json").write_text("{}")
         assert "cannot be used" in detail(api.get("/model"))
@@ -231,6 +357,19 @@ class TestResults:
         everything = api.get("/results/recommended_suppliers").json()["rows"]
         assert api.get("/results/recommended_suppliers?limit=3").json()["rows"] == everything[:3]
         assert "limit" in detail(api.get("/results/recommended_suppliers?limit=0"))
+
+    @pytest.mark.parametrize("limit", ["9" * 23, "9" * 5000, 2**63, 2**64, "-1", "", "1.5", "nan", "many"])
+    def test_a_limit_that_is_none_is_refused(self, api, root, limit):
+        response = api.get(f"/results/q01?limit={limit}")
+        assert response.status_code == 422
+        assert detail(response).startswith("query.limit: ")
+
+    @pytest.mark.parametrize("pointer", ["", "[]", "{}", '{"file": null}', '{"file": "results"}', '{"file": "lake/x"}'])
+    def test_a_damaged_pointer_says_so(self, api, root, pointer):
+        Path(root, "results/q05/current.json").write_text(pointer)
+        assert api.get("/results/q05").status_code in (404, 503)
+        assert {info["question"]: info["current"] for info in api.get("/results").json()}["q05"] is None
+        assert any(line.startswith("q05 ") for line in api.get("/ready").json()["missing"])
 
     def test_an_unknown_question_names_the_known_ones(self, api, root):
         response = api.get("/results/q99")
@@ -267,6 +406,28 @@ class TestRuns:
         response = api.get(f"/runs?{asked}")
         assert response.status_code == 422
         assert detail(response).startswith(f"query.{asked.split('=')[0]}: ")
+
+    @pytest.mark.parametrize("name", ["since", "until"])
+    @pytest.mark.parametrize(
+        "moment",
+        [
+            *("9999-12-31T23:59:59-23:59", "0001-01-01T00:00:00%2B23:59", "0000-01-01", "10000-01-01", "2026-02-30"),
+            *("2026-11-22T24:00:00", "2026-11-22T12:00:00%2B24:00", "1e400", "-1e20", "nan", "9" * 23, "", "now"),
+        ],
+    )
+    def test_a_moment_that_is_none_is_refused(self, api, root, name, moment):
+        response = api.get(f"/runs?{name}={moment}")
+        assert response.status_code == 422
+        assert detail(response).startswith(f"query.{name}: Input should be")
+
+    def test_moments_at_the_ends_of_time(self, api, root):
+        first, last = "0001-01-01T00:00:00-23:59", "9999-12-31T23:59:59.999999%2B23:59"
+        assert len(api.get(f"/runs?since={first}&until={last}").json()) == 3
+        assert api.get(f"/runs?since={last}").json() == api.get(f"/runs?until={first}").json() == []
+
+    def test_a_moment_is_utc_unless_it_says(self, api, root):
+        for moment in ("2026-11-22T12:02:00", "2026-11-22T12:02:00Z", "2026-11-22T14:02:00%2B02:00"):
+            assert len(api.get(f"/runs?since={moment}").json()) == 2
 
 
 class TestReports:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -168,12 +169,57 @@ def test_a_new_answer_is_taken_up(root):
     assert any("query-20261122T130000-bbbbbb" in text for text in texts(shown.caption))
 
 
-@pytest.mark.parametrize("damage", ["current.json", f"{QUERY_RUN}.parquet"])
-def test_a_damaged_answer_leaves_the_others_alone(root, damage):
-    Path(root, "results", LIVE[0].name, damage).write_bytes(b"{")
-    shown = page()
-    assert [warning.value.split(":")[0] for warning in shown.warning] == ["The answer cannot be read"]
-    assert len(shown.get("plotly_chart")) == len(LIVE)
+def of(files: str, change) -> Callable[[str], None]:
+    """A damage: the bytes of the files under a root that the pattern names are changed, or cut in half."""
+
+    def damage(root: str) -> None:
+        damaged = list(Path(root).glob(files))
+        assert damaged, files
+        for path in damaged:
+            whole = path.read_bytes()
+            path.write_bytes(whole[: len(whole) // 2] if change is CUT else change)
+
+    return damage
+
+
+CUT = object()
+ANSWER = f"results/{LIVE[0].name}"
+DAMAGES = {  # page, damage, panels that cannot be shown, what is to be done, charts and tables that still are shown
+    "both halves of the published snapshot": (
+        *(live_page, of("lake/published*.json", b"[]")),
+        *(["The published snapshot"], "`orchestrate.py rebuild`", 5, 6),
+    ),
+    "one half of it": (live_page, of("lake/published.json", b"{"), [], "", 5, 6),
+    "a table's log": (
+        *(live_page, of("lake/orders/_delta_log/00000000000000000001.json", b"")),
+        *(["Orders"], "run preprocess", 5, 6),
+    ),
+    "the model's pointer": (live_page, of("models/current.json", b"{}"), ["The model"] * 2, "run train", 4, 5),
+    "an answer's pointer": (live_page, of(f"{ANSWER}/current.json", b"[]"), ["The answer"], "run query", 4, 5),
+    "an answer": (questions_page, of(f"{ANSWER}/*.parquet", CUT), ["The answer"], "run query", 0, 1),
+    "a history": (questions_page, of(f"{ANSWER}/history.json", CUT), ["The history"], "run query", 1, 1),
+    "the log of the index of runs": (
+        *(live_page, of("lake/runs/_delta_log/00000000000000000001.json", b"{")),
+        *(["The state of the stages", "The last runs"], "remove the newest file", 5, 5),
+    ),
+    "the index of runs": (  # Polars panics, with what is no Exception
+        *(runs_page, of("lake/runs/*.parquet", CUT)),
+        *(["The list of runs"], "restore them, or remove lake/runs", 0, 0),
+    ),
+    "the records of runs": (runs_page, of("reports/*/*/*/run.json", b"{"), [], "", 0, 1),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_what_is_damaged_takes_no_more_down_than_its_own_panel(root, what):
+    page, damage, panels, remedy, charts, tables = DAMAGES[what]
+    damage(root)
+    shown = drawn(AppTest.from_function(page, default_timeout=60))
+    assert [warning.value.split("**")[1] for warning in shown.warning] == [
+        f"{name} cannot be shown." for name in panels
+    ]
+    assert all(remedy in warning.value for warning in shown.warning)
+    assert (len(shown.get("plotly_chart")), len(shown.dataframe)) == (charts, tables)
 
 
 def test_answers_without_a_model(root):

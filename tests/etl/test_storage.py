@@ -1,5 +1,6 @@
 """Roots: written whole or not at all, on this machine and over the S3 protocol alike."""
 
+import contextlib
 import multiprocessing
 import os
 import resource
@@ -108,9 +109,91 @@ def test_a_lease_has_one_holder(place):
 
 def test_an_expired_lease_is_taken_over(s3_root):
     place = Root.at(s3_root)
-    assert place._take("lock", "dead", ttl_s=-1)
+    assert place._take("lock", "dead", "its token", ttl_s=-1)
     with place.lease("lock", "alive", wait_s=1):
         assert b"alive" in place.read("lock")
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_what_was_created_is_ours_though_its_reply_was_lost(s3_root, faulty, says):
+    faulty.says_which_condition = says
+    place = Root.at(s3_root)
+    faulty.lose_reply("PUT", "mine")
+    assert place.create("mine", b"1")
+    assert (faulty.count("PUT", "mine", None), faulty.count("PUT", "mine", 412)) == (1, 1)
+    assert not place.create("mine", b"2")
+    assert place.read("mine") == b"1"
+
+
+@pytest.mark.parametrize("status,code", [(409, "ConditionalRequestConflict"), (412, "PreconditionFailed")])
+def test_a_conflict_with_nothing_there_is_tried_again(s3_root, faulty, status, code):
+    place = Root.at(s3_root)
+    faulty.answer("PUT", "mine", status, code)
+    assert place.create("mine", b"1")
+    faulty.answer("PUT", "mine", status, code)
+    assert not place.create("mine", b"2")
+    faulty.answer("PUT", "other", status, code, times=100)
+    with pytest.raises(OSError, match="as told"):
+        place.create("other", b"1")
+
+
+def test_a_file_is_created_over_a_network_share_that_lost_the_reply(root, monkeypatch):
+    link = os.link
+
+    def linked_twice(source, target):
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr("os.link", linked_twice)
+    assert Root.at(root).create("mine", b"1")
+    monkeypatch.undo()
+    assert not Root.at(root).create("mine", b"1")
+    assert os.listdir(root) == ["mine"]
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_a_lease_whose_replies_are_lost_is_held_and_let_go(s3_root, faulty, says):
+    """At its first taking, at the taking over of one that expired, and at its release."""
+    faulty.says_which_condition = says
+    place = Root.at(s3_root)
+    for holder in ("first", "second"):
+        faulty.lose_reply("PUT", "lock")
+        with place.lease("lock", holder, wait_s=0):
+            pass
+    with place.lease("lock", "dead", ttl_s=-1):
+        faulty.lose_reply("PUT", "lock")
+        with place.lease("lock", "alive", wait_s=0):
+            assert b"alive" in place.read("lock")
+            with pytest.raises(LeaseHeld, match="alive"), place.lease("lock", "third", wait_s=0):
+                pass
+            faulty.lose_reply("PUT", "lock")
+            faulty.lose_reply("DELETE", "lock")
+    with place.lease("lock", "last", wait_s=0):
+        pass
+
+
+def test_a_release_whose_reply_was_lost_does_not_free_the_next_holders_lease(s3_root, s3_server, faulty):
+    place, next_one = Root.at(s3_root), contextlib.ExitStack()
+    with place.lease("lock", "first", wait_s=0):
+        # before the release is repeated, somebody else has the lease
+        for method in ("PUT", "DELETE"):
+            faulty.lose_reply(
+                method, "lock", between=lambda: next_one.enter_context(_reached_directly(place, s3_server))
+            )
+    faulty.faults.clear()
+    with next_one, pytest.raises(LeaseHeld, match="next"), place.lease("lock", "third", wait_s=0):
+        pass
+
+
+def _reached_directly(place: Root, s3_server: str):
+    """The next holder's lease, taken past the proxy."""
+    fs = type(place._fs)(endpoint_url=s3_server, use_listings_cache=False, skip_instance_cache=True)
+    return Root(place.url, fs, place._prefix).lease("lock", "next", wait_s=5)
+
+
+def test_two_with_one_name_have_one_lease(place):
+    with place.lease("lock", "dev"), pytest.raises(LeaseHeld), place.lease("lock", "dev", wait_s=0.3):
+        pass
 
 
 def _hold(url: str, ready) -> None:

@@ -1,5 +1,6 @@
 """Malformed input: lines and files made by hand, and any number by a seeded mutator. Nothing lost, nothing crashed."""
 
+import itertools
 import json
 import os
 import random
@@ -13,7 +14,7 @@ from faults.lake_world import AT, NotHeld
 from etl.lake import ingest, parse, quarantine
 from etl.lake import snapshot as lake
 from etl.storage import Root
-from pipeline.tables import TABLES
+from pipeline.tables import RESCUED, TABLES
 
 GOOD = json.loads(
     '{"o_orderkey":1,"o_custkey":370,"o_orderstatus":"O","o_totalprice":"186600.18","o_orderdate":"1996-01-02",'
@@ -33,7 +34,6 @@ def without(name: str) -> bytes:
 # what; the line; why it is refused
 LINES = [
     ("cut off", b"{oops", "not JSON: "),
-    ("empty", b"", "not JSON: "),
     ("a list", b"[1, 2]", "not JSON: a list, not an object"),
     ("a number", b"17", "not JSON: a int, not an object"),
     ("trailing text", line().encode() + b" trailing", "not JSON: Extra data"),
@@ -59,6 +59,11 @@ LINES = [
     ("1e999", line().replace('"186600.18"', "1e999").encode(), "1e999 is out of range"),
     ("a day that is none", line(o_orderdate="1996-02-30").encode(), "o_orderdate: '1996-02-30' is not a date"),
     ("a time without zone", line(o_order_time="2026-03-01 11:59").encode(), "o_order_time: '2026-03-01 11:59' is not"),
+    ("the year 0 as a day", line(o_orderdate="0000-01-01").encode(), "o_orderdate: '0000-01-01' is not a date of the"),
+    ("the year 0", line(o_order_time="0000-07-01T00:00:00.000+00:00").encode(), "is not a time with zone of the"),
+    ("before the year 1", line(o_order_time="0001-01-01T00:30:00.000+01:00").encode(), "is not a time with zone of"),
+    ("the year 10000", line(o_order_time="9999-12-31T23:30:00.000-01:00").encode(), "is not a time with zone of the"),
+    ("a 60th second", line(o_order_time="2026-03-01T11:59:60.000+00:00").encode(), "is not a time with zone of the"),
     ("the year 6", line(o_orderdate="6-01-02").encode(), "o_orderdate: '6-01-02' is not a date"),
     ("a blank in a day", line(o_orderdate=" 1996-01-02").encode(), "o_orderdate: ' 1996-01-02' is not a date"),
     ("not among the choices", line(o_orderstatus="X").encode(), "o_orderstatus: X is not one of F, O, P"),
@@ -91,11 +96,13 @@ def _files() -> list[tuple[str, object, str | None]]:
         ("byte order mark", b"\xef\xbb\xbf" + whole, None),
         ("UTF-16", whole.decode().encode("utf-16"), "is UTF-16, not UTF-8"),
         ("UTF-16 without a mark", whole.decode().encode("utf-16-be"), "is UTF-16, not UTF-8"),
-        ("only NUL bytes", b"\0" * 4096, None),
-        ("only newlines", b"\n" * 100, None),
-        ("one JSON array", f"[{text},{text}]".encode(), None),
-        ("pretty printed", json.dumps(GOOD, indent=2).encode(), None),
-        ("CSV", b"o_orderkey,o_custkey\n1,2\n", None),
+        ("blank lines", b"\n" + whole.replace(b"\n", b"\n \t\r\n\n"), None),
+        ("only NUL bytes", b"\0" * 4096, "has no line that fits: not JSON"),
+        ("only newlines", b"\n" * 100, "has only blank lines"),
+        ("one JSON array", f"[{text},{text}]".encode(), "is one JSON array"),
+        ("pretty printed", json.dumps(GOOD, indent=2).encode(), "has no line that fits: not JSON"),
+        ("an array, pretty printed", f" {json.dumps([GOOD, GOOD], indent=2)}\n".encode(), "is one JSON array"),
+        ("CSV", b"o_orderkey,o_custkey\n1,2\n", "has no line that fits: not JSON: Expecting value at character 1"),
         ("Parquet", b"PAR1" + b"\x15" * 100, "is Parquet, not JSON lines"),
         ("gzip bomb", _gzip_bomb(), "is compressed with gzip"),
         ("too large", b"x" * 6_000_000, "has 6,000,000 bytes: more than the 5,000,000 of a batch"),
@@ -121,7 +128,7 @@ def by_hand(n: int, seed: int) -> str:
             elif what != "device" or os.geteuid() == 0:  # only root makes one
                 content(f"{root}/landing/orders/{name}")
             if why is None:
-                want[name] = (parse.line_count(content), None)
+                want[name] = (parse.line_count(content) - parse.blank_lines(content), None)
         batch = ingest.next_batch(root, max_files=500, max_bytes=5_000_000, scheduled_for=AT)
         parsed = ingest.read(batch)
         ingest.commit(parsed, run_id="by-hand")
@@ -170,16 +177,128 @@ def generated(n: int, seed: int) -> str:
             whole += 1
             continue
         good, bad = parse.parse(data, table)
-        if good.height + bad.height != parse.line_count(data) or bad["line"].is_duplicated().any():
-            raise NotHeld(f"file {i}: {good.height} + {bad.height} of {parse.line_count(data)} lines: {data[:300]!r}")
-        if (
-            found := [tuple(map(str, row)) for row in good.select("o_orderkey", "o_totalprice", "o_comment").rows()]
-        ) != (want := _strictly(data)):
-            raise NotHeld(f"file {i}: {found} is kept, not {want}: {data[:300]!r}")
-        lines, kept, apart = lines + parse.line_count(data), kept + good.height, apart + bad.height
+        count = parse.line_count(data) - parse.blank_lines(data)
+        if good.height + bad.height != count or bad["line"].is_duplicated().any():
+            raise NotHeld(f"file {i}: {good.height} + {bad.height} of {count} lines: {data[:300]!r}")
+        _assert_strict(f"file {i}", data, good)
+        lines, kept, apart = lines + count, kept + good.height, apart + bad.height
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     found = f"{kept} rows as a strict reader has them, {apart} lines apart, {whole} files refused"
     return f"{n} files, {lines} lines: {found}; at most {peak_mb:.0f} MB"
+
+
+TOGETHER = 200  # lines
+
+
+def both_ways(n: int, seed: int) -> str:
+    """n lines, most of them odd, one to four at a time: what the quick way reads is what the slow way makes of them.
+
+    The same rows, `_rescued` and all, and no reason to refuse one; as a strict reader has them, too. All of it can be
+    written and shown.
+    """
+    pick, table = random.Random(seed), TABLES["orders"]
+    kept = apart = rescued = quick = 0
+    for at in range(0, n, TOGETHER):
+        lines = [odd_line(pick) + b"\n" for _ in range(TOGETHER)]
+        data, first = b"".join(lines), 1
+        good, bad = parse._line_by_line(data, table, first)
+        wrong, every = set(bad["line"]), enumerate(data.split(b"\n"), start=1)
+        good = good.with_columns(
+            _line=pl.Series([number for number, one in every if one.strip() and number not in wrong])
+        )
+        while lines:
+            few = pick.randint(1, 4)
+            part, lines = b"".join(lines[:few]), lines[few:]
+            after = first + parse.line_count(part)
+            rows = parse._plain(part, table, after - first)
+            if rows is not None:
+                slow = good.filter(pl.col("_line").is_between(first, after, closed="left")).drop("_line")
+                if not rows.equals(slow) or wrong.intersection(range(first, after)):
+                    raise NotHeld(f"{part!r} is {rows.rows()} by the quick way, not {slow.rows()}")
+                quick += rows.height
+            first = after
+        good = good.drop("_line")
+        if not all(map(pl.DataFrame.equals, parse.parse(data, table), (good, bad))):
+            raise NotHeld(f"from line {at}: not the same in pieces as line by line: {data!r}")
+        _assert_strict(f"from line {at}", data, good)
+        lake.encode("orders", good)
+        json.dumps([bad.to_dicts(), good["o_order_time"].max().isoformat()])
+        kept, apart, rescued = kept + good.height, apart + bad.height, rescued + good[RESCUED].count()
+    return f"{n} lines: {kept} rows, {quick} of them read quickly, {rescued} with unknown fields, {apart} lines apart"
+
+
+TEXTS = ["o_orderstatus", "o_orderpriority", "o_clerk", "o_comment"]
+NO_TEXTS = ["12345", "1.50", "true", "false", "null", "-0", "1e5", "[]", "[1]", '["a"]', "{}", '{"a":1}', '{"a":"b"}']
+FIELDS = ["7", '"web"', "null", "true", "1.5", '""', '"a,b:c"', "[1,2]", '["x","y"]', '{"a":"b"}', "{}", '"\\u00e9"']
+PLAIN_TIMES = [
+    "2026-03-01T11:59:37.919Z",
+    "2026-03-01T11:59:37+00:00",
+    "2026-03-01T11:59:37.9+01:30",
+    "2026-03-01T11:59:37.919123-00:00",
+    "0001-01-01T00:00:00.000+00:00",
+    "9999-12-31T23:59:59.999+00:00",
+]
+NO_TIMES = [
+    "9999-12-31T23:30:00.000-01:00",
+    "0001-01-01T00:30:00.000+01:00",
+    "0000-05-05T00:00:00.000+00:00",
+    "2026-03-01T11:59:60.000+00:00",
+    "2026-02-29T11:59:37.919+00:00",
+    "2026-03-01 11:59:37",
+]
+# keys; the values (JSON) that one of them gets; how often
+ODD_VALUES = [
+    (TEXTS, NO_TEXTS, 4),
+    (["o_totalprice"], ["12.34", "12", "0", "1e2", '"1.5"', '"0001.5"', '"1,5"', "-0.0"], 4),
+    (["o_order_time"], [f'"{time}"' for time in PLAIN_TIMES], 4),
+    (["o_order_time"], [f'"{time}"' for time in NO_TIMES], 1),
+    (TEXTS[1:], ['""', '"a,b"', '"a:b"', '"{x"', '"[x"', '"ü\u2028"', '"q\\"\\\\"'], 2),
+    (["o_orderdate"], ['"0001-01-01"', '"9999-12-31"', '"0000-01-01"', '"1996-02-30"', '"96-01-02"'], 1),
+    (["o_custkey", "o_shippriority"], ['"1"', "1.0", "true", "-0", "2147483648"], 1),
+]
+
+
+def odd_line(pick: random.Random) -> bytes:
+    """A line with nothing odd, or with up to three things; now and then one that is not one line."""
+    pairs = [[key, json.dumps(value)] for key, value in (GOOD | {"o_orderkey": pick.randint(1, 10**6)}).items()]
+    for _ in range(pick.choice([0, 0, 1, 1, 2, 3])):
+        _make_odd(pairs, pick)
+    comma, colon = pick.choice([(",", ":"), (",", ":"), (", ", ": "), (" ,\t", " :")])
+    text = "{" + comma.join(f'"{key}"{colon}{value}' for key, value in pairs) + "}"
+    match pick.randrange(40):
+        case 0:
+            text = pick.choice(["", " ", "\t\r", text + "\n", text + text, text + " ", text.replace(",", ",\n", 1)])
+        case 1:
+            return _mutated(text.encode(), pick)
+    return text.encode()
+
+
+def _make_odd(pairs: list[list[str]], pick: random.Random) -> None:
+    """Change, add or remove one of the pairs of key and value (JSON)."""
+    at = pick.randrange(len(pairs))
+    match pick.randrange(10):
+        case 0 | 1:
+            pairs.insert(at, [pick.choice(["o_channel", "x", "", "O_CLERK"]), pick.choice(FIELDS)])
+        case 2:
+            pairs.insert(at, [pick.choice(pairs)[0], pick.choice(pairs)[1]])
+        case 3:
+            pairs[at : at + 1] = pick.choice([[], [["other", pairs[at][1]]], [pairs[at], ["x", "1"]]])
+        case _:
+            keys, values, _ = pick.choices(ODD_VALUES, [often for *_, often in ODD_VALUES])[0]
+            key, value = pick.choice(keys), pick.choice(values)
+            pairs[:] = [[name, value if name == key else before] for name, before in pairs]
+
+
+def _assert_strict(what: str, data: bytes, good: pl.DataFrame) -> None:
+    """The rows are those that a strict reader keeps, in all columns."""
+    rows = good.with_columns(pl.col("o_order_time").dt.strftime("%Y-%m-%dT%H:%M:%S.%6f")).rows()
+    found = [tuple(None if value is None else str(value) for value in row) for row in rows]
+    if found != (want := _strictly(data)):
+        raise NotHeld(f"{what}: {_first_unlike(found, want)} by a strict reader: {data[:300]!r}")
+
+
+def _first_unlike(found: list[tuple], want: list[tuple]) -> str:
+    return next(f"{a}, not {b}" for a, b in itertools.zip_longest(found, want) if a != b)
 
 
 def _mutated(data: bytes, pick: random.Random) -> bytes:
@@ -224,9 +343,9 @@ def _mutated(data: bytes, pick: random.Random) -> bytes:
     return data
 
 
-def _strictly(data: bytes) -> list[tuple[str, str, str]]:
+def _strictly(data: bytes) -> list[tuple[str | None, ...]]:
     """What of these lines is kept, by the plainest reading of the rules: nothing shared with the code under test."""
-    from datetime import date, datetime
+    from datetime import UTC, date, datetime
     from decimal import Decimal, InvalidOperation
 
     def pairs(items):
@@ -237,10 +356,15 @@ def _strictly(data: bytes) -> list[tuple[str, str, str]]:
     def constant(_):
         raise ValueError
 
+    class Fraction(str):  # as it is written, and no text
+        encode = None
+
     kept = []
     for one in data.split(b"\n")[: data.count(b"\n") + (not data.endswith(b"\n") and bool(data))]:
+        if not one.strip():
+            continue
         try:
-            row = json.loads(one.decode(), object_pairs_hook=pairs, parse_constant=constant, parse_float=Decimal)
+            row = json.loads(one.decode(), object_pairs_hook=pairs, parse_constant=constant, parse_float=Fraction)
             for key in ("o_orderkey", "o_custkey", "o_shippriority"):
                 if type(row[key]) is not int or abs(row[key]) >= (2**31 if key == "o_shippriority" else 2**63):
                     raise ValueError
@@ -249,16 +373,19 @@ def _strictly(data: bytes) -> list[tuple[str, str, str]]:
             price, day, moment = row["o_totalprice"], row["o_orderdate"], row["o_order_time"]
             if isinstance(price, bool) or (isinstance(price, str) and not re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", price)):
                 raise ValueError
-            price = Decimal(price)
+            price = Decimal(price) + 0  # no -0
             ok = bool(
                 re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}(\.[0-9]{1,6})?(Z|[+-][0-9]{2}:[0-5][0-9])", moment)
             )
-            ok &= bool(datetime.fromisoformat(moment))
+            moment = datetime.fromisoformat(moment).astimezone(UTC)
             ok &= row["o_orderkey"] >= 1 and 0 <= price < 10**13 and price == round(price, 2)
             ok &= row["o_orderstatus"] in "FOP" and len(row["o_orderstatus"]) == 1
             ok &= bool(re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", day)) and bool(date.fromisoformat(day))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InvalidOperation):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InvalidOperation, OverflowError):
             continue
         if ok:
-            kept.append((str(row["o_orderkey"]), f"{price:.2f}", row["o_comment"]))
+            known = {"o_totalprice": f"{price:.2f}", "o_order_time": f"{moment:%Y-%m-%dT%H:%M:%S.%f}".zfill(26)}
+            extra = {key: value for key, value in json.loads(one).items() if key not in GOOD}
+            values = [str(known.get(key, row[key])) for key in GOOD]
+            kept.append((*values, json.dumps(extra) if extra else None))
     return kept

@@ -73,8 +73,10 @@ class World:
                 if table in MONEY and self.random.random() < self.bad * 5:
                     number = self.random.randrange(len(lines))
                     good = lines[:number] + lines[number + 1 :]
-                    lines[number] = self.random.choice([b"{oops", lines[number][:-9], lines[number] * 2, b""])
-                    self.quarantined.add((f"{table}-{tick:08d}.json", number + 1))
+                    lines[number] = self.random.choice([b"{oops", lines[number][:-9], lines[number] * 2, b"{}"])
+                    blank = self.random.randrange(2)  # lines that are no rows, but count
+                    lines[:0] = [b" "] * blank
+                    self.quarantined.add((f"{table}-{tick:08d}.json", number + 1 + blank))
                 if table in MONEY and self.random.random() < self.bad * 5:
                     lines = [line if b"key" not in line else line[:-1] + b',"extra":"one"}' for line in lines]
                     good = [line[:-1] + b',"extra":"one"}' for line in good]
@@ -195,7 +197,10 @@ def stage(name: str, root: str) -> None:
     if name == "preprocess":
         ingest.drain(root, **LIMITS, scheduled_for=AT, run_id=f"preprocess-{os.getpid()}")
     elif name == "compact":
-        compaction.compact(root, target_mb=64, min_small_files=2, vacuum_hours=24, run_id=f"compact-{os.getpid()}")
+        ask = {"target_mb": 64, "min_small_files": 2, "vacuum_hours": 24, "run_id": f"compact-{os.getpid()}"}
+        failed = compaction.compact(root, **ask).drop_nulls("failed")
+        if failed.height:
+            raise NotHeld(f"{failed['table'][0]} could not be compacted: {failed['failed'][0]}")
 
 
 def _run(name: str, root: str, folder: str, crash_at: str | None, mutant: str | None, wait_for: str | None) -> None:

@@ -353,6 +353,22 @@ def test_only_the_newest_answers_are_kept(asked, root, tmp_path):
     assert queries.history(root, "q04")["run_id"].to_list() == ["query-3", "query-4"]
 
 
+@pytest.mark.parametrize("damaged", ["current.json", "query-2.parquet", "history.json"])
+@pytest.mark.parametrize("change", [lambda data: data[: len(data) // 2], lambda data: b"[{}]", lambda data: b"{}"])
+def test_a_damaged_answer_gives_way_to_the_next(asked, root, tmp_path, damaged, change):
+    """The run of query failed on it, for ever, and no question after it had an answer."""
+    snapshot, question, folder = asked[0], named("q04"), tmp_path / "root/results/q04"
+    answer = ask(question, snapshot)
+    for run_id in ("query-1", "query-2"):
+        queries.save(root, answer, question, snapshot, run_id)
+    before = queries.history(root, "q04")
+    (folder / damaged).write_bytes(change((folder / damaged).read_bytes()))
+    assert ("cannot be read" in queries.changes(root, question, answer)) == (damaged != "history.json")
+    queries.save(root, answer, question, snapshot, "query-3")
+    assert queries.current(root, "q04")[1].equals(answer)
+    assert queries.history(root, "q04").head(2).equals(before)
+
+
 def test_what_changed_is_a_sentence_in_numbers(asked, root):
     snapshot, question = asked[0], named("q05")
     before = pl.DataFrame({"nation": ["CHINA", "INDIA", "JAPAN"], "revenue": [Decimal("10.0000")] * 3})

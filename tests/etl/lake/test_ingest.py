@@ -1,7 +1,9 @@
 """From JSON file to Delta table: each row exactly once, and those that do not fit in quarantine."""
 
+import html
 import json
 import multiprocessing
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import duckdb
@@ -11,7 +13,8 @@ import yaml
 from polars.testing import assert_frame_equal
 from support import AT, ingest_all
 
-from etl.lake import ingest, ledger, quarantine
+from etl import charts
+from etl.lake import ingest, landing, ledger, quarantine, rebuild
 from etl.lake import snapshot as lake
 from etl.storage import PROJECT, Root
 from pipeline import source
@@ -93,7 +96,7 @@ def test_an_ingested_file_that_appears_again_is_set_aside(filled, stream, made):
     assert lake.snapshot(filled).batch == 1
     assert_exactly(filled, made)
     assert Root.at(filled).list("landing/orders") == []
-    assert len(Root.at(filled).list("archive/2026-03-01/repeated")) == 2
+    assert sum(len(Root.at(filled).list(f"archive/{day}/repeated")) for day in Root.at(filled).list("archive")) == 2
     assert ingest.next_batch(filled, max_files=500, scheduled_for=AT) is None
 
 
@@ -112,6 +115,130 @@ def test_bad_rows_reach_quarantine_with_file_and_line(landed, made):
     ]
     total = sum(frames["orders"].height for frames in made.values())
     assert rows(landed, "orders").height == total - 1
+
+
+UNSAYABLE = {
+    "a time past the year 9999 in UTC": {"o_order_time": "9999-12-31T23:30:00.000-01:00"},
+    "a time in the year 0": {"o_order_time": "0000-07-01T00:00:00.000+00:00"},
+    "a time before the year 1 in UTC": {"o_order_time": "0001-01-01T00:30:00.000+01:00"},
+    "a 60th second at the end of time": {"o_order_time": "9999-12-31T23:59:60.000+00:00"},
+    "a day in the year 0": {"o_orderdate": "0000-01-01"},
+    "a time far ahead": {"o_order_time": "9998-01-01T00:00:00.000+00:00"},
+    "a lone surrogate": {"o_comment": "\ud800"},
+    "the highest key and one": {"o_orderkey": 2**63},
+    "nothing": {"o_order_time": None},
+}
+
+
+@pytest.mark.parametrize("what", UNSAYABLE)
+def test_a_row_that_nothing_can_say_is_set_apart_and_stops_nothing(landed, made, what):
+    place, name = Root.at(landed), "landing/orders/orders-00000001.json"
+    lines = place.read(name).splitlines()
+    odd = json.dumps(json.loads(lines[3]) | UNSAYABLE[what]).encode()
+    place.write(name, b"\n".join([*lines[:3], odd, *lines[4:]]))
+    done = ingest.drain(landed, **LIMITS | {"max_files": 8}, for_s=60)
+    assert done["committed"].to_list() == [True, True]
+    assert [Root.at(landed).list(f"landing/{table}") for table in TABLES] == [[]] * len(TABLES)
+    whole = pl.concat([frames["orders"] for frames in made.values()])
+    snapshot = lake.snapshot(landed)
+    assert rows(landed, "orders").height == whole.height - 1
+    assert snapshot.as_of == whole["o_order_time"].max()
+    apart = snapshot.frame("quarantine").collect()
+    assert apart.select("file", "line", "raw").rows() == [("orders-00000001.json", 4, odd.decode())]
+    assert apart["reason"][0].startswith(next(iter(UNSAYABLE[what])))
+    assert odd.decode()[:20] in html.unescape(charts.table(apart)._repr_html_())
+
+
+CLOCK = datetime(2026, 3, 1, 12, 0, 10, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("scheduled_for", "hours_ahead", "fits"),
+    [
+        (None, 23, True),
+        (None, 25, False),
+        ("2026-03-01T12:00:10+00:00", 23, True),
+        ("2026-03-01T12:00:10+00:00", 25, False),
+        ("2026-01-01T00:00:00+00:00", 23, True),  # a run of then takes what waits now
+        ("2026-01-01T00:00:00+00:00", 25, False),
+        ("2026-03-02T12:00:10+00:00", 47, True),  # a stream that is ahead of the clock
+        ("2026-03-02T12:00:10+00:00", 49, False),
+        ("2026-03-01", 25, False),
+    ],
+)
+def test_a_row_is_at_most_a_day_ahead(root, made, scheduled_for, hours_ahead, fits):
+    ahead = (
+        made[1]["orders"]
+        .head(2)
+        .with_columns(o_order_time=pl.Series([CLOCK, CLOCK + timedelta(hours=hours_ahead)]).dt.cast_time_unit("us"))
+    )
+    Root.at(root).write("landing/orders/orders-00000001.json", source.to_json_lines(ahead))
+    batch = ingest.next_batch(root, max_files=9, scheduled_for=scheduled_for, now=CLOCK)
+    with pytest.MonkeyPatch.context() as patched:  # a crash after it was written down; the next run is days later
+        stop_before(patched, "append")
+        with pytest.raises(KeyboardInterrupt):
+            ingest.commit(ingest.read(batch), run_id="one")
+    later = ingest.next_batch(root, max_files=9, scheduled_for=None, now=CLOCK + timedelta(days=3))
+    assert (later.at, later.date) == (batch.at, "2026-03-04")
+    ingest.commit(ingest.read(later), run_id="two")
+    snapshot = lake.snapshot(root)
+    assert rows(root, "orders").height == 1 + fits
+    assert snapshot.as_of == CLOCK + fits * timedelta(hours=hours_ahead)
+    assert snapshot.frame("quarantine").collect().height == 1 - fits
+
+
+def test_a_batch_that_an_earlier_release_wrote_down_is_of_today():
+    today = datetime(2026, 3, 4, 12, tzinfo=UTC)
+    assert ledger.time_of({"date": "2026-03-01"}, today) == "2026-03-04T12:00:00+00:00"
+    assert ledger.time_of({"date": "2026-03-04"}, today) == "2026-03-04T23:59:59+00:00"
+    assert ledger.time_of({"date": "2026-03-04", "at": AT}, today) == AT
+
+
+def test_files_are_archived_under_the_day_of_the_clock(landed, made, monkeypatch):
+    """`scheduled_for` is what a run says of itself: what it archives today must not be deleted as that day's."""
+    place = Root.at(landed)
+    place.write("landing/orders/orders-00000007.json", b"")
+    batch = ingest.next_batch(landed, max_files=8, scheduled_for="2025-01-01T00:00:00+00:00", now=CLOCK)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+
+        def end(name):
+            if name == "after the archive: customer":
+                raise KeyboardInterrupt
+
+        patched.setattr(landing, "crash_point", end)
+        ingest.commit(ingest.read(batch), run_id="one")
+    assert place.list("archive") == [ledger.read(place, 1)["date"]] == ["2026-03-01"]
+    batch = ingest.next_batch(landed, max_files=8, scheduled_for=AT, now=CLOCK + timedelta(days=1))
+    parsed = ingest.read(batch)
+    assert (len(parsed.batch.files), parsed.batch.refused) == (8, ())
+    ingest.commit(parsed, run_id="two")
+    names = [{path.name for path in Path(landed, "archive").glob(f"2026-03-0{day}/*/*")} for day in (1, 2)]
+    assert [len(day) for day in names] == [3, 5]
+    assert names[0] | names[1] == {file.name for file in batch.files}
+    ingest_all(landed)
+    assert place.list("refused") == [max(place.list("archive"))]  # today's
+    compared = rebuild.rebuild(landed)
+    assert compared["equal"].all()
+    assert_exactly(landed, made)
+
+
+def test_a_file_of_which_no_line_fits_is_refused_and_stops_nothing(landed, made):
+    place = Root.at(landed)
+    rows_of = [json.loads(line) for line in place.read("landing/orders/orders-00000001.json").splitlines()]
+    place.write("landing/orders/orders-00000007.json", json.dumps(rows_of, indent=1).encode())
+    place.write("landing/orders/orders-00000008.json", b"\n".join(b"{oops %d" % (n % 9 == 0) for n in range(99)))
+    place.write("landing/orders/orders-00000009.json", b"\n \n")
+    first = place.read("landing/orders/orders-00000002.json")
+    place.write("landing/orders/orders-00000002.json", b"\n" * 9000 + first + b"\n")
+    done = ingest.drain(landed, **LIMITS, for_s=60)
+    assert done.select("files", "files_refused", "refused", "committed").rows() == [(12, 3, 0, True)]
+    assert_exactly(landed, made)
+    assert why_refused(landed) == {
+        "orders-00000007.json": "is one JSON array: a JSON object a line is wanted",
+        "orders-00000008.json": "has no line that fits: not JSON: Expecting property name enclosed in double quotes at "
+        "character 2 (line 1 and 98 more)",
+        "orders-00000009.json": "has only blank lines",
+    }
 
 
 def test_files_that_are_no_tables_are_left_alone(landed):
@@ -176,7 +303,8 @@ def test_a_file_that_changes_while_it_is_ingested_does_not_reach_the_archive(lan
     Root.at(landed).write("landing/orders/orders-00000001.json", b"{}\n")
     ingest.commit(parsed, run_id="one")
     assert "changed while it was ingested" in why_refused(landed)["orders-00000001.json"]
-    assert "orders-00000001.json" not in Root.at(landed).list("archive/2026-03-01/orders")
+    (day,) = Root.at(landed).list("archive")
+    assert Root.at(landed).list(f"archive/{day}/orders") == ["orders-00000000.json", "orders-00000002.json"]
 
 
 def test_an_ingested_name_with_other_content_is_refused(filled):
@@ -236,11 +364,13 @@ def test_nothing_is_begun_when_the_time_is_over(landed):
 
 
 def test_a_batch_of_bad_lines_ends_the_draining(landed):
-    Root.at(landed).write("landing/orders/orders-00000001.json", b"{}\n" * 500)
+    place, name = Root.at(landed), "landing/orders/orders-00000001.json"
+    place.write(name, place.read(name) + b"{}\n" * 500)
+    lines = place.read(name).count(b"\n")
     done = ingest.drain(landed, **LIMITS | {"max_files": 8}, for_s=60)
     assert done.select("batch", "committed", "worst").rows() == [
         (1, True, "every line fits"),
-        (2, False, "orders-00000001.json has 500 of 500"),
+        (2, False, f"orders-00000001.json has 500 of {lines}"),
     ]
     assert lake.snapshot(landed).batch == 1
 

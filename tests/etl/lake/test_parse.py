@@ -1,7 +1,7 @@
 """Lines become rows or reasons: the two together are all lines, whichever way a piece is read."""
 
 import json
-from datetime import datetime
+from datetime import UTC, datetime
 
 import polars as pl
 import pytest
@@ -71,6 +71,45 @@ def test_what_polars_alone_would_take_is_not_taken_for_plain(odd):
     assert parse._plain(data + odd.replace('": ', '":').replace(', "', ',"').encode() + b"\n", ORDERS, 2) is None
 
 
+Z = GOOD["o_order_time"].replace("+00:00", "Z")
+
+
+@pytest.mark.parametrize(
+    ("lines", "rescued", "reasons"),
+    [
+        ([line(o_totalprice=12.34, o_order_time=Z, o_channel=7)], ['{"o_channel": 7}'], []),
+        ([line(o_totalprice=12.34, o_order_time=Z), line(o_channel=7)], [None, '{"o_channel": 7}'], []),
+        ([line(o_comment=12345), line(o_channel="web")], ['{"o_channel": "web"}'], ["o_comment: 12345 is not a text"]),
+        ([line(o_comment=True, o_channel="web")], [], ["o_comment: true is not a text"]),
+        (
+            [line(o_comment=True), line()[:-1] + ', "o_clerk": "a"}'],
+            [],
+            ["o_comment: true is not a text", "the key 'o_clerk' comes twice"],
+        ),
+        ([line(o_comment={"a": "b"}), line(o_comment=5)], [], ['o_comment: {"a": "b"} is not', "o_comment: 5 is not"]),
+    ],
+)
+def test_two_oddities_do_not_make_up_for_each_other(lines, rescued, reasons):
+    """A number has no quotes and Z no colon, an unknown field has both: what is counted may err to one side only."""
+    kept, refused = parse.parse("\n".join([line(), *lines]).encode(), ORDERS)
+    assert kept[RESCUED].to_list() == [None, *rescued]
+    assert [found[: len(why)] for found, why in zip(refused["reason"], reasons, strict=True)] == reasons
+
+
+def test_blank_lines_are_no_rows_but_count_in_the_numbers_of_the_others():
+    data = f"\n{line()}\n \t\r\n{{oops\n\n{line(o_orderkey=2)}\n\n   ".encode()
+    kept, refused = parse.parse(data, ORDERS)
+    assert kept["o_orderkey"].to_list() == [1, 2]
+    assert refused["line"].to_list() == [4]
+    clean = data.replace(b"{oops\n", b"")
+    plain = parse._plain(clean, ORDERS, parse.line_count(clean))
+    assert_frame_equal(plain, kept)
+    rows, bad, lines = parse.parse_all([data, clean, b"\n", line().encode()], ORDERS)
+    assert (rows.height, [one.height for one in bad], lines) == (5, [1, 0, 0, 0], [3, 2, 0, 1])
+    rows, bad, lines = parse.parse_all([clean, line().encode()], ORDERS)
+    assert (rows.height, [one.height for one in bad], lines) == (3, [0, 0], [2, 1])
+
+
 TIMES = [
     "2026-03-01T11:59:37.919+00:00",  # the stream's own form
     "2026-03-01T11:59:37+00:00",
@@ -80,6 +119,8 @@ TIMES = [
     "2026-03-01T11:59:37.919+01:30",
     "1969-12-31T23:59:59.999+00:00",
     "2024-02-29T00:00:00.000+00:00",
+    "0001-01-01T00:00:00.000+00:00",
+    "9999-12-31T23:59:59.999999Z",
 ]
 
 
@@ -92,9 +133,32 @@ def test_a_time_is_the_same_in_whichever_form():
     assert plain["o_order_time"].to_list() == kept["o_order_time"].to_list()[:2]
 
 
-@pytest.mark.parametrize("time", ["2026-02-29T11:59:37.919+00:00", "2026-03-01T24:00:00.000+00:00", "2026-03-01T11:59"])
+@pytest.mark.parametrize(
+    "time",
+    [
+        "2026-02-29T11:59:37.919+00:00",
+        "2026-03-01T24:00:00.000+00:00",
+        "2026-03-01T11:59",
+        "2026-03-01T11:59:60.000+00:00",
+        "9999-12-31T23:59:60.000+00:00",
+        "9999-12-31T23:30:00.000-01:00",
+        "0000-12-31T23:59:59.999+00:00",
+        "0001-01-01T00:00:00.000+00:01",
+    ],
+)
 def test_a_time_that_is_none_is_refused(time):
     assert parse.parse(line(o_order_time=time).encode(), ORDERS)[1]["reason"].str.contains("o_order_time").all()
+
+
+def test_no_row_may_have_come_to_be_later_than_it_is_said():
+    latest = datetime(2026, 3, 2, 12, tzinfo=UTC)
+    times = ["2026-03-02T12:00:00.000+00:00", "2026-03-02T13:00:00+01:00", "2026-03-02T12:00:00.000001+00:00"]
+    kept, refused = parse.parse("\n".join(line(o_order_time=time) for time in times).encode(), ORDERS.until(latest))
+    assert kept["o_order_time"].to_list() == [latest, latest]
+    assert refused["reason"].to_list() == [
+        "o_order_time: 2026-03-02 12:00:00.000001+00:00 is not at most 2026-03-02 12:00:00+00:00"
+    ]
+    assert TABLES["lineitem"].until(latest) == TABLES["lineitem"]  # it says no such time
 
 
 def test_a_clean_piece_reads_the_same_line_by_line(made):

@@ -13,7 +13,7 @@ from support import AT, ingest_all
 from etl.lake import compaction, doctor, ingest, quarantine, rebuild
 from etl.lake import snapshot as lake
 from etl.storage import Root
-from pipeline import source
+from pipeline import queries, source
 from pipeline.tables import TABLES
 
 
@@ -75,7 +75,7 @@ def test_without_pointer_and_manifests_it_is_made_from_what_is_there(lived):
 
 def test_an_archive_that_is_not_whole_is_refused_and_nothing_touched(lived):
     before = lake.snapshot(lived)
-    Path(lived, "archive/2026-03-01/orders/orders-00000001.json").unlink()
+    next(Path(lived, "archive").glob("*/orders/orders-00000001.json")).unlink()
     with pytest.raises(rebuild.NotWhole, match="lacks 1 files .* orders-00000001.json"):
         rebuild.rebuild(lived)
     assert lake.snapshot(lived) == before
@@ -86,7 +86,7 @@ def test_what_was_refused_is_listed_and_tried_again(lived, monkeypatch):
     place.write("landing/orders/orders-00000009.json", b"")
     ingest.commit(ingest.read(ingest.next_batch(lived, max_files=9, scheduled_for=AT)), run_id="x")
     assert quarantine.overview(lived) == [
-        {"file": "orders-00000009.json", "when": "2026-03-01", "lines": None, "why": "is empty"},
+        {"file": "orders-00000009.json", "when": place.list("refused")[0], "lines": None, "why": "is empty"},
         {
             "file": "orders-00000001.json",
             "when": 2,
@@ -122,6 +122,21 @@ def test_lines_that_fit_by_now_are_ingested_once(root, stream, made):
         rules["o_orderstatus"] = rules["o_orderstatus"][:-1]
 
 
+def test_a_line_that_was_not_kept_as_it_came_is_not_tried_again(root, stream, made):
+    """Quarantine keeps text: bytes that are none are not in it, nor is the end of a long line."""
+    source.land(root, stream, {1: made[1]})
+    place, name = Root.at(root), "landing/orders/orders-00000001.json"
+    lines = place.read(name).splitlines()
+    lines[0] = lines[0].replace(b"Clerk", b"Clerk\xff")
+    lines[1] = lines[1].replace(b"Clerk", "Clérk".encode()) + b" " * 4000 + b"x"
+    place.write(name, b"\n".join(lines))
+    ingest_all(root)
+    assert quarantine.refused_lines(root)["line"].to_list() == [1, 2]
+    with pytest.raises(LookupError, match="nothing of orders-00000001.json fits"):
+        quarantine.retry(root, "orders-00000001.json")
+    assert place.list("landing/orders") == []
+
+
 def _edit(path: Path, change) -> None:
     path.write_bytes(change(path.read_bytes()))
 
@@ -154,6 +169,19 @@ PLANTED = {
         "the answers",
         lambda root: (root / "results/q01/current.json").write_text('{"file": "results/q01/gone"}'),
     ),
+    "an answer cut off": (
+        "the answers",
+        lambda root: _edit(root / "results/q01/query-1.parquet", lambda data: data[:-9]),
+    ),
+    "a list where an answer's pointer was": (
+        "the answers",
+        lambda root: (root / "results/q01/current.json").write_text("[]"),
+    ),
+    "a history cut off": ("the answers", lambda root: _edit(root / "results/q01/history.json", lambda data: data[:-9])),
+    "a list where the pointer was": (
+        "the published snapshot",
+        lambda root: (root / "lake/published.json").write_text("[]"),
+    ),
     "another model than was published": ("the model", lambda root: (root / "models/m/model.json").write_text("{}")),
     "a batch that was left unfinished": (
         "landing",
@@ -166,8 +194,8 @@ PLANTED = {
 def test_doctor_names_what_is_planted_and_what_to_do(lived, what):
     root, (named, plant) = Path(lived), PLANTED[what]
     place = Root.at(lived)
-    place.write("results/q01/current.json", json.dumps({"file": "results/q01/x.parquet"}).encode())
-    place.write("results/q01/x.parquet", b"PAR1")
+    question, snapshot = next(q for q in queries.questions() if q.name == "q01"), lake.snapshot(lived)
+    queries.save(lived, queries.ask(question, snapshot), question, snapshot, "query-1")
     write_deltalake(place.url_of("lake/runs"), pl.DataFrame({"run_id": ["query-1"]}))
     if named == "the model":
         pointer = {"model_id": "m", "sha256": "0" * 64, "run_id": "train-1", "metrics": {}}

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -121,6 +122,17 @@ def test_the_page_of_an_old_report_goes_and_the_report_stays(request, where, day
         for row in run_index.list(root):
             assert not row["kept"] or root.list(row["report"]) == sorted(names)
     assert retention.sweep(root, Rules(page_days=0), now=NOW + HOUR)["pages"] == 0
+
+
+def test_a_page_is_as_old_as_its_run_and_not_as_what_it_was_scheduled_for(root, day):
+    place, record = Root.at(root), next(record for record in day if record.stage == "query" and record.ok)
+    record = replace(record, report=f"reports/query/1999-01-01/{record.run_id}")
+    synthetic.write_index(place, [record], recent=0)
+    for name in synthetic.FILES:
+        place.write(f"{record.report}/{name}", b"{}")
+    assert retention.sweep(place, now=NOW)["pages"] == 0
+    assert place.list(record.report) == sorted(synthetic.FILES)
+    assert retention.sweep(place, now=NOW + 8 * 24 * HOUR)["pages"] == 1
 
 
 @pytest.mark.parametrize("where", ["root", "s3_root"])

@@ -1,0 +1,187 @@
+"""Tables that are declared otherwise than they are: nothing is written, readers go on, and both are named."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import polars as pl
+import pytest
+from deltalake import Field, Schema
+from support import AT, ingest_all, orchestrate
+
+from etl.lake import compaction, doctor, documents, ingest, quarantine, rebuild
+from etl.lake import snapshot as lake
+from etl.storage import Root
+from pipeline import queries, source
+from pipeline.tables import DAY, KEY, RESCUED, TABLES, TEXT
+
+
+@pytest.fixture
+def declare(monkeypatch):
+    """Declare a column of orders: as what, or not at all with None."""
+
+    def change(column: str, dtype) -> None:
+        kept = {name: dtype for name, dtype in TABLES["orders"].columns.items() if name != column}
+        columns = kept if dtype is None else kept | {column: dtype}
+        monkeypatch.setitem(TABLES, "orders", replace(TABLES["orders"], columns=columns))
+        monkeypatch.setitem(lake.COLUMNS, "orders", columns | {RESCUED: TEXT})
+
+    return change
+
+
+def files(root: str) -> dict[str, bytes]:
+    """All there is under the root but for the writer's lease."""
+    return {
+        str(path): path.read_bytes() for path in Path(root).rglob("*") if path.is_file() and path.suffix != ".lease"
+    }
+
+
+def test_what_is_declared_is_said_as_delta_says_it():
+    for table in lake.COLUMNS:
+        delta = json.loads(Schema.from_arrow(lake.arrow_schema(table)).to_json())["fields"]
+        assert lake.declared_columns(table) == {field["name"]: field["type"] for field in delta}
+
+
+@pytest.mark.parametrize(
+    ("column", "dtype", "words"),
+    [
+        ("o_channel", TEXT, "orders: o_channel is declared as string and missing in the table"),
+        ("o_clerk", None, "orders: o_clerk is not declared and string in the table"),
+        ("o_orderdate", TEXT, "orders: o_orderdate is declared as string and date in the table"),
+        ("o_shippriority", KEY, "orders: o_shippriority is declared as long and integer in the table"),
+    ],
+)
+def test_a_table_that_is_declared_otherwise_is_not_written(filled, stream, declare, column, dtype, words):
+    source.land(filled, stream, source.make_ticks(stream, range(3, 4)))
+    heights = {table: lake.snapshot(filled).frame(table).collect().height for table in lake.COLUMNS}
+    question = next(one for one in queries.questions() if one.name == "q03")
+    answer, before = queries.ask(question, lake.snapshot(filled)), files(filled)
+    declare(column, dtype)
+    with pytest.raises(lake.SchemasDiffer) as error:
+        ingest.next_batch(filled, max_files=9, scheduled_for=AT)
+    assert words in str(error.value)
+    assert "take the change of pipeline/tables.py back" in str(error.value)
+    assert {table: lake.snapshot(filled).frame(table).collect().height for table in lake.COLUMNS} == heights
+    assert queries.ask(question, lake.snapshot(filled)).equals(answer)
+    (wrong,) = (one for one in doctor.examine(filled) if one.problem)
+    assert words in wrong.problem
+    assert "rebuild" not in wrong.remedy
+    assert files(filled) == before
+
+
+def test_columns_in_another_order_are_the_same(filled, stream, declare):
+    declare("o_custkey", KEY)
+    source.land(filled, stream, source.make_ticks(stream, range(3, 4)))
+    rows = lake.snapshot(filled).rows().filter(table="orders")["rows"][0]
+    ingest_all(filled)
+    assert lake.snapshot(filled).rows().filter(table="orders")["rows"][0] > rows
+    assert not [one for one in doctor.examine(filled) if one.problem]
+
+
+def test_no_table_is_opened_to_know_its_columns(filled, stream, monkeypatch):
+    """Where the pointer knows them: not of what was compacted since, and nothing where an earlier release wrote it."""
+    place, opened = Root.at(filled), []
+    real = lake.open_table
+    assert lake.read_published(place)["schemas"] == lake.declared()
+    source.land(filled, stream, source.make_ticks(stream, range(3, 4)))
+    ingest_all(filled)
+    compaction.compact(filled, target_mb=64, min_small_files=2, vacuum_hours=24, run_id="compact-1")
+    monkeypatch.setattr(
+        lake, "open_table", lambda place, table, *rest: opened.append(table) or real(place, table, *rest)
+    )
+    assert ingest.next_batch(filled, max_files=9, scheduled_for=AT) is None
+    assert sorted(opened) == ["lineitem", "orders"]
+    opened.clear()
+    pointer = lake.read_published(place)
+    documents.keep(place, lake.PUBLISHED, {name: value for name, value in pointer.items() if name != "schemas"})
+    assert ingest.next_batch(filled, max_files=9, scheduled_for=AT) is None
+    assert sorted(opened) == sorted(lake.COLUMNS)
+    source.land(filled, stream, source.make_ticks(stream, range(4, 5)))
+    ingest_all(filled)
+    assert lake.read_published(place)["schemas"] == lake.declared()
+    opened.clear()
+    assert ingest.next_batch(filled, max_files=9, scheduled_for=AT) is None
+    assert opened == []
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_a_column_that_somebody_else_added_is_met(filled, stream, compacted):
+    lake.open_table(Root.at(filled), "orders").alter.add_columns([Field("o_extra", "string")])
+    before = lake.snapshot(filled).frame("orders").collect().height
+    if compacted:
+        compaction.compact(filled, target_mb=64, min_small_files=2, vacuum_hours=24, run_id="compact-1")
+    source.land(filled, stream, source.make_ticks(stream, range(3, 4)))
+    with pytest.raises(lake.SchemasDiffer, match="orders: o_extra is not declared and string in the table"):
+        ingest_all(filled)
+    assert lake.snapshot(filled).frame("orders").collect().height == before
+    assert len(Root.at(filled).list("landing/orders")) == 1
+
+
+def test_tables_that_were_made_and_never_published_are_compared_too(landed, declare):
+    lake.create_tables(Root.at(landed), "preprocess-1")
+    declare("o_orderdate", TEXT)
+    with pytest.raises(lake.SchemasDiffer, match="o_orderdate is declared as string and date in the table"):
+        ingest.next_batch(landed, max_files=9, scheduled_for=AT)
+    declare("o_orderdate", DAY)
+    ingest_all(landed)
+
+
+def test_rebuild_asks_before_rows_would_go(filled, declare):
+    kept = {table: lake.snapshot(filled).frame(table).collect().height for table in lake.COLUMNS}
+    before = files(filled)
+    declare("o_channel", TEXT)
+    with pytest.raises(rebuild.RowsWouldGo) as error:
+        rebuild.rebuild(filled)
+    assert str(error.value) == (
+        f"{kept['orders']:,} of {kept['orders']:,} rows of orders would go: 3 files to refused/, as has no line that "
+        f"fits: o_channel: missing (line 1 and 374 more). Nothing was changed"
+    )
+    assert files(filled) == before
+    compared = rebuild.rebuild(filled, accept_quarantine=True)
+    assert dict(compared.select("table", "rows").rows()) == kept | {"orders": 0}
+    assert [one["file"] for one in quarantine.refused_files(filled)] == [f"orders-{tick:08d}.json" for tick in range(3)]
+    assert (
+        rebuild.rebuild(filled).select("rows").equals(compared.select("rows"))
+    )  # nothing is in the lake that would go
+
+
+def test_rebuild_asks_for_single_rows_too(root, stream, made, monkeypatch):
+    """Of a lake that an earlier release made, with an order of the year 9998: as of then, until it is made again."""
+    far = (
+        made[1]["orders"]
+        .head(2)
+        .with_columns(
+            o_order_time=pl.Series(["2026-03-01T12:00:00Z", "9998-01-01T00:00:00Z"]).str.to_datetime(time_unit="us")
+        )
+    )
+    Root.at(root).write("landing/orders/orders-00000001.json", source.to_json_lines(far))
+    with monkeypatch.context() as patched:
+        patched.setattr(ingest, "AHEAD", ingest.timedelta(days=365 * 7980))
+        ingest_all(root)
+    assert lake.snapshot(root).as_of.year == 9998
+    with pytest.raises(
+        rebuild.RowsWouldGo, match="1 of 2 rows of orders would go: 1 lines to quarantine, as o_order_time"
+    ):
+        rebuild.rebuild(root)
+    rebuild.rebuild(root, accept_quarantine=True)
+    assert (lake.snapshot(root).as_of.year, lake.snapshot(root).frame("orders").collect().height) == (2026, 1)
+
+
+def test_on_the_command_line(project, filled, stream):
+    """A column more in tables.py: preprocess fails with the sentence, rebuild asks."""
+    source.land(filled, stream, source.make_ticks(stream, range(3, 4)))
+    tables, yml = project / "pipeline/tables.py", project / "params/preprocess.yml"
+    yml.write_text(yml.read_text().replace("retries: 2", "retries: 0"))
+    tables.write_text(tables.read_text().replace('"o_order_time": TIME,', '"o_order_time": TIME, "o_channel": TEXT,'))
+    before = lake.snapshot(filled)
+    done = orchestrate(project, "run", "preprocess", "--root", filled, "--json")
+    (record,) = json.loads(done.stdout)
+    assert (done.returncode, record["state"]) == (1, "failed")
+    assert "o_channel is declared as string and missing in the table" in record["reason"]
+    refused = orchestrate(project, "rebuild", "--root", filled)
+    assert refused.returncode == 1
+    assert "rows of orders would go" in refused.stderr
+    assert "rebuild --accept-quarantine" in refused.stderr
+    assert lake.snapshot(filled) == before
+    assert orchestrate(project, "rebuild", "--root", filled, "--accept-quarantine").returncode == 0
+    assert lake.snapshot(filled).rows().filter(table="orders")["rows"][0] == 0
