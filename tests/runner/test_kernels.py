@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -34,7 +35,7 @@ def server(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ETL_KERNELS", str(folder / "s"))
         keeper.start()
-        toy.until((folder / "s/socket").exists, 60, "the fork server answers")
+        toy.until((folder / "s/socket").exists, 240, "the fork server answers")
         yield keeper
         keeper.signal(signal.SIGTERM)
         keeper.process.wait()
@@ -109,8 +110,13 @@ def test_a_run_cannot_tell_a_forked_kernel_from_a_cold_one(server, cold, tmp_pat
     ],
 )
 def test_its_death_is_told_as_it_was(server, tmp_path, code, state, reason):
-    record = forked_run(tmp_path, code)
+    record = forked_run(tmp_path, "# Die", "import os\nos.write(2, b'its last words\\n')\n" + code)
     assert record.state == state and record.reason.startswith(reason)
+    nb = saved(record)[0]
+    card, shown = nb.cells[0].source, json.dumps([record.error, [cell.get("outputs") for cell in nb.cells]])
+    # neither what ipykernel says at every start nor what a forked kernel runs in
+    assert not re.search("ipython|--existing|Ctrl|forkserver", card + shown, re.I)
+    assert ("its last words" in card) == ("string_at" not in code)
 
 
 def test_deadline_memory_and_samples_hold_for_it(server, tmp_path):
