@@ -11,6 +11,7 @@ import time
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell
+from support import busy_s
 from test_engine import RUN_ID, alive, as_run, cell_states, run, saved
 
 from runner import blackbox, card, journal, runs
@@ -35,7 +36,7 @@ STUCK = {  # the code, and the blocked lines; the other ways to hang are in test
 @pytest.mark.parametrize("name", STUCK)
 def test_the_stack_of_every_thread_is_in_the_report(tmp_path, name):
     code, lines = STUCK[name]
-    record = run(tmp_path, "# Wait", "rows: int = 1", code, deadline_s=3)
+    record = run(tmp_path, "# Wait", "rows: int = 1", code, deadline_s=busy_s(3))
     nb, run_json = saved(record)
     [shown] = [out.data["text/plain"] for out in as_run(nb)[-1].outputs if "data" in out]
     assert shown.startswith(card.STACKS) and all(line in shown for line in lines)
@@ -67,7 +68,7 @@ def test_what_a_run_still_held_after_it_was_ended_is_not_its_memory_at_the_end(t
         "import time\ndef hold():\n    kept = bytearray(b'x' * 500_000_000)\n    try:\n        time.sleep(100)\n"
         "    finally:\n        del kept\n        time.sleep(1.9)\nhold()"
     )
-    record = run(tmp_path, "# Hold", "rows: int = 1", hold, deadline_s=12)
+    record = run(tmp_path, "# Hold", "rows: int = 1", hold, deadline_s=busy_s(6))
     nb, _ = saved(record)
     last = nb.cells[-2].source
     assert record.state == "timed_out" and int(re.search(r"\| 0 s \| ([\d,]+) MB", last)[1].replace(",", "")) > 500

@@ -19,6 +19,7 @@ import pytest
 from faults import toy
 from jupyter_client import AsyncKernelManager
 from jupyter_client.provisioning import KernelProvisionerFactory
+from support import busy_s
 from test_engine import run, saved
 
 from runner import journal, kernels, warm
@@ -120,9 +121,11 @@ def test_its_death_is_told_as_it_was(server, tmp_path, code, state, reason):
 
 
 def test_deadline_memory_and_samples_hold_for_it(server, tmp_path):
-    record = forked_run(tmp_path, "child = psutil.Popen(['sleep', '1000'])\nimport time\ntime.sleep(99)", deadline_s=4)
+    record = forked_run(
+        tmp_path, "child = psutil.Popen(['sleep', '1000'])\nimport time\ntime.sleep(999)", deadline_s=busy_s(4)
+    )
     nb, run_json = saved(record)
-    assert record.state == "timed_out" and run_json["error"]["frame"]["code"] == "time.sleep(99)"
+    assert record.state == "timed_out" and run_json["error"]["frame"]["code"] == "time.sleep(999)"
     assert "Its last minute" in nb.cells[-2].source
     assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "1000"]]
     grow = "import time\nkept = []\nfor _ in range(60):\n    kept.append(bytearray(b'x' * 10**7))\n    time.sleep(0.02)"

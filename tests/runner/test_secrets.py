@@ -11,7 +11,7 @@ from urllib.parse import quote, quote_plus
 import nbformat
 import pytest
 from faults import toy, untrusted
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
@@ -20,6 +20,7 @@ from runner.engine import execute
 from runner.secrets import Redactor
 from storage import Root
 
+BUSY_MACHINE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 VALUE = "s3cr+et/<&'\"é \\ % =value"
 
 
@@ -95,6 +96,7 @@ def test_every_way_of_writing_it_is_found(way):
     assert not untrusted.holds(redacted, "value") and not untrusted.holds(redacted, "s3cr")
 
 
+@BUSY_MACHINE
 @given(st.binary(max_size=20), st.text(st.characters(codec="utf-8"), min_size=7, max_size=40), st.binary(max_size=20))
 def test_inside_longer_base64_it_is_found_wherever_it_begins(before, value, after):
     for encode in (base64.b64encode, base64.urlsafe_b64encode):
@@ -113,6 +115,7 @@ def in_pieces(redactor, pieces):
     yield redactor.text(held)
 
 
+@BUSY_MACHINE
 @given(st.text(st.characters(codec="utf-8"), min_size=4), st.lists(st.text(st.characters(codec="utf-8"))), st.data())
 def test_in_pieces_as_in_one(value, others, data):
     redactor = Redactor({"A": value})
