@@ -29,6 +29,7 @@ from rich import box
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from etl import params
@@ -43,6 +44,7 @@ out, err = Console(), Console(stderr=True)
 if not out.is_terminal:
     out.width = 200  # a log file has no width to keep to
 State = Literal["ok", "noop", "check_failed", "failed", "timed_out", "killed", "cancelled"]
+INDENT = 10  # of what is said of a bad run, below its time
 STYLES = {"ok": "green", "noop": "dim", "check_failed": "red", "cancelled": "yellow"}  # the other states: bold red
 
 Env = Annotated[str, typer.Option("--env", help="params/env/<name>.yml")]
@@ -151,6 +153,9 @@ def run(
         print(json.dumps([asdict(record) for record in records], default=str))
     elif len(records) > 1:
         out.print(_records_table(records))
+        for record in records:
+            if not record.ok:
+                _print_record(record)
     else:
         _print_record(records[0])
     if not all(record.ok for record in records):
@@ -699,12 +704,38 @@ def _print_status(text: str) -> None:
 
 
 def _print_record(record, report: str | None = None) -> None:
+    """One line: stage, state, seconds, rows, report. Of a bad run the reason, the place and the report below it."""
     rows = record.metrics.get("rows")
-    what = f"{rows:,} rows" if isinstance(rows, int) else record.reason
-    report = report or Root.at(record.root).url_of(f"{record.report}/report.html")
-    state = f"[{STYLES.get(record.state, 'bold red')}]{record.state:12}[/]"
-    line = f"{record.stage:11} {state} {record.seconds:5.1f} s  {escape(f'{what:24}')}"
-    out.print(f"[dim]{datetime.now():%H:%M:%S}[/]  {line}  [dim]{report}[/]", highlight=False, soft_wrap=True)
+    report = report or _report_of(record)
+    line = (
+        f"[dim]{datetime.now():%H:%M:%S}[/]  {record.stage:11} {_styled(f'{record.state:12}')} {record.seconds:5.1f} s"
+    )
+    if record.ok:
+        what = f"{rows:,} rows" if isinstance(rows, int) else record.reason
+        out.print(f"{line}  {escape(f'{what:24}')}  [dim]{report}[/]", highlight=False, soft_wrap=True)
+        return
+    out.print(line, highlight=False)
+    for text in (record.reason, *_place_of(record)):
+        out.print(Padding(escape(text), (0, 0, 0, INDENT)), highlight=False)
+    out.print(f"{' ' * INDENT}[dim]{report}[/]", highlight=False, soft_wrap=True)  # whole, to be copied
+
+
+def _place_of(record) -> list[str]:
+    """Where a run went wrong: its cell with the heading, the line, the code in it."""
+    error = record.error or {}
+    if not error.get("cell"):
+        return []
+    frame = error.get("frame") or {}
+    where = frame.get("where", "")
+    if not where.startswith(f"cell {error['cell']},"):
+        where = ", ".join(filter(None, [f"cell {error['cell']}", where]))
+    return [f"in {error['heading']!r}, {where}", *([f"    {frame['code']}"] if frame.get("code") else [])]
+
+
+def _report_of(record) -> str:
+    """Its report's page: a URL, or the path, relative to the working folder where that is shorter."""
+    report = Root.at(record.root).url_of(f"{record.report}/report.html")
+    return report if "://" in report else min(report, os.path.relpath(report), key=len)
 
 
 def _records_table(records: list) -> Table:
@@ -713,17 +744,9 @@ def _records_table(records: list) -> Table:
     table.add_column("rows", justify="right")
     table.add_column("report", overflow="fold")
     for record in records:
-        rows = record.metrics.get("rows")
-        report = Root.at(record.root).url_of(f"{record.report}/report.html")
-        with contextlib.suppress(ValueError):
-            report = os.path.relpath(report) if "://" not in report else report
-        table.add_row(
-            record.stage,
-            _styled(record.state),
-            f"{record.seconds:.1f}",
-            f"{rows:,}" if isinstance(rows, int) else escape(record.reason),
-            report,
-        )
+        rows = record.metrics.get("rows") if record.ok else None
+        what = f"{rows:,}" if isinstance(rows, int) else escape(record.reason) if record.ok else ""
+        table.add_row(record.stage, _styled(record.state), f"{record.seconds:.1f}", what, _report_of(record))
     return table
 
 

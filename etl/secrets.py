@@ -2,20 +2,32 @@
 
 A secret has a name. Its value is the environment variable of that name, or else the file of that name in the folder
 ETL_SECRETS_DIR (as Docker and Kubernetes mount them). YAML, the injected cell and the record hold the name only.
+
+What is replaced is what the user's code said: outputs, errors, metrics, checks, the notebook's text, the values of
+parameters. What the runner says itself (ids, paths, states, versions, the keys that all of this stands under) is left
+as it is: a secret's value may be a word that occurs there, too.
 """
 
 import base64
 import contextlib
+import copy
 import html
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus
 
+SUPPLIED = "supplied"  # the origin of a parameter that the runner gives
+# kinds of output: their names are the protocol's, not the user's
+MIME = re.compile(
+    r"text/(plain|html|markdown|latex|csv)|image/(png|jpeg|gif|webp|svg\+xml)|application/(json|javascript|pdf)"
+    r"|application/vnd\.(etl-notebooks\.(record|check)|jupyter\.widget-view)\+json"
+    r"|application/vnd\.(plotly|vegalite|(bokehjs|holoviews)_(exec|load))\.v[\d.]+\+json"
+)
 NAME = re.compile(r"[A-Z][A-Z0-9_]{0,99}")  # upper case: most values put there by mistake are not
 SHORTEST = 4  # characters: a shorter value is found in any text by chance
 SHORTEST_CORE = 8  # characters of base64: fewer are found in the pictures of a large report by chance
@@ -62,7 +74,17 @@ def for_request(request: Any) -> "Redactor":
             values[name] = read(name)
         except (LookupError, ValueError, OSError):
             continue  # `missing` says so
-    return Redactor(values)
+    supplied = {name for name, origin in request.origins.items() if origin == SUPPLIED}
+    return Redactor(values, supplied, lambda place: _is_under(request.root, place))
+
+
+def _is_under(root: str, place: str) -> bool:
+    from etl.storage import Root
+
+    try:
+        return ".." not in place.split("/") and Root.at(root).exists(place)
+    except Exception:  # the root is down: nobody knows
+        return False
 
 
 class Redactor:
@@ -70,9 +92,17 @@ class Redactor:
 
     Found as they are, and as base64, percent-encoding, hexadecimal, and in the escapes of JSON, Python and HTML.
     Each long line of a value of several lines is a secret, too. False when there is nothing to replace.
+
+    `supplied` are the parameters that are the runner's own; `is_there` says whether the root has a place.
     """
 
-    def __init__(self, values: Mapping[str, str]):
+    def __init__(
+        self,
+        values: Mapping[str, str],
+        supplied: Iterable[str] = (),
+        is_there: Callable[[str], bool] = lambda place: False,
+    ):
+        self._supplied, self._is_there = frozenset(supplied), is_there
         forms = {}
         for name, value in values.items():
             if len(value) < SHORTEST:
@@ -82,18 +112,20 @@ class Redactor:
                 if len(form) >= SHORTEST:
                     forms.setdefault(form, f"‹secret {name}›")
         self._forms = dict(sorted(forms.items(), key=lambda item: -len(item[0])))  # the longest counts
+        self._replaced = [re.escape(word) for word in dict.fromkeys(forms.values())]
 
     def __bool__(self) -> bool:
         return bool(self._forms)
 
     def text(self, text: str) -> str:
         found = self._pattern(text)
-        return found.sub(lambda match: self._forms[match[0]], text) if found else text
+        return found.sub(lambda match: self._forms.get(match[0], match[0]), text) if found else text
 
     def _pattern(self, text: str) -> re.Pattern | None:
         """Of the forms that are in `text`: to look for each first is far quicker than a pattern of them all."""
         present = [form for form in self._forms if form in text]
-        return re.compile("|".join(map(re.escape, present))) if present else None
+        # what is replaced already comes first, and stays
+        return re.compile("|".join([*self._replaced, *map(re.escape, present)])) if present else None
 
     def tree(self, value: Any) -> Any:
         """`value` with every text in it, keys too, redacted: dicts, lists and tuples of any depth, bytes."""
@@ -110,6 +142,106 @@ class Redactor:
         if isinstance(value, int | float) and str(value) in self._forms:
             return self._forms[str(value)]
         return value
+
+    def parameters(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """A run's parameters: the values but those that the runner supplied."""
+        return {name: value if name in self._supplied else self.tree(value) for name, value in values.items()}
+
+    def request(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a RunRequest."""
+        return {**asked, "parameters": self.parameters(asked["parameters"]), "refused": self.text(asked["refused"])}
+
+    def message(self, kind: str, content: dict) -> dict:
+        """The content of a message of the kernel: what it shows, not the protocol's own words."""
+        if not self._forms or kind in ("status", "clear_output"):
+            return content
+        if kind in ("display_data", "execute_result", "update_display_data"):
+            return content | {name: self._bundle(content[name]) for name in ("data", "metadata") if name in content}
+        if kind.startswith("comm") and isinstance(content.get("data"), Mapping):
+            data = {name: self.tree(value) for name, value in content["data"].items()}
+            return content | {"data": data, "target_name": self.tree(content.get("target_name"))}
+        return {name: value if name == "execution_count" else self.tree(value) for name, value in content.items()}
+
+    def notebook(self, nb: Any) -> Any:
+        """A copy of a notebook: its texts, and what they showed. Its structure, tags and states are the runner's."""
+        if not self._forms:
+            return nb
+        copied = copy.copy(nb)
+        copied.cells = [self._cell(cell) for cell in nb.cells]
+        return copied
+
+    def _cell(self, cell: Any) -> Any:
+        cell = copy.copy(cell)
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            lines = cell.source.splitlines(keepends=True)  # one parameter each
+            own = tuple(f"{name} = " for name in self._supplied)
+            cell.source = "".join(line if own and line.startswith(own) else self.text(line) for line in lines)
+        else:
+            cell.source = self.text(cell.source)
+        if "attachments" in cell:
+            cell.attachments = self.tree(cell.attachments)
+        if "outputs" in cell:
+            cell.outputs = [self._output(out) for out in cell.outputs]
+        return cell
+
+    def _output(self, out: Any) -> Any:
+        out = copy.copy(out)
+        for name in ("data", "metadata"):
+            if name in out:
+                out[name] = self._bundle(out[name])
+        for name in ("text", "ename", "evalue", "traceback"):
+            if name in out:
+                out[name] = self.tree(out[name])
+        return out
+
+    def _bundle(self, data: Any) -> Any:
+        """What is shown, by its kind."""
+        if not isinstance(data, Mapping):
+            return self.tree(data)
+        told = {}
+        for mime, value in data.items():
+            if MIME.fullmatch(mime):
+                told[mime] = self._recorded(value)
+            else:
+                told[self.text(mime)] = self.tree(value)
+        return type(data)(told)
+
+    def _recorded(self, value: Any) -> Any:
+        """As `tree`, where a notebook may have recorded or checked something (etl.notebook)."""
+        if not isinstance(value, Mapping):
+            return self.tree(value)
+        told = {}
+        for name, part in value.items():
+            if name in ("versions_read", "versions_written"):
+                told[name] = self._named(part, "lake/{}/_delta_log")
+            elif name == "metrics" and isinstance(part, Mapping):
+                given = {"given": self._named(part["given"], "{}")} if "given" in part else {}
+                told[name] = self.tree({key: part[key] for key in part if key != "given"}) | given
+            elif name == "checks" and isinstance(part, list):
+                told[name] = [self._checked(one) for one in part]
+            else:
+                told[self.text(name)] = self.tree(part)
+        return type(value)(told)
+
+    def _checked(self, one: Any) -> Any:
+        if not isinstance(one, Mapping):
+            return self.tree(one)
+        names = ("name", "ok", "detail")
+        return {
+            name if name in names else self.text(name): value if isinstance(value, bool) else self.tree(value)
+            for name, value in one.items()
+        }
+
+    def _named(self, values: Any, place: str) -> Any:
+        """Values by the names of tables or files. What is under the root goes by its name; a version is a number."""
+        if not isinstance(values, Mapping):
+            return self.tree(values)
+        told = {}
+        for name, value in values.items():
+            hidden = self.text(name)
+            own = hidden == name or self._is_there(place.format(name))
+            told[name if own else hidden] = value if isinstance(value, int) else self.tree(value)
+        return told
 
     def split(self, text: str) -> tuple[str, str]:
         """(the text that can be written, redacted; its end that may be the beginning of a secret)"""

@@ -43,6 +43,7 @@ class Entry:
     bytes: int
     mark: str
     problem: str | None = None  # why it is no file to read: "is a symbolic link"
+    modified: datetime | None = None  # UTC, by the store's own clock
 
 
 _reached: Counter[str] = Counter()  # crash points, by how often this process came to them
@@ -178,8 +179,7 @@ class Root:
         except FileNotFoundError:
             return []
         files = (one for one in found if one["type"] == "file")  # a folder is only the beginning of a name here
-        entries = (Entry(one["name"].rsplit("/", 1)[-1], int(one["size"]), str(one.get("ETag", ""))) for one in files)
-        return sorted(entries, key=lambda entry: entry.name)
+        return sorted((_object(one["name"], one) for one in files), key=lambda entry: entry.name)
 
     def entry(self, rel: str) -> Entry | None:
         """What is at a place; None when nothing is."""
@@ -187,7 +187,7 @@ class Root:
             there = self._fs.info(self._path(rel))
         except FileNotFoundError:
             return None
-        return Entry(rel.rsplit("/", 1)[-1], int(there["size"] or 0), str(there.get("ETag", "")))
+        return _object(rel, there)
 
     def sync(self, rels: Iterable[str]) -> None:
         """Make sure that these files and folders would survive the loss of power. An object store's always do."""
@@ -286,6 +286,11 @@ class Root:
             return self._put_if(rel, data, {"IfMatch": etag} if etag else {})
         except FileNotFoundError:
             return None
+
+
+def _object(name: str, info: dict) -> Entry:
+    mark, modified = str(info.get("ETag", "")), info.get("LastModified")
+    return Entry(name.rsplit("/", 1)[-1], int(info["size"] or 0), mark, modified=modified)
 
 
 def _lease(holder: str, token: str, until: float) -> bytes:
@@ -505,7 +510,8 @@ def _entry(path: str) -> Entry | None:
     except FileNotFoundError:
         return None
     mark = f"{there.st_ino}-{there.st_mtime_ns}-{there.st_size}"
-    return Entry(os.path.basename(path), there.st_size, mark, _no_file(there.st_mode))
+    modified = datetime.fromtimestamp(there.st_mtime, UTC)
+    return Entry(os.path.basename(path), there.st_size, mark, _no_file(there.st_mode), modified)
 
 
 def _no_file(mode: int) -> str | None:

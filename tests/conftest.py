@@ -1,17 +1,12 @@
 """What the tests share: small real data from tpchgen, a copy of the project to change, an S3 server on loopback."""
 
-import contextlib
 import os
 import shutil
-import subprocess
-import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 from s3_faults import FaultyS3, faulty_s3
-from support import free_port, ingest_all, s3_variables
+from support import ingest_all, s3, s3_variables
 
 from etl.storage import PROJECT
 from pipeline import source
@@ -95,19 +90,8 @@ def project(tmp_path) -> Path:
 @pytest.fixture(scope="session")
 def s3_server() -> str:
     """moto's S3 on loopback; its URL."""
-    port = free_port()
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(200):
-            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=1):
-                break
-            time.sleep(0.1)
+    with s3() as url:
         yield url
-    finally:
-        server.terminate()
-        server.wait()
 
 
 @pytest.fixture

@@ -1,9 +1,13 @@
 """What several tests call: the command line in a copy of the project, one run of preprocess without its notebook."""
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -42,6 +46,29 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def s3() -> Iterator[str]:
+    """moto's S3 on loopback; its URL."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(200):
+            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=1):
+                break
+            time.sleep(0.1)
+        yield url
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def busy_s(seconds: float) -> float:
+    """At least `seconds`, and longer on busy cores: a deadline that a kernel has to have started by."""
+    return round(seconds * max(1, os.getloadavg()[0] / os.cpu_count()), 1)
 
 
 def s3_variables(server: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ Where a fork server is kept (warm.py) the process is there already, with its imp
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -27,6 +28,11 @@ UNREAD = 50  # messages of outputs that may wait in this process's memory; then 
 # Not ipykernel's shutdown request: before any exit handler runs, that kills the children which one of them
 # may want to close in order (a cluster's workers), waits for their zombies, and hangs once in fifteen (7.4).
 EXIT = "get_ipython().kernel.io_loop.stop()"
+# what ipykernel and its debugger say at every start, to people at a terminal
+ADVICE = re.compile(
+    r"NOTE: When using the `ipython kernel`|To exit, you will have to|\"quit\" from a client|To read more about this"
+    r"|To connect another client|    --existing |\d+\.\d+s - |\[IPKernelApp\] WARNING \| Parent appears"
+)
 
 
 class Kernel:
@@ -38,6 +44,7 @@ class Kernel:
 
     def __init__(self, manager: Any, folder: Path, lifeline: socket.socket, process: client.Forked | subprocess.Popen):
         self._manager, self._folder, self._lifeline, self._process = manager, folder, lifeline, process
+        self._log_begins = 0  # bytes of the log that were written before the run
         manager.context.rcvhwm = UNREAD  # of every socket it makes from now on
         self.client = manager.client()
 
@@ -59,8 +66,9 @@ class Kernel:
         return None
 
     def log_tail(self, lines: int = 12) -> str:
-        """The last lines the process wrote besides cell outputs, such as why it did not start."""
-        return "\n".join((self._folder / "log").read_text(errors="replace").splitlines()[-lines:])
+        """The last lines the process wrote besides cell outputs: in the run, or why it did not start."""
+        written = (self._folder / "log").read_bytes()[self._log_begins :].decode(errors="replace")
+        return "\n".join([line for line in written.splitlines() if not ADVICE.match(line)][-lines:])
 
     async def ready(self) -> None:
         """Wait until the kernel answers. Raises RuntimeError when it dies first or takes two minutes."""
@@ -71,6 +79,7 @@ class Kernel:
         else:
             await self.client.wait_for_ready(timeout=START_S)
         self.client.allow_stdin = False
+        self._log_begins = (self._folder / "log").stat().st_size
 
     def tell(self, cell: int) -> None:
         """The number of the cell that begins, for the samples."""

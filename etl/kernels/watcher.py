@@ -29,6 +29,7 @@ import time
 LOOK_S = 0.2  # between two looks at the memory; a process takes about a gigabyte in that time
 SAMPLE_S = 1  # between two samples in the journal
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+PF_EXITING = 0x4  # of the flags in /proc/<pid>/stat
 SC_PAGE, SC_TICK = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_CLK_TCK")
 MB = 1e6
 _LIBC = ctypes.CDLL(None)
@@ -89,7 +90,7 @@ def watch(kernel: int, pid_path: str, lifeline: int) -> tuple[int | None, bool]:
             cause = "closed" if run.runner is None or run.runner in ready else cause
             cause = run.look() or cause
         status = _reap(kernel)
-        if run and status is None:
+        if run and status is None and (cause == "memory" or not is_ending(kernel)):
             run.sample(cause)
     found = _end_all(kernel)
     status = found if status is None else status
@@ -178,6 +179,16 @@ def _used() -> tuple[float, float]:
         except (OSError, IndexError):
             continue
     return pages * SC_PAGE / MB, ticks / SC_TICK
+
+
+def is_ending(pid: int) -> bool:
+    """Whether the process has begun to exit or has ended: what it still holds by then says nothing of its life."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            found = file.read().rpartition(")")[2].split()
+    except OSError:
+        return True
+    return found[0] in "ZX" or bool(int(found[6]) & PF_EXITING)
 
 
 def _reap(kernel: int) -> int | None:

@@ -8,7 +8,7 @@ opening any of them.
 import contextlib
 import io
 import json
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -65,14 +65,16 @@ def save(
         before = _lines(place, question.name)
     except ValueError:
         before = _lines_again(place, question)
-    lines = [*(old for old in before if old["run_id"] != run_id), line][-keep:]
-    place.write(f"{folder}/history.json", json.dumps(lines, indent=1).encode())
+    lines = [*(old for old in before if old["run_id"] != run_id), line]
+    place.write(f"{folder}/history.json", json.dumps(lines[-keep:], indent=1).encode())
     place.write(f"{folder}/current.json", json.dumps(pointer, default=str, indent=1).encode())
-    kept = {f"{line['run_id']}.parquet" for line in lines}
-    for name in place.list(folder):
-        # later than the oldest kept and not listed: another run's, which is about to list it
-        if name.endswith(".parquet") and name not in kept and name < f"{lines[0]['run_id']}.parquet":
-            place.remove(f"{folder}/{name}")
+    listed = [f"{line['run_id']}.parquet" for line in lines]
+    kept, dropped, yesterday = set(listed[-keep:]), set(listed[:-keep]), datetime.now(UTC) - timedelta(days=1)
+    for entry in place.entries(folder):
+        # one that is not listed and fresh is another run's, which is about to list it
+        gone = entry.name not in kept and (entry.name in dropped or entry.modified < yesterday)
+        if gone and entry.name.endswith(".parquet"):
+            place.remove(f"{folder}/{entry.name}")
     return pointer
 
 

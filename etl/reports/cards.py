@@ -13,6 +13,8 @@ LAST_S = 60  # of the table at the end of a run that was ended
 ROWS = 10  # of that table
 LIBRARIES = re.compile(r"/(site|dist)-packages/|/\.venv/|/lib/python3")
 ENDED = ("killed", "timed_out")
+# what a kernel runs in is not the user's
+KERNEL = ("etl/kernels/in_kernel.py", "etl/kernels/forkserver.py", "etl/kernels/watcher.py")
 STACKS = "Where every thread was"
 FRAME = re.compile(r'  File "(.+)", line (\d+) in (.+)')  # as faulthandler writes it
 SHOWN = re.compile(r"^(?:Cell In\[(\d+)\], line (\d+)|File (.+?):(\d+)(?:, in .*)?$)", re.M)  # as IPython writes it
@@ -30,7 +32,7 @@ def card(record: Any, last_ok: dict | None = None) -> Any:
     elif error and record.state not in ("failed", "check_failed"):  # whose reason says it all
         message += [line for line in error["traceback_tail"].splitlines() if line.strip()][-3:]
     message = [line[:300] for line in "\n".join(message).splitlines()][:5]
-    fence = "`" * (max(map(len, re.findall("`+", "\n".join(message))), default=2) + 1)
+    fence = _fence("\n".join(message), shortest=3)
     where = (
         f", in **{error['heading']}**, [cell {error['cell']}](#cell-{error['cell']})" if error.get("heading") else ""
     )
@@ -38,28 +40,66 @@ def card(record: Any, last_ok: dict | None = None) -> Any:
     if last_ok:
         place = "/".join(last_ok["report"].split("/")[2:])
         link = f"[{last_ok['run_id']}](../../{place}/report.html)"
-        lines += ["", f"Last ok: {link}; since then {', '.join(_changes(record, last_ok)) or 'nothing has changed'}."]
+        took = f" in {last_ok['seconds']:,.1f} s" if record.state == "timed_out" and "seconds" in last_ok else ""
+        changes = ", ".join(_changes(record, last_ok)) or "nothing has changed"
+        lines += ["", f"Last ok: {link}{took}; since then {changes}."]
     return _cell("\n".join(lines), record, "card")
 
 
 def _changes(record: Any, last_ok: dict) -> list[str]:
-    """What differs from the last run that was ok: parameters, code, packages."""
+    """What differs from the last run that was ok: the limit this one ran into, parameters, code, packages.
+
+    A lower limit that the last ok run would not have kept by far explains the end alone.
+    """
+    found = []
+    for name, what, unit, used in _limits_met(record, last_ok):
+        old, new = last_ok.get(name), getattr(record, name)
+        if name in last_ok and old != new:
+            found.append(f"{what} {_limit(old, unit)} → {_limit(new, unit)}")
+            if (old is None or new < old) and used > new / 2:
+                return found
     given = {name: value for name, value in record.parameters.items() if record.origins.get(name) != "supplied"}
-    before, found = last_ok.get("parameters") or {}, []
+    before = last_ok.get("parameters") or {}
     for name in dict.fromkeys([*given, *before]):
         old, new = (json.dumps(values.get(name), default=str) for values in (before, given))
         if (name in given or record.origins.get(name) != "supplied") and name in record.parameters and old != new:
             found.append(f"`{name}` {_short(old)} → {_short(new)}")
-    then = last_ok.get("provenance") or {}
-    for name, what in (("git_commit", "code"), ("notebook_sha256", "notebook"), ("lock_sha256", "packages")):
-        old, new = then.get(name), record.provenance.get(name)
+    then, now = last_ok.get("provenance") or {}, record.provenance
+    for name, what in (("code_sha256", "code"), ("notebook_sha256", "notebook"), ("lock_sha256", "packages")):
+        old, new = then.get(name), now.get(name)
         if old and new and old != new:
+            if name == "code_sha256" and then.get("git_commit") != now.get("git_commit"):
+                old, new = (str(one.get("git_commit"))[:8] for one in (then, now))
             found.append(f"{what} {old[:8]} → {new[:8]}")
     return found[:6]
 
 
+def _limits_met(record: Any, last_ok: dict) -> list[tuple[str, str, str, float]]:
+    """Of the limit it ended at: (its name in the record, what it is called, its unit, what the last ok run took)."""
+    if record.state == "timed_out":
+        return [("deadline_s", "deadline", "s", last_ok.get("seconds") or 0)]
+    if record.state == "killed" and record.memory_mb and record.receipt.get("peak_memory_mb", 0) > record.memory_mb:
+        peak_mb = (last_ok.get("receipt") or {}).get("peak_memory_mb") or 0
+        return [("memory_mb", "memory limit", "MB", peak_mb)]
+    return []
+
+
+def _limit(value: float | None, unit: str) -> str:
+    return "none" if value is None else f"{value:,g} {unit}"
+
+
 def _short(text: str) -> str:
-    return text if len(text) <= 40 else text[:39] + "…"
+    """A value among words of Markdown: plain where it is a number or a word, else as code."""
+    text = text if len(text) <= 40 else text[:39] + "…"
+    if re.fullmatch(r'"?[\w .:+-]*"?', text):
+        return text
+    fence = _fence(text)
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
+def _fence(text: str, shortest: int = 1) -> str:
+    """Backticks that are more than any that stand together in `text`."""
+    return "`" * max(shortest, max(map(len, re.findall("`+", text)), default=0) + 1)
 
 
 def last_minute(record: Any, samples: list[dict]) -> Any:
@@ -126,7 +166,7 @@ def stacks(text: str, cells: list[Any]) -> tuple[str, dict | None]:
         own = [(place, name) for file, line, name in frames if (place := _place(file, line, names, cells))]
         if not own:
             continue
-        is_main = any(file.endswith(("etl/kernels/in_kernel.py", "ipykernel_launcher.py")) for file, _, _ in frames)
+        is_main = any(file.endswith((KERNEL[0], "ipykernel_launcher.py")) for file, _, _ in frames)
         if is_main or main is None:
             main = own[0][0] if is_main else main
         lines.append("main thread" if is_main else "another thread")
@@ -155,7 +195,7 @@ def own_frame(traceback: str, cells: list[Any]) -> dict | None:
 def _place(file: str, line: int, names: dict[str, int], cells: list[Any]) -> dict | None:
     if (index := names.get(Path(file).name)) is not None and "ipykernel_" in file:
         return _in_cell(index, line, cells)
-    if not file.startswith(f"{PROJECT}/") or LIBRARIES.search(file) or file == f"{PROJECT}/etl/kernels/in_kernel.py":
+    if not file.startswith(f"{PROJECT}/") or LIBRARIES.search(file) or file.removeprefix(f"{PROJECT}/") in KERNEL:
         return None
     try:
         code = Path(file).read_text(errors="replace").splitlines()[line - 1].strip()

@@ -91,6 +91,8 @@ class RunRecord:
     versions_read: dict[str, int] = field(default_factory=dict)
     versions_written: dict[str, int] = field(default_factory=dict)
     parent: str | None = None  # run_id of the run that this one repeats
+    deadline_s: float | None = None
+    memory_mb: int | None = None  # it might take
     provenance: dict[str, Any] = field(default_factory=dict)
     cells: list[dict] = field(default_factory=list)  # code cells: heading, state, seconds
     receipt: dict[str, float | None] = field(default_factory=dict)  # what it cost: wall_s, cpu_s, peak_memory_mb, ...
@@ -201,7 +203,8 @@ class _Run:
         """Run it through Papermill; complete the record and the notebook's metadata."""
         _register_engine()
         if refused := [self.request.refused] if self.request.refused else hidden.missing(self.request):
-            self.record.state, self.record.reason = "failed", " ".join("; ".join(refused).split())[:300]
+            reason = self._said(" ".join("; ".join(refused).split()))[:300]
+            self.record.state, self.record.reason = "failed", reason
         else:
             self._execute()
         self._complete()
@@ -222,7 +225,7 @@ class _Run:
             pass
         except Exception as error:  # not the notebook's doing, but this run is over
             log.exception("run %s ended by an error of the runner", self.request.run_id)
-            self.record.state, self.record.reason = "failed", _one_line(error)
+            self.record.state, self.record.reason = "failed", _one_line(self._said(str(error)), type(error).__name__)
 
     def hand_in(self, page_later: bool) -> None:
         """Write report, row and page; when their place is down, keep them in the spool and say so."""
@@ -264,7 +267,7 @@ class _Run:
             cell.metadata["runner"] = {"state": "never_ran", "seconds": None}
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
-            heading = _heading(cell) or heading
+            heading = self.redactor.text(_heading(cell) or "") or heading
             self.headings.append(heading)
 
     async def drive(self, kernel_name: str) -> None:
@@ -288,6 +291,7 @@ class _Run:
         else:
             # whatever the cell makes of the interrupt: even one that catches it has not run to its end
             self._mark_cell(self.ending)
+            self.journal.event("ending", state=self.ending)
             if self.kernel:
                 await self._show_stacks()
                 self.kernel.signal(signal.SIGINT)
@@ -315,7 +319,7 @@ class _Run:
         self.beat_at = now + BEAT_S
         if self.beating and not self.beating.done():
             return
-        data = page.notebook(self.redactor.tree(self.nb))
+        data = page.notebook(self.redactor.notebook(self.nb))
         if self.written <= BEAT_SHARE * len(data):
             self.written += len(data)
             self.beating = asyncio.get_running_loop().run_in_executor(None, self._beat, data)
@@ -329,14 +333,15 @@ class _Run:
     async def _show_stacks(self) -> None:
         """Put the lines at which the kernel's threads are into the report, before they are interrupted."""
         if self.at >= 0:
-            self.stacks = cards.stacks(self.redactor.text(await self.kernel.stacks()), self.nb.cells)
-            self._show_text(self.stacks[0])
+            self._show_stacks_of(await self.kernel.stacks())
 
-    def _show_text(self, text: str) -> None:
+    def _show_stacks_of(self, written: str) -> None:
+        """Of what faulthandler has written."""
         from nbformat.v4 import new_output
 
-        cell = self.nb.cells[self.at]
-        if text and "outputs" in cell:
+        text, frame = cards.stacks(written, self.nb.cells)
+        self.stacks = (text := self._said(text)), frame
+        if text and self.at >= 0 and "outputs" in (cell := self.nb.cells[self.at]):
             self.shown.show(cell.outputs, new_output("display_data", data={"text/plain": text}))
 
     async def _run_cells(self, kernel_name: str) -> None:
@@ -399,7 +404,7 @@ class _Run:
 
         record, error = self.record, self._shown_error()
         where = f"in {self.headings[self.at]!r}" if self.at >= 0 else "while the kernel started"
-        log_tail = self.kernel.log_tail() if self.kernel else ""
+        log_tail = self._said(self.kernel.log_tail()) if self.kernel else ""
         if self.ending == "timed_out":
             record.state = "timed_out"
             record.reason = f"deadline of {self.request.deadline_s:g} s passed {where}"
@@ -410,37 +415,44 @@ class _Run:
         elif ended_by is None:
             return
         elif isinstance(ended_by, CellExecutionError):
-            record.state, record.reason = "failed", _one_line(ended_by.evalue, ended_by.ename)
+            evalue = self._said(ended_by.evalue)
+            record.state, record.reason = "failed", _one_line(evalue, self._said(ended_by.ename))
             for state, kind in (("noop", Stop), ("check_failed", CheckFailed)):
                 # ours, and not one of the same name: only these show one line for a traceback
                 if error and error["traceback"] == self.redactor.tree(kind(ended_by.evalue)._render_traceback_()):
-                    record.state, record.reason = state, " ".join(ended_by.evalue.split())[:300]
+                    record.state, record.reason = state, " ".join(evalue.split())[:300]
         elif isinstance(ended_by, DeadKernelError):
             record.state = "killed"
             record.reason = f"the kernel {_how_it_ended(self.kernel.exit_status)} {where}"
             record.reason += _for_memory(self.journal.events("kernel_end", "sample"), self.request.memory_mb)
             if crash := self.kernel.crash():
-                self.stacks = cards.stacks(crash, self.nb.cells)
-                self._show_text(self.stacks[0])
-            error = {"ename": "DeadKernel", "evalue": record.reason, "traceback": [crash or log_tail]}
+                self._show_stacks_of(crash)
+            last_words = self.stacks[0] or self._said(crash) or log_tail
+            error = {"ename": "DeadKernel", "evalue": record.reason, "traceback": [last_words]}
         else:
-            record.state, record.reason = "failed", _one_line(ended_by)
+            evalue = self._said(str(ended_by))
+            record.state, record.reason = "failed", _one_line(evalue, type(ended_by).__name__)
             if self.at < 0:
                 record.reason = f"the kernel did not start: {record.reason}"
-            error = {"ename": type(ended_by).__name__, "evalue": str(ended_by), "traceback": [log_tail]}
+            error = {"ename": type(ended_by).__name__, "evalue": evalue, "traceback": [log_tail]}
         self._mark_cell(record.state)
         if not record.ok and self.stacks[0] and not error:
             error = {"ename": "Stuck", "evalue": record.reason, "traceback": [self.stacks[0]]}
         if not record.ok and error:
             text = _plain_text("\n".join(error["traceback"]))
+            frame = self.stacks[1] or cards.own_frame(text, self.nb.cells)
             record.error = {
                 "ename": error["ename"],
                 "evalue": error["evalue"],
                 "cell": self.at + 1 if self.at >= 0 else None,  # the card comes first
                 "heading": self.headings[self.at] if self.at >= 0 else None,
-                "frame": self.stacks[1] or cards.own_frame(text, self.nb.cells),
+                "frame": frame and frame | {"code": self._said(frame["code"])},
                 "traceback_tail": "\n".join(text.splitlines()[-TAIL_LINES:]),
             }
+
+    def _said(self, text: str) -> str:
+        """What the notebook's code said, as it may be written. Not after a cut: half a secret is not found."""
+        return self.redactor.text(text)
 
     def _shown_error(self) -> dict | None:
         """The error that the last cell shows; after an interrupt, the line that was blocked."""
@@ -453,10 +465,8 @@ class _Run:
         record.ended_at, record.seconds = _now(), round(time.monotonic() - self.began, 3)
         if self.at >= 0 and record.state != "ok" and self.nb.cells[self.at].cell_type == "code":
             self.journal.event("cell_end", index=self.at, **self.nb.cells[self.at].metadata.runner)
-        _finish(record, self.nb, self.journal.events("sample", "kernel_end"))
-        if self.redactor:
-            self.nb = self.redactor.tree(self.nb)
-            self.record = record = RunRecord(**self.redactor.tree(asdict(record)))
+        self.nb, record.parameters = self.redactor.notebook(self.nb), self.redactor.parameters(record.parameters)
+        _finish(record, self.nb, self.journal.events("sample", "ending", "kernel_end"), self.redactor)
         self.journal.event("end", state=record.state, reason=record.reason, record=asdict(record))
 
 
@@ -470,6 +480,8 @@ def _new_record(request: RunRequest) -> RunRecord:
         parameters=request.parameters,
         origins=request.origins,
         parent=request.parent,
+        deadline_s=request.deadline_s,
+        memory_mb=request.memory_mb,
         provenance=request.provenance,
         report=f"reports/{request.stage}/{request.scheduled_for[:10]}/{request.run_id}",
         host=socket.gethostname(),
@@ -477,7 +489,7 @@ def _new_record(request: RunRequest) -> RunRecord:
     )
 
 
-def _finish(record: RunRecord, nb: Any, events: list[dict]) -> None:
+def _finish(record: RunRecord, nb: Any, events: list[dict], redactor: hidden.Redactor) -> None:
     """Collect what the notebook recorded and what the run cost; write the run's end into the notebook."""
     heading = "the first cell"
     for cell in nb.cells:
@@ -503,8 +515,12 @@ def _finish(record: RunRecord, nb: Any, events: list[dict]) -> None:
     if isinstance(rows, int | float) and record.seconds:
         record.receipt["rows_per_s"] = round(rows / record.seconds, 1)
     if not record.ok:
-        nb.cells.insert(0, cards.card(record, _last_ok(record)))
-    samples = [event for event in events if event["event"] == "sample"]
+        last_ok = _last_ok(record)
+        if last_ok:  # with what may be a secret by now
+            last_ok["parameters"] = redactor.parameters(last_ok.get("parameters") or {})
+        nb.cells.insert(0, cards.card(record, last_ok))
+    ending = next((event["t"] for event in events if event["event"] == "ending"), None)
+    samples = [event for event in events if event["event"] == "sample" and (not ending or event["t"] <= ending)]
     if record.state in cards.ENDED and samples:
         nb.cells.append(cards.last_minute(record, samples))
     nb.cells.append(cards.receipt(record))
@@ -575,7 +591,7 @@ def from_journal(path: Path) -> tuple[RunRecord, Any]:
         for cell in nb.cells:
             if cell.metadata.runner["state"] == "running":
                 cell.metadata.runner["state"] = "killed"
-    _finish(record, nb, events)
+    _finish(record, nb, events, hidden.for_request(request))
     return record, nb
 
 

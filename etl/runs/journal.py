@@ -37,7 +37,7 @@ class Journal:
     """Written by one run. A disk that refuses is a warning, once, and no more journal; the run goes on."""
 
     def __init__(self, request: Any, nb: Any, redactor: Any):
-        self.folder, self.size, self._redactor = spool() / request.run_id, 0, redactor
+        self.folder, self.size = spool() / request.run_id, 0
         self.path = self.folder / "journal.jsonl"
         self._pending: dict[tuple[int, int], tuple[list, list[str]]] = {}
         self._file: int | None = None
@@ -48,16 +48,16 @@ class Journal:
             self._file = os.open(begun, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o600)
             fcntl.flock(self._file, fcntl.LOCK_EX)
             os.replace(begun, self.path)
-            (self.folder / "notebook.ipynb").write_text(json.dumps(redactor.tree(nb), default=str))
+            (self.folder / "notebook.ipynb").write_text(json.dumps(redactor.notebook(nb), default=str))
         except OSError as error:
             self._refused(error)
         asked = {name: value for name, value in vars(request).items() if name not in ("notebook", "variables")}
-        self.event("start", request=asked, pid=os.getpid(), pid_started=_started(os.getpid()))
+        self.event("start", request=redactor.request(asked), pid=os.getpid(), pid_started=_started(os.getpid()))
 
     def event(self, event: str, **fields: Any) -> None:
-        """Append one event, what was shown before it first."""
+        """Append one event, what was shown before it first. Its fields are redacted already."""
         self.flush()
-        self._write({"event": event, "t": _now(), **self._redactor.tree(fields)})
+        self._write({"event": event, "t": _now(), **fields})
 
     def output(self, index: int, at: int, outs: list, text: str | None = None) -> None:
         """`outs[at]` of the cell at `index` is new; of a stream, only `text` is. Written with the next `flush`."""

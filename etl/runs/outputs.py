@@ -233,7 +233,7 @@ def client_class() -> type:
         def process_message(self, msg, cell, cell_index):
             kind = msg["msg_type"]
             if kind != "stream":
-                msg["content"] = self.redactor.tree(msg["content"])
+                msg["content"] = self.redactor.message(kind, msg["content"])
             out = super().process_message(msg, cell, cell_index)
             if kind == "update_display_data":
                 display_id = (msg["content"].get("transient") or {}).get("display_id")

@@ -3,25 +3,30 @@
 import base64
 import html
 import json
+import re
 import time
 from types import SimpleNamespace
 from urllib.parse import quote, quote_plus
 
 import nbformat
 import pytest
-from faults import untrusted
-from hypothesis import given
+from faults import toy, untrusted
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nbformat.v4 import new_code_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from etl import notebook, secrets
+from etl.runs import index, journal
+from etl.runs.engine import execute
 from etl.secrets import Redactor
+from etl.storage import Root
 
+BUSY_MACHINE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 VALUE = "s3cr+et/<&'\"é \\ % =value"
 
 
 def asks_for(*names):
-    return SimpleNamespace(secrets=list(names), variables={})
+    return SimpleNamespace(secrets=list(names), variables={}, origins={}, root="nowhere")
 
 
 @pytest.fixture
@@ -92,6 +97,7 @@ def test_every_way_of_writing_it_is_found(way):
     assert not untrusted.holds(redacted, "value") and not untrusted.holds(redacted, "s3cr")
 
 
+@BUSY_MACHINE
 @given(st.binary(max_size=20), st.text(st.characters(codec="utf-8"), min_size=7, max_size=40), st.binary(max_size=20))
 def test_inside_longer_base64_it_is_found_wherever_it_begins(before, value, after):
     for encode in (base64.b64encode, base64.urlsafe_b64encode):
@@ -110,6 +116,7 @@ def in_pieces(redactor, pieces):
     yield redactor.text(held)
 
 
+@BUSY_MACHINE
 @given(st.text(st.characters(codec="utf-8"), min_size=4), st.lists(st.text(st.characters(codec="utf-8"))), st.data())
 def test_in_pieces_as_in_one(value, others, data):
     redactor = Redactor({"A": value})
@@ -137,6 +144,107 @@ def test_a_tree_keeps_its_shape():
         [b"\xff" + VALUE.encode(), (VALUE,), 4711471147, 1.5, None, True]
     )
     assert tree == [b"\xff" + "‹secret A›".encode(), ("‹secret A›",), "‹secret N›", 1.5, None, True]
+
+
+WORDS = {  # secrets whose values are words that stand in every report
+    "POSTGRES_PASSWORD": "postgres",
+    "PROTOCOL": "idle",
+    "MIME": "text/plain",
+    "YEAR": "2026",
+    **{
+        f"SECRET_{word.upper()}": word
+        for word in ("query", "code", "stream", "stdout", "state", "metrics", "cells", "outputs", "runner", "failed")
+    },
+    **{
+        f"SECRET_{word.upper()}": word
+        for word in ("name", "orders", "python3", "metadata", "checks", "papermill", "reports", "supplied", "killed")
+    },
+    "SECRET_TRUE": "True",
+}
+SAYS = f"""
+from etl.notebook import check, record
+from IPython.display import HTML, display
+for word in {list(WORDS.values())!r}: print(word, end=' ')
+display(HTML('<b>postgres</b>'), metadata={{'postgres': 'idle'}})
+record(rows=1, said='by postgres', versions_read={{'orders': 2026, 'postgres': 1}}, postgres=2)
+check('postgres', True, 'idle')
+"""
+
+
+def says(root, tmp_path, *cells, **more):
+    """A run whose secrets are words of its own root, stage and report."""
+    (root / "lake/orders/_delta_log").mkdir(parents=True)
+    parameters = {"root": str(root), "user": "postgres"}
+    origins = {"root": "supplied", "user": "params/query.yml:4"}
+    run_id = "query-20260301T120010-00c0de"
+    given = {"stage": "query", "run_id": run_id, "parameters": parameters, "origins": origins, "secrets": list(WORDS)}
+    return toy.request(root, "# Ask", SAYS, *cells, **given, **more)
+
+
+@pytest.fixture
+def words(monkeypatch):
+    for name, value in WORDS.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_what_the_code_said_is_redacted_and_nothing_that_the_runner_says(words, tmp_path):
+    root = tmp_path / "home" / "postgres" / "root"
+    asked = says(root, tmp_path, "raise ValueError('no user postgres')")
+    record = execute(asked)
+    nb, run_json = toy.report(root, record)
+    nbformat.validate(nb)
+    for found in (vars(record), run_json, index.get(Root.at(root), asked.run_id)):
+        kept = ["stage", "run_id", "root", "scheduled_for", "origins", "provenance", "deadline_s"]
+        kept += ["state", "versions_read"]
+        expected = {name: getattr(asked, name) for name in kept if hasattr(asked, name)}
+        expected |= {"state": "failed", "versions_read": {"orders": 2026, "‹secret POSTGRES_PASSWORD›": 1}}
+        assert {name: found[name] for name in kept} == expected
+        assert found["report"] == f"reports/query/2026-03-01/{asked.run_id}"
+        assert found["parameters"] == {"root": str(root), "user": "‹secret POSTGRES_PASSWORD›"}
+        assert [cell["state"] for cell in found["cells"]] == ["ok", "ok", "failed"]
+    assert record.reason == "ValueError: no user ‹secret POSTGRES_PASSWORD›"
+    assert record.metrics["rows"] == 1 and record.checks[0]["ok"] is True
+    said = json.dumps([record.metrics, record.checks, record.error, [cell.get("outputs") for cell in nb.cells]])
+    assert "postgres" not in said and "idle" not in said
+    assert nb.cells[1].source == f"root = {str(root)!r}\nuser = '‹secret POSTGRES_PASSWORD›'\n"
+    assert nb.metadata.runner.state == "failed" and nb.metadata.kernelspec.name == "python3"
+
+
+def test_the_report_of_a_killed_runner_is_where_the_run_was(words, tmp_path, spool):
+    """Its journal is all that is left of it."""
+    root = tmp_path / "home" / "postgres" / "root"
+    asked = says(root, tmp_path, "import time\ntime.sleep(1000)")
+    runner = toy.start(asked, spool)
+    path = spool / asked.run_id / "journal.jsonl"
+    toy.until(lambda: path.exists() and b'"index": 3' in path.read_bytes(), 120, "the last cell")
+    runner.kill()
+    runner.wait()
+    assert journal.reconcile() == [asked.run_id]
+    [row] = index.list(Root.at(root))
+    assert (row["run_id"], row["state"], row["reason"]) == (asked.run_id, "killed", "the runner was killed in 'Ask'")
+    assert "postgres" not in json.dumps([cell.get("outputs") for cell in toy.report(root, row)[0].cells])
+
+
+def test_no_word_of_the_format_can_be_redacted():
+    outputs = [
+        new_output("stream", text="a"),
+        new_output("display_data", data={"text/plain": "b", "application/json": {"c": [1]}}, metadata={"d": 1}),
+        new_output("execute_result", data={"image/png": "YWFhYQ=="}, execution_count=4711),
+        new_output("error", ename="E", evalue="e", traceback=["f"]),
+    ]
+    nb = new_notebook(cells=[new_code_cell("g", outputs=outputs, metadata={"tags": ["h"]}), new_markdown_cell("i")])
+    nb.metadata["runner"] = {"state": "failed"}
+    words = set(re.findall(r'"([^"]{4,})"', json.dumps(nb))) | {"4711", "text", "image", "plain"}
+    for word in words - {"YWFhYQ=="}:
+        redacted = Redactor({"A": word}).notebook(nb)
+        nbformat.validate(redacted)
+        assert redacted == nb, word
+
+
+def test_what_is_replaced_is_not_replaced_again():
+    redactor = Redactor({"SECRET_A": "secret", "B": "SECRET_A"})
+    once = redactor.text("a secret and SECRET_A")
+    assert once == redactor.text(once) == "a ‹secret SECRET_A› and ‹secret B›"
 
 
 def test_lines_of_a_key_are_found_one_by_one():

@@ -1,6 +1,7 @@
 """The questions give DuckDB's answers on the same data, to the last digit of money, on Polars and on Dask."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -339,15 +340,19 @@ def test_a_saved_answer_is_current_and_says_where_it_came_from(asked, root, tmp_
 
 
 def test_only_the_newest_answers_are_kept(asked, root, tmp_path):
+    """By when they were saved: a run's name has the time that it was asked for, which may be any."""
     snapshot, question, folder = asked[0], named("q04"), tmp_path / "root/results/q04"
     answer = ask(question, snapshot)
-    for run_id in ("query-1", "query-2", "query-3", "query-4"):
+    for run_id in ("query-1999", "query-2100", "query-3", "query-4"):
         queries.save(root, answer, question, snapshot, run_id, keep=2)
-        if run_id == "query-2":
+        if run_id == "query-2100":
             (folder / "query-0.parquet").touch()  # of a run that was killed before it listed it
-            (folder / "query-9.parquet").touch()  # of one that is about to
+            os.utime(folder / "query-0.parquet", (0, 0))
+            (folder / "query-2.parquet").touch()  # of one that is about to
+        if run_id == "query-3":
+            assert {path.name for path in folder.glob("*.parquet")} == {f"query-{n}.parquet" for n in (2, 2100, 3)}
     files = sorted(path.name for path in folder.iterdir())
-    assert files == ["current.json", "history.json", "query-3.parquet", "query-4.parquet", "query-9.parquet"]
+    assert files == ["current.json", "history.json", "query-2.parquet", "query-3.parquet", "query-4.parquet"]
     assert queries.history(root, "q04")["run_id"].to_list() == ["query-3", "query-4"]
     queries.save(root, answer, question, snapshot, "query-4", keep=2)  # a run by hand, again under its name
     assert queries.history(root, "q04")["run_id"].to_list() == ["query-3", "query-4"]

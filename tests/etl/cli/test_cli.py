@@ -112,6 +112,20 @@ def test_a_notebook_that_raises_fails_and_says_why(project, root):
     assert orchestrate(project, "runs", "show", "nothing", "--root", root).returncode == 1
 
 
+def test_what_went_wrong_is_on_the_terminal_and_not_how_many_rows_there_were(project, root):
+    write_stage(project, "broken", "record(rows=7)", f"{'x' * 30!r}\nraise ValueError('{'too many words ' * 9}')")
+    code = "import orchestrate, sys; orchestrate.out.width = 80; sys.exit(orchestrate.app())"
+    command = [sys.executable, "-c", code, "run", "broken", "--root", root, "--at", AT]
+    done = subprocess.run(command, cwd=project, env=environment(project), capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    *told, report = done.stdout.splitlines()
+    shown = " ".join(done.stdout.split())
+    assert "broken failed" in shown and "rows" not in shown and max(map(len, told)) <= 80, done.stdout
+    assert "ValueError: too many words too many words" in shown
+    assert "in 'broken', cell 6, line 2 raise ValueError(" in shown
+    assert Root.at(project).exists(report.strip()) or Root.at("/").exists(report.strip()), report
+
+
 def test_retries_repeat_what_may_pass_and_not_a_failed_check(project, root):
     write_stage(project, "flaky", "1 / 0", yml="retries: 1\n")
     write_stage(project, "strict", 'check("never", False)', yml="retries: 1\n")

@@ -1,9 +1,11 @@
 """The page people read: complete, small, and nothing in it can run."""
 
 import base64
+import html
 import json
 import logging
 import random
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -206,6 +208,51 @@ def test_a_bad_run_shows_its_card_first():
     assert ("section", {"class": "text killed card"}) in page.elements
     assert [a["class"] for _, a in page.elements if a.get("id") == "cell-1"] == ["code ok"]  # where the card points
     assert ("details", {"class": "parameters"}) in page.elements  # closed: nothing long above the card
+
+
+@pytest.mark.parametrize("said", ["use `x`", "a ``b`` c", "```\n````", "`"])
+def test_backticks_in_a_message_do_not_end_its_block(said):
+    source = cards.card(record(state="failed", reason=said)).source
+    page = Page(report_page.html(record(state="failed"), executed(new_markdown_cell(source))))
+    [block] = re.findall(r"(?s)<pre[^>]*>(.*?)</pre>", report_page.html(record(), executed(new_markdown_cell(source))))
+    assert said in html.unescape(re.sub("<[^>]*>", "", block)) and "text\n" not in page.text
+
+
+def limited(before: dict, after: dict, **last):
+    """The card of a run with `after`, when the stage's last ok run had `before`."""
+    last_ok = {"run_id": "toy-0", "report": "reports/toy/2026-11-03/toy-0", "seconds": 7.6, **before, **last}
+    return cards.card(record(**{"parameters": {}} | after), last_ok).source
+
+
+def test_a_shorter_deadline_is_named_and_no_parameter_is_blamed_for_it():
+    origins = {"max_trees": "params/toy.yml:4"}
+    before = {"deadline_s": 600.0, "parameters": {"max_trees": 50}}
+    after = {"state": "timed_out", "deadline_s": 5.0, "parameters": {"max_trees": 500}, "origins": origins}
+    source = limited(before, after)
+    assert source.endswith("report.html) in 7.6 s; since then deadline 600 s → 5 s.") and "max_trees" not in source
+    # the last run took nothing near the new one: both may be why
+    assert limited(before, after, seconds=0.1).endswith("deadline 600 s → 5 s, `max_trees` 50 → 500.")
+    assert limited(before, after | {"deadline_s": 600.0}).endswith("since then `max_trees` 50 → 500.")
+    assert limited(before, after | {"state": "failed"}).endswith("since then `max_trees` 50 → 500.")
+    assert limited({"parameters": {"max_trees": 500}}, after).endswith("since then nothing has changed.")  # of before
+
+
+def test_a_lower_memory_limit_is_named_where_it_was_met():
+    before = {"memory_mb": None, "receipt": {"peak_memory_mb": 700}}
+    after = {"state": "killed", "memory_mb": 500, "receipt": {"peak_memory_mb": 510}}
+    assert limited(before, after).endswith("since then memory limit none → 500 MB.")
+    assert limited(before, after | {"receipt": {"peak_memory_mb": 90}}).endswith("since then nothing has changed.")
+
+
+def test_code_that_no_commit_holds_is_a_change_and_a_commit_without_any_is_none():
+    before = {"provenance": {"git_commit": "a" * 40, "code_sha256": "1" * 64}}
+    dirty = {"git_commit": "a" * 40, "code_sha256": "2" * 64}
+    assert limited(before, {"state": "failed", "provenance": dirty}).endswith("code 11111111 → 22222222.")
+    docs = {"git_commit": "b" * 40, "code_sha256": "1" * 64}
+    assert limited(before, {"state": "failed", "provenance": docs}).endswith("nothing has changed.")
+    assert limited(before, {"state": "failed", "provenance": docs | dirty}).endswith("code 11111111 → 22222222.")
+    both = {"git_commit": "b" * 40, "code_sha256": "2" * 64}
+    assert limited(before, {"state": "failed", "provenance": both}).endswith("code aaaaaaaa → bbbbbbbb.")
 
 
 def test_a_page_that_cannot_be_made_loses_neither_notebook_nor_record(tmp_path, caplog):

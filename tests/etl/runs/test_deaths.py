@@ -1,6 +1,8 @@
 """What the report of a bad run says: the card, the line it was stuck at, the last minute, the receipt."""
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,8 +11,10 @@ import time
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell
+from support import busy_s
 from test_engine import RUN_ID, alive, as_run, cell_states, run, saved
 
+from etl.kernels import watcher
 from etl.reports import cards
 from etl.runs import index, journal
 from etl.runs.engine import RunRecord, _for_memory
@@ -34,7 +38,7 @@ STUCK = {  # the code, and the blocked lines; the other ways to hang are in test
 @pytest.mark.parametrize("name", STUCK)
 def test_the_stack_of_every_thread_is_in_the_report(tmp_path, name):
     code, lines = STUCK[name]
-    record = run(tmp_path, "# Wait", "rows: int = 1", code, deadline_s=3)
+    record = run(tmp_path, "# Wait", "rows: int = 1", code, deadline_s=busy_s(3))
     nb, run_json = saved(record)
     [shown] = [out.data["text/plain"] for out in as_run(nb)[-1].outputs if "data" in out]
     assert shown.startswith(cards.STACKS) and all(line in shown for line in lines)
@@ -58,6 +62,28 @@ def test_memory_above_the_limit_is_death_and_the_last_minute_shows_it(tmp_path):
     table, receipt = nb.cells[-2].source, nb.cells[-1].source
     assert "#### Its last minute" in table and table.splitlines()[-1].endswith("| 4 |") and "of 300 MB" in table
     assert 300 < run_json["receipt"]["peak_memory_mb"] < 450 and "MB at most" in receipt
+
+
+def test_what_a_run_still_held_after_it_was_ended_is_not_its_memory_at_the_end(tmp_path):
+    """A cell that frees its memory when it is interrupted, and takes its time."""
+    hold = (
+        "import time\ndef hold():\n    kept = bytearray(b'x' * 500_000_000)\n    try:\n        time.sleep(100)\n"
+        "    finally:\n        del kept\n        time.sleep(1.9)\nhold()"
+    )
+    record = run(tmp_path, "# Hold", "rows: int = 1", hold, deadline_s=busy_s(6))
+    nb, _ = saved(record)
+    last = nb.cells[-2].source
+    assert record.state == "timed_out" and int(re.search(r"\| 0 s \| ([\d,]+) MB", last)[1].replace(",", "")) > 500
+    assert "Memory at the end: 0.1 of" not in last
+
+
+def test_a_process_that_has_ended_has_no_memory_to_tell_of():
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        assert not watcher.is_ending(process.pid)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and still there
+        assert watcher.is_ending(process.pid)
+    assert watcher.is_ending(process.pid)
 
 
 def test_what_is_said_of_a_sigkill_out_of_nowhere():
