@@ -9,6 +9,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 ROOT   ?= outputs/dev
 ENV    ?= local
+export ROOT
 
 .PHONY: help setup up demo test fresh faults lint format lab bench lock clean
 
@@ -36,7 +37,7 @@ up: setup  ## Run everything: Prefect, the five schedules, the API, the dashboar
 	@$(BIN)/python orchestrate.py up --env $(ENV)
 
 demo: setup  ## One pass of all stages on a scratch root (ROOT=outputs/dev, or s3://bucket/prefix)
-	@$(BIN)/python orchestrate.py run all --env dev --root $(ROOT)
+	@$(BIN)/python orchestrate.py run all --env dev --root "$$ROOT"
 
 test: setup  ## Run the tests
 	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder

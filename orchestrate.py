@@ -12,6 +12,12 @@ rebuild     the lake again, from the archive
 quarantine  what did not fit: list, show, try again
 """
 
+# ruff: noqa: E402 -- first of all the interpreter that has the packages
+from etl import interpreter
+
+if __name__ == "__main__":
+    interpreter.ensure_packages()
+
 import asyncio
 import contextlib
 import json
@@ -22,6 +28,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import typer
@@ -33,18 +40,19 @@ from rich.padding import Padding
 from rich.table import Table
 
 from etl import params
-from etl.storage import PROJECT, LeaseHeld, Root
+from etl.storage import PROJECT, BadRoot, LeaseHeld, Root, root_url
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 runs_app = typer.Typer(no_args_is_help=True, help="The index of runs.")
 app.add_typer(runs_app, name="runs")
 quarantine_app = typer.Typer(no_args_is_help=True, help="The lines and files that did not fit.")
 app.add_typer(quarantine_app, name="quarantine")
-out, err = Console(), Console(stderr=True)
+out, err = Console(emoji=False), Console(stderr=True, emoji=False)
 if not out.is_terminal:
     out.width = 200  # a log file has no width to keep to
 State = Literal["ok", "noop", "check_failed", "failed", "timed_out", "killed", "cancelled"]
 INDENT = 10  # of what is said of a bad run, below its time
+RUN_ALL = "`python orchestrate.py run all` makes one pass of all stages"
 STYLES = {"ok": "green", "noop": "dim", "check_failed": "red", "cancelled": "yellow"}  # the other states: bold red
 
 Env = Annotated[str, typer.Option("--env", help="params/env/<name>.yml")]
@@ -69,6 +77,7 @@ def up(
 
     project = _load(env, root=root)
     _log_to_terminal()
+    _announce_new(project.environment.root, out)
     _reconcile()
     journal.deliver(Root.at(project.environment.root))
     here = _services_folder(project.environment.root)
@@ -109,7 +118,7 @@ def up(
         status = 0
         out.print("ending every child …")
     except (services.PortTaken, RuntimeError) as error:
-        err.print(f"[bold red]{error}", highlight=False)
+        err.print(f"[bold red]{escape(str(error))}", highlight=False)
     except Exception:
         err.print_exception()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -147,6 +156,7 @@ def run(
     else:
         project = _load(env, root=root, overrides=p, stage=None if stage == "all" else stage)
         stages, environment, scheduled_for = project.stages.values(), project.environment, _time(at)
+        _announce_new(environment.root, err if as_json else out)
     _reconcile()
     records = [_run_one(chosen, environment, scheduled_for, quiet=as_json, parent=parent) for chosen in stages]
     if as_json:
@@ -221,13 +231,18 @@ def whence(
     told = f"{table}@{found['version']}  {found['operation']}  {found['at']}  {who}"
     out.print(told, highlight=False, soft_wrap=True)
     if found["state"]:
-        out.print(found["report"] or "its report was swept", highlight=False, soft_wrap=True)
+        out.print(found["report"] or "its report was swept", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
-def check(env: Env = "", p: Overrides = [], as_json: AsJson = False):  # noqa: B006
+def check(env: Env = "", root: RootOption = None, p: Overrides = [], as_json: AsJson = False):  # noqa: B006
     """Parameters, notebooks and env files, one or all of them, without a kernel. Exit status 2 on a problem."""
-    problems, stages = [], {}
+    problems, stages = params.without_yaml(PROJECT), {}
+    if root is not None:
+        try:
+            root_url(root)
+        except BadRoot as error:
+            problems.append(params.Problem("--root", None, str(error)))
     for name in [env] if env else params.environments(PROJECT):
         try:
             stages = params.load(PROJECT, name, p).stages
@@ -250,7 +265,7 @@ def plan(env: Env = "local", p: Overrides = [], as_json: AsJson = False):  # noq
     if as_json:
         print(json.dumps([_plan_of(stage, now) for stage in project.stages.values()], default=str))
         return
-    out.print(f"environment {env}: root {project.environment.root}", highlight=False)
+    out.print(f"environment {env}: root {project.environment.root}", highlight=False, markup=False, soft_wrap=True)
     for stage in project.stages.values():
         planned = _plan_of(stage, now)
         table = Table(
@@ -278,12 +293,16 @@ def runs_list(
     from etl.runs import index
 
     between = {"since": since and _time(since), "until": until and _time(until)}
-    found = index.list(_root(env, root), stage=stage, state=state, limit=limit, **between)
+    place = _root(env, root)
+    found = index.list(place, stage=stage, state=state, limit=limit, **between)
     if as_json:
         print(json.dumps(found, default=str))
         return
     if not found:
-        out.print("no runs")
+        has_runs = _has_runs(place)
+        out.print(f"no {'such ' * has_runs}runs under {place.url}", highlight=False, markup=False, soft_wrap=True)
+        for hint in [] if has_runs else _with_runs(place):
+            out.print(hint, highlight=False, markup=False, soft_wrap=True)
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("run", "state", "seconds"):  # the id is there to be copied
@@ -317,7 +336,7 @@ def runs_tail(run_id: RunId, env: Env = "local", root: RootOption = None):
 
     state = heading = None
     try:
-        for event in journal.follow(run_id, _root(env, root)):
+        for event in journal.follow(run_id, _at(root or _environment(env).root)):
             if event["event"] == "cell_start":
                 if event["heading"] != heading:
                     heading = event["heading"]
@@ -359,8 +378,7 @@ def runs_sweep(
     """Remove the reports that tell nothing new, by the env file's `retention`; every run's row stays."""
     from etl.reports import retention
 
-    environment = _load(env, root=root).environment
-    counts = retention.sweep(Root.at(environment.root), environment.retention, dry_run=dry_run)
+    counts = retention.sweep(_root(env, root), _environment(env).retention, dry_run=dry_run)
     print(json.dumps(counts)) if as_json else out.print(", ".join(f"{n:,} {what}" for what, n in counts.items()))
 
 
@@ -378,8 +396,8 @@ def runs_open(run_id: RunId, env: Env = "local", root: RootOption = None):
     if not place.exists(page):  # an old one: a sweep removed it
         place.write(page, reports.page_of(place, record))
     url = place.url_of(page)
-    out.print(url, highlight=False, soft_wrap=True)
-    webbrowser.open(url if "://" in url else f"file://{url}")
+    out.print(url, highlight=False, markup=False, soft_wrap=True)
+    webbrowser.open(url if "://" in url else Path(url).as_uri())
 
 
 @app.command()
@@ -398,7 +416,7 @@ def doctor(
     from etl.lake import doctor as data
     from etl.serve import health, services
 
-    place = _root(env, root)
+    place = _at(root or _environment(env).root)
     here = _services_folder(place.url)
     api_url = f"http://{services.HOST}:{api_port}"
     children = [
@@ -406,7 +424,9 @@ def doctor(
         services.api(api_port, place.url, here),
         services.dashboard(dashboard_port, place.url, api_url, here),
     ]
-    found = data.examine(place.url)
+    missing = _what_is_missing(place)
+    found = [data.Finding(f"root {place.url}", missing, "; ".join([*_with_runs(place), RUN_ALL]) if missing else None)]
+    found += [] if missing else data.examine(place.url)
     found += [data.Finding(what, why, "make setup" if why else None) for what, why in health.packages()]
     found += [
         data.Finding(what, why, "see its owner with ss -ltnp" if why else None) for what, why in health.ports(children)
@@ -420,7 +440,9 @@ def doctor(
         )
         for one in wrong:
             table.add_row(*map(escape, (one.what, one.problem, one.remedy)))
-        out.print(table if wrong else f"[green]ok[/]  {len(found)} looked at: {', '.join(one.what for one in found)}")
+        out.print(
+            table if wrong else f"[green]ok[/]  {len(found)} looked at: {escape(', '.join(one.what for one in found))}"
+        )
     if wrong:
         raise typer.Exit(1)
 
@@ -453,7 +475,9 @@ def rebuild(
     if as_json:
         print(json.dumps(tables.to_dicts()))
         return
-    table = Table("table", "rows", "rows before", "", title=f"{place.url}/lake was made again", title_justify="left")
+    table = Table(
+        "table", "rows", "rows before", "", title=escape(f"{place.url}/lake was made again"), title_justify="left"
+    )
     for name, rows, before, equal in tables.iter_rows():
         verdict = {True: "[green]equal", False: "[yellow]differs", None: "was not readable"}[equal]
         table.add_row(name, f"{rows:,}", "" if before is None else f"{before:,}", verdict)
@@ -516,7 +540,8 @@ def quarantine_retry(
         made = quarantine.retry(_root(env, root).url, file)
     except (LookupError, FileExistsError) as error:
         _refuse(str(error.args[0]))
-    out.print(f"waits for the next run of preprocess: {', '.join(made)}", highlight=False, soft_wrap=True)
+    told = f"waits for the next run of preprocess: {', '.join(made)}"
+    out.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 def _load(env: str, *, root: str | None = None, overrides: list[str] = (), stage: str | None = None) -> params.Project:
@@ -526,8 +551,17 @@ def _load(env: str, *, root: str | None = None, overrides: list[str] = (), stage
     except params.ParamsError as error:
         _print_problems(error.problems)
         raise typer.Exit(2) from None
-    url = Root.at(root or project.environment.root).url
+    url = _at(root or project.environment.root).url
     return replace(project, environment=replace(project.environment, root=url))
+
+
+def _environment(env: str) -> params.Environment:
+    """The environment alone, for what starts no stage; a wrong file is printed, exit status 2."""
+    try:
+        return params.environment(PROJECT, env)
+    except params.ParamsError as error:
+        _print_problems(error.problems)
+        raise typer.Exit(2) from None
 
 
 def _recorded(run: dict, env: str, root: str | None, overrides: list[str] = (), stage: str | None = None) -> tuple:
@@ -543,7 +577,7 @@ def _recorded(run: dict, env: str, root: str | None, overrides: list[str] = (), 
         raise typer.Exit(2) from None
     except replays.NotRepeatable as error:
         _refuse(str(error), status=2)
-    return [chosen], replace(environment, root=Root.at(root or environment.root).url), differences
+    return [chosen], replace(environment, root=_at(root or environment.root).url), differences
 
 
 def _reconcile() -> None:
@@ -555,13 +589,52 @@ def _reconcile() -> None:
 
 
 def _root(env: str, root: str | None) -> Root:
-    return Root.at(root or _load(env).environment.root)
+    """The root that a command reads. One that is not there is refused, with exit status 1."""
+    place = _at(root or _environment(env).root)
+    if not place.is_there():
+        _refuse("\n".join([f"there is no root {place.url}: {RUN_ALL}", *_with_runs(place)]))
+    return place
+
+
+def _at(url: str) -> Root:
+    """The root at `url`; what is none is refused, with exit status 2."""
+    try:
+        return Root.at(url)
+    except BadRoot as error:
+        _refuse(str(error), status=2)
+
+
+def _announce_new(url: str, console: Console) -> None:
+    """Say that a root is not there yet: it may be mistyped. An object store that is down is met later."""
+    with contextlib.suppress(OSError):
+        if not Root.at(url).is_there():
+            console.print(f"new root {url}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _what_is_missing(place: Root) -> str | None:
+    """Why there is nothing that could be examined under a root; None when there is something."""
+    if not place.is_there():
+        return "it is not there"
+    return None if {"landing", "lake", "reports"} & {*place.list("")} else "no stage has run there yet"
+
+
+def _has_runs(place: Root) -> bool:
+    return bool(place.list("lake/runs/_delta_log"))
+
+
+def _with_runs(place: Root) -> list[str]:
+    """The other roots on this machine that env files name and that have runs: a sentence each."""
+    hints = {}
+    for name in params.environments(PROJECT):
+        with contextlib.suppress(params.ParamsError):
+            other = root_url(params.environment(PROJECT, name).root)
+            if "://" not in other and other != place.url and _has_runs(Root.at(other)):
+                hints.setdefault(other, f"{other} has runs: python orchestrate.py runs list --env {name}")
+    return list(hints.values())
 
 
 def _services_folder(root: str):
     """Where logs and Prefect's database are: beside the data when that is on this machine."""
-    from pathlib import Path
-
     return (PROJECT / "outputs" if "://" in root else Path(root)) / "services"
 
 
@@ -706,7 +779,7 @@ def _print_status(text: str) -> None:
 def _print_record(record, report: str | None = None) -> None:
     """One line: stage, state, seconds, rows, report. Of a bad run the reason, the place and the report below it."""
     rows = record.metrics.get("rows")
-    report = report or _report_of(record)
+    report = escape(report or _report_of(record))
     line = (
         f"[dim]{datetime.now():%H:%M:%S}[/]  {record.stage:11} {_styled(f'{record.state:12}')} {record.seconds:5.1f} s"
     )
@@ -746,7 +819,7 @@ def _records_table(records: list) -> Table:
     for record in records:
         rows = record.metrics.get("rows") if record.ok else None
         what = f"{rows:,}" if isinstance(rows, int) else escape(record.reason) if record.ok else ""
-        table.add_row(record.stage, _styled(record.state), f"{record.seconds:.1f}", what, _report_of(record))
+        table.add_row(record.stage, _styled(record.state), f"{record.seconds:.1f}", what, escape(_report_of(record)))
     return table
 
 

@@ -8,9 +8,11 @@ path with forward slashes. Credentials and endpoints come from the usual ``AWS_*
 import contextlib
 import errno
 import fcntl
+import functools
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -22,9 +24,24 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
+
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
 
 PROJECT = Path(__file__).resolve().parent.parent
 CONFLICTS = 8  # of a conditional write with nothing there, before it is an error
+STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")  # the schemes of object stores' URLs
+# deltalake takes a backslash for a slash, decodes %41 once too often and cannot open the rest
+NOT_IN_A_PATH = re.compile(r"\\|%[0-9A-Fa-f]{2}|[\x00-\x1f\x7f]")
+# what S3 says to avoid, and what fsspec and URLs read as something else:
+# https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html
+NOT_IN_A_URL = re.compile(r"""[\\{}^%`\[\]"<>#|*?\x00-\x1f\x7f]|::""")
+
+
+class BadRoot(ValueError):
+    """What was given is no root: its message says why, in a sentence."""
 
 
 class LeaseHeld(RuntimeError):
@@ -73,6 +90,115 @@ def object_store_options() -> dict[str, str]:
     return options
 
 
+@contextlib.contextmanager
+def no_panic() -> Iterator[None]:
+    """A panic of a library written in Rust becomes a RuntimeError; it is a BaseException, which few expect."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # each such library has its own class of that name
+            raise
+        raise RuntimeError(f"a library panicked: {error}") from error
+
+
+def root_url(given: str) -> str:
+    """A root in full, as it was given in an env file or with --root: an absolute folder or the URL of an object store.
+
+    A relative folder is one of the project's, whatever the working folder; `~` is the home folder. Raises BadRoot for
+    what is no such thing, or what a library would take for another place than the one that is meant.
+    """
+    if not given.strip():
+        raise BadRoot("a root is a folder or a URL such as s3://bucket/prefix, and this one is empty")
+    if variable := re.search(r"(?:^|/)(\$\{?\w+\}?)", given):
+        raise BadRoot(f"{given!r}: variables such as {variable[1]} are not filled in: write the folder itself, or ~")
+    scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]*):/", given)
+    if scheme and scheme[1].lower() == "file":
+        return _folder(given, _path_of_file_url(given, given[scheme.end() - 1 :]))
+    if scheme and scheme[1].lower() in STORES:
+        return _store_url(given, scheme[1].lower(), given[scheme.end() - 1 :])
+    if scheme:
+        raise BadRoot(
+            f"{given!r}: there is no store {scheme[1]}: a root is a folder or a URL such as s3://bucket/prefix"
+        )
+    if mistyped := re.match(rf"\s*(file|{'|'.join(STORES)})(?::|//)", given):
+        raise BadRoot(f"{given!r}: a URL begins with {mistyped[1]}://, and a folder of that name with ./")
+    return _folder(given, given)
+
+
+def _path_of_file_url(given: str, rest: str) -> str:
+    """The path in a URL; `rest`: what comes after `file:`."""
+    host, path = "", rest
+    if rest.startswith("//"):
+        host, _, path = rest[2:].partition("/")
+    if host.lower() not in ("", "localhost"):
+        raise BadRoot(f"{given!r}: that is a file of the machine {host!r}: one of this machine is file:///folder")
+    if re.search(r"[?#]", path):
+        raise BadRoot(f"{given!r}: in a URL of a file ? and # are written %3F and %23")
+    try:
+        return "/" + unquote(path, errors="strict").lstrip("/")
+    except UnicodeDecodeError:
+        raise BadRoot(f"{given!r}: what is encoded there is not UTF-8") from None
+
+
+def _store_url(given: str, scheme: str, rest: str) -> str:
+    """The URL in the one way it is written; `rest`: what comes after the colon."""
+    if not rest.startswith("//"):
+        raise BadRoot(f"{given!r}: a URL begins with {scheme}://")
+    place = rest[2:].rstrip("/")
+    if wrong := NOT_IN_A_URL.search(place):
+        raise BadRoot(f"{given!r}: {wrong[0]!r} cannot be in the URL of a root")
+    bucket, *folders = place.split("/")
+    if not bucket:
+        raise BadRoot(f"{given!r}: no bucket is named: {scheme}://bucket/prefix")
+    if {"", ".", ".."} & {*folders}:
+        raise BadRoot(f"{given!r}: an object store has no folders that are called '', '.' or '..'")
+    return f"{scheme}://{place}"
+
+
+def _folder(given: str, path: str) -> str:
+    """The absolute path of a folder that is there, or can be made."""
+    path = os.path.expanduser(path)
+    if path.startswith("~"):
+        raise BadRoot(f"{given!r}: there is no such user; a folder of that name is ./{path}")
+    full = os.path.abspath(PROJECT / path)
+    try:
+        full.encode()
+    except UnicodeEncodeError:
+        raise BadRoot(f"{given!r}: a root's path is UTF-8, and this one is not") from None
+    # deltalake follows links: what they lead to counts as well
+    if wrong := NOT_IN_A_PATH.search(full) or NOT_IN_A_PATH.search(os.path.realpath(full)):
+        raise BadRoot(f"{given!r}: {wrong[0]!r} cannot be in the path of a root")
+    if max(map(len, os.fsencode(full).split(b"/"))) > 255:
+        raise BadRoot(f"{given!r}: the name of a folder has 255 bytes at most")
+    above = full
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above):
+        raise BadRoot(f"{given!r}: {above} is no folder")
+    return full
+
+
+@functools.cache
+def _delta_table() -> "type[DeltaTable]":
+    """DeltaTable, whose `file_uris` are what the files are called.
+
+    deltalake percent-encodes the path of the table in them, and Polars opens them as they are:
+    https://github.com/delta-io/delta-rs
+    """
+    from deltalake import DeltaTable
+
+    class Table(DeltaTable):
+        def file_uris(self, *filters, **named) -> list[str]:
+            encoded = self.table_uri.removeprefix("file://").rstrip("/")
+            folder = unquote(encoded)
+            return [
+                folder + uri.removeprefix(encoded) if uri.startswith(encoded) else uri
+                for uri in super().file_uris(*filters, **named)
+            ]
+
+    return Table
+
+
 class Root:
     """A root in an object store, through fsspec. One PUT makes an object appear whole."""
 
@@ -81,20 +207,37 @@ class Root:
 
     @staticmethod
     def at(url: "str | Path | Root") -> "Root":
-        """The root at `url`; a relative path is relative to the project, whatever the working folder."""
+        """The root at `url`, which is what `root_url` takes. Raises BadRoot."""
         if isinstance(url, Root):
             return url
-        url = str(url)
-        if "://" not in url or url.startswith("file://"):
-            return LocalRoot(PROJECT / url.removeprefix("file://"))
+        url = root_url(str(url))
+        if "://" not in url:
+            return LocalRoot(url)
         import fsspec
 
-        fs, prefix = fsspec.core.url_to_fs(url, use_listings_cache=False)
-        return Root(url.rstrip("/"), fs, prefix.rstrip("/"))
+        try:
+            fs, prefix = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise BadRoot(f"{url!r}: {' '.join(str(error).split())}") from None
+        return Root(url, fs, prefix.rstrip("/"))
+
+    def is_there(self) -> bool:
+        """Whether the root is there at all: its folder, or anything in the object store."""
+        return bool(self.list(""))
+
+    def make(self) -> None:
+        """Make the folder, where a root is one."""
 
     def url_of(self, rel: str) -> str:
-        """The full URL of a place, for deltalake and Polars."""
+        """The full path or URL of a place, for deltalake and Polars (with glob=False)."""
         return f"{self.url}/{rel}"
+
+    def table(self, rel: str, version: int | None = None) -> "DeltaTable":
+        """A handle on the Delta table at a place, at its newest version when `version` is None.
+
+        Its `file_uris` can be opened as they are. Raises what deltalake raises.
+        """
+        return _delta_table()(self.url_of(rel), version=version, storage_options=self.storage_options)
 
     @property
     def storage_options(self) -> dict[str, str]:
@@ -307,8 +450,14 @@ def _is_conflict(error: OSError) -> bool:
 class LocalRoot(Root):
     """A root on this machine: files appear by rename, and are on the disk before they do."""
 
-    def __init__(self, folder: Path):
-        self.url = os.path.abspath(folder)
+    def __init__(self, folder: str):
+        self.url = folder
+
+    def is_there(self) -> bool:
+        return os.path.isdir(self.url)
+
+    def make(self) -> None:
+        os.makedirs(self.url, exist_ok=True)
 
     @property
     def storage_options(self) -> dict[str, str]:

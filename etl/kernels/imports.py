@@ -25,8 +25,11 @@ def modules_of(project: Path) -> tuple[list[str], list[str]]:
 
 
 def _code(path: Path) -> str:
-    """The code of a notebook without its magics."""
-    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    """The code of a notebook without its magics; none of what is no notebook, as one that was just begun."""
+    try:
+        cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    except (ValueError, LookupError, TypeError):
+        return ""
     lines = [line for cell in cells for line in "".join(cell["source"]).splitlines()]
     return "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
 

@@ -298,7 +298,8 @@ def drain(
     None is begun that, going by the slowest so far, would not be over within `for_s` seconds. One with a larger share
     than `max_bad_share` of lines that do not fit is not committed, and ends it.
     """
-    began, slowest, done = time.monotonic(), 0.0, [pl.DataFrame(schema=SUMMARY)]
+    done = [pl.DataFrame(schema=SUMMARY)]
+    began, slowest = time.monotonic(), 0.0
     while (started := time.monotonic()) - began + slowest < for_s:
         batch = next_batch(root, max_files=max_files, max_bytes=max_bytes, scheduled_for=scheduled_for, now=now)
         if batch is None:

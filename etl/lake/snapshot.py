@@ -79,7 +79,7 @@ class Snapshot:
         return lazy.select(columns or [name for name in COLUMNS[table] if name != RESCUED and name in there])
 
     def files(self, table: str) -> list[str]:
-        """The full URLs of the Parquet files that hold the table's rows."""
+        """The full paths or URLs of the Parquet files that hold the table's rows, as they are called."""
         return self.table(table).file_uris()
 
     def table(self, table: str) -> "DeltaTable":
@@ -419,6 +419,4 @@ def arrow_schema(table: str) -> "pyarrow.Schema":
 
 def open_table(place: Root, table: str, version: int | None = None) -> "DeltaTable":
     """A handle on a table, at its newest version when `version` is None: for its writers, and for `Snapshot`."""
-    from deltalake import DeltaTable
-
-    return DeltaTable(place.url_of(f"lake/{table}"), version=version, storage_options=place.storage_options)
+    return place.table(f"lake/{table}", version)

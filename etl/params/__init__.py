@@ -4,20 +4,26 @@ from etl.params.stages import (
     EPOCH,
     Environment,
     ParamsError,
+    Problem,
     Project,
     Stage,
+    environment,
     environments,
     injected_cell_source,
     load,
+    without_yaml,
 )
 
 __all__ = [
     "EPOCH",
     "Environment",
     "ParamsError",
+    "Problem",
     "Project",
     "Stage",
+    "environment",
     "environments",
     "injected_cell_source",
     "load",
+    "without_yaml",
 ]

@@ -32,6 +32,7 @@ from typing_extensions import TypedDict
 from etl.params.cell import DEFAULT, SUPPLIED, read_cell
 from etl.params.yaml import Doc, Problem, got, nearest, parse, short
 from etl.reports.retention import Rules
+from etl.storage import BadRoot, root_url
 
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
@@ -125,10 +126,30 @@ def load(
     if problems:
         raise ParamsError(problems)
     drafts.sort(key=lambda draft: (_cadence_s(draft.file), draft.name))
-    overridden = {n: o.model_dump(exclude_unset=True) for n, o in (env_file.stages or {}).items()}
-    where = (env_file.root, env_file.machine, env_file.dask)
-    environment = Environment(env, *where, overridden, env_file.retention, env_file.ready_kernels)
+    environment = _environment(env, env_file)
     return Project(environment, {draft.name: draft.finish(project, environment) for draft in drafts})
+
+
+def environment(project: Path, env: str = "local") -> Environment:
+    """The environment alone: all that a command needs which only reads a root. Raises ParamsError."""
+    problems: list[Problem] = []
+    file, _ = _read_environment(Path(project), env, None, problems)
+    if problems:
+        raise ParamsError(problems)
+    return _environment(env, file)
+
+
+def without_yaml(project: Path) -> list[Problem]:
+    """Notebooks that are no stages, because they have no YAML: a slip, or work that has just begun.
+
+    Those that are called `Untitled...`, as JupyterLab does it, or that begin with `_` are left alone.
+    """
+    notebooks, params = _names(Path(project))
+    return [
+        Problem(f"notebooks/{name}.ipynb", None, f"there is no params/{name}.yml{nearest(name, params - notebooks)}")
+        for name in sorted(notebooks - params)
+        if not name.startswith(("_", "Untitled"))
+    ]
 
 
 def environments(project: Path) -> list[str]:
@@ -210,6 +231,11 @@ def _one_dask(block: dict) -> dict:
     raise ValueError("none of the three forms")
 
 
+def _root(text: str) -> str:
+    root_url(text)
+    return text
+
+
 _Duration = Annotated[float, BeforeValidator(_seconds)]
 _Memory = Annotated[int, BeforeValidator(_megabytes)]
 _Cron = Annotated[str, AfterValidator(_plain_cron)]
@@ -241,7 +267,7 @@ class _StageOverride(BaseModel):
 
 class _EnvFile(BaseModel):
     model_config = _STRICT
-    root: Annotated[str, Field(min_length=1)]
+    root: Annotated[str, Field(min_length=1), AfterValidator(_root)]
     machine: dict[str, Any] | None = None
     dask: _Dask = None
     retention: Rules = Rules()
@@ -290,6 +316,8 @@ def _read_file(model: type[BaseModel], project: Path, path: str, problems: list)
                 message = f"unknown key {short(key)}{nearest(key, known.model_fields)}"
             elif e["type"] == "missing":
                 message = f"missing {key!r}"
+            elif isinstance(reason := e.get("ctx", {}).get("error"), BadRoot):
+                message = f"root: {reason}"
             else:
                 key = next(part for part in reversed(place) if part in _EXPECTED)
                 message = f"{key}: expected {_EXPECTED[key]}, got {got(e['input'])}"
@@ -297,12 +325,18 @@ def _read_file(model: type[BaseModel], project: Path, path: str, problems: list)
         return None, doc
 
 
-def _read_environment(project: Path, env: str, stages: set[str], problems: list):
+def _environment(name: str, file: _EnvFile) -> Environment:
+    overridden = {stage: over.model_dump(exclude_unset=True) for stage, over in (file.stages or {}).items()}
+    return Environment(name, file.root, file.machine, file.dask, overridden, file.retention, file.ready_kernels)
+
+
+def _read_environment(project: Path, env: str, stages: set[str] | None, problems: list):
+    """(the file, or None; its Doc). `stages`: the names it may override, None when nobody asks."""
     if env not in (known := environments(project)):
         problems.append(Problem(f"params/env/{env}.yml", None, f"no such environment{nearest(env, known)}"))
         return None, Doc("", {})
     file, doc = _read_file(_EnvFile, project, f"params/env/{env}.yml", problems)
-    for name in doc.block("stages"):
+    for name in doc.block("stages") if stages is not None else ():
         if name not in stages:
             message = f"unknown stage {short(name)}{nearest(name, stages)}"
             problems.append(doc.problem(("stages", name), message))
@@ -310,13 +344,15 @@ def _read_environment(project: Path, env: str, stages: set[str], problems: list)
 
 
 def _discover(project: Path, wanted: str | None, problems: list) -> tuple[list[str], set[str]]:
-    """(the stages: names with a notebook and a YAML; all names). Problems of other than `wanted` are left."""
-    notebooks = {path.stem for path in project.glob("notebooks/[!.]*.ipynb")}
-    params = {path.stem for path in project.glob("params/[!.]*.yml")}
+    """(the stages: names with a notebook and a YAML; all names). Problems of other than `wanted` are left.
+
+    A notebook without its YAML is no stage, and stops none.
+    """
+    notebooks, params = _names(project)
     found = []
-    for name in sorted(notebooks - params):
-        what = f"there is no params/{name}.yml{nearest(name, params - notebooks)}"
-        found.append(Problem(f"notebooks/{name}.ipynb", None, what))
+    if wanted in notebooks - params:
+        what = f"there is no params/{wanted}.yml{nearest(wanted, params - notebooks)}"
+        found.append(Problem(f"notebooks/{wanted}.ipynb", None, what))
     for name in sorted(params - notebooks):
         what = f"there is no notebooks/{name}.ipynb{nearest(name, notebooks - params)}"
         found.append(Problem(f"params/{name}.yml", None, what))
@@ -325,12 +361,18 @@ def _discover(project: Path, wanted: str | None, problems: list) -> tuple[list[s
             what = "a stage's name is lower-case letters, digits and _, and not 'all'"
             found.append(Problem(f"params/{name}.yml", None, what))
     problems += [problem for problem in found if wanted in (None, Path(problem.path).stem)]
-    if wanted is None and not notebooks | params:
+    if wanted is None and not found and not notebooks & params:
         problems.append(Problem("notebooks", None, "there is no stage here"))
     if wanted is not None and wanted not in notebooks | params:
         what = f"unknown stage {short(wanted)}{nearest(wanted, notebooks & params)}"
         problems.append(Problem("command line", None, what))
     return sorted(notebooks & params), notebooks | params
+
+
+def _names(project: Path) -> tuple[set[str], set[str]]:
+    """(the names of the notebooks, those of the YAML files)"""
+    notebooks = {path.stem for path in project.glob("notebooks/[!.]*.ipynb")}
+    return notebooks, {path.stem for path in project.glob("params/[!.]*.yml")}
 
 
 def _cadence_s(file: _StageFile) -> float:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import unquote
 
 import polars as pl
 
@@ -86,8 +87,9 @@ def pieces(snapshot: "Snapshot", table: str, since: tuple[str, datetime] | None 
         column, oldest = since
         newest = pl.col(f"max.{column}").dt.offset_by("1ms")  # the log cuts times to whole milliseconds
         files = files.filter((newest >= oldest).fill_null(True))
+    folder = Root.at(snapshot.root).url_of(f"lake/{table}")
     return [
-        Piece(f"{Root.at(snapshot.root).url_of(f'lake/{table}')}/{path}", first, PIECE_ROWS)
+        Piece(f"{folder}/{unquote(path)}", first, PIECE_ROWS)  # the log has it percent-encoded
         for path, rows in files.select("path", "num_records").iter_rows()
         for first in range(0, rows, PIECE_ROWS)
     ]
@@ -161,7 +163,8 @@ def _code(function: Callable) -> bytes:
 
 def _read(url: str, first: int, rows: int, columns: list[str], since: tuple[str, datetime] | None) -> "pd.DataFrame":
     """A piece, on a worker: credentials are those of its own environment."""
-    file = pl.scan_parquet(url, storage_options=object_store_options() if "://" in url else None)
+    options = object_store_options() if "://" in url else None
+    file = pl.scan_parquet(url, glob=False, storage_options=options)
     return _pandas(_rows(file.slice(first, rows), columns, since))
 
 

@@ -27,7 +27,7 @@ from etl import secrets as hidden
 from etl.notebook import CHECK_MIME, RECORD_MIME, CheckFailed, Stop
 from etl.reports import cards
 from etl.runs import journal, outputs
-from etl.storage import PROJECT, Root
+from etl.storage import PROJECT, Root, no_panic
 
 # 1.5 s of import in every process that imports jsonschema, which does without it
 sys.modules.setdefault("rfc3987_syntax", None)
@@ -196,6 +196,8 @@ class _Run:
         self.beat_at, self.flush_at, self.written = self.began + BEAT_S, self.began, 0
         self.beating: Any = None  # the write of a growing report that is under way
         self._prepare()
+        with contextlib.suppress(OSError):  # who delivers a dead run's report makes no root that is gone again
+            Root.at(request.root).make()
         self.journal = journal.Journal(request, self.nb, self.redactor)
         self.shown = outputs.Outputs(self.redactor, self.journal)
 
@@ -244,7 +246,8 @@ class _Run:
     def _handing_in(self) -> Iterator[None]:
         record, folder = self.record, self.journal.folder
         try:
-            yield
+            with no_panic():
+                yield
         except Exception as error:  # the work is done or it is not: a place for reports that is down changes nothing
             text = "the report of run %s could not be written to %s; it waits in %s and is delivered later: %s"
             log.warning(text, record.run_id, record.root, folder, _one_line(error))

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -22,10 +23,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from etl.storage import PROJECT, Root
+from etl.storage import PROJECT, LocalRoot, Root, no_panic
 
 log = logging.getLogger(__name__)
 POLL_S = 0.2  # of a follower
+UNWANTED = "remove the folder when it is not wanted any more"
 
 
 def spool() -> Path:
@@ -192,24 +194,17 @@ def keep_aside(record: Any, nb: Any, folder: Path) -> None:
     from etl.reports import page
 
     with contextlib.suppress(OSError):
-        page.write(Root.at(folder), record, nb, place=".")
+        page.write(LocalRoot(os.path.abspath(folder)), record, nb, place=".")
 
 
 def deliver(root: Root) -> list[str]:
     """Hand in the reports of ended runs that could not be written to this root then; their run_ids."""
     done = []
     for folder in _left():
-        with _locked(folder) as free:
-            if not free or not (start := next(_read(folder / "journal.jsonl", ("start", "end")), None)):
-                continue
-            if start["request"]["root"] != root.url or not any(_read(folder / "journal.jsonl", ("end",))):
-                continue
-            try:
+        with _left_alone(folder), _locked(folder) as free:
+            if free and _ended(folder) and _root_of(folder) == root.url:
                 _close(folder, root)
-            except Exception as error:  # still down: the next run tries again
-                log.warning("the report of run %s still waits in %s: %s", folder.name, folder, error)
-                break
-            done.append(folder.name)
+                done.append(folder.name)
     return done
 
 
@@ -219,47 +214,77 @@ def reconcile() -> list[str]:
 
     closed = []
     for folder in _left():
-        with _locked(folder) as free:
+        with _left_alone(folder), _locked(folder) as free:
             if not free:
+                continue
+            if _is_empty(folder):  # it died before it began
+                shutil.rmtree(folder, ignore_errors=True)
                 continue
             for kernel in _read(folder / "journal.jsonl", ("kernel",)):
                 launch.end_all_of(kernel["folder"])
-            ended = any(_read(folder / "journal.jsonl", ("end",)))
-            start = next(_read(folder / "journal.jsonl", ("start",)), None)
-            if not start:  # it died before it began
-                shutil.rmtree(folder, ignore_errors=True)
-                continue
-            try:
-                _close(folder, Root.at(start["request"]["root"]))
-            except Exception as error:
-                log.warning("the report of run %s still waits in %s: %s", folder.name, folder, error)
+            ended = _ended(folder)
+            _close(folder, Root.at(_root_of(folder)))
             if not ended:
                 closed.append(folder.name)
     return closed
+
+
+@contextlib.contextmanager
+def _left_alone(folder: Path) -> Iterator[None]:
+    """What goes wrong with one folder of the spool is a warning: the others, and the run that looks, go on."""
+    try:
+        with no_panic():
+            yield
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        log.warning("the report of run %s still waits in %s: %s", folder.name, folder, why)
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether not even the first line of the journal was written."""
+    with (folder / "journal.jsonl").open("rb") as file:
+        return not file.readline().endswith(b"\n")
+
+
+def _root_of(folder: Path) -> str:
+    """The root of the run that left a folder in the spool. Raises ValueError when its journal does not say."""
+    start = next(_read(folder / "journal.jsonl", ("start",)), None)
+    if not start or not isinstance(start.get("request"), dict) or "root" not in start["request"]:
+        raise ValueError(f"its journal does not say what ran; {UNWANTED}")
+    return start["request"]["root"]
+
+
+def _ended(folder: Path) -> bool:
+    return any(_read(folder / "journal.jsonl", ("end",)))
 
 
 def live() -> list[dict]:
     """The runs under way on this machine: run_id, stage, root, started_at, cell, heading, rss_mb, cpu_s."""
     found = []
     for folder in _left():
-        with _locked(folder, fcntl.LOCK_SH) as free:
-            if free:
-                continue
-        run = {}
-        with contextlib.suppress(OSError):
-            for event in _read(folder / "journal.jsonl", ("start", "cell_start", "sample", "end")):
-                if event["event"] == "start":
-                    run = {name: event["request"][name] for name in ("run_id", "stage", "root")}
-                    run |= {"started_at": event["t"], "cell": None, "heading": "", "rss_mb": None, "cpu_s": None}
-                elif event["event"] == "cell_start":
-                    run |= {"cell": event["index"], "heading": event["heading"]}
-                elif event["event"] == "sample":
-                    run |= {name: event[name] for name in ("rss_mb", "cpu_s")}
-                else:
-                    run = {}  # only its report is being written
-        if run:
-            found.append(run)
+        with contextlib.suppress(OSError, KeyError):  # another user's, or another release's
+            if run := _live(folder):
+                found.append(run)
     return found
+
+
+def _live(folder: Path) -> dict:
+    """What a run that is under way has come to; empty when it is not."""
+    with _locked(folder, fcntl.LOCK_SH) as free:
+        if free:
+            return {}
+    run = {}
+    for event in _read(folder / "journal.jsonl", ("start", "cell_start", "sample", "end")):
+        if event["event"] == "start":
+            run = {name: event["request"][name] for name in ("run_id", "stage", "root")}
+            run |= {"started_at": event["t"], "cell": None, "heading": "", "rss_mb": None, "cpu_s": None}
+        elif event["event"] == "cell_start":
+            run |= {"cell": event["index"], "heading": event["heading"]}
+        elif event["event"] == "sample":
+            run |= {name: event[name] for name in ("rss_mb", "cpu_s")}
+        else:
+            return {}  # only its report is being written
+    return run
 
 
 def follow(run_id: str, root: Root | str) -> Iterator[dict]:
@@ -271,7 +296,7 @@ def follow(run_id: str, root: Root | str) -> Iterator[dict]:
     folder = next((folder for folder in folders if folder.name == run_id), folders[0] if len(folders) == 1 else None)
     try:
         file = (folder / "journal.jsonl").open("rb") if folder else None
-    except FileNotFoundError:  # delivered a moment ago
+    except OSError:  # delivered a moment ago, or another user's
         file = None
     if file is None:
         yield from _replay(run_id, Root.at(root))
@@ -330,8 +355,8 @@ def _left() -> list[Path]:
     with contextlib.suppress(OSError):
         for folder in spool().iterdir():
             with contextlib.suppress(OSError):  # delivered a moment ago
-                (folder / "journal.jsonl").stat()
-                found.append((folder.stat().st_mtime, folder))
+                if stat.S_ISREG((folder / "journal.jsonl").stat().st_mode):
+                    found.append((folder.stat().st_mtime, folder))
     return [folder for _, folder in sorted(found)]
 
 
@@ -366,13 +391,16 @@ def _read(path: Path, kinds: tuple[str, ...]) -> Iterator[dict]:
 def _event(line: bytes) -> dict | None:
     """The event in a line; None in one that was never finished: its process died, or the disk was full."""
     with contextlib.suppress(ValueError):
-        return json.loads(line) if line.endswith(b"\n") else None
+        event = json.loads(line) if line.endswith(b"\n") else None
+        return event if isinstance(event, dict) and "event" in event else None
 
 
 def _close(folder: Path, root: Root) -> None:
     """Hand in the report of a run whose process is gone, as the journal tells it."""
     from etl.runs import engine
 
+    if "://" not in root.url and not root.is_there():  # it was removed, or its disk is: do not make it again
+        raise FileNotFoundError(f"its root {root.url} is gone; {UNWANTED}")
     record, nb = engine.from_journal(folder / "journal.jsonl")
     save(root, record, nb, folder)
     finish(root, record, nb, folder, again=True)

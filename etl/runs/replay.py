@@ -123,12 +123,11 @@ def replay(
 
 
 def _require_version(source: Root, table: str, version: int) -> None:
-    from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError
 
     gone = f"version {version} of {table}, which it read, is no more"
     try:
-        handle = DeltaTable(source.url_of(f"lake/{table}"), version=version, storage_options=source.storage_options)
+        handle = source.table(f"lake/{table}", version)
     except (DeltaError, OSError) as error:
         raise NotRepeatable(f"{gone}: {error}") from None
     there = set(source.list(f"lake/{table}"))

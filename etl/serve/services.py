@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 from etl.kernels import client
 from etl.storage import PROJECT
@@ -140,15 +141,23 @@ def ensure_free(port: int, name: str) -> None:
 
 def prefect_server(port: int, home: Path, logs: Path) -> Service:
     """Prefect's own server on SQLite, its database under `home`."""
+    environment = {"PREFECT_HOME": str(home)} | SERVER_ENVIRONMENT
+    if "?" in str(home):
+        environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database_url(home)
     return Service(
         "Prefect server",
         [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)],
         port,
         f"http://{HOST}:{port}/api/ready",  # /api/health is 200 a moment before a POST works
         f"http://{HOST}:{port}",
-        {"PREFECT_HOME": str(home)} | {k: v for k, v in SERVER_ENVIRONMENT.items() if k not in os.environ},
+        {k: v for k, v in environment.items() if k == "PREFECT_HOME" or k not in os.environ},
         logs / "prefect.log",
     )
+
+
+def database_url(home: Path) -> str:
+    """Where Prefect's own URL leads, `sqlite+aiosqlite:///{home}/prefect.db`, also when there is a ? in the path."""
+    return f"sqlite+aiosqlite:///file:{quote(str(home))}/prefect.db?uri=true"
 
 
 def api(port: int, root: str, logs: Path) -> Service:

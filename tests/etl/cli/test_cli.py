@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import venv
 
 import polars as pl
 import pytest
@@ -278,7 +279,7 @@ def test_runs_can_be_read_on_a_narrow_terminal(greeting):
     assert first["run_id"] in narrowly("runs", "list").stdout
     shown = narrowly("runs", "show", first["run_id"]).stdout
     assert re.search(r"^parameters +root", shown, re.M) and re.search(r"^ +name  Ada", shown, re.M), shown
-    assert narrowly("runs", "list", "--state", "cancelled").stdout == "no runs\n"
+    assert narrowly("runs", "list", "--state", "cancelled").stdout == f"no such runs under {root}\n"
     assert narrowly("runs", "list", "--state", "canceled").returncode == 2
     Root.at(root).remove_tree(first["report"])
     done = narrowly("runs", "open", first["run_id"])
@@ -308,6 +309,91 @@ def test_quick_commands_import_nothing_heavy(project):
         "dask",
         "coiled",
     }
+
+
+def test_a_notebook_that_is_no_stage_disturbs_no_command_that_does_not_run_it(greeting):
+    project, root, first = greeting
+    for name in ("Untitled", "_scratch", "draft"):
+        (project / "notebooks" / f"{name}.ipynb").write_text("no JSON")
+    assert orchestrate(project, "plan").returncode == 0
+    (project / "params" / "query.yml").write_text("every: never\n")  # these only read the root
+    (project / "params/env/local.yml").write_text(f"root: {root}\nmachine: null\ndask: null\n")
+    for command in (("runs", "list"), ("runs", "show", first["run_id"]), ("quarantine", "list"), ("runs", "sweep")):
+        done = orchestrate(project, *command)
+        assert (done.returncode, done.stderr) == (0, ""), (command, done.stderr)
+    done = orchestrate(project, "run", "greet", "--root", root)
+    assert done.returncode == 0, done.stderr
+    done = orchestrate(project, "run", "draft", "--root", root)
+    assert done.returncode == 2 and "notebooks/draft.ipynb: there is no params/draft.yml" in done.stderr
+    done = orchestrate(project, "check")
+    assert done.returncode == 2 and "draft.ipynb: there is no params/draft.yml" in done.stderr
+    assert "Untitled" not in done.stderr and "_scratch" not in done.stderr
+
+
+def test_a_root_that_is_not_there_is_said_to_be_not_there(project, tmp_path):
+    """And nothing makes it; `run` says that it is new."""
+    for command in (
+        ("runs", "list"),
+        ("runs", "list", "--json"),
+        ("runs", "show", "x"),
+        ("runs", "diff", "x", "y"),
+        ("runs", "sweep"),
+        ("runs", "open", "x"),
+        ("quarantine", "list"),
+        ("quarantine", "retry", "x"),
+        ("whence", "orders"),
+        ("replay", "x"),
+        ("run", "--from", "x"),
+        ("rebuild",),
+    ):
+        done = CliRunner().invoke(orchestrate_app, [*command, "--root", f"{tmp_path}/mistyped"])
+        assert (done.exit_code, done.stdout) == (1, ""), command
+        assert f"there is no root {tmp_path}/mistyped" in done.stderr.replace("\n", ""), (command, done.stderr)
+    for folder, problem in (("mistyped", "it is not there"), ("", "no stage has run there yet")):
+        done = CliRunner().invoke(orchestrate_app, ["doctor", "--root", f"{tmp_path}/{folder}", "--json"])
+        (wrong,) = [one for one in json.loads(done.stdout)["findings"] if one["what"].startswith("root ")]
+        assert done.exit_code == 1 and wrong["problem"] == problem and "run all" in wrong["remedy"]
+    assert not (tmp_path / "mistyped").exists()
+
+    write_stage(project, "greet", "print('hello')")
+    done = orchestrate(project, "run", "greet", "--root", f"{tmp_path}/new [a]")
+    assert done.stdout.startswith(f"new root {tmp_path}/new [a]\n")
+    done = orchestrate(project, "run", "greet", "--root", f"{tmp_path}/newer", "--json")
+    assert done.stderr == f"new root {tmp_path}/newer\n" and json.loads(done.stdout)[0]["state"] == "ok"
+    assert "new root" not in orchestrate(project, "run", "greet", "--root", f"{tmp_path}/newer").stdout
+
+
+def test_where_there_are_no_runs_the_roots_that_have_some_are_named(project):
+    """As after `make demo`, which fills another root than the one that `runs list` reads."""
+    write_stage(project, "greet", "print('hello')")
+    orchestrate(project, "run", "greet", "--env", "dev")
+    done = orchestrate(project, "runs", "list")
+    assert done.returncode == 0 and done.stdout.splitlines() == [
+        f"no runs under {project}/outputs",
+        f"{project}/outputs/dev has runs: python orchestrate.py runs list --env dev",
+    ]
+    done = orchestrate(project, "runs", "list", "--root", "output")
+    assert done.returncode == 1 and f"no root {project}/output:" in done.stderr and "--env dev" in done.stderr
+    assert "greet-" in orchestrate(project, "runs", "list", "--env", "dev").stdout
+
+
+def test_the_command_line_finds_the_projects_own_python(project, tmp_path):
+    venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
+    command = [str(tmp_path / "bare/bin/python"), "orchestrate.py", "runs", "list", "--root", "nowhere at all"]
+
+    def barely():
+        return subprocess.run(command, cwd=project, env=environment(project), capture_output=True, text=True)
+
+    done = barely()
+    assert done.returncode == 2 and "has no package" in done.stderr and "`make setup`" in done.stderr
+    (project / ".venv").symlink_to(tmp_path / "bare")  # set up by half
+    assert barely().returncode == 2
+    (project / ".venv").unlink()
+    (project / ".venv/bin").mkdir(parents=True)
+    (project / ".venv/bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (project / ".venv/bin/python").chmod(0o755)
+    done = barely()
+    assert done.returncode == 1 and f"there is no root {project}/nowhere at all" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("when", ["yesterday", "2026-13-01"])

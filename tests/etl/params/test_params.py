@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from params_cases import BAD_VALUES, CELL, GOOD_VALUES, LOCAL, STAGE, notebook
 
-from etl.params import ParamsError, environments, injected_cell_source, load
+from etl.params import ParamsError, environment, environments, injected_cell_source, load, without_yaml
 from etl.reports.retention import Rules
 
 
@@ -262,7 +262,6 @@ def test_everything_at_once(project):
         "means",
         "notebooks/preprocess.ipynb (parameters cell, line 22): worse: needs a type, one of int, float, bool, str, "
         "datetime.date, Secret, list[...], dict[str, ...], Literal[...], each also | None",
-        "notebooks/query.ipynb: there is no params/query.yml; did you mean 'qury'?",
         "params/env/local.yml:1: missing 'root'",
         "params/env/local.yml:1: unknown key 'rot'; did you mean 'root'?",
         "params/env/local.yml:3: unknown stage 'preproces'; did you mean 'preprocess'?",
@@ -320,6 +319,10 @@ stages:
 
 BAD_ENVS = {
     "root: ''": "1: root: expected a folder or a URL, got str ''",
+    "root: ~": "1: root: expected a folder or a URL, got null",
+    "root: $HOME/lake": "1: root: '$HOME/lake': variables such as $HOME are not filled in: write the folder itself, "
+    "or ~",
+    "root: s3:/bucket": "1: root: 's3:/bucket': a URL begins with s3://",
     "root: 5": "1: root: expected a folder or a URL, got int 5",
     "root: o\nmachine: big": "2: machine: expected null or key: value lines, got str 'big'",
     "root: o\ndask: 2": "2: dask: expected null, {n_workers: 1 or more}, {address: URL} or {coiled: {...}}, got int 2",
@@ -426,9 +429,28 @@ def test_bad_override(two_stages, override, message):
 def test_one_stage_is_not_stopped_by_another(two_stages, project):
     project({"params/preprocess.yml": "every: never\n", "notebooks/Untitled.ipynb": "{}"})
     assert list(load(two_stages, stage="query").stages) == ["query"]
-    assert len(problems(two_stages)) == 3
+    assert len(problems(two_stages)) == 2
     assert problems(two_stages, stage="qery") == ["command line: unknown stage 'qery'; did you mean 'query'?"]
     assert problems(two_stages, stage="Untitled") == ["notebooks/Untitled.ipynb: there is no params/Untitled.yml"]
+
+
+def test_a_notebook_without_its_yaml_is_no_stage_and_stops_none(two_stages, project):
+    names = ("Untitled", "Untitled1", "_scratch", ".hidden", "draft", "query-Copy1")
+    project({f"notebooks/{name}.ipynb": "{no JSON" for name in names})
+    assert list(load(two_stages).stages) == ["preprocess", "query"]
+    assert [str(problem) for problem in without_yaml(two_stages)] == [
+        "notebooks/draft.ipynb: there is no params/draft.yml",
+        "notebooks/query-Copy1.ipynb: there is no params/query-Copy1.yml",
+    ]
+    assert problems(two_stages, stage="draft") == ["notebooks/draft.ipynb: there is no params/draft.yml"]
+
+
+def test_an_environment_is_read_without_any_stage(two_stages, project):
+    env = "root: somewhere\nstages:\n  gone:\n    deadline: 1 minute\n"
+    project({"notebooks/query.ipynb": "{no JSON", "params/query.yml": "every: never\n", "params/env/local.yml": env})
+    assert environment(two_stages).root == "somewhere"
+    with pytest.raises(ParamsError, match="no such environment; did you mean 'local'"):
+        environment(two_stages, "locl")
 
 
 # --- discovery and order ---

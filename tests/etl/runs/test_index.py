@@ -69,9 +69,10 @@ def test_a_row_carries_its_run_in_the_commit_too(tmp_path):
     index.append(root, later(1))
     table = DeltaTable(root.url_of(index.TABLE))
     assert table.metadata().configuration == index.PROPERTIES
-    assert [(c["run_id"], c["stage"]) for c in table.history()] == [
-        (later(1).run_id, "toy"),
-        (FIRST.run_id, "toy"),
+    assert [(c["operation"], c["run_id"], c["stage"]) for c in table.history()] == [
+        ("WRITE", later(1).run_id, "toy"),
+        ("WRITE", FIRST.run_id, "toy"),
+        ("CREATE TABLE", FIRST.run_id, "toy"),
     ]
 
 

@@ -3,12 +3,18 @@
 import fcntl
 import json
 import logging
+import os
 import resource
 import shutil
+import tempfile
 import threading
+from pathlib import Path
+from shutil import rmtree
 
 import nbformat
+import polars as pl
 import pytest
+from deltalake import write_deltalake
 from test_engine import RUN_ID, alive, as_run, cell_states, run, saved
 
 from etl.runs import engine, index, journal
@@ -87,6 +93,87 @@ def test_a_run_that_ended_but_was_not_delivered_gets_one_report_and_one_row(tmp_
     assert journal.reconcile() == []  # it was no longer running
     assert saved(record)[1] == before
     assert len(index.list(Root.at(tmp_path))) == 1 and list(spool.iterdir()) == []
+
+
+def in_the_request(**changed):
+    """The journal's lines with another request."""
+
+    def edit(lines):
+        start = json.loads(lines[0])
+        return [json.dumps(start | {"request": start["request"] | changed}), *lines[1:]]
+
+    return edit
+
+
+BAD = {
+    "not-json": (lambda lines: ["no JSON", *lines[1:]], "does not say what ran"),
+    "no-object": (lambda lines: ["[1]", "7", "null"], "does not say what ran"),
+    "no-request": (lambda lines: [json.dumps(json.loads(lines[0]) | {"request": None})], "does not say what ran"),
+    "no-event": (lambda lines: [lines[0], '{"event": "kernel"}'], "KeyError: 'folder'"),
+    "newer": (in_the_request(invented="later"), "unexpected keyword argument 'invented'"),
+    "older": (lambda lines: [line.replace('"run_id"', '"id"') for line in lines], "TypeError"),
+    "no-cell": (lambda lines: [lines[0], '{"event": "cell_start", "index": 99}'], "IndexError"),
+    "refused": (in_the_request(root="a%20b"), "BadRoot: 'a%20b': '%20' cannot be"),
+    "gone": (in_the_request(root="/dev/shm/gone/away"), "its root /dev/shm/gone/away is gone; remove the folder"),
+    "panics": (lambda lines: [line.replace('"toy"', '"panics"') for line in lines], "RuntimeError: a library panicked"),
+}
+
+
+def panic(root, record, append=index.append):
+    """What deltalake 1.6.3 does where there is a ^ in the path."""
+    append(root, record) if record.stage != "panics" else write_deltalake(f"{root.url}/^", pl.DataFrame({"k": [1]}))
+
+
+def test_one_bad_entry_in_the_spool_stops_no_other(tmp_path, spool, monkeypatch, caplog):
+    monkeypatch.setattr(index, "append", panic)
+    monkeypatch.setattr(journal.shutil, "rmtree", lambda *_, **__: None)
+    run(tmp_path / "root", *SHOWS)
+    monkeypatch.setattr(journal.shutil, "rmtree", rmtree)
+    whole = spool / (RUN_ID % 0)
+    for number, (name, (edit, _)) in enumerate(BAD.items(), start=2):
+        shutil.copytree(whole, spool / name)
+        lines = (whole / "journal.jsonl").read_text().replace(whole.name, RUN_ID % number).splitlines()
+        (spool / name / "journal.jsonl").write_text("\n".join(edit(lines)) + "\n")
+    os.mkfifo(spool / "pipe")
+    (spool / "folder/journal.jsonl").mkdir(parents=True)
+    (spool / "waits").mkdir()
+    os.mkfifo(spool / "waits/journal.jsonl")
+    (spool / "torn").mkdir()
+    (spool / "torn/journal.jsonl").write_text('{"event": "start", "requ')
+    os.utime(whole, (2e9, 2e9))  # looked at last
+
+    assert journal.live() == []
+    shutil.rmtree(tmp_path / "root/lake")
+    with caplog.at_level(logging.WARNING):
+        assert journal.deliver(Root.at(tmp_path / "root")) == [whole.name]
+    assert [row["run_id"] for row in index.list(Root.at(tmp_path / "root"))] == [whole.name]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert journal.reconcile() == []
+    for name, (_, why) in BAD.items():
+        (text,) = [text for text in caplog.messages if text.startswith(f"the report of run {name} still waits in ")]
+        assert why in text and "\n" not in text
+    assert {path.name for path in spool.iterdir()} == {*BAD, "pipe", "folder", "waits"}
+    assert run(tmp_path / "root", "rows: int = 1", number=1).state == "ok"
+    assert not os.path.exists("/dev/shm/gone")
+    assert [event["event"] for event in journal.follow("no-object", tmp_path / "root")] == ["end"]
+
+
+def test_what_another_user_left_in_the_spool_is_a_warning(spool, monkeypatch, caplog):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own is closed to others
+        theirs = Path(folder, "spool/theirs/journal.jsonl")
+        theirs.parent.mkdir(parents=True)
+        theirs.write_text('{"event": "start", "request": {}}\n')
+        os.chmod(folder, 0o755)
+        os.chmod(theirs, 0)
+        monkeypatch.setenv("ETL_SPOOL", f"{folder}/spool")
+        me = os.geteuid()
+        os.seteuid(65534 if me == 0 else me)
+        try:
+            assert journal.live() == [] and journal.reconcile() == [] and journal.deliver(Root.at("/")) == []
+        finally:
+            os.seteuid(me)
+    assert "theirs still waits" in caplog.text and "Permission denied" in caplog.text
 
 
 def test_a_run_is_followed_while_it_runs_and_told_again_afterwards(tmp_path):
