@@ -48,9 +48,10 @@ fresh:  ## The tests and a short `make up` in a fresh Debian 13 (as root, with d
 faults: setup  ## Provoke every fault in full numbers (most of an hour)
 	@$(BIN)/python tests/faults
 
-lint: setup  ## Check style, notebooks included, declared imports, and every stage's parameters
+lint: setup  ## Check style, notebooks included, types, declared imports, and every stage's parameters
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 	@$(BIN)/deptry .
 	@$(BIN)/nbstripout --verify --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
 	@$(BIN)/python orchestrate.py check
@@ -72,5 +73,5 @@ lock:  ## Resolve the packages anew (needs uv)
 	  --no-emit-index-url --no-header pyproject.toml -o requirements.lock
 
 clean:  ## Remove the environment and the caches; outputs/ stays
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -24,11 +24,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 if TYPE_CHECKING:
+    import fsspec
     from deltalake import DeltaTable
+    from deltalake.table import FilterConjunctionType
 
 PROJECT = Path(__file__).resolve().parent.parent
 CONFLICTS = 8  # of a conditional write with nothing there, before it is an error
@@ -188,12 +190,12 @@ def _delta_table() -> "type[DeltaTable]":
     from deltalake import DeltaTable
 
     class Table(DeltaTable):
-        def file_uris(self, *filters, **named) -> list[str]:
+        def file_uris(self, partition_filters: "FilterConjunctionType | None" = None) -> list[str]:
             encoded = self.table_uri.removeprefix("file://").rstrip("/")
             folder = unquote(encoded)
             return [
                 folder + uri.removeprefix(encoded) if uri.startswith(encoded) else uri
-                for uri in super().file_uris(*filters, **named)
+                for uri in super().file_uris(partition_filters)
             ]
 
     return Table
@@ -202,7 +204,7 @@ def _delta_table() -> "type[DeltaTable]":
 class Root:
     """A root in an object store, through fsspec. One PUT makes an object appear whole."""
 
-    def __init__(self, url: str, fs, prefix: str):
+    def __init__(self, url: str, fs: "fsspec.AbstractFileSystem", prefix: str):
         self.url, self._fs, self._prefix = url, fs, prefix
 
     @staticmethod
@@ -249,7 +251,8 @@ class Root:
 
     def read(self, rel: str) -> bytes:
         """The bytes of a place. Raises FileNotFoundError."""
-        return self._fs.cat_file(self._path(rel))
+        data: bytes = self._fs.cat_file(self._path(rel))
+        return data
 
     def read_at_most(self, rel: str, most: int) -> bytes:
         """As `read`, of an ordinary file of at most `most` bytes, and never waiting for anything.
@@ -275,8 +278,9 @@ class Root:
         """
         return self._put_if(rel, data, {"mode": "create"}) is not None  # If-None-Match on S3
 
-    def _put_if(self, rel: str, data: bytes, condition: dict) -> str | None:
+    def _put_if(self, rel: str, data: bytes, condition: dict[str, str]) -> str | None:
         """Put `data` there if the store finds the condition met; the ETag that it has then, None when it is not met."""
+        refusal: OSError | None = None
         for attempt in range(CONFLICTS):
             time.sleep(0.05 * attempt)
             try:
@@ -290,32 +294,26 @@ class Root:
             with contextlib.suppress(FileNotFoundError):
                 etag = self._etag(rel)
                 return etag if self.read(rel) == data else None
+        assert refusal is not None, "tried at least once"
         raise refusal
 
     def _etag(self, rel: str) -> str:
-        return self._fs.info(self._path(rel)).get("ETag", "")
+        etag: str = self._fs.info(self._path(rel)).get("ETag", "")
+        return etag
 
     def exists(self, rel: str) -> bool:
-        return self._fs.exists(self._path(rel))
+        return bool(self._fs.exists(self._path(rel)))
 
     def size(self, rel: str) -> int:
         """Bytes. Raises FileNotFoundError."""
         return int(self._fs.info(self._path(rel))["size"])
 
-    def list(self, rel: str) -> list[str]:
-        """The names directly under a place, sorted; none when there is no such folder."""
-        try:
-            found = self._fs.ls(self._path(rel), detail=False)
-        except FileNotFoundError:
-            return []
-        return sorted(name for path in found if (name := path.rstrip("/").rsplit("/", 1)[-1]))
-
-    def files(self, rel: str) -> "list[str]":
+    def files(self, rel: str) -> list[str]:
         """The places of all files under a folder, at any depth; none when there is no such folder."""
         start = len(self._path(""))
         return sorted(path[start:] for path in self._fs.find(self._path(rel)))
 
-    def entries(self, rel: str) -> "list[Entry]":
+    def entries(self, rel: str) -> list[Entry]:
         """What is directly under a place, by name; none when there is no such folder."""
         try:
             found = self._fs.ls(self._path(rel), detail=True)
@@ -417,9 +415,10 @@ class Root:
             return self._put_if(rel, mine, {"mode": "create"})
         return None if self._held(rel).get("until", 0) > time.time() else self._replace(rel, mine, etag)
 
-    def _held(self, rel: str) -> dict:
+    def _held(self, rel: str) -> dict[str, Any]:
         try:
-            return json.loads(self.read(rel))
+            held: dict[str, Any] = json.loads(self.read(rel))
+            return held
         except FileNotFoundError:
             return {}
 
@@ -430,8 +429,17 @@ class Root:
         except FileNotFoundError:
             return None
 
+    # last: in the lines below it the name means this, not the builtin
+    def list(self, rel: str) -> list[str]:
+        """The names directly under a place, sorted; none when there is no such folder."""
+        try:
+            found = self._fs.ls(self._path(rel), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(name for path in found if (name := path.rstrip("/").rsplit("/", 1)[-1]))
 
-def _object(name: str, info: dict) -> Entry:
+
+def _object(name: str, info: dict[str, Any]) -> Entry:
     mark, modified = str(info.get("ETag", "")), info.get("LastModified")
     return Entry(name.rsplit("/", 1)[-1], int(info["size"] or 0), mark, modified=modified)
 
@@ -542,7 +550,7 @@ class LocalRoot(Root):
     def size(self, rel: str) -> int:
         return os.stat(self._path(rel)).st_size
 
-    def entries(self, rel: str) -> "list[Entry]":
+    def entries(self, rel: str) -> list[Entry]:
         try:
             found = sorted(os.scandir(self._path(rel)), key=lambda entry: entry.name)
         except FileNotFoundError:
@@ -560,13 +568,7 @@ class LocalRoot(Root):
     def may_tear(self) -> bool:
         return True
 
-    def list(self, rel: str) -> list[str]:
-        try:
-            return sorted(name for name in os.listdir(self._path(rel)) if not name.startswith("."))
-        except FileNotFoundError:
-            return []
-
-    def files(self, rel: str) -> "list[str]":
+    def files(self, rel: str) -> list[str]:
         start = len(self._path(""))
         walked = os.walk(self._path(rel))
         return sorted(f"{folder}/{name}"[start:] for folder, _, names in walked for name in names if name[0] != ".")
@@ -628,6 +630,12 @@ class LocalRoot(Root):
             file.write(holder)
             file.flush()
             yield
+
+    def list(self, rel: str) -> list[str]:
+        try:
+            return sorted(name for name in os.listdir(self._path(rel)) if not name.startswith("."))
+        except FileNotFoundError:
+            return []
 
 
 def _remove_folders(paths: list[str], first: str) -> None:

@@ -4,7 +4,6 @@ from etl.params.stages import (
     EPOCH,
     Environment,
     ParamsError,
-    Problem,
     Project,
     Stage,
     environment,
@@ -13,6 +12,7 @@ from etl.params.stages import (
     load,
     without_yaml,
 )
+from etl.params.yaml import Problem
 
 __all__ = [
     "EPOCH",
