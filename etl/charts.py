@@ -13,12 +13,14 @@ from collections.abc import Callable
 from datetime import datetime
 from decimal import Decimal
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import polars as pl
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+    from holoviews import opts
+    from hvplot.plotting.core import hvPlotTabularPolars
     from matplotlib.figure import Figure
 
 Chart = Callable[[pl.DataFrame], Any]
@@ -92,7 +94,7 @@ def _text(column: str, value: Any) -> str:
     return str(value)
 
 
-def plot(frame: pl.DataFrame):
+def plot(frame: pl.DataFrame) -> "hvPlotTabularPolars":
     """`plot(frame).bar(...)` is `frame.hvplot.bar(...)` without the JavaScript that `import hvplot.polars` puts in a
     notebook. Decimals are drawn as floats."""
     from hvplot.plotting.core import hvPlotTabularPolars
@@ -103,12 +105,12 @@ def plot(frame: pl.DataFrame):
 def in_units(frame: pl.DataFrame, column: str) -> tuple[pl.DataFrame, str]:
     """The frame with `column` in millions or whatever suits its largest value, and the label of its axis."""
     values, name = frame[column].cast(pl.Float64), column.replace("_", " ")
-    largest = values.abs().max() or 0
+    largest = cast(float, values.abs().max() or 0)
     factor, unit = next(((factor, f"{name}, {unit}") for factor, unit in UNITS if largest >= factor), (1, name))
     return frame.with_columns((values / factor).alias(column)), unit
 
 
-def show(chart: Chart, frame: pl.DataFrame):
+def show(chart: Chart, frame: pl.DataFrame) -> Any:
     """What a notebook shows: a Picture, or the live Bokeh plot where ETL_CHARTS=bokeh (JupyterLab)."""
     if os.environ.get("ETL_CHARTS") != "bokeh":
         return Picture(png(chart, frame))
@@ -174,17 +176,17 @@ def _drawn(backend: str, chart: Chart, frame: pl.DataFrame) -> Any:
     return hv.renderer(backend).get_plot_state(_made(backend, chart, frame))
 
 
-def _styles(backend: str) -> list:
+def _styles(backend: str) -> list["opts.Options"]:
     """Colours, and what a backend alone understands. Sizes follow in `_tidy_*`, Bokeh's excepted."""
     from holoviews import Cycle, opts
     from holoviews.plotting.util import process_cmap
 
     colours = Cycle(values=COLOURS)
     of_all = {"width": WIDTH_PX, "height": HEIGHT_PX} if backend == "bokeh" else {}
-    of_bars = {"matplotlib": {"edgecolor": "none"}, "bokeh": {"line_color": None}, "plotly": {}}
-    of_dots = {"matplotlib": {"marker": "o", "s": 30}}.get(backend, {"marker": "circle", "size": 7})
+    no_edge: dict[str, dict[str, Any]] = {"matplotlib": {"edgecolor": "none"}, "bokeh": {"line_color": None}}
+    of_dots: dict[str, Any] = {"marker": "o", "s": 30} if backend == "matplotlib" else {"marker": "circle", "size": 7}
     return [
-        opts.Bars(color=colours, multi_level=False, **of_bars[backend], **of_all, backend=backend),
+        opts.Bars(color=colours, multi_level=False, **no_edge.get(backend, {}), **of_all, backend=backend),
         opts.Curve(color=colours, **of_all, backend=backend),
         opts.Area(color=colours, **of_all, backend=backend),
         opts.Scatter(color=COLOURS[1], **of_dots, **of_all, backend=backend),
@@ -218,7 +220,7 @@ def _tidy_matplotlib(figure: "Figure") -> None:
     if x_named:
         names = [label.get_text() for label in axes.get_xticklabels()]
         step = len(names) // MOST_NAMES + 1
-        slanted = {"rotation": 30, "ha": "right"} if sum(map(len, names[::step])) > MOST_LETTERS else {}
+        slanted: dict[str, Any] = {"rotation": 30, "ha": "right"} if sum(map(len, names[::step])) > MOST_LETTERS else {}
         axes.set_xticks(axes.get_xticks()[::step], names[::step], **slanted)
         if len(names) < 3 and not y_named:  # one bar need not fill the page
             places = axes.get_xticks()
@@ -232,7 +234,7 @@ def _tidy_matplotlib(figure: "Figure") -> None:
         stacked = any(bar.get_y() for bars in axes.containers for bar in bars)
         step = -1 if stacked else 1  # a stack is read from the top
         axes.legend(
-            legend.legend_handles[::step],
+            [handle for handle in legend.legend_handles[::step] if handle is not None],
             [text.get_text() for text in legend.get_texts()][::step],
             loc="upper left",
             bbox_to_anchor=(1, 1),

@@ -58,7 +58,7 @@ def record(
     and a replay has to give it again: place under the root -> its JSON, or the sha256 of a file that stays as it is.
     Values become JSON: dates ISO strings, decimals floats, not-a-number null.
     """
-    rows = [(name.replace("_", " "), figure(value)) for name, value in _plain(metrics).items()]
+    rows: list[tuple[str, ...]] = [(name.replace("_", " "), figure(value)) for name, value in _plain(metrics).items()]
     if given:
         rows.append(("given", ", ".join(given)))
         metrics["given"] = given
@@ -73,7 +73,7 @@ def record(
     _show(RECORD_MIME, found, rows, "record")
 
 
-_checked: list[dict] = []  # by the cell that is running now
+_checked: list[dict[str, Any]] = []  # by the cell that is running now
 
 
 def check(name: str, ok: Any, detail: str = "") -> None:
@@ -98,7 +98,7 @@ def _settle(result: Any) -> None:
     shell = _shell()
     shell.events.unregister("post_run_cell", _settle)
     checks, _checked[:] = list(_checked), []
-    rows = [("passed" if c["ok"] else "FAILED", c["name"], c["detail"]) for c in checks]
+    rows: list[tuple[str, ...]] = [("passed" if c["ok"] else "FAILED", c["name"], c["detail"]) for c in checks]
     _show(CHECK_MIME, {"checks": checks}, rows, "check")
     failed = [f"{c['name']} ({c['detail']})" if c["detail"] else c["name"] for c in checks if not c["ok"]]
     if failed and result.success:
@@ -114,7 +114,7 @@ def _shell() -> Any:
     return ipython.get_ipython() if ipython else None
 
 
-def _show(mime: str, data: dict, rows: list[tuple[str, ...]], kind: str) -> None:
+def _show(mime: str, data: dict[str, Any], rows: list[tuple[str, ...]], kind: str) -> None:
     text = "\n".join("  ".join(row) for row in rows)
     if _shell() is None:
         print(text)

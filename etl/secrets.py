@@ -103,7 +103,7 @@ class Redactor:
         is_there: Callable[[str], bool] = lambda place: False,
     ):
         self._supplied, self._is_there = frozenset(supplied), is_there
-        forms = {}
+        forms: dict[str, str] = {}
         for name, value in values.items():
             if len(value) < SHORTEST:
                 continue
@@ -121,7 +121,7 @@ class Redactor:
         found = self._pattern(text)
         return found.sub(lambda match: self._forms.get(match[0], match[0]), text) if found else text
 
-    def _pattern(self, text: str) -> re.Pattern | None:
+    def _pattern(self, text: str) -> re.Pattern[str] | None:
         """Of the forms that are in `text`: to look for each first is far quicker than a pattern of them all."""
         present = [form for form in self._forms if form in text]
         # what is replaced already comes first, and stays
@@ -134,7 +134,7 @@ class Redactor:
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, Mapping):
-            return type(value)({self.tree(key): self.tree(item) for key, item in value.items()})
+            return _like(value, {self.tree(key): self.tree(item) for key, item in value.items()})
         if isinstance(value, list | tuple):
             return type(value)([self.tree(item) for item in value])
         if isinstance(value, bytes):  # surrogates carry what is not UTF-8
@@ -151,7 +151,7 @@ class Redactor:
         """The fields of a RunRequest."""
         return {**asked, "parameters": self.parameters(asked["parameters"]), "refused": self.text(asked["refused"])}
 
-    def message(self, kind: str, content: dict) -> dict:
+    def message(self, kind: str, content: dict[str, Any]) -> dict[str, Any]:
         """The content of a message of the kernel: what it shows, not the protocol's own words."""
         if not self._forms or kind in ("status", "clear_output"):
             return content
@@ -204,7 +204,7 @@ class Redactor:
                 told[mime] = self._recorded(value)
             else:
                 told[self.text(mime)] = self.tree(value)
-        return type(data)(told)
+        return _like(data, told)
 
     def _recorded(self, value: Any) -> Any:
         """As `tree`, where a notebook may have recorded or checked something (etl.notebook)."""
@@ -221,7 +221,7 @@ class Redactor:
                 told[name] = [self._checked(one) for one in part]
             else:
                 told[self.text(name)] = self.tree(part)
-        return type(value)(told)
+        return _like(value, told)
 
     def _checked(self, one: Any) -> Any:
         if not isinstance(one, Mapping):
@@ -287,3 +287,9 @@ def _escapes(text: str) -> list[str]:
     dumped = [json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False)]
     marked = [html.escape(text, quote=False), *(html.escape(text).replace("&#x27;", quote) for quote in QUOTES)]
     return [*dumped, repr(text)[1:-1], repr(text + "'\"")[1:-4], *marked]
+
+
+def _like(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """`items` in what `mapping` is: a dict, a notebook's node."""
+    kind: Any = type(mapping)
+    return kind(items)

@@ -20,7 +20,7 @@ FRAME = re.compile(r'  File "(.+)", line (\d+) in (.+)')  # as faulthandler writ
 SHOWN = re.compile(r"^(?:Cell In\[(\d+)\], line (\d+)|File (.+?):(\d+)(?:, in .*)?$)", re.M)  # as IPython writes it
 
 
-def card(record: Any, last_ok: dict | None = None) -> Any:
+def card(record: Any, last_ok: dict[str, Any] | None = None) -> Any:
     """The first cell of a bad report, at most 12 lines: what went wrong, where, and what is new since it went well.
 
     `last_ok` is the record of the stage's last run that was ok.
@@ -46,7 +46,7 @@ def card(record: Any, last_ok: dict | None = None) -> Any:
     return _cell("\n".join(lines), record, "card")
 
 
-def _changes(record: Any, last_ok: dict) -> list[str]:
+def _changes(record: Any, last_ok: dict[str, Any]) -> list[str]:
     """What differs from the last run that was ok: the limit this one ran into, parameters, code, packages.
 
     A lower limit that the last ok run would not have kept by far explains the end alone.
@@ -74,7 +74,7 @@ def _changes(record: Any, last_ok: dict) -> list[str]:
     return found[:6]
 
 
-def _limits_met(record: Any, last_ok: dict) -> list[tuple[str, str, str, float]]:
+def _limits_met(record: Any, last_ok: dict[str, Any]) -> list[tuple[str, str, str, float]]:
     """Of the limit it ended at: (its name in the record, what it is called, its unit, what the last ok run took)."""
     if record.state == "timed_out":
         return [("deadline_s", "deadline", "s", last_ok.get("seconds") or 0)]
@@ -102,7 +102,7 @@ def _fence(text: str, shortest: int = 1) -> str:
     return "`" * max(shortest, max(map(len, re.findall("`+", text)), default=0) + 1)
 
 
-def last_minute(record: Any, samples: list[dict]) -> Any:
+def last_minute(record: Any, samples: list[dict[str, Any]]) -> Any:
     """The end of a report whose run was ended from outside: what it took in its last minute."""
     end = datetime.fromisoformat(samples[-1]["t"])
     rows, before = [], None
@@ -155,7 +155,7 @@ def _cell(text: str, record: Any, what: str) -> Any:
     return nbformat.v4.new_markdown_cell(text, metadata={"tags": [f"report-{what}"], "runner": ran})
 
 
-def stacks(text: str, cells: list[Any]) -> tuple[str, dict | None]:
+def stacks(text: str, cells: list[Any]) -> tuple[str, dict[str, Any] | None]:
     """(what faulthandler wrote, cut down to the user's own lines; the main thread's innermost own frame)
 
     A frame is the user's own when it is in one of `cells` or in the project's code. Threads without one are left out.
@@ -180,7 +180,7 @@ def stacks(text: str, cells: list[Any]) -> tuple[str, dict | None]:
     return "\n".join([f"{STACKS}:", *lines, ""]), main
 
 
-def own_frame(traceback: str, cells: list[Any]) -> dict | None:
+def own_frame(traceback: str, cells: list[Any]) -> dict[str, Any] | None:
     """The innermost frame of the user's own in an IPython traceback in plain text: {where, code}."""
     found = None
     for number, line, file, at in SHOWN.findall(traceback):
@@ -192,7 +192,7 @@ def own_frame(traceback: str, cells: list[Any]) -> dict | None:
     return found
 
 
-def _place(file: str, line: int, names: dict[str, int], cells: list[Any]) -> dict | None:
+def _place(file: str, line: int, names: dict[str, int], cells: list[Any]) -> dict[str, Any] | None:
     if (index := names.get(Path(file).name)) is not None and "ipykernel_" in file:
         return _in_cell(index, line, cells)
     if not file.startswith(f"{PROJECT}/") or LIBRARIES.search(file) or file.removeprefix(f"{PROJECT}/") in KERNEL:
@@ -204,7 +204,7 @@ def _place(file: str, line: int, names: dict[str, int], cells: list[Any]) -> dic
     return {"where": f"{Path(file).relative_to(PROJECT)}:{line}", "code": code}
 
 
-def _in_cell(index: int, line: int, cells: list[Any]) -> dict:
+def _in_cell(index: int, line: int, cells: list[Any]) -> dict[str, Any]:
     source = cells[index].source.splitlines()
     code = source[line - 1].strip() if 0 < line <= len(source) else ""
     return {"where": f"cell {index + 1}, line {line}", "code": code}

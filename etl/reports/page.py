@@ -9,9 +9,12 @@ import threading
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etl.storage import Root
+
+if TYPE_CHECKING:
+    import nh3
 
 log = logging.getLogger(__name__)
 PAGE = "report.html"
@@ -71,13 +74,13 @@ def write_page(root: Root, record: Any, nb: Any, place: str | None = None) -> No
         root.write(f"{place or record.report}/{PAGE}", page)
 
 
-def url_of(root: Root, record: dict) -> str:
+def url_of(root: Root, record: dict[str, Any]) -> str:
     """Where a person finds a run's report: its page, or the notebook when there is none (any more)."""
     page = f"{record['report']}/{PAGE}"
     return root.url_of(page if root.exists(page) else f"{record['report']}/report.ipynb")
 
 
-def page_of(root: Root, record: dict) -> bytes:
+def page_of(root: Root, record: dict[str, Any]) -> bytes:
     """report.html of a run by its run.json; made anew where there is none (any more). Raises FileNotFoundError."""
     try:
         return root.read(f"{record['report']}/{PAGE}")
@@ -92,7 +95,8 @@ def notebook(nb: Any) -> bytes:
     """report.ipynb."""
     import nbformat
 
-    return (nbformat.v4.writes(nb) + "\n").encode(errors="replace")
+    text: str = nbformat.v4.writes(nb)
+    return f"{text}\n".encode(errors="replace")
 
 
 def html(record: Any, nb: Any) -> str:
@@ -124,7 +128,8 @@ def html(record: Any, nb: Any) -> str:
         + [("Started from", ", ".join(given)) for given in [record.metrics.get("given")] if given],
     }
     with _EXPORTING:
-        return _exporter().from_notebook_node(nb, resources={"page": page})[0]
+        made: str = _exporter().from_notebook_node(nb, resources={"page": page})[0]
+        return made
 
 
 @functools.cache
@@ -151,7 +156,7 @@ def clean(fragment: Any) -> str:
 
 
 @functools.cache
-def _cleaner() -> Any:
+def _cleaner() -> "nh3.Cleaner":
     import nh3
 
     return nh3.Cleaner(
