@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parent.parent  # etl.storage cannot be imported without the packages
 NEEDED = ("typer", "rich", "pydantic", "yaml", "cronsim", "polars", "deltalake", "papermill", "prefect")
 
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from deltalake import DeltaTable
     from deltalake.table import FilterConjunctionType
 
-PROJECT = Path(__file__).resolve().parent.parent
+# the folder of notebooks, params and the domain: around this package, or where the console script was called
+PROJECT = Path(os.environ.get("ETL_PROJECT") or Path(__file__).resolve().parent.parent)
 CONFLICTS = 8  # of a conditional write with nothing there, before it is an error
 STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")  # the schemes of object stores' URLs
 # deltalake takes a backslash for a slash, decodes %41 once too often and cannot open the rest

@@ -6,7 +6,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from etl.serve import services
+import orchestrate
 from etl.storage import PROJECT
 
 BESIDE = ["app", "benchmarks", "orchestrate", "tests", "runner", "storage"]
@@ -38,6 +38,6 @@ def test_an_editable_install_exposes_what_notebooks_import_and_nothing_beside_it
 
 
 def test_api_and_dashboard_find_the_app_wherever_up_was_started(tmp_path):
-    for service in (services.api(1, "r", tmp_path), services.dashboard(1, "r", "u", tmp_path)):
-        done = elsewhere("import app; print(app.__file__)", tmp_path, **service.environment)
+    for service in orchestrate.services("r", orchestrate.PORTS, tmp_path)[1:]:
+        done = elsewhere("import app; print(app.__file__)", tmp_path, **service.variables)
         assert done.stdout.strip() == str(PROJECT / "app/__init__.py"), done.stderr

@@ -16,7 +16,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 from etl.kernels import client
-from etl.storage import PROJECT
 
 log = logging.getLogger(__name__)
 HOST = "127.0.0.1"
@@ -63,13 +62,18 @@ class Service:
     process: subprocess.Popen | None = None
     restarts: int = 0
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """Its own variables, and where the project's modules are: only `etl` is installed."""
+        return {"PYTHONPATH": client.python_path()} | self.environment
+
     def start(self) -> None:
         """Start it in a group of its own: Ctrl-C reaches `up` alone, which ends its children in order."""
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as out:
             self.process = subprocess.Popen(
                 self.command,
-                env=os.environ | self.environment,
+                env=os.environ | self.variables,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -158,37 +162,6 @@ def prefect_server(port: int, home: Path, logs: Path) -> Service:
 def database_url(home: Path) -> str:
     """Where Prefect's own URL leads, `sqlite+aiosqlite:///{home}/prefect.db`, also when there is a ? in the path."""
     return f"sqlite+aiosqlite:///file:{quote(str(home))}/prefect.db?uri=true"
-
-
-def api(port: int, root: str, logs: Path) -> Service:
-    """The FastAPI service over what is published under `root`."""
-    return Service(
-        "API",
-        [sys.executable, "-m", "uvicorn", "app.api:app", "--host", HOST, "--port", str(port), "--no-access-log"],
-        port,
-        f"http://{HOST}:{port}/health",
-        f"http://{HOST}:{port}/docs",
-        {"ETL_ROOT": root, "PYTHONPATH": client.python_path()},
-        logs / "api.log",
-    )
-
-
-def dashboard(port: int, root: str, api_url: str, logs: Path) -> Service:
-    """The Streamlit dashboard over what is published under `root`; links to reports go to `api_url`."""
-    script = PROJECT / "app" / "dashboard.py"
-    return Service(
-        "dashboard",
-        [
-            *(sys.executable, "-m", "streamlit", "run", str(script)),
-            *("--server.address", HOST, "--server.port", str(port), "--server.headless", "true"),
-            *("--browser.gatherUsageStats", "false", "--server.fileWatcherType", "none"),
-        ],
-        port,
-        f"http://{HOST}:{port}/_stcore/health",
-        f"http://{HOST}:{port}",
-        {"ETL_ROOT": root, "ETL_API_URL": api_url, "PYTHONPATH": client.python_path()},
-        logs / "dashboard.log",
-    )
 
 
 def die_with_parent() -> None:

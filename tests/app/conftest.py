@@ -7,6 +7,7 @@ import pytest
 from published import QUERY_RUN, TRAIN_RUN, add_run, fill
 from support import free_port
 
+import orchestrate
 from etl.serve import services
 
 
@@ -45,7 +46,8 @@ def empty(tmp_path, monkeypatch) -> str:
 @pytest.fixture(scope="session")
 def dashboard_url(filled, tmp_path_factory) -> str:
     """The dashboard, served over `filled` as `up` serves it. Its first answer takes seconds, for its imports."""
-    service = services.dashboard(free_port(), filled, "http://127.0.0.1:8000", tmp_path_factory.mktemp("dashboard"))
+    ports = orchestrate.PORTS | {"dashboard": free_port()}
+    service = orchestrate.services(filled, ports, tmp_path_factory.mktemp("dashboard"))[-1]
     service.start()
     try:
         service.wait_ready()

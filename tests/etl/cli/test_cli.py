@@ -115,7 +115,7 @@ def test_a_notebook_that_raises_fails_and_says_why(project, root):
 
 def test_what_went_wrong_is_on_the_terminal_and_not_how_many_rows_there_were(project, root):
     write_stage(project, "broken", "record(rows=7)", f"{'x' * 30!r}\nraise ValueError('{'too many words ' * 9}')")
-    code = "import orchestrate, sys; orchestrate.out.width = 80; sys.exit(orchestrate.app())"
+    code = "import orchestrate, sys; from etl.cli import common; common.out.width = 80; sys.exit(orchestrate.app())"
     command = [sys.executable, "-c", code, "run", "broken", "--root", root, "--at", AT]
     done = subprocess.run(command, cwd=project, env=environment(project), capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
@@ -270,7 +270,7 @@ def test_runs_can_be_read_on_a_narrow_terminal(greeting):
     """An id is there to be copied; a report that was swept is not opened; nothing is said by an empty table."""
     project, root, first = greeting
     narrow = {"COLUMNS": "60"}
-    code = "import orchestrate, sys; orchestrate.out.width = 60; sys.exit(orchestrate.app())"
+    code = "import orchestrate, sys; from etl.cli import common; common.out.width = 60; sys.exit(orchestrate.app())"
 
     def narrowly(*arguments):
         options = {"cwd": project, "env": environment(project) | narrow, "capture_output": True, "text": True}

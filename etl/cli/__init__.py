@@ -1,0 +1,41 @@
+"""The command line: `python orchestrate.py` and `etl` are the same. The commands are here, a group a file.
+
+Each is a thin layer over a function that a notebook could call: it reads options, prints what came of it, and ends with
+exit status 0 only on success, 1 for what failed, 2 for what was asked wrongly.
+"""
+
+import importlib.metadata
+from typing import Annotated
+
+import typer
+
+from etl.cli import checking, lake, running, runs, up
+from etl.cli.common import Timetable
+
+
+def make(timetable: Timetable, help_text: str) -> typer.Typer:
+    """The command line of a project."""
+    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=help_text)
+
+    @app.callback()
+    def start(
+        context: typer.Context,
+        version: Annotated[
+            bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+        ] = False,
+    ) -> None:
+        context.obj = timetable
+
+    up.register(app, timetable)
+    running.register(app)
+    checking.register(app)
+    app.add_typer(runs.app, name="runs")
+    lake.register(app, timetable)
+    app.add_typer(lake.refused, name="quarantine")
+    return app
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"etl {importlib.metadata.version('etl-notebooks')}")
+        raise typer.Exit

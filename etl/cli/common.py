@@ -1,0 +1,167 @@
+"""What the commands share: their options, the project as they were asked to see it, and how they refuse."""
+
+import contextlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from etl import params
+from etl.storage import PROJECT, BadRoot, Root, root_url
+
+if TYPE_CHECKING:
+    from etl.serve.services import Service
+
+out, err = Console(emoji=False), Console(stderr=True, emoji=False)
+if not out.is_terminal:
+    out.width = 200  # a log file has no width to keep to
+
+RUN_ALL = "`python orchestrate.py run all` makes one pass of all stages"
+Env = Annotated[str, typer.Option("--env", help="params/env/<name>.yml")]
+RootOption = Annotated[str | None, typer.Option("--root", help="Folder or URL, in place of the env file's root.")]
+Overrides = Annotated[list[str], typer.Option("-p", help="name=value, or stage.name=value; more than one is fine.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+RunId = Annotated[str, typer.Argument(help="A run's id, or the beginning of it.")]
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """What a project hands to its command line.
+
+    `services`: what `up` keeps alive beside the schedules, for a root's URL, the ports by name and the folder of their
+    logs; first of them Prefect's server. `report_url`: under which URL reports are served. `ports`: name -> number,
+    each an option of `up` and `doctor`.
+    """
+
+    services: Callable[[str, Mapping[str, int], Path], "Sequence[Service]"]
+    report_url: Callable[[Mapping[str, int]], str]
+    ports: Mapping[str, int]
+
+
+def load(
+    env: str, *, root: str | None = None, overrides: Sequence[str] = (), stage: str | None = None
+) -> params.Project:
+    """The stages as they would run; a wrong file is printed with everything that is wrong, exit status 2."""
+    try:
+        project = params.load(PROJECT, env, overrides, stage=stage)
+    except params.ParamsError as error:
+        print_problems(error.problems)
+        raise typer.Exit(2) from None
+    url = root_at(root or project.environment.root).url
+    return replace(project, environment=replace(project.environment, root=url))
+
+
+def environment(env: str) -> params.Environment:
+    """The environment alone, for what starts no stage; a wrong file is printed, exit status 2."""
+    try:
+        return params.environment(PROJECT, env)
+    except params.ParamsError as error:
+        print_problems(error.problems)
+        raise typer.Exit(2) from None
+
+
+def existing_root(env: str, root: str | None) -> Root:
+    """The root that a command reads. One that does not exist is refused, with exit status 1."""
+    asked = root_at(root or environment(env).root)
+    if not asked.is_there():
+        refuse("\n".join([f"there is no root {asked.url}: {RUN_ALL}", *roots_with_runs(asked)]))
+    return asked
+
+
+def root_at(url: str) -> Root:
+    """The root at `url`; what is none is refused, with exit status 2."""
+    try:
+        return Root.at(url)
+    except BadRoot as error:
+        refuse(str(error), status=2)
+
+
+def announce_new(url: str, console: Console) -> None:
+    """Say that a root does not exist yet: it may be mistyped. An object store that is down is met later."""
+    with contextlib.suppress(OSError):
+        if not Root.at(url).is_there():
+            console.print(f"new root {url}", highlight=False, markup=False, soft_wrap=True)
+
+
+def what_is_missing(root: Root) -> str | None:
+    """Why there is nothing that could be examined under a root; None when there is something."""
+    if not root.is_there():
+        return "it is not there"
+    return None if {"landing", "lake", "reports"} & {*root.list("")} else "no stage has run there yet"
+
+
+def has_runs(root: Root) -> bool:
+    """Whether the root has an index of runs."""
+    from etl.runs import index
+
+    return bool(root.list(f"{index.TABLE}/_delta_log"))
+
+
+def roots_with_runs(besides: Root) -> list[str]:
+    """The other roots on this machine that env files name and that have runs: a sentence each."""
+    hints: dict[str, str] = {}
+    for name in params.environments(PROJECT):
+        with contextlib.suppress(params.ParamsError):
+            other = root_url(params.environment(PROJECT, name).root)
+            if "://" not in other and other != besides.url and has_runs(Root.at(other)):
+                hints.setdefault(other, f"{other} has runs: python orchestrate.py runs list --env {name}")
+    return list(hints.values())
+
+
+def services_folder(root: str) -> Path:
+    """Where logs and Prefect's database are: beside the data when that is on this machine."""
+    return (PROJECT / "outputs" if "://" in root else Path(root)) / "services"
+
+
+def moment(text: str | None) -> datetime:
+    """The time that an option says, UTC unless it says otherwise; now for None. Refused when it is none."""
+    if text is None:
+        return datetime.now(UTC)
+    try:
+        parsed = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a time such as 2026-01-31T12:00:00+00:00") from None
+    return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
+
+
+def get_run(run_id: str, env: str, root: str | None) -> dict[str, Any]:
+    """A run's record; one that is not in the index is refused."""
+    from etl.runs import index
+
+    try:
+        return index.get(existing_root(env, root), run_id)
+    except KeyError:
+        refuse(f"there is no run {run_id}; `runs list` names them")
+
+
+def close_lost_runs() -> None:
+    """Close the runs that a process which is gone left running."""
+    from etl.runs import journal
+
+    for run_id in journal.reconcile():
+        err.print(f"closed {run_id}, which an earlier process left running", highlight=False)
+
+
+def print_problems(problems: Sequence[Any]) -> None:
+    for problem in problems:
+        err.print(f"[bold red]wrong[/]  {escape(str(problem))}", highlight=False, soft_wrap=True)
+
+
+def say(text: str, style: str | None = None) -> None:
+    """A line as it is, whole: to be copied, whatever the width of the terminal."""
+    out.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, default=str))
+
+
+def refuse(why: str, status: int = 1) -> NoReturn:
+    err.print(f"[bold red]{escape(why)}", highlight=False, soft_wrap=True)
+    raise typer.Exit(status)

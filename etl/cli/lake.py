@@ -1,0 +1,193 @@
+"""The commands about the data: `doctor`, `whence`, `rebuild`, `quarantine`."""
+
+import contextlib
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from etl.cli.common import (
+    RUN_ALL,
+    AsJson,
+    Env,
+    RootOption,
+    Timetable,
+    environment,
+    existing_root,
+    out,
+    print_json,
+    refuse,
+    root_at,
+    roots_with_runs,
+    say,
+    services_folder,
+    what_is_missing,
+)
+from etl.cli.ports import with_ports
+from etl.cli.printing import styled
+from etl.storage import LeaseHeld
+
+refused = typer.Typer(no_args_is_help=True, help="The lines and files that did not fit.")
+FileName = Annotated[str, typer.Argument(help="A file's name, as `quarantine list` has it.")]
+
+
+def register(app: typer.Typer, timetable: Timetable) -> None:
+    app.command()(whence)
+    app.command()(with_ports(doctor, timetable.ports))
+    app.command("rebuild")(rebuild_lake)
+
+
+def whence(
+    version: Annotated[str, typer.Argument(metavar="TABLE[@VERSION]", help="The newest version when none is given.")],
+    env: Env = "local",
+    root: RootOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """The run that wrote a version of a table of the lake, and its report."""
+    from etl.reports import page
+    from etl.runs import index, provenance
+
+    table, _, number = version.partition("@")
+    if number and not number.isdecimal():
+        raise typer.BadParameter(f"{number!r} is not a version; as in {table}@12")
+    asked = existing_root(env, root)
+    try:
+        origin = provenance.whence(asked, table, int(number) if number else None)
+    except LookupError as error:
+        refuse(str(error))
+    origin |= {"state": None, "report": None}
+    if origin["run_id"]:
+        with contextlib.suppress(KeyError):  # a run in JupyterLab is in no index
+            record = index.get(asked, origin["run_id"])
+            report = page.url_of(asked, record) if record["kept"] else None
+            origin |= {"state": record["state"], "report": report}
+    if as_json:
+        print_json(origin)
+        return
+    who = f"{origin['run_id']}  {styled(origin['state'] or 'not in the index')}" if origin["run_id"] else "by no run"
+    told = f"{table}@{origin['version']}  {origin['operation']}  {origin['at']}  {who}"
+    out.print(told, highlight=False, soft_wrap=True)
+    if origin["state"]:
+        say(origin["report"] or "its report was swept")
+
+
+def doctor(
+    context: typer.Context, env: Env = "local", root: RootOption = None, as_json: AsJson = False, **ports: int
+) -> None:
+    """What is wrong with lake, index, models, answers, packages and ports, and what to do. Changes nothing.
+
+    Exit status 1 when something is.
+    """
+    from etl.lake.doctor import Finding, examine
+    from etl.serve import health
+
+    timetable: Timetable = context.obj
+    asked = root_at(root or environment(env).root)
+    services = timetable.services(asked.url, ports, services_folder(asked.url))
+    missing = what_is_missing(asked)
+    remedy = "; ".join([*roots_with_runs(asked), RUN_ALL]) if missing else None
+    findings = [Finding(f"root {asked.url}", missing, remedy)]
+    findings += [] if missing else examine(asked.url)
+    findings += [Finding(what, why, "make setup" if why else None) for what, why in health.packages()]
+    taken = "see its owner with ss -ltnp"
+    findings += [Finding(what, why, taken if why else None) for what, why in health.ports(services)]
+    wrong = [finding for finding in findings if finding.problem]
+    if as_json:
+        print_json({"ok": not wrong, "findings": [asdict(finding) for finding in findings]})
+    elif wrong:
+        table = Table("what", "wrong", "what to do", title_justify="left")
+        table.title = f"{len(wrong)} of {len(findings)} are wrong"
+        for finding in wrong:
+            table.add_row(*(escape(text or "") for text in (finding.what, finding.problem, finding.remedy)))
+        out.print(table)
+    else:
+        names = ", ".join(finding.what for finding in findings)
+        out.print(f"[green]ok[/]  {len(findings)} looked at: {escape(names)}")
+    if wrong:
+        raise typer.Exit(1)
+
+
+def rebuild_lake(
+    env: Env = "local",
+    root: RootOption = None,
+    accept_quarantine: Annotated[
+        bool,
+        typer.Option("--accept-quarantine", help="Also when rows of the present lake would not fit any more."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The lake again from its archive, swapped in whole; the one before stays beside it. End `up` first.
+
+    Refused when the archive no longer has every file that is in the lake: it keeps `archive_days` of compact. Refused
+    too when rows that are in the lake would go to quarantine, which `--accept-quarantine` allows.
+    """
+    from etl.lake.rebuild import NotWhole, RowsWouldGo, rebuild
+
+    asked = existing_root(env, root)
+    run_id = f"rebuild-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+    try:
+        tables = rebuild(asked.url, run_id, accept_quarantine=accept_quarantine)
+    except RowsWouldGo as error:
+        refuse(f"{error}. `rebuild --accept-quarantine` goes on all the same")
+    except (NotWhole, LeaseHeld) as error:
+        refuse(str(error))
+    if as_json:
+        print_json(tables.to_dicts())
+        return
+    title = escape(f"{asked.url}/lake was made again")
+    table = Table("table", "rows", "rows before", "", title=title, title_justify="left")
+    for name, rows, before, equal in tables.iter_rows():
+        verdict = {True: "[green]equal", False: "[yellow]differs", None: "was not readable"}[equal]
+        table.add_row(name, f"{rows:,}", "" if before is None else f"{before:,}", verdict)
+    out.print(table)
+
+
+@refused.command("list")
+def list_refused(env: Env = "local", root: RootOption = None, as_json: AsJson = False) -> None:
+    """What did not fit: files with refused lines, and files that were refused whole, the newest first."""
+    from etl.lake import quarantine
+
+    rows = quarantine.overview(existing_root(env, root).url)
+    if as_json:
+        print_json(rows)
+        return
+    table = Table("file", "batch or day", "lines", "why")
+    for row in rows:
+        table.add_row(escape(row["file"]), str(row["when"]), str(row["lines"] or "all of it"), escape(row["why"]))
+    out.print(table if rows else "nothing was refused")
+
+
+@refused.command("show")
+def show_refused(file: FileName, env: Env = "local", root: RootOption = None, as_json: AsJson = False) -> None:
+    """The refused lines of a file with their reasons, or why it was refused whole."""
+    from etl.lake import quarantine
+
+    asked = existing_root(env, root)
+    whole = [row for row in quarantine.refused_files(asked.url) if row["file"] == file]
+    lines = quarantine.refused_lines(asked.url, file).to_dicts()
+    if not whole and not lines:
+        refuse(f"nothing of {file} was refused; `quarantine list` names what was")
+    if as_json:
+        print_json({"file": whole, "lines": lines})
+        return
+    for row in whole:
+        say(f"{row['place']} {row['why']}")
+    for line in lines:
+        say(f"{file}:{line['line']}: {line['reason']}", style="bold")
+        say(line["raw"])
+
+
+@refused.command("retry")
+def retry_refused(file: FileName, env: Env = "local", root: RootOption = None) -> None:
+    """Put a refused file, or those of its refused lines that fit by now, into landing again."""
+    from etl.lake import quarantine
+
+    try:
+        made = quarantine.retry(existing_root(env, root).url, file)
+    except (LookupError, FileExistsError) as error:
+        refuse(str(error.args[0]))
+    told = f"waits for the next run of preprocess: {', '.join(made)}"
+    say(told)

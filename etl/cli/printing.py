@@ -1,0 +1,139 @@
+"""How runs, records and differences look on a terminal."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+from etl.cli.common import err, out
+from etl.params import Stage
+from etl.storage import Root
+
+if TYPE_CHECKING:
+    from etl.runs.engine import RunRecord
+
+INDENT = 10  # of what is said of a bad run, below its time
+STYLES = {"ok": "green", "noop": "dim", "check_failed": "red", "cancelled": "yellow"}  # the other states: bold red
+
+
+def styled(state: str) -> str:
+    """A state in its colour, padded as it came."""
+    return f"[{STYLES.get(state.strip(), 'bold red')}]{state}[/]"
+
+
+def print_record(record: "RunRecord", report: str | None = None) -> None:
+    """One line: stage, state, seconds, rows, report. Of a bad run the reason, the cell and the report below it."""
+    rows = record.metrics.get("rows")
+    report = escape(report or report_of(record))
+    line = (
+        f"[dim]{datetime.now():%H:%M:%S}[/]  {record.stage:11} {styled(f'{record.state:12}')} {record.seconds:5.1f} s"
+    )
+    if record.ok:
+        what = f"{rows:,} rows" if isinstance(rows, int) else record.reason
+        out.print(f"{line}  {escape(f'{what:24}')}  [dim]{report}[/]", highlight=False, soft_wrap=True)
+        return
+    out.print(line, highlight=False)
+    for text in (record.reason, *where_it_failed(record)):
+        out.print(Padding(escape(text), (0, 0, 0, INDENT)), highlight=False)
+    out.print(f"{' ' * INDENT}[dim]{report}[/]", highlight=False, soft_wrap=True)  # whole, to be copied
+
+
+def where_it_failed(record: "RunRecord") -> list[str]:
+    """Where a run went wrong: its cell with the heading, the line, the code in it."""
+    error = record.error or {}
+    if not error.get("cell"):
+        return []
+    frame = error.get("frame") or {}
+    where = frame.get("where", "")
+    if not where.startswith(f"cell {error['cell']},"):
+        where = ", ".join(filter(None, [f"cell {error['cell']}", where]))
+    return [f"in {error['heading']!r}, {where}", *([f"    {frame['code']}"] if frame.get("code") else [])]
+
+
+def report_of(record: "RunRecord") -> str:
+    """Its report's page: a URL, or the path, relative to the working folder where that is shorter."""
+    report = Root.at(record.root).url_of(f"{record.report}/report.html")
+    return report if "://" in report else min(report, os.path.relpath(report), key=len)
+
+
+def records_table(records: "Sequence[RunRecord]") -> Table:
+    """One pass of all stages."""
+    table = Table("stage", "state", title="One pass of all stages", title_justify="left")
+    table.add_column("seconds", justify="right")
+    table.add_column("rows", justify="right")
+    table.add_column("report", overflow="fold")
+    for record in records:
+        rows = record.metrics.get("rows") if record.ok else None
+        what = f"{rows:,}" if isinstance(rows, int) else escape(record.reason) if record.ok else ""
+        table.add_row(record.stage, styled(record.state), f"{record.seconds:.1f}", what, escape(report_of(record)))
+    return table
+
+
+def print_differences(differences: Sequence[Any], title: str) -> None:
+    out.print(f"[italic]{escape(title)}", highlight=False)  # above the table: inside it is as narrow as the table
+    table = Table("", "")
+    for column in ("before", "after"):
+        table.add_column(column, overflow="fold")
+    for difference in differences:
+        values = [
+            v if isinstance(v, str) else json.dumps(v, default=str) for v in (difference.before, difference.after)
+        ]
+        if difference.name.endswith(("sha256", "git_commit")):
+            values = [value[:12] for value in values]
+        table.add_row(difference.part, *map(escape, (difference.name, *values)))
+    out.print(table)
+
+
+def readable(value: object) -> str:
+    """What is recorded under one name, each item of a list or dict on a line of its own."""
+    if isinstance(value, dict):
+        return "\n".join(f"{name}  {_flat(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return "\n".join(
+            "  ".join(map(_flat, item.values())) if isinstance(item, dict) else _flat(item) for item in value
+        )
+    return _flat(value)
+
+
+def _flat(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def text_of(output: dict[str, Any]) -> str:
+    """A cell's output as a terminal shows it."""
+    if output["output_type"] == "stream":
+        return "".join(output["text"])
+    if output["output_type"] == "error":
+        return f"{output['ename']}: {output['evalue']}\n"
+    if any(kind.startswith("image/") for kind in output["data"]):
+        return "[a picture]\n"
+    return "".join(output["data"].get("text/plain", "")) + "\n"
+
+
+@contextmanager
+def progress(stage: Stage, quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar of a run's cells; what to call before each of them."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    with Progress(
+        TextColumn("{task.fields[stage]:11}"),
+        BarColumn(24),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        console=err,
+        transient=True,
+        disable=quiet or not err.is_terminal,
+    ) as bar:
+        task = bar.add_task("starting", stage=stage.name, total=None)
+
+        def on_cell(done: int, total: int, heading: str) -> None:
+            bar.update(task, completed=done, total=total, description=heading)
+
+        yield on_cell

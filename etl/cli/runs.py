@@ -1,0 +1,158 @@
+"""`runs`: the index of runs, their output, their reports."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from etl.cli.common import (
+    AsJson,
+    Env,
+    RootOption,
+    RunId,
+    environment,
+    existing_root,
+    get_run,
+    has_runs,
+    moment,
+    out,
+    print_json,
+    refuse,
+    root_at,
+    roots_with_runs,
+    say,
+)
+from etl.cli.printing import print_differences, readable, styled, text_of
+
+app = typer.Typer(no_args_is_help=True, help="The index of runs.")
+State = Literal["ok", "noop", "check_failed", "failed", "timed_out", "killed", "cancelled"]
+
+
+@app.command("list")
+def list_runs(
+    env: Env = "local",
+    root: RootOption = None,
+    stage: Annotated[str | None, typer.Option(help="Only this stage.")] = None,
+    state: Annotated[State | None, typer.Option(help="Only this state.")] = None,
+    since: Annotated[str | None, typer.Option(help="Started at this time or later, ISO 8601.")] = None,
+    until: Annotated[str | None, typer.Option(help="Started before this time.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, newest first.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """The last runs, newest first."""
+    from etl.runs import index
+
+    asked = existing_root(env, root)
+    between = {"since": since and moment(since), "until": until and moment(until)}
+    rows: Sequence[dict[str, Any]] = index.list(asked, stage=stage, state=state, limit=limit, **between)
+    if as_json:
+        print_json(rows)
+        return
+    if not rows:
+        has_others = has_runs(asked)
+        say(f"no {'such ' * has_others}runs under {asked.url}")
+        for hint in [] if has_others else roots_with_runs(asked):
+            say(hint)
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("run", "state", "seconds"):  # the id is there to be copied
+        table.add_column(column, no_wrap=True, justify="right" if column == "seconds" else "left")
+    table.add_column("reason", overflow="fold")
+    for row in rows:
+        table.add_row(row["run_id"], styled(row["state"]), f"{row['seconds']:.1f}", escape(row["reason"] or ""))
+    out.print(table)
+
+
+@app.command("show")
+def show_run(run_id: RunId, env: Env = "local", root: RootOption = None, as_json: AsJson = False) -> None:
+    """All that is recorded of one run."""
+    record = get_run(run_id, env, root)
+    if as_json:
+        print_json(record)
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in record.items():
+        if value not in (None, "", {}, []):
+            table.add_row(name, escape(readable(value)))
+    out.print(table)
+
+
+@app.command("tail")
+def tail_run(run_id: RunId, env: Env = "local", root: RootOption = None) -> None:
+    """What a run prints, as it comes; of one that has ended, all of it. Exit status 1 unless it ends ok or noop."""
+    from etl.runs import journal
+
+    state = heading = None
+    try:
+        for event in journal.follow(run_id, root_at(root or environment(env).root)):
+            if event["event"] == "cell_start":
+                if event["heading"] != heading:
+                    heading = event["heading"]
+                    out.print(f"[bold cyan]── {escape(heading or '')}", highlight=False)
+            elif event["event"] == "output":
+                print(text_of(event["output"]), end="", flush=True)
+            elif event["event"] == "end":
+                state = event["state"]
+                out.print(f"{styled(state)}  {escape(event.get('reason') or '')}", highlight=False)
+    except KeyError:
+        refuse(f"there is no run {run_id}; `runs list` names them")
+    except FileNotFoundError:
+        refuse(f"the report of {run_id} was swept; `runs show` has its row")
+    if state not in ("ok", "noop"):
+        raise typer.Exit(1)
+
+
+@app.command("diff")
+def diff_runs(a: RunId, b: RunId, env: Env = "local", root: RootOption = None, as_json: AsJson = False) -> None:
+    """What differs between two runs: parameters, code, inputs, seconds, metrics, and how they ended."""
+    from etl.runs import replay
+
+    differences = replay.diff(*(get_run(run_id, env, root) for run_id in (a, b)))
+    if as_json:
+        print_json([asdict(difference) for difference in differences])
+    elif differences:
+        print_differences(differences, f"{a} and {b}")
+    else:
+        out.print("nothing that is recorded differs")
+
+
+@app.command("sweep")
+def sweep_reports(
+    env: Env = "local",
+    root: RootOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove the reports that tell nothing new, by the env file's `retention`; every run's row stays."""
+    from etl.reports import retention
+
+    counts = retention.sweep(existing_root(env, root), environment(env).retention, dry_run=dry_run)
+    if as_json:
+        print_json(counts)
+    else:
+        out.print(", ".join(f"{count:,} {what}" for what, count in counts.items()))
+
+
+@app.command("open")
+def open_report(run_id: RunId, env: Env = "local", root: RootOption = None) -> None:
+    """Open a run's report in the browser."""
+    import webbrowser
+
+    from etl.reports import page
+
+    asked, record = existing_root(env, root), get_run(run_id, env, root)
+    if not record["kept"]:
+        refuse(f"the report of {record['run_id']} was swept; `runs show` has its row")
+    path = f"{record['report']}/{page.PAGE}"
+    if not asked.exists(path):  # an old one: a sweep removed it
+        asked.write(path, page.page_of(asked, record))
+    url = asked.url_of(path)
+    say(url)
+    webbrowser.open(url if "://" in url else Path(url).as_uri())
