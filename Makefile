@@ -62,7 +62,8 @@ format: setup  ## Format the code and strip the notebooks' outputs
 	@$(BIN)/nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
 
 lab: setup  ## Open the notebooks in JupyterLab, on the scratch root that `make demo` fills
-	@ETL_CHARTS=bokeh JUPYTER_DEFAULT_PROVISIONER_NAME=forked-kernel $(BIN)/jupyter lab --ip=127.0.0.1 --port=8888 --notebook-dir=notebooks \
+	@ETL_CHARTS=plotly JUPYTER_DEFAULT_PROVISIONER_NAME=forked-kernel $(BIN)/jupyter lab --ip=127.0.0.1 --port=8888 --notebook-dir=notebooks \
+	  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
 	  $(if $(filter 0,$(shell id -u)),--allow-root)
 
 bench: setup  ## Measure, side by side (three quarters of an hour)

@@ -147,8 +147,9 @@ def answer_card(root: Root, question: queries.Question, rows_px: int | None = TA
             draw(drawn, question.name)
         table(frame, {name: column(name, dtype) for name, dtype in frame.schema.items()}, question.name, rows_px)
         as_of = datetime.fromisoformat(current["as_of"])
+        rows = "1 row" if current["rows"] == 1 else f"{current['rows']:,} rows"
         st.caption(
-            f"{current['rows']:,} rows, batch {current['batch']:,}, up to {as_of:%Y-%m-%d %H:%M:%S} UTC, "
+            f"{rows}, batch {current['batch']:,}, up to {as_of:%Y-%m-%d %H:%M:%S} UTC, "
             f"by [{current['run_id']}]({report_url(current['run_id'])})"
         )
 
@@ -171,12 +172,15 @@ def table(frame: pl.DataFrame, columns: dict[str, Any], name: str, rows_px: int 
 
 
 def column(name: str, dtype: pl.DataType) -> Any:
-    """How a column of an answer is shown: a human name, thousands apart, two decimals, keys as they are."""
+    """How a column of an answer is shown: a human name, thousands apart, two decimals, keys and years as they are."""
     label = words(name).capitalize()
     if dtype.is_integer():
-        return st.column_config.NumberColumn(label, format="%d" if name.endswith("_key") else "%,d")
+        is_a_name = name == "year" or name.endswith("_key")
+        return st.column_config.NumberColumn(label, format="%d" if is_a_name else "%,d")
     if dtype.is_numeric():
         return st.column_config.NumberColumn(label, format="%,.2f")
+    if dtype == pl.Date:
+        return st.column_config.DateColumn(label, format="YYYY-MM-DD")
     if dtype.is_temporal():
         return st.column_config.DatetimeColumn(f"{label} (UTC)", format="MM-DD HH:mm:ss")
     return st.column_config.TextColumn(label)

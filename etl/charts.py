@@ -1,12 +1,13 @@
-"""Charts: written once with hvPlot, drawn by Matplotlib in reports, Plotly in the dashboard, Bokeh in JupyterLab.
+"""Charts: written once with hvPlot, drawn by Matplotlib in reports, by Plotly in the dashboard and in JupyterLab.
 
 A chart is a function from a frame to a plot. Which options a plot may carry depends on the backend that is current
-when it is made, so the function is called here, after the backend was chosen, and keeps to what all three understand
+when it is made, so the function is called here, after the backend was chosen, and keeps to what both understand
 (kind, x, y, by, stacked, title, xlabel, ylabel, clabel). Sizes, colours and fonts are this file's business.
 """
 
 import html
 import io
+import json
 import os
 import threading
 from collections.abc import Callable
@@ -42,6 +43,18 @@ class Picture:
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
         return self.png, {"width": WIDTH_PX, "height": HEIGHT_PX}
+
+
+class Live:
+    """A Plotly figure, drawn by what the package plotly brings into JupyterLab: no script, nothing from a network."""
+
+    def __init__(self, figure: "go.Figure"):
+        self.figure = figure
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        return {
+            "application/vnd.plotly.v1+json": json.loads(self.figure.to_json()) | {"config": {"displaylogo": False}}
+        }
 
 
 class Grid:
@@ -110,15 +123,11 @@ def in_units(frame: pl.DataFrame, column: str) -> tuple[pl.DataFrame, str]:
     return frame.with_columns((values / factor).alias(column)), unit
 
 
-def show(chart: Chart, frame: pl.DataFrame) -> Any:
-    """What a notebook shows: a Picture, or the live Bokeh plot where ETL_CHARTS=bokeh (JupyterLab)."""
-    if os.environ.get("ETL_CHARTS") != "bokeh":
-        return Picture(png(chart, frame))
-    import holoviews as hv
-
-    if not getattr(hv.extension, "_loaded", False):
-        hv.extension("bokeh", logo=False)  # here its JavaScript is wanted
-    return _made("bokeh", chart, frame)
+def show(chart: Chart, frame: pl.DataFrame) -> Picture | Live:
+    """What a notebook shows: a Picture, or a live plot where ETL_CHARTS=plotly (JupyterLab)."""
+    if os.environ.get("ETL_CHARTS") == "plotly":
+        return Live(plotly(chart, frame))
+    return Picture(png(chart, frame))
 
 
 def png(chart: Chart, frame: pl.DataFrame) -> bytes:
@@ -177,21 +186,21 @@ def _drawn(backend: str, chart: Chart, frame: pl.DataFrame) -> Any:
 
 
 def _styles(backend: str) -> list["opts.Options"]:
-    """Colours, and what a backend alone understands. Sizes follow in `_tidy_*`, Bokeh's excepted."""
+    """Colours, and what a backend alone understands. Sizes follow in `_tidy_*`."""
     from holoviews import Cycle, opts
     from holoviews.plotting.util import process_cmap
 
     colours = Cycle(values=COLOURS)
-    of_all = {"width": WIDTH_PX, "height": HEIGHT_PX} if backend == "bokeh" else {}
-    no_edge: dict[str, dict[str, Any]] = {"matplotlib": {"edgecolor": "none"}, "bokeh": {"line_color": None}}
-    of_dots: dict[str, Any] = {"marker": "o", "s": 30} if backend == "matplotlib" else {"marker": "circle", "size": 7}
+    is_matplotlib = backend == "matplotlib"
+    of_bars: dict[str, Any] = {"edgecolor": "none"} if is_matplotlib else {}
+    of_dots: dict[str, Any] = {"marker": "o", "s": 30} if is_matplotlib else {"marker": "circle", "size": 7}
     return [
-        opts.Bars(color=colours, multi_level=False, **no_edge.get(backend, {}), **of_all, backend=backend),
-        opts.Curve(color=colours, **of_all, backend=backend),
-        opts.Area(color=colours, **of_all, backend=backend),
-        opts.Scatter(color=COLOURS[1], **of_dots, **of_all, backend=backend),
+        opts.Bars(color=colours, multi_level=False, **of_bars, backend=backend),
+        opts.Curve(color=colours, backend=backend),
+        opts.Area(color=colours, backend=backend),
+        opts.Scatter(color=COLOURS[1], **of_dots, backend=backend),
         # the lighter half: dark text can be read on all of it
-        opts.HeatMap(cmap=process_cmap("Blues", 64)[:36], **of_all, backend=backend),
+        opts.HeatMap(cmap=process_cmap("Blues", 64)[:36], backend=backend),
     ]
 
 

@@ -116,3 +116,18 @@ def faulty(s3_server, s3_root, monkeypatch) -> FaultyS3:
         s3fs.S3FileSystem.clear_instance_cache()  # one knows its endpoint for good
         yield proxy
         s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="module")  # while Playwright is there its event loop runs in this thread, which other tests mind
+def browser_window():
+    """A window of Debian's Chromium, not shown; its tabs share what they have loaded."""
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("not looked at with a browser: chromium is not installed")
+    from browser import HEIGHT_PX, WIDTH_PX
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path)
+        yield browser.new_context(viewport={"width": WIDTH_PX, "height": HEIGHT_PX})
+        browser.close()

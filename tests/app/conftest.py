@@ -56,27 +56,10 @@ def dashboard_url(filled, tmp_path_factory) -> str:
         services.stop([service])
 
 
-@pytest.fixture(scope="module")  # while Playwright is there its event loop runs in this thread, which other tests mind
-def browser_window():
-    """A window of Debian's Chromium, not shown; its tabs share what they have loaded."""
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.skip("not looked at in a browser: chromium is not installed")
-    from browser import HEIGHT_PX, WIDTH_PX
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path)
-        yield browser.new_context(viewport={"width": WIDTH_PX, "height": HEIGHT_PX})
-        browser.close()
-
-
 @pytest.fixture
 def dashboard(browser_window, dashboard_url):
     """A tab of its own on the dashboard. What the browser complains of meanwhile fails the test."""
     from browser import Dashboard
 
-    page = Dashboard(browser_window.new_page(), dashboard_url)
-    yield page
-    page.tab.close()
-    assert page.problems == []
+    with Dashboard.opened(browser_window, dashboard_url) as tab:
+        yield tab

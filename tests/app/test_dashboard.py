@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
+import polars as pl
 import pytest
 from published import QUERY_RUN, add_run
 from streamlit.testing.v1 import AppTest
 
+from app.shown import column
 from etl.lake import snapshot as lake
 from etl.runs import engine
 from etl.runs.engine import RunRequest
@@ -254,3 +256,20 @@ def test_a_run_under_way_is_followed(empty, tmp_path):
         (tmp_path / "go").touch()
         run.join()
     assert not page().expander
+
+
+@pytest.mark.parametrize(
+    "name, dtype, shown_as",
+    [
+        ("order_date", pl.Date, ("Order date", "date", "YYYY-MM-DD")),  # of 1997-04-09 one saw 04-09 00:00:00 (UTC)
+        ("order_time", pl.Datetime("us", "UTC"), ("Order time (UTC)", "datetime", "MM-DD HH:mm:ss")),
+        ("year", pl.Int64, ("Year", "number", "%d")),  # 1995, not 1,995
+        ("order_key", pl.Int64, ("Order key", "number", "%d")),
+        ("orders", pl.Int64, ("Orders", "number", "%,d")),
+        ("revenue", pl.Decimal(38, 4), ("Revenue", "number", "%,.2f")),
+        ("nation", pl.String, ("Nation", "text", None)),
+    ],
+)
+def test_a_column_is_shown_as_people_write_what_is_in_it(name, dtype, shown_as):
+    config = column(name, pl.Series(dtype=dtype).dtype)
+    assert (config["label"], config["type_config"]["type"], config["type_config"].get("format")) == shown_as

@@ -99,7 +99,7 @@ def test_units_suit_the_largest_value(largest, unit):
     assert 1 <= scaled["net_revenue"].max() < 1000
 
 
-def test_a_notebook_gets_one_png_and_nothing_else_and_bokeh_when_asked_for():
+def test_a_notebook_gets_one_png_and_nothing_else_or_one_live_plot_when_asked_for():
     cells = [
         "import polars as pl\n"
         "from etl import charts\n"
@@ -107,14 +107,14 @@ def test_a_notebook_gets_one_png_and_nothing_else_and_bokeh_when_asked_for():
         "question = next(q for q in questions() if q.name == 'q05')\n"
         "result = pl.DataFrame({'nation': ['CHINA', 'INDIA'], 'revenue': [2.5, 1.5]})",
         "charts.show(question.chart, result)",
-        "import os\nos.environ['ETL_CHARTS'] = 'bokeh'\ncharts.show(question.chart, result)",
+        "import os\nos.environ['ETL_CHARTS'] = 'plotly'\ncharts.show(question.chart, result)",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     nbclient.NotebookClient(notebook).execute()
     imports, picture, live = (cell.outputs for cell in notebook.cells)
     assert imports == []
     assert [set(output.data) for output in picture] == [{"image/png", "text/plain"}]
-    assert any("bokeh" in output.data.get("text/html", "").lower() for output in live if "data" in output)
+    assert [set(output.data) for output in live] == [{"application/vnd.plotly.v1+json", "text/plain"}]
 
 
 def test_a_table_reads_as_people_write_and_holds_no_markup():

@@ -1,9 +1,11 @@
-"""The dashboard in a browser: a page object that chooses, reads and looks, and keeps what the browser complains of."""
+"""Pages in a browser: a tab that keeps what the browser complains of, and page objects that choose, read and look."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from urllib.parse import parse_qs, urlencode, urlsplit
 
-from playwright.sync_api import ConsoleMessage, Locator, Page, Request, expect
+from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, Request, expect
 
 WIDTH_PX, HEIGHT_PX = 1440, 900
 PATIENCE_MS, FIRST_MS = 20_000, 120_000  # the first chart of a server imports for seconds, on busy cores for many
@@ -16,17 +18,49 @@ KNOWN = {
 }
 
 
-class Dashboard:
-    """One tab. `problems`: errors and warnings of the console and requests that failed or left this machine, but for
-    those that are KNOWN."""
+class Tab:
+    """A tab of the browser. `problems`: errors and warnings of its console, requests that failed or left this machine,
+    but for those that are KNOWN."""
 
-    def __init__(self, tab: Page, url: str):
-        self.tab, self.url, self.problems = tab, url, []
-        tab.set_default_timeout(PATIENCE_MS)
-        tab.on("console", self._on_console)
-        tab.on("pageerror", lambda error: self._complain("script", str(error)))
-        tab.on("request", self._on_request)
-        tab.on("requestfailed", lambda request: self._complain("failed", f"{request.failure}", request.url))
+    def __init__(self, window: BrowserContext, url: str):
+        self.tab, self.url, self.problems = window.new_page(), url, []
+        self.tab.set_default_timeout(PATIENCE_MS)
+        self.tab.on("console", self._on_console)
+        self.tab.on("pageerror", lambda error: self._complain("script", str(error)))
+        self.tab.on("request", self._on_request)
+        self.tab.on("requestfailed", lambda request: self._complain("failed", f"{request.failure}", request.url))
+
+    @classmethod
+    @contextmanager
+    def opened(cls, window: BrowserContext, url: str) -> Iterator["Tab"]:
+        """A new tab, closed in the end; a problem fails the test."""
+        tab = cls(window, url)
+        try:
+            yield tab
+        finally:
+            tab.tab.close()
+        assert tab.problems == []
+
+    def charts(self) -> Locator:
+        """All that Plotly has drawn, from top to bottom."""
+        return self.tab.locator(".js-plotly-plot:has(.main-svg)")
+
+    def _on_console(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self._complain("console", message.text, message.location["url"])
+
+    def _on_request(self, request: Request) -> None:
+        if not re.match(r"(http|ws)://127\.0\.0\.1[:/]|data:|blob:", request.url):
+            self._complain("outside", request.url)
+
+    def _complain(self, *words: str) -> None:
+        complaint = " ".join(words)
+        if not any(re.search(pattern, complaint, re.S) for pattern in KNOWN):
+            self.problems.append(complaint)
+
+
+class Dashboard(Tab):
+    """The dashboard's pages."""
 
     def open(self, page: str = "", **parameters: str) -> None:
         """Go to a page, "" for the first, and wait until it is drawn."""
@@ -62,20 +96,3 @@ class Dashboard:
         """Type into the field, and take the first that fits."""
         self.selected.fill(text)
         self.tab.get_by_role("option").first.click()
-
-    def charts(self) -> Locator:
-        """All that are drawn, from top to bottom."""
-        return self.tab.locator(".js-plotly-plot:has(.main-svg)")
-
-    def _on_console(self, message: ConsoleMessage) -> None:
-        if message.type in ("error", "warning"):
-            self._complain("console", message.text, message.location["url"])
-
-    def _on_request(self, request: Request) -> None:
-        if not re.match(r"(http|ws)://127\.0\.0\.1[:/]|data:|blob:", request.url):
-            self._complain("outside", request.url)
-
-    def _complain(self, *words: str) -> None:
-        complaint = " ".join(words)
-        if not any(re.search(pattern, complaint, re.S) for pattern in KNOWN):
-            self.problems.append(complaint)
