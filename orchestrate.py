@@ -23,6 +23,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -71,13 +72,11 @@ def up(
     dashboard_port: Annotated[int, typer.Option(help="The dashboard.")] = 8501,
 ):
     """Everything: Prefect's server unless PREFECT_API_URL is set, the schedules, API and dashboard. Ctrl-C ends all."""
-    from runner import journal, services, warm
+    from runner import journal, lease, services, warm
 
     project = _load(env, root=root)
     _log_to_terminal()
     _announce_new(project.environment.root, out)
-    _reconcile()
-    journal.deliver(Root.at(project.environment.root))
     here = _services_folder(project.environment.root)
     api_url = f"http://{services.HOST}:{api_port}"
     children = [
@@ -88,6 +87,16 @@ def up(
         children.insert(0, services.prefect_server(prefect_port, here / "prefect", here))
         os.environ["PREFECT_HOME"] = str(here / "prefect")
         os.environ["PREFECT_API_URL"] = f"http://{services.HOST}:{prefect_port}/api"
+    pages = {child.name: child.page for child in children}
+    held = lease.Lease(here, Root.at(project.environment.root), pages, lambda: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        held.take()
+    except lease.Held as error:
+        _refuse(str(error))
+    except Exception as error:  # what an object store raises is no OSError
+        _refuse(f"`up` cannot begin, as {project.environment.root} cannot be written: {error}")
+    _reconcile()
+    journal.deliver(Root.at(project.environment.root))
     # explicitly: a shell that starts it in the background has it ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -98,8 +107,13 @@ def up(
         for child in children:
             child.start()
         for child in children:
-            child.wait_ready()
-            out.print(f"{child.name:15} {child.page}", highlight=False)
+            try:
+                child.wait_ready()
+                out.print(f"{child.name:15} {child.page}", highlight=False)
+            except RuntimeError as error:
+                if child.essential:
+                    raise
+                err.print(f"[bold red]{escape(str(error))}", highlight=False)
         if project.environment.ready_kernels:
             children.append(warm.Keeper(project.environment.ready_kernels, here / "kernels.log"))
             children[-1].start()
@@ -112,7 +126,9 @@ def up(
 
         asyncio.run(schedule.serve(project, api_url, children, on_record=on_record, on_status=_print_status))
     except KeyboardInterrupt:
-        status = 0
+        status = 1 if held.lost else 0
+        if held.lost:
+            err.print(f"[bold red]the lease is lost: {escape(held.lost)}", highlight=False)
         out.print("ending every child …")
     except (services.PortTaken, RuntimeError) as error:
         err.print(f"[bold red]{escape(str(error))}", highlight=False)
@@ -122,6 +138,7 @@ def up(
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     services.stop(children)
     journal.settle(5)
+    held.release()
     out.print("nothing is left running")
     sys.stdout.flush()
     # a thread that still wants to tell the server something would hold the process, as the server is gone
@@ -632,7 +649,9 @@ def _with_runs(place: Root) -> list[str]:
 
 def _services_folder(root: str):
     """Where logs and Prefect's database are: beside the data when that is on this machine."""
-    return (PROJECT / "outputs" if "://" in root else Path(root)) / "services"
+    if "://" not in root:
+        return Path(root) / "services"
+    return PROJECT / "outputs" / "services" / re.sub(r"[^\w.-]+", "-", root)  # one each, as they share nothing
 
 
 def _time(text: str | None) -> datetime:
