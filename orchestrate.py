@@ -61,6 +61,7 @@ def services(root_url: str, ports: Mapping[str, int], logs: Path) -> list[Servic
                 *(sys.executable, "-m", "streamlit", "run", str(PROJECT / "app" / "dashboard.py")),
                 *("--server.address", HOST, "--server.port", str(ports["dashboard"]), "--server.headless", "true"),
                 *("--browser.gatherUsageStats", "false", "--server.fileWatcherType", "none"),
+                *("--server.enableCORS", "true", "--server.enableXsrfProtection", "true"),  # whatever ~/.streamlit says
             ],
             ports["dashboard"],
             health_url=f"http://{HOST}:{ports['dashboard']}/_stcore/health",

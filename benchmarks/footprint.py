@@ -24,7 +24,7 @@ from etl.storage import PROJECT, Root
 LOOK_S = 5
 KERNELS = "kernels"
 ROLES = {  # by a word of the command line; of a child, else its parent's
-    "prefect server": "Prefect server",
+    "prefect_server": "Prefect server",
     "uvicorn": "API",
     "streamlit": "dashboard",
     "etl.kernels.forkserver": "fork server",

@@ -1,6 +1,6 @@
 """One root URL and the places under it: written whole or not at all, on this machine or in an object store.
 
-`pipeline` and `runner` both write under the same root and know nothing of each other; what they share is this file.
+The lake and the runs both write under the same root and know nothing of each other; what they share is this file.
 A root is a folder (``outputs``) or an fsspec URL (``s3://bucket/prefix``). Places under it are named by a relative
 path with forward slashes. Credentials and endpoints come from the usual ``AWS_*`` variables.
 """

@@ -1,4 +1,4 @@
-"""Flows that end in every way, run by Prefect's process worker and by ours; see tests/runner/test_worker.py."""
+"""Flows that end in every way, run by Prefect's process worker and by ours; see tests/etl/serve/test_worker.py."""
 
 import time
 from pathlib import Path

@@ -1,6 +1,7 @@
 """What several tests call: the command line in a copy of the project, one run of preprocess without its notebook."""
 
 import contextlib
+import http.client
 import os
 import socket
 import subprocess
@@ -69,6 +70,31 @@ def s3() -> Iterator[str]:
 def busy_s(seconds: float) -> float:
     """At least `seconds`, and longer on busy cores: a deadline that a kernel has to have started by."""
     return round(seconds * max(1, os.getloadavg()[0] / os.cpu_count()), 1)
+
+
+WEBSOCKET = {
+    "upgrade": "websocket",
+    "connection": "Upgrade",
+    "sec-websocket-version": "13",
+    "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
+
+
+def asked(
+    port: int, path: str, method: str = "GET", body: str | None = None, **headers: str
+) -> tuple[int, dict[str, str], bytes]:
+    """(status, headers, body) of the answer to a request with these headers: `host`, `origin` and so on."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    with contextlib.closing(connection):
+        connection.putrequest(method, path, skip_host="host" in headers, skip_accept_encoding=True)
+        if body is not None:
+            headers["content_length"] = str(len(body))
+        for name, value in headers.items():
+            connection.putheader(name.replace("_", "-"), value)
+        connection.endheaders(body and body.encode())
+        answer = connection.getresponse()
+        told = {name.lower(): value for name, value in answer.getheaders()}
+        return answer.status, told, b"" if answer.status == 101 else answer.read()
 
 
 def s3_variables(server: str) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """`up`, for real: Prefect's server, its schedules, the API and the dashboard, and what is left when it ends."""
 
 import contextlib
+import html
 import json
 import os
 import signal
@@ -12,12 +13,14 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from support import environment, free_port, write_stage
+from support import WEBSOCKET, asked, environment, free_port, write_stage
 
 from etl.storage import PROJECT, Root
 
 sys.path.insert(0, str(PROJECT / "benchmarks"))
 import footprint  # noqa: E402
+
+ELSEWHERE = "http://evil.example"
 
 
 def get(url: str, body: dict | None = None):
@@ -65,13 +68,18 @@ def eventually(condition, timeout_s: float, what: str, up: "Up | None" = None):
     pytest.fail(f"{what}: not within {timeout_s} s" + (f"\n{up.log.read_text()}" if up else ""))
 
 
+def _message(flow_run: dict) -> str:
+    """The run's message, "" before its end."""
+    return flow_run["state"]["message"] or "" if flow_run["state_type"] == "FAILED" else ""
+
+
 class Up:
     """One `orchestrate.py up` on ports of its own."""
 
     def __init__(self, project: Path, root: Path):
         self.prefect, self.api, self.dashboard = ports = [free_port() for _ in range(3)]
         options = zip(("--prefect-port", "--api-port", "--dashboard-port"), map(str, ports), strict=True)
-        self.log = project / "up.log"
+        self.log = project / f"up-{self.prefect}.log"
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "orchestrate.py", "up", "--root", str(root), *(x for pair in options for x in pair)],
@@ -102,13 +110,27 @@ class Up:
 
 @pytest.fixture
 def small(project) -> Path:
-    """A project of two stages, one that works and one that breaks."""
+    """A project of three stages: one that works, one that breaks, and one that does not end."""
     for path in [*project.glob("notebooks/*.ipynb"), *project.glob("params/*.yml"), *project.glob("params/env/*.yml")]:
         path.unlink()
     (project / "params/env/local.yml").write_text("root: outputs\nmachine: null\ndask: null\n")
     write_stage(project, "works", 'check("true", True)\nrecord(rows=1)')
     write_stage(project, "breaks", "import time; time.sleep(0.5)\nraise ValueError('planted')")
+    write_stage(project, "lasts", "import time; time.sleep(10_000)")
+    (project / "params/lasts.yml").write_text("every: 1 hour\ndeadline: 50 minutes\n")
     return project
+
+
+def api_of(up: Up, path: str, body: dict | None = None):
+    """What Prefect's API answers; on busy cores its database is locked now and then."""
+    return json.loads(eventually(lambda: get(f"http://127.0.0.1:{up.prefect}/api{path}", body), 60, path, up))
+
+
+def ask_for_what_is_not_there(up: Up) -> str:
+    """The id of a flow run of `works` with a parameter that it does not have."""
+    deployment = api_of(up, "/deployments/name/works/works")
+    body = {"parameters": {"parameters": {"rows_shwon": 1}}}
+    return api_of(up, f"/deployments/{deployment['id']}/create_flow_run", body)["id"]
 
 
 def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path):
@@ -117,7 +139,7 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path):
     try:
         scheduled = {"auto_scheduled": True}
         completed = eventually(
-            lambda: up.flow_runs("works", state_name="Completed", **scheduled), 180, "a scheduled run Completed", up
+            lambda: up.flow_runs("works", state_name="Completed", **scheduled), 300, "a scheduled run Completed", up
         )
         begun, due = (datetime.fromisoformat(completed[0][time]) for time in ("start_time", "expected_start_time"))
         assert begun >= due  # Prefect's engine lets runs begin up to half a second early
@@ -125,8 +147,9 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path):
         assert "planted" in failed[0]["state"]["message"]
         assert not up.flow_runs("breaks", state_type="COMPLETED")
         assert not up.flow_runs("works", state_type="FAILED")
-        # the first pass came before the schedules
+        # each runs once before its schedule is on, and one that does not end holds back no other
         assert up.flow_runs("works", auto_scheduled=False)[0]["state_type"] == "COMPLETED"
+        assert eventually(lambda: up.flow_runs("lasts", state_type="RUNNING"), 60, "the run that lasts")
         artifacts = json.loads(get(f"http://127.0.0.1:{up.prefect}/api/artifacts/filter", {}))
         run_id = failed[0]["state"]["message"].split(":")[0]
         assert any(f"/reports/{run_id}" in artifact["data"] for artifact in artifacts)
@@ -136,27 +159,68 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path):
         found = footprint.measured(up.process.pid, 1, Root.at(str(root)))
         assert {"Prefect server", "API", "dashboard", "worker"} <= set(found["memory_mb"]), found
         assert 300 < found["peak_mb"] < 2000, found
+
+        # no page of the web gets at it
+        assert asked(up.prefect, "/api/health", host="evil.example")[0] == 403
+        assert asked(up.api, "/runs", host="evil.example")[0] == 400
+        assert asked(up.api, "/runs", host=f"localhost:{up.api}")[0] == 200
+        own = f"http://127.0.0.1:{up.dashboard}"
+        for origin, expected in ((own, True), (ELSEWHERE, False)):
+            headers = {name.replace("-", "_"): value for name, value in WEBSOCKET.items()}
+            assert (asked(up.dashboard, "/_stcore/stream", origin=origin, **headers)[0] == 101) == expected
+
+        # a second one is told who is there, and changes nothing
+        second = Up(small, root)
+        assert second.process.wait(120) == 1
+        told = " ".join(second.log.read_text().split())
+        assert f"`up` is at work on {root} already: process {up.process.pid} on" in told and own in told, told
+        assert up.flow_runs("lasts", state_type="RUNNING") and not up.flow_runs("works", state_type="CRASHED")
+
+        # what cannot be run is a failed run with a reason and a report
+        wrong = ask_for_what_is_not_there(up)
+        (small / "notebooks/breaks.ipynb").write_text("<<<<<<< HEAD\n")
+        for look, why in (
+            (lambda: [api_of(up, f"/flow_runs/{wrong}")], "unknown parameter 'rows_shwon'"),
+            (lambda: up.flow_runs("breaks"), "notebooks/breaks.ipynb: line 1 is a marker of git"),
+        ):
+
+            def told(look=look, why=why):
+                return next((message for run in look() if why in (message := _message(run))), None)
+
+            run_id = eventually(told, 90, why, up).split(":")[0]
+            page = html.unescape(get(f"http://127.0.0.1:{up.api}/reports/{run_id}").decode())
+            assert why in page
         up.end(signal.SIGINT)
         assert up.process.returncode == 0, up.log.read_text()[-2000:]
     finally:
         up.process.kill()
 
     # killed outright, its children go too, and the next start closes what was left open
+    write_stage(small, "breaks", "import time; time.sleep(0.5)\nraise ValueError('planted')")
     up = Up(small, root)
     try:
         running = {"state_type": "RUNNING"}
         eventually(
             lambda: up.flow_runs("works", **running) or up.flow_runs("breaks", **running), 120, "a run under way"
         )
+        flow = api_of(up, "/flows/", {"name": "theirs"})
+        api_of(up, "/deployments/", {"name": "theirs", "flow_id": flow["id"], "tags": ["etl"]})
         up.end(signal.SIGKILL)
     finally:
         up.process.kill()
+    for path in (small / "notebooks/lasts.ipynb", small / "params/lasts.yml"):
+        path.unlink()
     up = Up(small, root)
     try:
         eventually(lambda: b"schedules are on" in up.log.read_bytes(), 180, "the schedules after a restart", up)
         assert "closed" in up.log.read_text()
         crashed = [run for name in ("works", "breaks") for run in up.flow_runs(name, state_type="CRASHED")]
         assert crashed and "is gone" in crashed[0]["state"]["message"]
+        # of a stage that is no more nothing waits on the server; what others have there is theirs
+        names = {deployment["name"] for deployment in api_of(up, "/deployments/filter", {})}
+        assert names == {"works", "breaks", "theirs"}
+        ended = {"flows": {"name": {"any_": ["lasts"]}}, "limit": 200}
+        assert {run["state_type"] for run in api_of(up, "/flow_runs/filter", ended)} <= {"CRASHED", "CANCELLED"}
         up.end(signal.SIGTERM)
     finally:
         up.process.kill()

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -116,7 +117,9 @@ def roots_with_runs(besides: Root) -> list[str]:
 
 def services_folder(root: str) -> Path:
     """Where logs and Prefect's database are: beside the data when that is on this machine."""
-    return (PROJECT / "outputs" if "://" in root else Path(root)) / "services"
+    if "://" not in root:
+        return Path(root) / "services"
+    return PROJECT / "outputs" / "services" / re.sub(r"[^\w.-]+", "-", root)  # one each, as they share nothing
 
 
 def moment(text: str | None) -> datetime:

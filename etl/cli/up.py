@@ -11,7 +11,18 @@ import typer
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from etl.cli.common import Env, RootOption, Timetable, announce_new, close_lost_runs, err, load, out, services_folder
+from etl.cli.common import (
+    Env,
+    RootOption,
+    Timetable,
+    announce_new,
+    close_lost_runs,
+    err,
+    load,
+    out,
+    refuse,
+    services_folder,
+)
 from etl.cli.ports import with_ports
 from etl.cli.printing import print_record
 from etl.storage import Root
@@ -28,14 +39,12 @@ def up(context: typer.Context, env: Env = "local", root: RootOption = None, **po
     """Everything: Prefect's server unless PREFECT_API_URL is set, the schedules, API and dashboard. Ctrl-C ends all."""
     from etl.kernels import client
     from etl.runs import journal
-    from etl.serve import services
+    from etl.serve import lease, services
 
     timetable: Timetable = context.obj
     project = load(env, root=root)
     _log_to_terminal()
     announce_new(project.environment.root, out)
-    close_lost_runs()
-    journal.deliver(Root.at(project.environment.root))
     logs = services_folder(project.environment.root)
     children: list[Any] = list(timetable.services(project.environment.root, ports, logs))
     api_url = timetable.report_url(ports)
@@ -44,6 +53,16 @@ def up(context: typer.Context, env: Env = "local", root: RootOption = None, **po
     else:
         os.environ["PREFECT_HOME"] = str(logs / "prefect")
         os.environ["PREFECT_API_URL"] = f"{children[0].page}/api"
+    pages = {child.name: child.page for child in children}
+    held = lease.Lease(logs, Root.at(project.environment.root), pages, lambda: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        held.take()
+    except lease.Held as error:
+        refuse(str(error))
+    except Exception as error:  # what an object store raises is no OSError
+        refuse(f"`up` cannot begin, as {project.environment.root} cannot be written: {error}")
+    close_lost_runs()
+    journal.deliver(Root.at(project.environment.root))
     # explicitly: a shell that starts it in the background has it ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -54,8 +73,13 @@ def up(context: typer.Context, env: Env = "local", root: RootOption = None, **po
         for child in children:
             child.start()
         for child in children:
-            child.wait_ready()
-            out.print(f"{child.name:15} {child.page}", highlight=False)
+            try:
+                child.wait_ready()
+                out.print(f"{child.name:15} {child.page}", highlight=False)
+            except RuntimeError as error:
+                if child.essential:
+                    raise
+                err.print(f"[bold red]{escape(str(error))}", highlight=False)
         if project.environment.ready_kernels:
             children.append(client.Keeper(project.environment.ready_kernels, logs / "kernels.log"))
             children[-1].start()
@@ -69,7 +93,9 @@ def up(context: typer.Context, env: Env = "local", root: RootOption = None, **po
 
         asyncio.run(flows.serve(project, api_url, children, on_record=on_record, on_status=_print_status))
     except KeyboardInterrupt:
-        status = 0
+        status = 1 if held.lost else 0
+        if held.lost:
+            err.print(f"[bold red]the lease is lost: {escape(held.lost)}", highlight=False)
         out.print("ending every child …")
     except (services.PortTaken, RuntimeError) as error:
         err.print(f"[bold red]{escape(str(error))}", highlight=False)
@@ -79,6 +105,7 @@ def up(context: typer.Context, env: Env = "local", root: RootOption = None, **po
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     services.stop(children)
     journal.settle(5)
+    held.release()
     out.print("nothing is left running")
     sys.stdout.flush()
     # a thread that still wants to tell the server something would hold the process, as the server is gone

@@ -24,10 +24,12 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from etl.kernels import in_kernel, sources
 from etl.storage import PROJECT
 
 log = logging.getLogger(__name__)
 ANSWER_S = 2  # a fork server answers in a millisecond; one that takes longer is no help
+IMPORTED = "imported"  # in `place`: the own files that kernels have imported, as JSON
 FOLLOW_S = 60  # a kernel that was forked but now may still be coming up
 END_S = 12  # the black box gives what has to be killed ten
 QUICK_S = 10  # one that ends sooner after its start is not started again at once
@@ -61,27 +63,9 @@ def checked_place() -> Path:
     return folder
 
 
-def signature() -> str:
-    """Changes when the project's code, the lock or the installed packages do."""
-    files = [
-        *(path for part in ("pipeline", "etl") for path in sorted((PROJECT / part).rglob("*.py"))),
-        *sorted(PROJECT.glob("*.py")),
-    ]
-    return packages() + _stamp(files)
-
-
 def packages() -> str:
     """Changes when the lock or the installed packages do."""
-    return _stamp([PROJECT / "requirements.lock", Path(sysconfig.get_path("purelib"))])
-
-
-def _stamp(files: list[Path]) -> str:
-    found = hashlib.sha256()
-    for path in files:
-        with contextlib.suppress(OSError):
-            of = path.stat()
-            found.update(f"{path} {of.st_ino} {of.st_size} {of.st_mtime_ns} {of.st_ctime_ns}\n".encode())
-    return found.hexdigest()
+    return repr([sources.mark(str(path)) for path in (PROJECT / "requirements.lock", sysconfig.get_path("purelib"))])
 
 
 def read_at_start(env: dict[str, str]) -> dict[str, str]:
@@ -115,9 +99,13 @@ class Forked:
         try:
             self.lifeline.sendall(run_line(journal, memory_mb))
             await loop.sock_sendall(self._orders, json.dumps({"env": env, "cwd": cwd}).encode() + b"\n")
-            if await asyncio.wait_for(loop.sock_recv(self._orders, 1), FOLLOW_S):
+            said = await asyncio.wait_for(loop.sock_recv(self._orders, 1), FOLLOW_S)
+            if said == in_kernel.BEGINS:
                 return True
-            _warn_once("kernels start cold: a forked kernel ended before its run began")
+            if said == in_kernel.STALE:
+                log.info("a cold kernel: code has changed since the forked one imported it")
+            else:
+                _warn_once("kernels start cold: a forked kernel ended before its run began")
         except (OSError, TimeoutError) as error:
             _warn_once(f"kernels start cold: a forked kernel did not begin: {error!r}")
         except BaseException:
@@ -182,7 +170,7 @@ def run_line(journal: Path | None, memory_mb: float | None) -> bytes:
 
 def take(env: dict[str, str]) -> Forked | None:
     """A kernel for a run with these variables; None when there is no fork server, or it cannot help."""
-    asked = {"signature": signature(), "variables": read_at_start(env)}
+    asked = {"packages": packages(), "variables": read_at_start(env)}
     try:
         with socket.socket(socket.AF_UNIX) as server:
             server.settimeout(ANSWER_S)

@@ -7,7 +7,8 @@ sockets that lead to them, and from then on they are no business of the server: 
 
     python -m etl.kernels.forkserver --ready N
 
-It ends with status 0 when code or packages have changed, so that a new one takes its place.
+A kernel whose own code has changed since it was imported is thrown away, and a new one forked. The server itself ends
+with status 0 when what it has imported, or what it should import, has changed, so that a new one takes its place.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from etl.kernels import client, in_kernel, launch, watcher
+from etl.kernels import client, in_kernel, launch, sources, watcher
 from etl.kernels import imports as notebooks
 from etl.storage import PROJECT
 
@@ -51,6 +52,14 @@ class Waiting:
     folder: Path
     lifeline: socket.socket
     orders: socket.socket
+    marks: dict | None = None  # of the own files it has imported, once it has
+
+    def changed(self) -> bool:
+        """Whether its code is not what it imported any more; False while it comes up, as it will look itself."""
+        if self.marks is None:
+            with contextlib.suppress(OSError, ValueError):
+                self.marks = sources.noted(self.folder)
+        return bool(self.marks and sources.changed(self.marks))
 
     def close(self) -> None:
         self.lifeline.close()
@@ -60,9 +69,17 @@ class Waiting:
 class Server:
     """Hands out kernels; `ready` of them wait."""
 
-    def __init__(self, listening: socket.socket, ready: int, late: list[str], variables: dict, signature: str):
-        self.listening, self.ready, self.late = listening, ready, late
-        self.variables, self.signature = variables, signature
+    def __init__(
+        self, listening: socket.socket, ready: int, modules: tuple, late: list[str], imported: sources.Imported
+    ):
+        """`modules`: those of the notebooks, as preload finds them; `late`: those that kernels import."""
+        self.listening, self.ready, self.modules, self.late = listening, ready, modules, late
+        self.variables, self.packages = client.read_at_start(dict(os.environ)), client.packages()
+        self.imported, self.told = imported, set()
+        with contextlib.suppress(OSError, ValueError):  # by the one before; the code of a run is the same under both
+            self.told.update(
+                path for path in json.loads((client.place() / client.IMPORTED).read_text()) if sources.mark(path)
+            )
         self.waiting: list[Waiting] = []
         self.fork_at = 0.0  # not before this time
         self.stale = False
@@ -73,7 +90,8 @@ class Server:
         while not self.stale:
             now = time.monotonic()
             if now >= check_at:
-                check_at, self.stale = now + CHECK_S, client.signature() != self.signature
+                check_at = now + CHECK_S
+                self.look()
                 continue
             due = len(self.waiting) < self.ready
             if due and now >= self.fork_at:
@@ -96,6 +114,31 @@ class Server:
             kernel.close()
         return None
 
+    def look(self) -> None:
+        """Whether code has changed: of the server, or of the kernels that wait."""
+        self.stale = client.packages() != self.packages or self.imported.changed() is not None
+        if self.drop_changed() and notebooks.modules_of(PROJECT) != self.modules:
+            self.stale = True
+        self.tell()
+
+    def drop_changed(self) -> bool:
+        """Throw away the waiting kernels whose code has changed; whether there was one."""
+        changed = [kernel for kernel in self.waiting if kernel.changed()]
+        for kernel in changed:
+            self.waiting.remove(kernel)
+            kernel.close()
+        return bool(changed)
+
+    def tell(self) -> None:
+        """Which own files kernels have imported, for whoever says what the code of a run is."""
+        known = set(self.imported.marks).union(*(kernel.marks or {} for kernel in self.waiting))
+        files = {path for path in known if path.endswith(".py")}
+        if not files <= self.told:
+            self.told |= files
+            path = client.place() / client.IMPORTED
+            path.with_suffix(".part").write_text(json.dumps(sorted(self.told)))
+            path.with_suffix(".part").rename(path)
+
     def answer(self) -> Callable[[], None] | None:
         """Hand a kernel to whoever asks, or say why not."""
         asking, _ = self.listening.accept()
@@ -109,6 +152,7 @@ class Server:
                 if refused := self.refusal(asked):
                     asking.sendall(json.dumps({"refused": refused}).encode())
                     return None
+                self.drop_changed()
                 if not self.waiting and (role := self.fork(asking)):
                     return role
                 kernel = self.waiting.pop(0)
@@ -122,7 +166,7 @@ class Server:
 
     def refusal(self, asked: dict) -> str:
         """Why a kernel of ours would not be what a cold one is."""
-        if asked["signature"] != self.signature:
+        if asked["packages"] != self.packages or self.imported.changed():
             self.stale = True
             return "code has changed since the fork server started"
         differing = sorted(name for name, _ in asked["variables"].items() ^ self.variables.items())
@@ -141,10 +185,12 @@ class Server:
         for ours in (self.listening, lifeline, orders, asking, *self.waiting):
             if ours is not None:
                 ours.close()
-        return lambda: _box(folder, boxs_end, kernels_end, self.late)
+        return lambda: _box(folder, boxs_end, kernels_end, self.late, self.imported)
 
 
-def _box(folder: Path, lifeline: socket.socket, orders: socket.socket, late: list[str]) -> None:
+def _box(
+    folder: Path, lifeline: socket.socket, orders: socket.socket, late: list[str], imported: sources.Imported
+) -> None:
     """The black box's side of the fork; it forks the kernel, and ends with it."""
     for number in (signal.SIGCHLD, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
@@ -164,7 +210,7 @@ def _box(folder: Path, lifeline: socket.socket, orders: socket.socket, late: lis
     if kernel == 0:
         lifeline.close()
         watcher.become_kernel(str(folder / "pid"))
-        in_kernel.serve(folder, orders, late)
+        in_kernel.serve(folder, orders, late, imported)
         return
     orders.close()
     status, begun = watcher.watch(kernel, str(folder / "pid"), lifeline.fileno())
@@ -220,6 +266,7 @@ def _free_share() -> float:
 
 def main() -> Callable[[], None] | None:
     """Preload, then serve. In a forked process: what that has to do."""
+    began = time.time()
     arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     arguments.add_argument("--ready", type=int, default=1, help="kernels that wait")
     ready = arguments.parse_args().ready
@@ -228,11 +275,12 @@ def main() -> Callable[[], None] | None:
     folder = client.checked_place()
     lock = os.open(folder / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)  # another one serves: this takes its place when it ends
-    signature, variables = client.signature(), client.read_at_start(dict(os.environ))
     before = dict(os.environ)
     os.environ.update({name: value for name, value in FOR_PRELOAD.items() if name not in os.environ})
-    own, others = notebooks.modules_of(PROJECT)
+    own, others = modules = notebooks.modules_of(PROJECT)
     late = preload(OF_A_KERNEL + others, folder / "threads") + own
+    imported = sources.Imported()
+    imported.note(began)
     if (threads := _threads()) > 1:
         sys.exit(f"{threads} threads after the preload: nothing can be forked from here")
     os.environ.clear()
@@ -247,7 +295,7 @@ def main() -> Callable[[], None] | None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
         listening.listen(64)
-        server = Server(listening, ready, late, variables, signature)
+        server = Server(listening, ready, modules, late, imported)
         role = server.serve()
     if role:
         os.close(lock)

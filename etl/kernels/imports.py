@@ -12,7 +12,7 @@ def modules_of(project: Path) -> tuple[list[str], list[str]]:
     Imports inside functions count: a run pays for them too. Those under `if TYPE_CHECKING` do not.
     """
     own, others = {}, {}
-    todo = [found for path in sorted(project.glob("notebooks/*.ipynb")) for found in _imports(_code(path))]
+    todo = [found for path in sorted(project.glob("notebooks/*.ipynb")) for found in _imports(path)]
     while todo:
         module, members = todo.pop(0)
         if _path(project, module.split(".")[0]) is None:
@@ -20,26 +20,29 @@ def modules_of(project: Path) -> tuple[list[str], list[str]]:
         for name in (module, *(f"{module}.{member}" for member in members)):
             if name not in own and (path := _path(project, name)):
                 own[name] = None
-                todo += _imports(path.read_text())
+                todo += _imports(path)
     return list(own), list(others)
 
 
-def _code(path: Path) -> str:
-    """The code of a notebook without its magics; none of what is no notebook, as one that was just begun."""
+def code_of(path: Path) -> str:
+    """The code in a file; of a notebook that of its cells, without magics. "" of what is none."""
     try:
-        cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
-    except (ValueError, LookupError, TypeError):
-        return ""
-    lines = [line for cell in cells for line in "".join(cell["source"]).splitlines()]
+        text = path.read_text()
+        if path.suffix == ".py":
+            return text
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+        lines = [line for cell in cells for line in "".join(cell["source"]).splitlines()]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return ""  # the run itself will say so
     return "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
 
 
-def _imports(code: str) -> Iterator[tuple[str, list[str]]]:
+def _imports(path: Path) -> Iterator[tuple[str, list[str]]]:
     """(module, []) of `import module`, (module, [names]) of `from module import names`, modules among them."""
     try:
-        todo: list[ast.AST] = [ast.parse(code)]
-    except SyntaxError:  # the run itself will say so
-        return
+        todo: list[ast.AST] = [ast.parse(code_of(path))]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # ValueError: a null byte
+        return  # the run itself will say so
     while todo:
         node = todo.pop(0)
         if isinstance(node, ast.Import):

@@ -21,7 +21,11 @@ import threading
 import time
 from pathlib import Path
 
+from etl.kernels import sources
+
+BEGINS, STALE = b"\n", b"!"  # what a forked kernel says to its order
 FOLDER = "ETL_KERNEL_FOLDER"  # the variable that names the kernel's folder, for its sockets and stacks
+PROFILE = ("ipython", "ipython_kernel")  # files that IPython runs when it starts, beside those in its folder `startup`
 OWN = (FOLDER, "JPY_PARENT_PID")  # variables of the kernel, not of its run
 NO_HISTORY = "--HistoryManager.hist_file=:memory:"
 STACKS_SIGNAL = signal.SIGRTMIN + 9  # one that nothing else uses; its handler is C and needs no lock of Python's
@@ -95,12 +99,14 @@ def mark(folder: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 1)
 
 
-def serve(folder: Path, orders: socket.socket, modules: list[str]) -> None:
+def serve(folder: Path, orders: socket.socket, modules: list[str], imported: sources.Imported) -> None:
     """In a process forked from one that has the imports: be the kernel of the one run that `orders` will tell of.
 
-    Comes up as far as a kernel can, and waits. An order is one line of JSON: `env`, the whole environment, and `cwd`.
-    It is answered with a line once it is followed; the end of `orders` ends the process.
+    Comes up as far as a kernel can, notes in `folder` which own files it has imported, and waits. An order is one line
+    of JSON: `env`, the whole environment, and `cwd`. It is answered by BEGINS once it is followed, or by STALE when one
+    of those files has changed; the end of `orders` ends the process.
     """
+    began = time.time()
     os.environ[FOLDER] = str(folder)
     sys.argv = [__file__, "-f", f"{folder}/kernel.json", NO_HISTORY]
     sys.stdin = open(os.devnull)  # noqa: SIM115
@@ -120,6 +126,13 @@ def serve(folder: Path, orders: socket.socket, modules: list[str]) -> None:
     app.shell.run_cell("0", silent=True)  # the first cell takes several times as long as any other
     app.shell.display_formatter.format(0)
     set_by_kernel = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    imported.note(began)
+    startup = Path(app.profile_dir.startup_dir)
+    for path in (startup, *startup.iterdir(), *(startup.parent / f"{name}_config.py" for name in PROFILE)):
+        imported.add(str(path), began)
+    noted = folder / sources.NOTED
+    noted.with_suffix(".part").write_text(json.dumps(imported.marks))
+    noted.with_suffix(".part").rename(noted)
     gc.collect()
     gc.freeze()  # what is imported stays: no collection, the one that IPython ends with included, looks at it again
     kept = set_by_kernel | {name: os.environ[name] for name in OWN}
@@ -132,8 +145,12 @@ def serve(folder: Path, orders: socket.socket, modules: list[str]) -> None:
             line = talk.readline()
             if not line:
                 os._exit(0)
+            if imported.changed():
+                talk.write(STALE)
+                talk.flush()
+                os._exit(0)
             follow(json.loads(line), kept)
-            talk.write(b"\n")
+            talk.write(BEGINS)
 
     loop.add_handler(orders, obey, loop.READ)
     app.start()  # the kernel is at work while it waits

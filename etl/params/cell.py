@@ -7,6 +7,7 @@ Annotated literals, one a line, each with its meaning in a comment behind it.
 """
 
 import ast
+import codecs
 import datetime
 import io
 import json
@@ -19,13 +20,18 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, StringConstraints, ValidationInfo
 
-from etl.params.yaml import Doc, Problem
+from etl.params.yaml import Doc, Problem, short
 from etl.secrets import NAME
 
 SUPPLIED = ("root", "run_id", "scheduled_for", "dask")  # by the runner, to every stage that declares them
 _TYPES = "int, float, bool, str, datetime.date, Secret, list[...], dict[str, ...], Literal[...], each also | None"
 _TYPE_WORDS = {"int", "float", "bool", "str", "list", "dict", "Literal", "date", "datetime", "typing", "Secret"}
 DEFAULT = "notebook default"
+CELLS = ("code", "markdown", "raw")
+
+
+class BadNotebook(ValueError):
+    """A file that is no notebook; the message says in one line why."""
 
 
 @dataclass
@@ -87,17 +93,61 @@ def _default_of(node: ast.expr) -> Any:
     return ast.literal_eval(node)
 
 
+def read_notebook(path: Path) -> tuple[str, dict]:
+    """A notebook's text and JSON, as far as it is looked at before a run. Raises BadNotebook."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadNotebook(f"cannot be read: {error.strerror}") from None
+    if data.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise BadNotebook("begins with a byte order mark; save it as UTF-8 without one")
+    if data.startswith(b"version https://git-lfs"):
+        raise BadNotebook("is a Git LFS pointer; `git lfs pull` fetches the notebook")
+    if marker := re.search(rb"^(<{7}|={7}|>{7})( |\r?$)", data, re.M):  # in JSON no line begins like that
+        line = data.count(b"\n", 0, marker.start()) + 1
+        raise BadNotebook(f"line {line} is a marker of git: a merge is to be finished")
+    try:
+        text = data.decode()
+        nb = json.loads(text)
+    except UnicodeDecodeError:
+        raise BadNotebook("not a notebook: it is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        why = f"line {error.lineno} is not JSON: {error.msg}" if text.strip() else "it is empty"
+        raise BadNotebook(f"not a notebook: {why}") from None
+    except RecursionError:
+        raise BadNotebook("not a notebook: it is nested too deeply") from None
+    if problem := _no_notebook(nb):
+        raise BadNotebook(f"not a notebook: {problem}")
+    return text, nb
+
+
+def _no_notebook(nb: Any) -> str:
+    """Why this JSON is no notebook that can be run; "" when it is one."""
+    if not isinstance(nb, dict) or not isinstance(nb.get("cells", nb.get("worksheets")), list):
+        return "it has no cells"
+    if nb.get("nbformat") != 4:
+        return f"its format is {short(nb.get('nbformat'))}, not 4; JupyterLab saves it anew"
+    if not isinstance(nb.get("metadata"), dict):
+        return "it has no metadata"
+    for number, cell in enumerate(nb["cells"], 1):
+        fits = isinstance(cell, dict) and isinstance(cell.get("metadata"), dict)
+        source = cell.get("source") if fits else None
+        lines = source if isinstance(source, list) else [source]
+        if not fits or cell.get("cell_type") not in CELLS or not all(isinstance(line, str) for line in lines):
+            return f"cell {number} is none"
+    return ""
+
+
 def read_cell(project: Path, path: str, problems: list) -> tuple[dict[str, Declared] | None, Doc]:
     """(what the notebook declares by name, or None when that cannot be read; the defaults)"""
     doc = Doc(path, {})
     try:
-        cells = json.loads((project / path).read_bytes())["cells"]
-        code = [cell for cell in cells if cell["cell_type"] == "code"]
-        tagged = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
-        sources = ["".join(cell["source"]) for cell in tagged]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        problems.append(Problem(path, None, f"not a notebook: {error!r}"))
+        nb = read_notebook(project / path)[1]
+    except BadNotebook as error:
+        problems.append(Problem(path, None, str(error)))
         return None, doc
+    code = [cell for cell in nb["cells"] if cell["cell_type"] == "code"]
+    sources = ["".join(cell["source"]) for cell in code if "parameters" in (cell["metadata"].get("tags") or [])]
     if len(sources) != 1:
         problems.append(Problem(path, None, f"needs one code cell tagged `parameters`, has {len(sources)}"))
         return None, doc

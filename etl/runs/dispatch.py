@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from etl.params import Environment, Stage
+from etl.params.cell import BadNotebook, read_notebook
 from etl.runs import provenance
 from etl.runs.engine import RunRecord, RunRequest, execute
 from etl.storage import Root
@@ -33,26 +34,29 @@ def run_stage(
     cancel: threading.Event | None = None,
     parent: str | None = None,
     page_later: bool = False,
+    refused: str = "",
 ) -> RunRecord:
     """Run a stage to its end, retries included; the record is that of the last attempt. Every attempt has a report.
 
     `scheduled_for` is now when None; `parent` is the run that this one repeats; `page_later` as in
-    engine.execute, for a run on this machine. Never raises for what the notebook does.
+    engine.execute, for a run on this machine. `refused` says why it cannot begin: then it fails with that reason.
+    Never raises for what the notebook does, or is.
     """
     scheduled_for = (scheduled_for or datetime.now(UTC)).astimezone(UTC)
     cancel = cancel or threading.Event()
     for attempt in range(1, stage.retries + 2):
         with contextlib.ExitStack() as stack:
-            address, variables, refused = None, {}, ""
+            address, variables, problem = None, {}, refused
+            wanted = stage.dask if "dask" in stage.supplied and not refused else None
             try:
-                address, variables = stack.enter_context(cluster(stage.dask if "dask" in stage.supplied else None))
+                address, variables = stack.enter_context(cluster(wanted))
             except Exception as error:  # the run's report tells it
                 log.exception("%s has no Dask cluster", stage.name)
-                refused = f"no Dask cluster: {type(error).__name__}: {error}"
+                problem = f"no Dask cluster: {type(error).__name__}: {error}"
             request = make_request(stage, environment, scheduled_for, attempt, address, parent)
-            request = replace(request, variables=variables, refused=refused)
-            record = _dispatch(request, None if refused else stage.machine, on_cell, cancel, page_later)
-        if record.state not in RETRIED or attempt > stage.retries:
+            request = replace(request, variables=variables, refused=problem or request.refused)
+            record = _dispatch(request, None if request.refused else stage.machine, on_cell, cancel, page_later)
+        if refused or record.state not in RETRIED or attempt > stage.retries:
             return record
         delay_s = FIRST_DELAY_S * 2 ** (attempt - 1)
         log.warning("%s attempt %d: %s; again in %d s", stage.name, attempt, record.state, delay_s)
@@ -69,8 +73,11 @@ def make_request(
     dask_address: str | None,
     parent: str | None = None,
 ) -> RunRequest:
-    """What the engine needs for one attempt, as plain data: the notebook travels as JSON, not as a path."""
-    import nbformat
+    """What the engine needs for one attempt, as plain data: the notebook travels as JSON, not as a path.
+
+    A file that is no notebook makes a request that says why it cannot begin.
+    """
+    notebook, refused = _notebook(stage)
 
     root = Root.at(environment.root).url
     run_id = f"{stage.name}-{scheduled_for:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
@@ -80,7 +87,6 @@ def make_request(
         "scheduled_for": scheduled_for.isoformat(timespec="seconds"),
         "dask": dask_address,
     }
-    notebook = nbformat.read(stage.notebook_path, as_version=4)
     given = {name: value for name, value in supplied.items() if name in stage.supplied}
     return RunRequest(
         stage=stage.name,
@@ -96,7 +102,22 @@ def make_request(
         provenance=provenance.of(notebook),
         secrets=list(stage.secrets),
         memory_mb=stage.memory_mb,
+        refused=refused,
     )
+
+
+def _notebook(stage: Stage) -> tuple[dict, str]:
+    """(the stage's notebook, ""), or (one with its title alone, why the file is none)."""
+    import nbformat
+
+    try:
+        return nbformat.reads(read_notebook(stage.notebook_path)[0], as_version=4), ""
+    except BadNotebook as error:
+        problem = str(error)
+    except Exception as error:  # whatever nbformat makes of the rest of it
+        problem = f"not a notebook: {type(error).__name__}: {error}"
+    empty = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# {stage.name}")])
+    return empty, f"notebooks/{stage.notebook_path.name}: {problem}"
 
 
 @contextlib.contextmanager

@@ -632,7 +632,7 @@ def _refuse_false_success(cell: Any, execute_reply: dict, **_: Any) -> None:
 
 
 def _tagged(cell: dict, tag: str) -> bool:
-    return tag in cell.get("metadata", {}).get("tags", [])
+    return tag in (cell.get("metadata", {}).get("tags") or [])
 
 
 def _how_it_ended(status: int | None) -> str:

@@ -7,30 +7,37 @@ import json
 import platform
 import re
 import subprocess
+from pathlib import Path
 from typing import Any
 
+from etl.kernels import client, sources
 from etl.storage import PROJECT, Root
 
 LOCK = "requirements.lock"
-CODE = ("*.py", "pipeline/**/*.py", "etl/**/*.py")  # what a kernel of ours may import
 COMMIT = re.compile(r"(\d{20})\.json")  # the Delta protocol's name of a version's commit
 
 
 def of(notebook: dict) -> dict[str, Any]:
     """All that decides what a run does besides its parameters and its data; a few milliseconds.
 
-    git_commit and git_dirty (null where there is no repository), code_sha256, notebook_sha256 (of the cells' sources:
-    outputs do not count), lock_sha256 (null without a lock), python, machine.
+    git_commit and git_dirty (null where there is no repository), code_sha256 (of the own code that notebooks import,
+    wherever it lies), notebook_sha256 (of the cells' sources: outputs do not count), lock_sha256 (null without a lock),
+    python, machine.
     """
     cells = [[cell["cell_type"], "".join(cell["source"])] for cell in notebook["cells"]]
     lock = PROJECT / LOCK
     return {
         **git(),
-        "code_sha256": _sha256(*(path.read_bytes() for pattern in CODE for path in sorted(PROJECT.glob(pattern)))),
+        "code_sha256": _code(PROJECT).sha256(),
         "notebook_sha256": _sha256(json.dumps(cells).encode()),
         "lock_sha256": _sha256(lock.read_bytes()) if lock.exists() else None,
         **here(),
     }
+
+
+@functools.cache
+def _code(project: Path) -> sources.Code:
+    return sources.Code(project, client.place() / client.IMPORTED)
 
 
 def git() -> dict[str, Any]:

@@ -8,11 +8,14 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import httpx
 import yaml
@@ -24,10 +27,18 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 
 from prefect import Flow, flow, get_client
 from prefect.artifacts import create_link_artifact
+from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterTags,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, State
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
-from prefect.exceptions import ObjectAlreadyExists
+from prefect.client.schemas.sorting import DeploymentSort
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.runtime import flow_run as this_run
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.states import Cancelled, Completed, Crashed, Failed
@@ -42,6 +53,7 @@ from etl.storage import PROJECT, Root
 
 log = logging.getLogger(__name__)
 WATCH_S = 1  # between two looks at the children
+FIRST_S = 60  # at most, from the first run of one stage to that of the next
 
 
 def stage_flow(
@@ -68,15 +80,22 @@ def stage_flow(
             f"{stage.name}.{key}={yaml.safe_dump(value, default_flow_style=True)}"
             for key, value in (parameters or {}).items()
         ]
-        chosen = _with_values(stage, environment, given) if given else stage
-        record = dispatch.run_stage(
-            chosen, environment, scheduled_for=_scheduled_time(), cancel=cancel_event(), page_later=True
-        )
+        chosen, refused = stage, ""
+        if given:
+            try:
+                chosen = _with_values(stage, environment, given)
+            except params.ParamsError as error:
+                refused = "; ".join(map(str, error.problems)).replace("-p ", "Prefect's ")
+        asked = {"scheduled_for": _scheduled_time(), "cancel": cancel_event(), "page_later": True}
+        record = dispatch.run_stage(chosen, environment, **asked, refused=refused)
         link = f"{api_url}/reports/{record.run_id}" if api_url else Root.at(record.root).url_of(record.report)
-        create_link_artifact(
-            link, link_text=f"{record.run_id}: {record.state}", key=f"report-{stage.name}".replace("_", "-")
-        )
         on_record(record)
+        try:
+            create_link_artifact(
+                link, link_text=f"{record.run_id}: {record.state}", key=f"report-{stage.name}".replace("_", "-")
+            )
+        except httpx.HTTPError as error:  # the server is away: what the run is does not depend on that
+            log.warning("Prefect has no link to the report of %s: %s", record.run_id, error)
         return state_of(record)
 
     return run
@@ -134,19 +153,17 @@ async def serve(
     on_record: Callable[[RunRecord], None],
     on_status: Callable[[str], None],
 ) -> None:
-    """Deploy every stage, run each once, then follow the schedules until cancelled. Children that die are restarted."""
+    """Deploy every stage, run each once, and follow the schedules until cancelled. Children that die are restarted."""
     async with get_client() as client:
         flows = await deploy(project, api_url, on_record)
         lost, overdue = await reconcile(client, list(flows))
         if lost or overdue:
             on_status(f"closed {lost} runs that an earlier process left, and {overdue} that were missed")
         worker = InPlaceWorker(flows, work_pool_name=POOL, name="here")
-        task = asyncio.create_task(worker.start(printer=log.info))
+        task = asyncio.create_task(_working(worker))
         try:
-            on_status(f"{len(flows)} deployments; one pass over all stages first")
-            await _watching(first_pass(client, flows), task, children)
-            for deployment_id in flows:
-                await client.update_deployment(deployment_id, DeploymentUpdate(paused=False))
+            on_status(f"{len(flows)} deployments; each stage runs once, then on its schedule")
+            await _watching(begin(client, flows), task, children)
             on_status("schedules are on; Ctrl-C ends everything")
             await _watching(asyncio.Event().wait(), task, children)
         finally:
@@ -157,6 +174,23 @@ async def serve(
                 await asyncio.sleep(0.1)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+
+async def _working(worker: InPlaceWorker) -> None:
+    """Have the worker look for runs, whatever its server does. RuntimeError when it fails by itself again and again."""
+    deaths = services.Deaths()
+    while True:
+        why, is_servers = "it ended", False
+        try:
+            await worker.start(printer=log.info)
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            # Prefect's loops give up on a server that does not answer for a minute, or that refuses once
+            is_servers = isinstance(error, httpx.HTTPError) or "exceeded error threshold" in str(error)
+        if deaths.add() > services.MOST and not is_servers:
+            raise RuntimeError(f"the worker ended {services.MOST + 1} times within an hour: {why}")
+        log.warning("the worker looks for runs again in %.0f s: %s", deaths.wait_s, why)
+        await asyncio.sleep(deaths.wait_s)
 
 
 async def deploy(project: Project, api_url: str | None, on_record: Callable = lambda _: None) -> dict:
@@ -177,11 +211,33 @@ async def deploy(project: Project, api_url: str | None, on_record: Callable = la
                 if stage.overlap == "skip"
                 else ConcurrencyLimitStrategy.ENQUEUE,
             ),
-            tags=["etl", project.environment.name],
+            tags=[*_ours(project.environment), project.environment.name],
             work_pool_name=POOL,
         )
         flows[await deployment.apply(work_pool_name=POOL)] = stage_run
+    async with get_client() as client:
+        await _remove_others(client, list(flows), _ours(project.environment))
     return flows
+
+
+def _ours(environment: Environment) -> list[str]:
+    """The tags of every deployment that `up` has made for this root."""
+    return ["etl", Root.at(environment.root).url]
+
+
+async def _remove_others(client: PrefectClient, kept: list[UUID], tags: list[str]) -> None:
+    """Remove the deployments of stages that are no more, with their schedules, slots and waiting runs."""
+    found = await client.read_deployments(
+        deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=tags)),
+        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL])),
+        sort=DeploymentSort.NAME_ASC,
+        limit=200,
+    )
+    gone = [deployment.id for deployment in found if deployment.id not in kept]
+    if gone:
+        await reconcile(client, gone)
+    for deployment_id in gone:
+        await client.delete_deployment(deployment_id)
 
 
 def schedule_of(stage: Stage) -> IntervalSchedule | CronSchedule:
@@ -191,23 +247,42 @@ def schedule_of(stage: Stage) -> IntervalSchedule | CronSchedule:
     return IntervalSchedule(interval=timedelta(seconds=stage.every_s), anchor_date=params.EPOCH, timezone="UTC")
 
 
-async def first_pass(client, flows: dict) -> None:
-    """Each deployment once, one after the other, so that nothing waits an hour for its first run."""
-    for deployment_id in flows:
-        flow_run = await client.create_flow_run_from_deployment(deployment_id)
-        while not (flow_run.state and flow_run.state.is_final()):
+async def begin(client: PrefectClient, flows: dict, wait_s: float = FIRST_S) -> None:
+    """Each deployment once, one after the other, so that nothing waits an hour for its first run; then its schedule.
+
+    The next one waits for the end of that run, as it may read what it writes, but no longer than `wait_s`.
+    """
+    for deployment_id, of_stage in flows.items():
+        until = time.monotonic() + wait_s
+        flow_run = await _patiently(partial(client.create_flow_run_from_deployment, deployment_id), of_stage.name)
+        while flow_run and not (flow_run.state and flow_run.state.is_final()) and time.monotonic() < until:
             await asyncio.sleep(0.5)
-            flow_run = await client.read_flow_run(flow_run.id)
+            flow_run = await _patiently(partial(client.read_flow_run, flow_run.id), of_stage.name)
+        unpaused = partial(client.update_deployment, deployment_id, DeploymentUpdate(paused=False))
+        await _patiently(unpaused, of_stage.name)
 
 
-async def _watching(work, worker: asyncio.Task, children: list[services.Service]) -> None:
-    """Wait for `work` while the worker and the children live; one that cannot be kept alive is an error."""
+async def _patiently(ask: Callable[[], Awaitable], stage: str) -> Any:
+    """What the server answers, asked again while it is away or not well; None, and a warning, when it refuses."""
+    while True:
+        try:
+            return await ask()
+        except (httpx.HTTPError, ObjectNotFound) as error:
+            response = getattr(error, "response", None)
+            if isinstance(error, ObjectNotFound) or response is not None and response.status_code < 500:
+                log.warning("the schedule of %s may not be on: %s", stage, error)
+                return None
+            await asyncio.sleep(WATCH_S)
+
+
+async def _watching(work: Coroutine, worker: asyncio.Task, children: list[services.Service]) -> None:
+    """Wait for `work` while the worker and the children live; an essential one that does not is an error."""
     task = asyncio.ensure_future(work)
     try:
         while not task.done():
             await asyncio.wait({task, worker}, timeout=WATCH_S, return_when=asyncio.FIRST_COMPLETED)
             if worker.done():
-                raise RuntimeError(f"the worker ended: {worker.exception()}")
+                await worker
             for child in children:
                 child.ensure()
         await task

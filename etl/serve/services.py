@@ -1,7 +1,9 @@
 """The processes beside the worker: Prefect's server, the API, the dashboard. Started, watched, ended together."""
 
+import collections
 import contextlib
 import ctypes
+import http.client
 import logging
 import os
 import signal
@@ -9,17 +11,20 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
 from etl.kernels import client
+from etl.serve.prefect_server import HOST
 
 log = logging.getLogger(__name__)
-HOST = "127.0.0.1"
-RESTARTS = 5  # of one service; after that `up` gives up
+READY_S = 300  # until an essential one answers, on busy cores; 15 s on idle ones
+MOST = 5  # deaths within FORGET_S of what `up` cannot do without; after that it gives up
+FORGET_S = 3600  # an older death does not count
+SLOWEST_S = 60  # between two starts of what always ends
 PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec is no place for it
 
@@ -48,9 +53,33 @@ class PortTaken(RuntimeError):
     """Somebody listens on the port already."""
 
 
+class Deaths:
+    """When to start again what has ended: at once, and the later the more often it ended within FORGET_S."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock, self._at = clock, collections.deque()
+
+    def add(self) -> int:
+        """One more, now; how many count."""
+        self._at.append(self._clock())
+        while self._at[0] < self._clock() - FORGET_S:
+            self._at.popleft()
+        return len(self._at)
+
+    @property
+    def wait_s(self) -> float:
+        """Until it may be started again: 0 after the first, then 1, 3, 7, ... seconds."""
+        if not self._at:
+            return 0
+        return max(0, self._at[-1] + min(SLOWEST_S, 2 ** (len(self._at) - 1) - 1) - self._clock())
+
+
 @dataclass
 class Service:
-    """One child process. `health_url` answers 200 once it works; `page` is what people open."""
+    """One child process. `health_url` answers 200 once it works; `page` is what people open.
+
+    Without one that is `essential` nothing runs; any other may die as often as it will.
+    """
 
     name: str
     command: list[str]
@@ -59,8 +88,9 @@ class Service:
     page: str
     environment: dict[str, str] = field(default_factory=dict)
     log_path: Path | None = None
+    essential: bool = False
     process: subprocess.Popen | None = None
-    restarts: int = 0
+    deaths: Deaths = field(default_factory=Deaths)
 
     @property
     def variables(self) -> dict[str, str]:
@@ -81,9 +111,9 @@ class Service:
                 preexec_fn=die_with_parent,
             )
 
-    def wait_ready(self, timeout_s: float = 90) -> None:
+    def wait_ready(self) -> None:
         """Until it answers. Raises RuntimeError with the end of its log when it dies or does not."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + (READY_S if self.essential else READY_S / 5)
         while not answers(self.health_url):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 tail = "\n".join(self.log_path.read_text(errors="replace").splitlines()[-15:])
@@ -91,14 +121,25 @@ class Service:
             time.sleep(0.2)
 
     def ensure(self) -> None:
-        """Start it again when it has died. Raises RuntimeError when it has died too often."""
-        if self.process.poll() is None:
+        """Start it again when it has died, if it is time. Raises RuntimeError when an essential one dies too often."""
+        if self.process and self.process.poll() is None:
             return
-        if self.restarts == RESTARTS:
-            raise RuntimeError(f"{self.name} died {RESTARTS + 1} times; see {self.log_path}")
-        self.restarts += 1
-        log.warning("%s ended with status %s; starting it again", self.name, self.process.returncode)
-        self.start()
+        if self.process:
+            self._died(f"ended with status {self.process.returncode}")
+            self.signal(signal.SIGKILL)  # what it left of its group
+            self.process = None
+        if self.deaths.wait_s == 0:
+            try:
+                self.start()
+            except OSError as error:  # no process, no memory, no room for its log
+                self._died(f"could not be started: {error}")
+
+    def _died(self, how: str) -> None:
+        count = self.deaths.add()
+        if self.essential and count > MOST:
+            raise RuntimeError(f"{self.name} {how}, for the {count}th time within an hour; see {self.log_path}")
+        told = logging.WARNING if self.essential or count == 1 else logging.INFO  # a series is one warning
+        log.log(told, "%s %s; starting it again, see %s", self.name, how, self.log_path)
 
     def signal(self, number: int) -> None:
         """To the whole group, so that its own children hear it too."""
@@ -126,7 +167,7 @@ def answers(url: str, timeout_s: float = 2) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=timeout_s) as response:
             return response.status == 200
-    except (OSError, urllib.error.HTTPError):
+    except (OSError, http.client.HTTPException):  # nobody, or somebody who speaks something else
         return False
 
 
@@ -145,17 +186,20 @@ def ensure_free(port: int, name: str) -> None:
 
 def prefect_server(port: int, home: Path, logs: Path) -> Service:
     """Prefect's own server on SQLite, its database under `home`."""
-    environment = {"PREFECT_HOME": str(home)} | SERVER_ENVIRONMENT
+    # its pages, by either name; "*" by default, so that any page of the web could start flows and read what they did
+    own = ",".join(f"http://{name}:{port}" for name in (HOST, "localhost"))
+    environment = {"PREFECT_HOME": str(home)} | SERVER_ENVIRONMENT | {"PREFECT_SERVER_CORS_ALLOWED_ORIGINS": own}
     if "?" in str(home):
         environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database_url(home)
     return Service(
         "Prefect server",
-        [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)],
+        [sys.executable, "-m", "etl.serve.prefect_server", "--port", str(port)],
         port,
         f"http://{HOST}:{port}/api/ready",  # /api/health is 200 a moment before a POST works
         f"http://{HOST}:{port}",
         {k: v for k, v in environment.items() if k == "PREFECT_HOME" or k not in os.environ},
         logs / "prefect.log",
+        essential=True,
     )
 
 

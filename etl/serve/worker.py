@@ -5,7 +5,6 @@ Prefect's `serve` and its process worker start a Python process a flow run, whic
 """
 
 import asyncio
-import contextlib
 import contextvars
 import logging
 import threading
@@ -13,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
-import httpx
 from prefect import Flow
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
@@ -63,46 +61,54 @@ class InPlaceWorker(BaseWorker):
         if task_status:
             task_status.started(identifier)
         event = self.cancels[flow_run.id] = threading.Event()
-        self._heeding = self._heeding or asyncio.create_task(self._heed_cancels())
+        if self._heeding is None or self._heeding.done():
+            self._heeding = asyncio.create_task(self._heed_cancels())
         context = contextvars.copy_context()
-        try:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._threads, context.run, self._run_flow, flow_run, event)
-        finally:
-            del self.cancels[flow_run.id]
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._threads, context.run, self._run_flow, flow_run, event)
         return BaseWorkerResult(identifier=identifier, status_code=0)
 
     async def _submit_run(self, flow_run: FlowRun) -> None:
         """As Prefect does it, but when the run is due: it asks once a second, and would be that late or too early."""
         due = flow_run.next_scheduled_start_time or datetime.now(UTC)
         await asyncio.sleep((due - datetime.now(UTC)).total_seconds())
-        await super()._submit_run(flow_run)
+        try:
+            await super()._submit_run(flow_run)
+        except Exception as error:  # it would end the worker, and every run with it
+            log.warning("flow run %s could not be begun; it is tried again: %s", flow_run.name, error)
+            self._submitting_flow_run_ids.discard(flow_run.id)
 
     async def _give_worker_labels_to_flow_run(self, flow_run_id: UUID) -> None:
         """None: there is one worker, and of two runs that begin at once one would find SQLite locked and wait 2 s."""
 
     def _run_flow(self, flow_run: FlowRun, event: threading.Event) -> None:
         _cancel.set(event)
-        # a sync flow sleeps about a second at its end to join the heartbeat's thread
-        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-            try:
+        try:
+            # a sync flow sleeps about a second at its end to join the heartbeat's thread
+            with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
                 run_flow(self.flows[flow_run.deployment_id], flow_run=flow_run, return_type="state")
-            except (KeyboardInterrupt, SystemExit) as error:  # the flow's own, which Prefect has recorded as a crash
-                log.error("flow run %s ended with %r", flow_run.name, error)
+        except (KeyboardInterrupt, SystemExit) as error:  # the flow's own, which Prefect has recorded as a crash
+            log.error("flow run %s ended with %r", flow_run.name, error)
+        finally:
+            del self.cancels[flow_run.id]  # not before: the run goes on while the worker is begun again
 
     async def _heed_cancels(self) -> None:
         """Cancel what somebody cancels on Prefect's page or by its API; Prefect's worker heeds it before a run only."""
-        cancelling = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANCELLING]))
         while True:
             await asyncio.sleep(CANCEL_S)
             if self.cancels:
-                ours = FlowRunFilter(id=FlowRunFilterId(any_=list(self.cancels)), state=cancelling)
-                with contextlib.suppress(httpx.TransportError):  # the server is away; the next look tells
-                    for flow_run in await self.client.read_flow_runs(
-                        flow_run_filter=ours, sort=FlowRunSort.ID_DESC, limit=AT_ONCE
-                    ):
-                        if event := self.cancels.get(flow_run.id):
-                            event.set()
+                try:
+                    await self._cancel_those_cancelled()
+                except Exception as error:  # the server is away, or not well: the next look tells
+                    log.debug("nobody knows what was cancelled: %s", error)
+
+    async def _cancel_those_cancelled(self) -> None:
+        cancelling = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANCELLING]))
+        ours = FlowRunFilter(id=FlowRunFilterId(any_=list(self.cancels)), state=cancelling)
+        found = await self.client.read_flow_runs(flow_run_filter=ours, sort=FlowRunSort.ID_DESC, limit=AT_ONCE)
+        for flow_run in found:
+            if event := self.cancels.get(flow_run.id):
+                event.set()
 
     def cancel_all(self) -> None:
         """Cancel every run that is under way, and heed no more."""

@@ -3,9 +3,13 @@
 import contextlib
 import json
 import os
+import re
+import socket
+import socketserver
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +48,43 @@ def prefect_server(folder: Path) -> Iterator[dict[str, str]]:
         }
     finally:
         services.stop([service])
+
+
+@contextlib.contextmanager
+def failing(server: dict[str, str], *kinds: bytes, times: int) -> Iterator[dict[str, str]]:
+    """The way to the server on which the first `times` requests that begin with each pattern get a 500."""
+    upstream = int(server["PREFECT_API_URL"].split(":")[2].split("/")[0])
+    left = dict.fromkeys(kinds, times)
+
+    class Way(socketserver.BaseRequestHandler):
+        def handle(self):
+            with socket.create_connection(("127.0.0.1", upstream)) as there:
+                back = threading.Thread(target=self.pump, args=(there, self.request), daemon=True)
+                back.start()
+                self.pump(self.request, there)
+
+        def pump(self, source, target):
+            with contextlib.suppress(OSError):
+                while data := source.recv(65536):
+                    kind = next((kind for kind in kinds if left[kind] and re.match(kind, data)), None)
+                    if kind:
+                        left[kind] -= 1
+                        source.sendall(b"HTTP/1.1 500 Not Well\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}")
+                        break
+                    target.sendall(data)
+            with contextlib.suppress(OSError):
+                target.shutdown(socket.SHUT_WR)
+
+    class Ways(socketserver.ThreadingTCPServer):
+        daemon_threads, allow_reuse_address, block_on_close = True, True, False
+
+    with Ways(("127.0.0.1", 0), Way) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        try:
+            yield server | {"PREFECT_API_URL": f"http://127.0.0.1:{proxy.server_address[1]}/api"}
+        finally:
+            proxy.shutdown()
+    assert not any(left.values()), f"not all were asked for: {left}"
 
 
 def ended(server: dict[str, str], folder: Path, *kinds: str) -> list[dict]:

@@ -38,6 +38,28 @@ def test_wrong_yaml_is_refused_before_anything_starts(project, root):
     assert took_s < 30  # no kernel, no server; the figure itself is measured, not tested
 
 
+def test_a_notebook_that_is_none_is_one_line_and_no_traceback(project, root):
+    paths = {name: project / f"notebooks/{name}.ipynb" for name in ("generate", "preprocess", "query", "train")}
+    text = paths["generate"].read_text()
+    paths["generate"].write_text("\ufeff" + text)
+    paths["preprocess"].write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n")
+    lines = paths["query"].read_text().splitlines()
+    paths["query"].write_text(
+        "\n".join([*lines[:5], "<<<<<<< HEAD", lines[5], "=======", lines[5], ">>>>>>> main", *lines[6:]])
+    )
+    paths["train"].write_text(json.dumps(json.loads(text) | {"nbformat": 3}))
+    done = orchestrate(project, "check")
+    assert done.returncode == 2 and done.stderr.splitlines() == [
+        "wrong  notebooks/generate.ipynb: begins with a byte order mark; save it as UTF-8 without one",
+        "wrong  notebooks/preprocess.ipynb: is a Git LFS pointer; `git lfs pull` fetches the notebook",
+        "wrong  notebooks/query.ipynb: line 6 is a marker of git: a merge is to be finished",
+        "wrong  notebooks/train.ipynb: not a notebook: its format is 3, not 4; JupyterLab saves it anew",
+    ]
+    done = orchestrate(project, "run", "generate", "--root", root)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "byte order mark" in done.stderr
+    assert not Root.at(root).list("")
+
+
 def test_an_unknown_stage_and_a_wrong_value_exit_with_2(project):
     assert orchestrate(project, "run", "preproces").returncode == 2
     done = orchestrate(project, "run", "preprocess", "-p", "max_files=many")

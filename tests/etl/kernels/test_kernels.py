@@ -23,6 +23,7 @@ from support import busy_s
 from test_engine import run, saved
 
 from etl.kernels import client as kernel_client
+from etl.kernels import imports as notebook_imports
 from etl.kernels import launch
 from etl.runs import journal
 from etl.storage import PROJECT
@@ -184,34 +185,61 @@ def test_other_variables_at_the_start_mean_a_cold_kernel(server, monkeypatch, tm
     assert (record.state, record.metrics) == ("ok", {"forked": False})
 
 
+CHANGE = """
+import json, os, pathlib, sys
+sys.path.insert(0, "tests")
+from faults import toy
+from etl.kernels import client
+from etl.runs import provenance
+
+own = json.loads(sys.argv[1])  # module -> file
+keeper = client.Keeper(1, pathlib.Path("log"))
+keeper.start()
+toy.until((client.place() / "socket").exists, 240, "the fork server")
+cell = "".join(f"import {name}\\n" for name in own) + "import psutil, etl.notebook\\n"
+cell += f"etl.notebook.record(v=[{', '.join(f'{name}.VERSION' for name in own)}], "
+cell += "forked='forkserver' in str(psutil.Process().cmdline()))"
+
+def told():
+    keeper.ensure()
+    found = toy.run(pathlib.Path("root"), cell).metrics
+    return found["v"], found["forked"], provenance.of({"cells": []})["code_sha256"]
+
+toy.until(lambda: told()[1], 240, "a forked kernel")
+seen = {told()[2]}
+for index, path in enumerate(own.values()):
+    pathlib.Path(path).write_text(f"VERSION = {index + 2}\\n")
+    v, _, sha256 = told()
+    print(v[index] == index + 2, sha256 not in seen)
+    seen.add(sha256)
+    toy.until(lambda: told()[1], 240, "a forked kernel with the new code")
+    v, _, sha256 = told()
+    print(v[index] == index + 2, sha256 in seen)
+keeper.signal(15)
+keeper.process.wait()
+print(sorted(os.listdir(client.place())))
+"""
+
+
 def test_code_that_has_changed_is_never_seen_old(tmp_path, project):
-    (project / "pipeline/source.py").write_text("VERSION = 1\n")
-    (project / "notebooks/generate.ipynb").write_text(json.dumps({"cells": []}))
-    script = (
-        "import os, sys, time, pathlib; sys.path.insert(0, 'tests')\n"
-        "from faults import toy; from etl.kernels import client\n"
-        "keeper = client.Keeper(1, pathlib.Path('log')); keeper.start()\n"
-        "def answers():\n    keeper.ensure()\n"
-        "    kernel = client.take(os.environ | {'PYTHONPATH': client.python_path()})\n"
-        "    return kernel and (kernel.close() or True)\n"
-        "toy.until(answers, 60, 'a kernel')\n"
-        "cell = 'from pipeline.source import VERSION\\nimport etl.notebook\\netl.notebook.record(v=VERSION)'\n"
-        "for version in (1, 2, 3):\n"
-        "    pathlib.Path('pipeline/source.py').write_text(f'VERSION = {version}\\n')\n"
-        "    print(toy.run(pathlib.Path('root'), cell).metrics['v'])\n"
-        "toy.until(answers, 60, 'a kernel with the new code')\n"
-        "print(toy.run(pathlib.Path('root'), cell).metrics['v'])\n"
-        "keeper.signal(15); keeper.process.wait()\n"
-        "print(sorted(os.listdir(client.place())))\n"
-    )
-    shutil.copytree(PROJECT / "tests/faults", project / "tests/faults")
+    """In pipeline/, in a package beside it, and in one that lies elsewhere, as an editable install does."""
+    own = {name: str(project / f"{name.replace('.', '/')}.py") for name in ("pipeline.source", "mine.figures")}
+    own["elsewhere.figures"] = str(tmp_path / "lib/elsewhere/figures.py")
+    for path in map(Path, own.values()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("VERSION = 1\n")
     for name in ("preprocess", "compact", "query", "train"):
         (project / f"notebooks/{name}.ipynb").unlink()
-    env = {**os.environ, "PYTHONPATH": str(project), "ETL_KERNELS": str(tmp_path / "s")}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=project, env=env, capture_output=True, text=True, timeout=120
-    )
-    assert done.stdout.split() == ["1", "2", "3", "3", "['lock',", "'threads']"], done.stderr
+    imports = "".join(f"import {name}\n" for name in own)
+    nb = {"cells": [{"cell_type": "code", "source": [imports]}]}
+    (project / "notebooks/generate.ipynb").write_text(json.dumps(nb))
+    shutil.copytree(PROJECT / "tests/faults", project / "tests/faults")
+    path = os.pathsep.join([str(project), str(tmp_path / "lib")])
+    env = {**os.environ, "PYTHONPATH": path, "ETL_KERNELS": str(tmp_path / "s")}
+    command = [sys.executable, "-c", CHANGE, json.dumps(own)]
+    done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=900)
+    expected = ["True True"] * 6 + ["['imported', 'lock', 'threads']"]
+    assert done.stdout.splitlines() == expected, done.stdout + done.stderr
 
 
 def test_a_folder_that_others_may_enter_is_not_trusted(monkeypatch, tmp_path, caplog):
@@ -294,7 +322,6 @@ def test_a_server_killed_again_and_again_fails_no_run(server, tmp_path, caplog):
 
 
 def test_what_notebooks_import_is_found_without_running_them(tmp_path):
-    from etl.kernels import imports
 
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "pkg").mkdir()
@@ -304,7 +331,9 @@ def test_what_notebooks_import_is_found_without_running_them(tmp_path):
     lines = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import dask\ndef f():\n    from a.b import c\n"
     (tmp_path / "pkg/mod.py").write_text(lines + "    import pkg.other")
     (tmp_path / "pkg/other.py").write_text("def broken(")
-    own, others = imports.modules_of(tmp_path)
+    (tmp_path / "notebooks/b.ipynb").write_text("<<<<<<< HEAD")  # nothing can be preloaded for it
+    (tmp_path / "notebooks/c.ipynb").write_bytes(b"\xff")
+    own, others = notebook_imports.modules_of(tmp_path)
     assert own == ["pkg", "pkg.mod", "pkg.other"] and others == ["numpy", "typing", "a.b"]
 
 

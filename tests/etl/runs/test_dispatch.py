@@ -14,8 +14,8 @@ import yaml
 
 from etl import params
 from etl.lake import snapshot as lake
-from etl.runs import dispatch
-from etl.storage import PROJECT
+from etl.runs import dispatch, index
+from etl.storage import PROJECT, Root
 from pipeline import queries
 
 AT = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
@@ -138,3 +138,24 @@ def test_a_cancelled_run_is_not_repeated(cloud, tmp_path):
     cancel.set()
     record = dispatch.run_stage(stage, environment, scheduled_for=AT, cancel=cancel)
     assert (record.state, record.attempt) == ("cancelled", 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ("<<<<<<< HEAD\n{}\n=======\n", "line 1 is a marker of git: a merge is to be finished"),
+        ("\ufeff{}", "begins with a byte order mark; save it as UTF-8 without one"),
+        ('{"nbformat": 4, "metadata": {}, "cells": [{"cell_type": "code"}]}', "not a notebook: cell 1 is none"),
+    ],
+)
+def test_a_notebook_that_breaks_while_up_is_at_work_is_a_failed_run_with_a_report(tmp_path, content, why):
+    local = params.load(PROJECT, "local")
+    notebook = tmp_path / "query.ipynb"
+    if content is not None:
+        notebook.write_text(content)
+    stage = dataclasses.replace(local.stages["query"], notebook_path=notebook, retries=0)
+    record = dispatch.run_stage(stage, dataclasses.replace(local.environment, root=str(tmp_path)), scheduled_for=AT)
+    assert (record.state, record.reason) == ("failed", f"notebooks/query.ipynb: {why}")
+    assert why in (tmp_path / record.report / "report.html").read_text()
+    assert [row["run_id"] for row in index.list(Root.at(tmp_path), state="failed")] == [record.run_id]

@@ -12,6 +12,7 @@ from faults import replay_scenarios
 from support import ingest_all, write_stage
 
 from etl import params
+from etl.kernels import sources
 from etl.lake import snapshot as lake
 from etl.runs import dispatch, index, provenance
 from etl.runs import replay as replays
@@ -299,6 +300,37 @@ def test_a_notebooks_outputs_are_not_its_source(tmp_path, monkeypatch):
     assert {name for name in first if first[name] != second[name]} == {"notebook_sha256", "lock_sha256"}
     (tmp_path / "etl" / "a.py").write_text("1")
     assert provenance.of(notebook)["code_sha256"] != second["code_sha256"]
+
+
+def test_code_is_what_notebooks_import_wherever_it_lies_and_nothing_else(tmp_path, monkeypatch):
+    project, elsewhere = tmp_path / "project", tmp_path / "lib"
+    files = {
+        project / "notebooks/a.ipynb": json.dumps(
+            {"cells": [{"cell_type": "code", "source": "import mine, polars\n"}]}
+        ),
+        project / "mine/__init__.py": "from far import away\nimport os, plain\n",
+        project / "mine/found_by_looking.py": "",
+        project / "plain.py": "",
+        elsewhere / "far/away.py": "",
+        project / "docs/unrelated.py": "",
+    }
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.syspath_prepend(str(elsewhere))
+    code = sources.Code(project)
+    before = code.sha256()
+    for path in list(files)[1:]:
+        path.write_text(path.read_text() + "# changed\n")
+        assert (code.sha256() != before) == ("unrelated" not in path.name), path
+        assert sources.Code(project).sha256() == code.sha256()  # as one that has not looked before
+        before = code.sha256()
+    assert code.sha256() == before
+    (project / "mine/new.py").write_text("import later\n")
+    assert code.sha256() != before
+    before = code.sha256()
+    (project / "later.py").write_text("1")  # what was missing is there now
+    assert code.sha256() != before
 
 
 def test_whence_is_right_for_every_version_and_honest_about_none(root):

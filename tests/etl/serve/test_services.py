@@ -1,0 +1,88 @@
+"""What `up` starts beside the worker: real processes that die, on a clock that can be set forward."""
+
+import logging
+
+import pytest
+
+from etl.serve import services
+
+
+class Clock:
+    """Seconds, set by hand."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def dying(tmp_path):
+    """A service that dies at once, on a clock of its own."""
+    made = []
+
+    def make(essential: bool) -> tuple[services.Service, Clock]:
+        clock = Clock()
+        service = services.Service("dashboard", ["false"], 0, "", "", log_path=tmp_path / "log", essential=essential)
+        service.deaths = services.Deaths(clock)
+        service.start()
+        made.append(service)
+        return service, clock
+
+    yield make
+    services.stop(made)
+
+
+def die(service: services.Service, clock: Clock, times: int, apart_s: float) -> None:
+    for _ in range(times):
+        service.process.wait()
+        service.ensure()
+        clock.now += apart_s
+        if service.process is None:
+            service.ensure()
+        assert service.process, "it was not started again"
+
+
+def test_deaths_that_are_months_apart_end_nothing(dying):
+    die(*dying(essential=True), times=20, apart_s=30 * 24 * 3600)
+
+
+def test_what_is_not_essential_may_die_as_often_as_it_will_later_and_later_and_with_one_warning(dying, caplog):
+    service, clock = dying(essential=False)
+    with caplog.at_level(logging.WARNING):
+        die(service, clock, times=20, apart_s=services.SLOWEST_S)
+        assert len(caplog.records) == 1 and "dashboard ended with status 1" in caplog.text
+        service.process.wait()
+        service.ensure()
+        clock.now += services.SLOWEST_S - 1
+        service.ensure()
+        assert service.process is None  # it dies again and again: not yet
+    clock.now += 1
+    service.ensure()
+    assert service.process.wait() == 1
+
+
+def test_what_is_essential_ends_up_when_it_dies_six_times_within_an_hour(dying):
+    service, clock = dying(essential=True)
+    with pytest.raises(RuntimeError, match="dashboard ended with status 1, for the 6th time within an hour"):
+        die(service, clock, times=20, apart_s=services.SLOWEST_S)
+    assert clock.now < services.FORGET_S
+
+
+def test_what_cannot_be_started_is_tried_again(dying, caplog):
+    service, clock = dying(essential=False)
+    service.process.wait()
+    service.command = ["/no/such/program"]
+    for _ in range(20):
+        service.ensure()
+        clock.now += services.SLOWEST_S
+    assert "could not be started" in caplog.text or service.process is None
+    service.command = ["false"]
+    service.ensure()
+    assert service.process.wait() == 1
+
+
+def test_only_up_cannot_do_without_prefects_server(tmp_path):
+    made = [services.prefect_server(1, tmp_path, tmp_path), services.api(2, "root", tmp_path)]
+    made.append(services.dashboard(3, "root", "url", tmp_path))
+    assert [service.name for service in made if service.essential] == ["Prefect server"]
