@@ -33,7 +33,8 @@ from pathlib import Path
 
 from etl import cli
 from etl.cli.common import Timetable
-from etl.serve.services import HOST, Service, prefect_server
+from etl.serve.prefect_server import HOST
+from etl.serve.services import Service, prefect_server
 from etl.storage import PROJECT
 
 PORTS = {"prefect": 4200, "api": 8000, "dashboard": 8501}  # all on 127.0.0.1; `up --api-port 8001` takes another

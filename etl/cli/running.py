@@ -144,9 +144,10 @@ def _run_one(
 def _prefect_answers() -> bool:
     """Whether runs can be recorded in Prefect: PREFECT_API_URL is set, or `up` is at work on this machine."""
     from etl.serve import services
+    from etl.serve.prefect_server import HOST
 
     if "PREFECT_API_URL" not in os.environ:
-        local = f"http://{services.HOST}:4200/api"
+        local = f"http://{HOST}:4200/api"
         if not services.answers(f"{local}/ready", timeout_s=0.5):
             return False
         os.environ["PREFECT_API_URL"] = local

@@ -23,6 +23,7 @@ _FOLDERS = (*map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platli
 LIBRARIES = tuple({f"{form(folder)}/" for folder in _FOLDERS for form in (os.path.realpath, os.path.abspath)})
 NOTED = "imported.json"  # in a kernel's folder: `Imported.marks`
 ALWAYS = ("etl",)  # of this project's packages: what a run itself needs in its kernel
+Mark = tuple[int, ...]
 IMPORTED = re.compile(r"^[ \t]*(?:from[ \t]+([\w.]+)|import[ \t]+([\w., \t]+))", re.M)
 
 
@@ -32,7 +33,7 @@ def is_own(path: str) -> bool:
     return not known and not os.path.realpath(path).startswith(LIBRARIES)
 
 
-def mark(path: str) -> tuple:
+def mark(path: str) -> Mark:
     """Changes when the file does; empty when there is none. One call of stat."""
     try:
         there = os.stat(path)
@@ -44,8 +45,8 @@ def mark(path: str) -> tuple:
 class Imported:
     """The own files behind sys.modules, as they were when they were imported."""
 
-    def __init__(self):
-        self.marks: dict[str, tuple | None] = {}  # None: changed while it was imported
+    def __init__(self) -> None:
+        self.marks: dict[str, Mark | None] = {}  # None: changed while it was imported
 
     def note(self, since: float) -> None:
         """Look at the modules that are new. What has changed after `since` (Unix time), when the first of them was
@@ -65,12 +66,12 @@ class Imported:
         return changed(self.marks)
 
 
-def changed(marks: dict[str, tuple | None]) -> str | None:
+def changed(marks: dict[str, Mark | None]) -> str | None:
     """The first file whose mark is not this any more."""
     return next((path for path, before in marks.items() if before is None or mark(path) != before), None)
 
 
-def noted(folder: Path) -> dict[str, tuple | None]:
+def noted(folder: Path) -> dict[str, Mark | None]:
     """What a kernel has noted in its folder. Raises OSError before it has."""
     found = json.loads((folder / NOTED).read_text())
     return {path: there if there is None else tuple(there) for path, there in found.items()}
@@ -82,7 +83,7 @@ class Code:
     def __init__(self, project: Path, extra: Path | None = None):
         """`extra`: a file with a JSON list of more own files, those that were imported without being asked for."""
         self._project, self._extra, self._lock = project, extra, threading.Lock()
-        self._marks: dict[str, tuple] = {}
+        self._marks: dict[str, Mark] = {}
         self._tops: dict[str, Path | None] = {}  # name -> its folder or file, None when it is nobody's own
         self._sha256 = ""
 
@@ -97,7 +98,7 @@ class Code:
                 self._marks, self._sha256 = marks, whole.hexdigest()
             return self._sha256
 
-    def _look(self) -> dict[str, tuple]:
+    def _look(self) -> dict[str, Mark]:
         """The marks of all that decides what the code is: it, the notebooks, and the folders where more may appear."""
         folders = [self._project, self._project / "notebooks"]
         notebooks = [entry for entry in _entries(folders[1]) if entry.endswith(".ipynb")]
@@ -119,8 +120,8 @@ class Code:
         from etl.kernels import imports
 
         self._tops, todo = {}, list(ALWAYS)
-        for path in self._project.glob("notebooks/*.ipynb"):
-            todo += _imports(imports.code_of(path))
+        for notebook in self._project.glob("notebooks/*.ipynb"):
+            todo += _imports(imports.code_of(notebook))
         while todo:
             name = todo.pop()
             if name not in self._tops:

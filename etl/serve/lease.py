@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO, Any
 
 from etl.storage import LocalRoot, Root
 
@@ -42,26 +43,28 @@ class Lease:
             **{"root": root.url, "pid": os.getpid(), "host": socket.gethostname(), "since": _now(), "pages": pages},
             **{"machine": machine(), "started": started(os.getpid()), "token": uuid.uuid4().hex},
         }
-        self._file, self._number, self._end = None, 0, threading.Event()
+        self._file: IO[str] | None = None
+        self._number, self._end = 0, threading.Event()
         self.lost: str | None = None
 
     def take(self) -> None:
         """Raises Held, or OSError when the root cannot be reached."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._folder / "up.json", "a+")  # noqa: SIM115  # open as long as the lease is held
+        file = open(self._folder / "up.json", "a+")  # noqa: SIM115  # open as long as the lease is held
         try:
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise Held(_sentence(_holder(self._folder / "up.json"))) from None
             if not isinstance(self._root, LocalRoot):
                 self._take_number()
         except BaseException:
-            self._file.close()
+            file.close()
             raise
-        self._file.truncate(0)
-        self._file.write(json.dumps(self._told))
-        self._file.flush()
+        self._file = file
+        file.truncate(0)
+        file.write(json.dumps(self._told))
+        file.flush()
 
     def release(self) -> None:
         """Let go of it. A root that is down lets the document die."""
@@ -136,25 +139,25 @@ def started(pid: int) -> int | None:
     return None if found[0] in "ZX" else int(found[19])
 
 
-def _has_ended(told: dict) -> bool:
+def _has_ended(told: dict[str, Any]) -> bool:
     gone = told["machine"] == machine() and started(told["pid"]) != told["started"]
-    return gone or told.get("ended", False)
+    return gone or bool(told.get("ended"))
 
 
-def _is_alive(told: dict) -> bool:
-    return told["machine"] == machine() and started(told["pid"]) == told["started"]
+def _is_alive(told: dict[str, Any]) -> bool:
+    return bool(told["machine"] == machine() and started(told["pid"]) == told["started"])
 
 
-def _holder(path: Path) -> dict:
+def _holder(path: Path) -> dict[str, Any]:
     """What is written in the file that another process has locked: it does so at once."""
     for _ in range(50):
         with contextlib.suppress(ValueError):
-            return json.loads(path.read_text())
+            return dict(json.loads(path.read_text()))
         time.sleep(0.1)
     return {}
 
 
-def _sentence(told: dict) -> str:
+def _sentence(told: dict[str, Any]) -> str:
     if not told:
         return "another `up` is starting here"
     pages = ", ".join(f"{name} {url}" for name, url in told["pages"].items())

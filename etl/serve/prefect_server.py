@@ -24,7 +24,7 @@ class LocalOnly:
     def __init__(self, app: Any, names: Iterable[str] = NAMES):
         self.app, self.names = app, frozenset(names)
 
-    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         refused = scope["type"] in ("http", "websocket") and self.refusal(dict(scope["headers"]))
         if not refused:
             await self.app(scope, receive, send)
