@@ -15,6 +15,7 @@ KNOWN = {
     r"^console Failed to load resource.* 404 .*/\w+/_stcore/(health|host-config)$": (
         "Streamlit's page looks for its server below its own address first, then one level up"
     ),
+    r"^failed net::ERR_ABORTED ": "a page that is left, or loaded again, stops what it was loading",
 }
 
 

@@ -49,7 +49,7 @@ SCENARIOS = [
     ("scale", answers.at_scales, 100, 1, "hundredths of scale 1, and two below, through the pipeline, both engines"),
     ("by hand", lake_malformed.by_hand, 50, 50, "malformed lines, and as many files"),
     ("generated", lake_malformed.generated, 2000, 200, "malformed files"),
-    ("both ways", lake_malformed.both_ways, 100_000, 8_000, "odd lines, read the quick way and one by one"),
+    ("both ways", lake_malformed.both_ways, 100_000, 15_000, "odd lines, read the quick way and one by one"),
     ("points", lake_crashes.at_every_point, 160, 4, "crashes of preprocess at named points"),
     ("points of compact", lake_crashes.at_every_point_of_compact, 80, 3, "crashes of compact at named points"),
     ("random", lake_crashes.at_random, 300, 6, "SIGKILLs of preprocess under load"),
