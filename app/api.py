@@ -26,6 +26,7 @@ from app.settings import Settings
 from etl.lake import snapshot as lake
 from etl.reports import page as reports
 from etl.runs import index
+from etl.runs.record import STATES
 from etl.storage import Root
 from pipeline import model, queries
 
@@ -172,7 +173,7 @@ def _in_utc(value: datetime) -> datetime:
 
 
 Moment = Annotated[datetime, AfterValidator(_in_utc)]
-State = Literal[index.STATES]
+State = Literal[STATES]
 
 
 class Run(BaseModel):

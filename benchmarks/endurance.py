@@ -14,7 +14,7 @@ import measure
 import psutil
 
 from etl.kernels import client
-from etl.runs import journal
+from etl.runs import delivery
 
 LOOKS = 25  # at the memory
 AT_ONCE = 3
@@ -28,7 +28,7 @@ def main(runs: int, kills: int) -> None:
         for i in range(runs):
             measure.run(folder, i)
             if (i + 1) % max(1, runs // LOOKS) == 0:
-                journal.settle()
+                delivery.settle()
                 seen.append((i + 1, server.memory_info().rss / 1e6, me.memory_info().rss / 1e6))
         later = seen[len(seen) // 2 :]  # caches and the allocator's arenas have filled by then
         slopes = [100 * _slope([(row[0], row[column]) for row in later]) for column in (1, 2)]

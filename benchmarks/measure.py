@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from etl.kernels import client
-from etl.runs.engine import RunRecord, RunRequest, execute
+from etl.runs.engine import execute
+from etl.runs.record import RunRecord, RunRequest
 from etl.serve import services
 from etl.storage import PROJECT, Root
 

@@ -18,8 +18,8 @@ import measure
 import nbformat
 import papermill
 
-from etl.runs import journal
-from etl.runs.engine import RunRecord
+from etl.runs import delivery
+from etl.runs.record import RunRecord
 
 PAUSE_S = 2  # for the next kernel to come up, as between two runs of a schedule
 READY = "this runner, ready kernel"
@@ -49,7 +49,7 @@ def main(rounds: int, more: int) -> None:
         with measure.fork_server(1, folder):
             for name in list(runs)[1:]:  # the command has nothing to warm up
                 runs[name](500_000)
-            journal.settle()
+            delivery.settle()
             time.sleep(PAUSE_S)
             taken: dict[str, list[float]] = {name: [] for name in runs}
             cpu: list[float] = []
@@ -58,7 +58,7 @@ def main(rounds: int, more: int) -> None:
                     before, at = _cpu_s(), time.perf_counter()
                     got = runs[name](i)
                     taken[name].append(time.perf_counter() - at)
-                    journal.settle()
+                    delivery.settle()
                     if name == READY:
                         cpu.append(_cpu_s() - before + got.receipt["cpu_s"])
                     time.sleep(PAUSE_S)

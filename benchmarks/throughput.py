@@ -14,7 +14,7 @@ from pathlib import Path
 import measure
 import nbformat
 
-from etl.runs import journal
+from etl.runs import delivery
 
 AT_ONCE = 8
 READY = 2
@@ -45,7 +45,7 @@ def main(rounds: int, count: int) -> None:
                     with how():
                         at, first = time.perf_counter(), (i * len(systems) + k) * count
                         list(pool.map(one, range(first, first + count)))
-                        journal.settle()  # rows and pages are part of it
+                        delivery.settle()  # rows and pages are part of it
                         a_minute[name].append(60 * count / (time.perf_counter() - at))
     medians = {name: measure.median(values) for name, values in a_minute.items()}
     rows = [[name, str(rounds), f"{m:.0f}", f"{m / medians['papermill command']:.1f}"] for name, m in medians.items()]

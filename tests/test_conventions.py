@@ -26,6 +26,7 @@ MAY_IMPORT = {  # of the project's own modules
         "etl.runs.journal",
         "etl.reports.page",
         "etl.runs.index",
+        "etl.runs.record",
         "etl.lake",
         "etl.questions",
         "etl.charts",

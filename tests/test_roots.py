@@ -16,8 +16,7 @@ from support import AT, ingest_all, orchestrate
 from etl.lake import doctor, quarantine, rebuild
 from etl.lake import snapshot as lake
 from etl.questions import engines
-from etl.reports import retention
-from etl.runs import index, provenance
+from etl.runs import index, provenance, retention
 from etl.serve import services
 from etl.storage import PROJECT, BadRoot, Root, root_url
 from pipeline import queries, source

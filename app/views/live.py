@@ -198,7 +198,7 @@ def row_count(root_url: str, table: str, version: int, _snapshot: lake.Snapshot)
 def _last_lines(run_id: str) -> str:
     """The end of what a run has printed so far; nothing when it has ended in the meantime."""
     try:
-        events = journal.read(journal.spool() / run_id / "journal.jsonl")
+        events = list(journal.read(journal.spool() / run_id / "journal.jsonl"))
     except OSError:
         return ""
     shown = (event["output"] for event in events if event["event"] == "output")

@@ -4,6 +4,7 @@ import streamlit as st
 
 from app import shown
 from etl.runs import index
+from etl.runs.record import STATES
 from etl.storage import Root
 
 ALL, BAD = "all", "not ok"
@@ -17,7 +18,7 @@ def page() -> None:
         stages = [ALL, *shown.published_root().list("reports")]
         stage = st.segmented_control("Stage", stages, default=ALL, key="stage", required=True)
         state = st.segmented_control(
-            "State", [ALL, BAD, *index.STATES], default=ALL, format_func=shown.words, key="state", required=True
+            "State", [ALL, BAD, *STATES], default=ALL, format_func=shown.words, key="state", required=True
         )
         listed(stage, state)
 
@@ -36,6 +37,6 @@ def listed(stage: str, state: str) -> None:
 @st.cache_data(ttl=shown.LOOK_S - 5, max_entries=32, show_spinner=False)
 def newest(root_url: str, stage: str, state: str) -> list[dict]:
     """The newest runs, or those that were not ok."""
-    states = [name for name in index.STATES if name not in ("ok", "noop")] if state == BAD else state
+    states = [name for name in STATES if name not in ("ok", "noop")] if state == BAD else state
     wanted = {"stage": stage, "state": states}
     return index.list(Root.at(root_url), **{k: v for k, v in wanted.items() if v != ALL}, limit=RUNS)

@@ -145,9 +145,9 @@ def get_run(run_id: str, env: str, root: str | None) -> dict[str, Any]:
 
 def close_lost_runs() -> None:
     """Close the runs that a process which is gone left running."""
-    from etl.runs import journal
+    from etl.runs import delivery
 
-    for run_id in journal.reconcile():
+    for run_id in delivery.reconcile():
         err.print(f"closed {run_id}, which an earlier process left running", highlight=False)
 
 

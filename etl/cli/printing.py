@@ -16,7 +16,7 @@ from etl.params import Stage
 from etl.storage import Root
 
 if TYPE_CHECKING:
-    from etl.runs.engine import RunRecord
+    from etl.runs.record import RunRecord
 
 INDENT = 10  # of what is said of a bad run, below its time
 STYLES = {"ok": "green", "noop": "dim", "check_failed": "red", "cancelled": "yellow"}  # the other states: bold red

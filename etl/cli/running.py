@@ -32,7 +32,7 @@ from etl.params import Environment, Stage
 from etl.storage import PROJECT
 
 if TYPE_CHECKING:
-    from etl.runs.engine import RunRecord
+    from etl.runs.record import RunRecord
 
 
 def register(app: typer.Typer) -> None:

@@ -87,11 +87,11 @@ def show_run(run_id: RunId, env: Env = "local", root: RootOption = None, as_json
 @app.command("tail")
 def tail_run(run_id: RunId, env: Env = "local", root: RootOption = None) -> None:
     """What a run prints, as it comes; of one that has ended, all of it. Exit status 1 unless it ends ok or noop."""
-    from etl.runs import journal
+    from etl.runs import delivery
 
     state = heading = None
     try:
-        for event in journal.follow(run_id, root_at(root or environment(env).root)):
+        for event in delivery.follow(run_id, root_at(root or environment(env).root)):
             if event["event"] == "cell_start":
                 if event["heading"] != heading:
                     heading = event["heading"]
@@ -131,7 +131,7 @@ def sweep_reports(
     as_json: AsJson = False,
 ) -> None:
     """Remove the reports that tell nothing new, by the env file's `retention`; every run's row stays."""
-    from etl.reports import retention
+    from etl.runs import retention
 
     counts = retention.sweep(existing_root(env, root), environment(env).retention, dry_run=dry_run)
     if as_json:

@@ -28,7 +28,7 @@ from etl.cli.printing import print_record
 from etl.storage import Root
 
 if TYPE_CHECKING:
-    from etl.runs.engine import RunRecord
+    from etl.runs.record import RunRecord
 
 
 def register(app: typer.Typer, timetable: Timetable) -> None:
@@ -38,7 +38,7 @@ def register(app: typer.Typer, timetable: Timetable) -> None:
 def up(context: typer.Context, env: Env = "local", root: RootOption = None, **ports: int) -> None:
     """Everything: Prefect's server unless PREFECT_API_URL is set, the schedules, API and dashboard. Ctrl-C ends all."""
     from etl.kernels import client
-    from etl.runs import journal
+    from etl.runs import delivery
     from etl.serve import lease, services
 
     timetable: Timetable = context.obj
@@ -62,7 +62,7 @@ def up(context: typer.Context, env: Env = "local", root: RootOption = None, **po
     except Exception as error:  # what an object store raises is no OSError
         refuse(f"`up` cannot begin, as {project.environment.root} cannot be written: {error}")
     close_lost_runs()
-    journal.deliver(Root.at(project.environment.root))
+    delivery.deliver(Root.at(project.environment.root))
     # explicitly: a shell that starts it in the background has it ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -83,7 +83,7 @@ def up(context: typer.Context, env: Env = "local", root: RootOption = None, **po
         if project.environment.ready_kernels:
             children.append(client.Keeper(project.environment.ready_kernels, logs / "kernels.log"))
             children[-1].start()
-        from etl.reports import retention
+        from etl.runs import retention
         from etl.serve import flows
 
         retention.sweep_regularly(Root.at(project.environment.root), project.environment.retention)
@@ -104,7 +104,7 @@ def up(context: typer.Context, env: Env = "local", root: RootOption = None, **po
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     services.stop(children)
-    journal.settle(5)
+    delivery.settle(5)
     held.release()
     out.print("nothing is left running")
     sys.stdout.flush()

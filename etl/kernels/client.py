@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from etl.kernels import in_kernel, sources
+from etl.kernels.parent import die_with_parent
 from etl.storage import PROJECT
 
 log = logging.getLogger(__name__)
@@ -211,8 +212,6 @@ class Keeper:
 
     def start(self) -> None:
         """Start it, in a group of its own; it answers a few seconds later."""
-        from etl.serve import services
-
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self._started_at = time.monotonic()
         with self.log_path.open("ab") as out:
@@ -224,7 +223,7 @@ class Keeper:
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
-                preexec_fn=services.die_with_parent,
+                preexec_fn=die_with_parent,
             )
 
     def ensure(self) -> None:

@@ -46,6 +46,26 @@ class Declared:
         return self.annotation is not None and "Secret" in ast.unparse(self.annotation).split(" | ")
 
 
+def secret_names(nb: Any, values: dict[str, Any]) -> list[str]:
+    """The secrets any notebook is given: of its parameters annotated Secret those in `values`, else the defaults."""
+    names = []
+    for cell in nb.cells:
+        if cell.cell_type == "code" and "parameters" in (cell.metadata.get("tags") or []):
+            for node in _statements(cell.source):
+                match node:
+                    case ast.AnnAssign(ast.Name(name), annotation, default) if Declared(annotation, "").is_secret:
+                        literal = default.value if isinstance(default, ast.Constant) else None
+                        names.append(values.get(name, literal))
+    return [name for name in names if name is not None]
+
+
+def _statements(source: str) -> list[ast.stmt]:
+    try:
+        return ast.parse(source).body
+    except SyntaxError:  # the run itself will say so
+        return []
+
+
 def _iso_date(value: Any, info: ValidationInfo) -> Any:
     in_yaml = info.context != DEFAULT  # the notebook itself would get the text
     if in_yaml and isinstance(value, str) and re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", value):

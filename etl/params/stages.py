@@ -30,8 +30,8 @@ from pydantic import (
 from typing_extensions import TypedDict
 
 from etl.params.cell import DEFAULT, SUPPLIED, read_cell
+from etl.params.retention import Rules
 from etl.params.yaml import Doc, Problem, got, nearest, parse, short
-from etl.reports.retention import Rules
 from etl.storage import BadRoot, root_url
 
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)

@@ -50,28 +50,28 @@ _EXPORTING = threading.Lock()
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]{8,}([+-]\d\d:\d\d|Z)\Z")
 
 
-def write(root: Root, record: Any, nb: Any, place: str | None = None) -> None:
-    """Write report.ipynb, run.json and report.html into `place`, else the record's folder, each whole."""
-    save(root, record, nb, place)
-    write_page(root, record, nb, place)
+def write(root: Root, record: Any, nb: Any, folder: str | None = None) -> None:
+    """Write report.ipynb, run.json and report.html into `folder`, else the record's folder, each whole."""
+    save(root, record, nb, folder)
+    write_page(root, record, nb, folder)
 
 
-def save(root: Root, record: Any, nb: Any, place: str | None = None) -> None:
+def save(root: Root, record: Any, nb: Any, folder: str | None = None) -> None:
     """Write what the run left: report.ipynb and, last, run.json."""
-    place = place or record.report
-    root.write(f"{place}/report.ipynb", notebook(nb))
+    folder = folder or record.report
+    root.write(f"{folder}/report.ipynb", notebook(nb))
     text = json.dumps(asdict(record), indent=2, default=str)
-    root.write(f"{place}/run.json", (text + "\n").encode())
+    root.write(f"{folder}/run.json", (text + "\n").encode())
 
 
-def write_page(root: Root, record: Any, nb: Any, place: str | None = None) -> None:
+def write_page(root: Root, record: Any, nb: Any, folder: str | None = None) -> None:
     """Write what people read, report.html. A page that cannot be made is logged and left out."""
     try:
         page = html(record, nb).encode(errors="replace")
     except Exception:
         log.exception("run %s has no report.html", record.run_id)
     else:
-        root.write(f"{place or record.report}/{PAGE}", page)
+        root.write(f"{folder or record.report}/{PAGE}", page)
 
 
 def url_of(root: Root, record: dict[str, Any]) -> str:

@@ -17,7 +17,8 @@ from typing import Any
 from etl.params import Environment, Stage
 from etl.params.cell import BadNotebook, read_notebook
 from etl.runs import provenance
-from etl.runs.engine import RunRecord, RunRequest, execute
+from etl.runs.engine import execute
+from etl.runs.record import RunRecord, RunRequest
 from etl.storage import Root
 
 log = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import io
 import json
+import logging
 import random
 import re
 import time
@@ -20,6 +21,9 @@ from etl.storage import Root, no_panic
 if TYPE_CHECKING:
     from deltalake import DeltaTable
 
+    from etl.runs.record import RunRecord
+
+log = logging.getLogger(__name__)
 TABLE = "lake/runs"
 INDEXED = ("run_id", "stage", "state", "started_at", "ended_at")
 PROPERTIES = {  # 4,400 runs a day, each a commit; opening the table takes longer with every commit kept
@@ -34,7 +38,6 @@ JSON_COLUMNS = (
     *("provenance", "cells", "receipt"),
 )
 TIME_COLUMNS = ("scheduled_for", "started_at", "ended_at")
-STATES = ("ok", "noop", "check_failed", "failed", "timed_out", "killed", "cancelled")  # a run ends in one of them
 COMPLETE = "run.json"  # of a report's files the last to come and the first to go
 LISTED = ("run_id", "stage", "state", "reason", *TIME_COLUMNS, "seconds", "attempt", "report")
 
@@ -70,7 +73,7 @@ def schema() -> dict[str, Any]:
     }
 
 
-def frame(records: Iterable[Any]) -> Any:
+def frame(records: Iterable["RunRecord"]) -> Any:
     """The rows of RunRecords, as a Polars frame of `schema`."""
     import polars as pl
 
@@ -83,7 +86,7 @@ def frame(records: Iterable[Any]) -> Any:
     return pl.DataFrame(rows, schema=schema(), orient="row")
 
 
-def append(root: Root, record: Any) -> None:
+def append(root: Root, record: "RunRecord") -> None:
     """Add the row of a RunRecord. Several processes may append at once, also the first time.
 
     Raises deltalake's CommitFailedError when other writers win twenty times in a row.
@@ -161,6 +164,17 @@ def find_last(root: Root, stage: str, state: str = "ok", before: datetime.dateti
     """The last run of a stage in a state that started before a time: as in `list`, and its parameters, provenance."""
     found = _newest(root, (*LISTED, "parameters", "provenance"), 1, stage, state, None, before)
     return found[0] if found else None
+
+
+def last_ok(record: "RunRecord") -> dict | None:
+    """The record of the stage's last run that was ok before this one; None, too, when the index cannot be read."""
+    try:
+        root = Root.at(record.root)
+        last = find_last(root, record.stage, before=record.started_at)
+        return last and get(root, last["run_id"])
+    except Exception:  # a report without it is still a report
+        log.debug("no last run of %s", record.stage, exc_info=True)
+        return None
 
 
 def indexed(root: Root, run_id: str) -> bool:

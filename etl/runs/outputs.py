@@ -22,10 +22,10 @@ OWN = {RECORD_MIME, CHECK_MIME}  # always shown: the run's record is made of the
 
 
 class Outputs:
-    """The outputs of the cell that is running. What does not fit goes whole into files in `journal.folder`."""
+    """The outputs of the cell that is running. If `is_capped`, what does not fit goes into files of the journal."""
 
-    def __init__(self, redactor: Any, journal: Any):
-        self._redactor, self._journal = redactor, journal
+    def __init__(self, redactor: Any, journal: Any, is_capped: bool = True):
+        self._redactor, self._journal, self._is_capped = redactor, journal, is_capped
         self.start(-1)
 
     def start(self, index: int) -> None:
@@ -43,11 +43,11 @@ class Outputs:
         self._last = name
         if self._side is None:
             room = TEXT - sum(len(out.text) for out in outs if out.output_type == "stream")
-            if len(text) > room:
+            if self._is_capped and len(text) > room:
                 self._side = self._journal.side_file(side_name(self._index))
                 for out in outs:
                     self._side.write(out.text if out.output_type == "stream" else "")
-            head, text = (text[:room], text[room:]) if len(text) > room else (text, "")
+            head, text = (text[:room], text[room:]) if self._side else (text, "")
             if head:
                 self._journal.output(self._index, add_stream(outs, name, head), outs, head)
             if self._side:
@@ -63,14 +63,15 @@ class Outputs:
 
     def changed(self, index: int, at: int, outs: list) -> None:
         """`outs[at]` of the cell at `index` is new, or shows something new."""
-        self._cap(outs[at], f"{index + 1:02d}-{at + 1}")
+        if self._is_capped:
+            self._cap(outs[at], f"{index + 1:02d}-{at + 1}")
         if index == self._index:
             self._lengths[at] = sum(map(_length, outs[at].get("data", {}).values()))
         self._journal.output(index, at, outs)
 
     def has_no_room(self, outs: list, msg: dict) -> bool:
         """Whether what is in `msg` is more than the cell may show."""
-        if msg["msg_type"] == "error" or OWN & msg["content"].get("data", {}).keys():
+        if not self._is_capped or msg["msg_type"] == "error" or OWN & msg["content"].get("data", {}).keys():
             return False
         return len(outs) >= COUNT or sum(self._lengths.values()) > TOTAL
 

@@ -21,7 +21,7 @@ import yaml
 from etl import params
 from etl.params import Environment, Stage
 from etl.params.cell import SUPPLIED
-from etl.runs.engine import RunRecord
+from etl.runs.record import RunRecord
 from etl.storage import Root
 
 REPLAYS = "outputs/replay"  # a folder for each replayed run

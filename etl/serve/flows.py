@@ -46,7 +46,7 @@ from prefect.states import Cancelled, Completed, Crashed, Failed
 from etl import params
 from etl.params import Environment, Project, Stage
 from etl.runs import dispatch
-from etl.runs.engine import RunRecord
+from etl.runs.record import RunRecord
 from etl.serve import services
 from etl.serve.worker import POOL, InPlaceWorker, cancel_event, reconcile
 from etl.storage import PROJECT, Root

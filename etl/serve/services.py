@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import ctypes
 import http.client
 import logging
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from etl.kernels import client
+from etl.kernels.parent import die_with_parent
 from etl.serve.prefect_server import HOST
 
 log = logging.getLogger(__name__)
@@ -25,8 +25,6 @@ READY_S = 300  # until an essential one answers, on busy cores; 15 s on idle one
 MOST = 5  # deaths within FORGET_S of what `up` cannot do without; after that it gives up
 FORGET_S = 3600  # an older death does not count
 SLOWEST_S = 60  # between two starts of what always ends
-PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec is no place for it
 
 # What Prefect's server needs to be quiet, private and honest here; a variable that is set already wins.
 SERVER_ENVIRONMENT = {
@@ -206,9 +204,3 @@ def prefect_server(port: int, home: Path, logs: Path) -> Service:
 def database_url(home: Path) -> str:
     """Where Prefect's own URL leads, `sqlite+aiosqlite:///{home}/prefect.db`, also when there is a ? in the path."""
     return f"sqlite+aiosqlite:///file:{quote(str(home))}/prefect.db?uri=true"
-
-
-def die_with_parent() -> None:
-    """However `up` dies, the operating system ends its children. It does so when the *thread* that started them ends,
-    so services are started from the main thread."""
-    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -6,7 +6,7 @@ from etl.lake import ingest
 from etl.lake import snapshot as lake
 from etl.reports import page
 from etl.runs import index
-from etl.runs.engine import RunRecord
+from etl.runs.record import RunRecord
 from etl.storage import Root
 from pipeline import model, queries, source
 

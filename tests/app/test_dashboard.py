@@ -14,7 +14,7 @@ from streamlit.testing.v1 import AppTest
 from app.shown import column
 from etl.lake import snapshot as lake
 from etl.runs import engine
-from etl.runs.engine import RunRequest
+from etl.runs.record import RunRequest
 from etl.storage import PROJECT, Root
 from pipeline import queries
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from etl import notebook, secrets
-from etl.runs import index, journal
+from etl.runs import delivery, index
 from etl.runs.engine import execute
 from etl.secrets import Redactor
 from etl.storage import Root
@@ -219,7 +219,7 @@ def test_the_report_of_a_killed_runner_is_where_the_run_was(words, tmp_path, spo
     toy.until(lambda: path.exists() and b'"index": 3' in path.read_bytes(), 120, "the last cell")
     runner.kill()
     runner.wait()
-    assert journal.reconcile() == [asked.run_id]
+    assert delivery.reconcile() == [asked.run_id]
     [row] = index.list(Root.at(root))
     assert (row["run_id"], row["state"], row["reason"]) == (asked.run_id, "killed", "the runner was killed in 'Ask'")
     assert "postgres" not in json.dumps([cell.get("outputs") for cell in toy.report(root, row)[0].cells])

@@ -133,10 +133,10 @@ def killed(n: int, seed: int, number: int = signal.SIGKILL) -> str:
 
 def _next_start(spool: Path) -> list[str]:
     """What the next process does first; the runs it closed. None may be under way after it."""
-    from etl.runs import journal
+    from etl.runs import delivery, journal
 
     with toy.spool(spool.parent):
-        closed = journal.reconcile()
+        closed = delivery.reconcile()
         assert journal.live() == [], "still running after the next start"
     return closed
 

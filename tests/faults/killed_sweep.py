@@ -9,7 +9,7 @@ import sys
 import threading
 from datetime import datetime
 
-from etl.reports import retention
+from etl.runs import retention
 from etl.storage import Root
 
 

@@ -73,7 +73,7 @@ def _written() -> int:
 
 def tailed(n: int, seed: int) -> str:
     """`n` lines printed over time: each is seen by who follows the run within 2 s."""
-    from etl.runs import journal
+    from etl.runs import delivery, journal
 
     lags = []
     code = (
@@ -83,7 +83,7 @@ def tailed(n: int, seed: int) -> str:
         asked = toy.request(Path(folder) / "root", code, rng=random.Random(seed))
         running = pool.submit(toy.execute, asked)
         toy.until(lambda: asked.run_id in json.dumps(journal.live(), default=str), 60, "the run under way")
-        for event in journal.follow(asked.run_id, Root.at(asked.root)):
+        for event in delivery.follow(asked.run_id, Root.at(asked.root)):
             for part in json.dumps(event, default=str).split("at ")[1:]:
                 moment = part.split(" end")[0]
                 if moment.replace(".", "").isdigit():

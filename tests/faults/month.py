@@ -14,8 +14,7 @@ from pathlib import Path
 
 from faults import killed_sweep, synthetic
 
-from etl.reports import retention
-from etl.runs import index
+from etl.runs import index, retention
 from etl.storage import PROJECT, Root
 
 MB = 1_000_000

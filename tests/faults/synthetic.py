@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from etl.runs import index
-from etl.runs.engine import RunRecord
+from etl.runs.record import RunRecord
 from etl.storage import Root
 
 DAYS, END = 30, datetime(2026, 3, 31, tzinfo=UTC)  # 131,880 runs

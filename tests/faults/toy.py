@@ -17,7 +17,8 @@ import nbformat
 import psutil
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from etl.runs.engine import RunRecord, RunRequest, execute
+from etl.runs.engine import execute
+from etl.runs.record import RunRecord, RunRequest
 from etl.storage import PROJECT, Root
 
 AT = "2026-03-01T12:00:10+00:00"

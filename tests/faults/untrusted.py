@@ -24,7 +24,8 @@ from params_cases import BAD_VALUES, CELL, GOOD_VALUES, LOCAL, STAGE
 from params_cases import notebook as parameters_notebook
 
 from etl import params
-from etl.runs.engine import RunRequest, execute
+from etl.runs.engine import execute
+from etl.runs.record import RunRequest
 
 AT = "2026-03-01T12:00:10+00:00"
 

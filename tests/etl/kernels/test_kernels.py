@@ -25,7 +25,7 @@ from test_engine import run, saved
 from etl.kernels import client as kernel_client
 from etl.kernels import imports as notebook_imports
 from etl.kernels import launch
-from etl.runs import journal
+from etl.runs import delivery, journal
 from etl.storage import PROJECT
 
 FORKED = "import psutil\nfrom etl.notebook import record\nforked = 'forkserver' in str(psutil.Process().cmdline())\n"
@@ -154,7 +154,7 @@ def test_when_the_runner_is_killed_nothing_is_left_of_it(server, tmp_path, spool
     mine = [psutil.Process(p) for p in set(psutil.pids()) - before if psutil.pid_exists(p)]
     toy.until(lambda: not Path(folder, "pid").exists(), 10, "the end of the black box")
     assert not [p for p in toy.alive(mine) if p.is_running() and belongs(p, folder)]
-    assert journal.reconcile() == [asked.run_id] and not Path(folder).exists()
+    assert delivery.reconcile() == [asked.run_id] and not Path(folder).exists()
 
 
 def belongs(process: psutil.Process, folder: str) -> bool:
@@ -340,8 +340,8 @@ def test_what_notebooks_import_is_found_without_running_them(tmp_path):
 def test_a_killed_process_loses_no_page(tmp_path, spool):
     """Killed after the run was saved and before its page was made: the next start makes it."""
     code = (
-        "import json, os, signal, sys\nfrom etl.runs import journal\nfrom etl.runs.engine import RunRequest, execute\n"
-        "journal.later = lambda work: None\n"
+        "import json, os, signal, sys\nfrom etl.runs import delivery\nfrom etl.runs.engine import RunRequest, execute\n"
+        "delivery._in_background = lambda work: None\n"
         "record = execute(RunRequest(**json.load(sys.stdin)), page_later=True)\nos.kill(os.getpid(), signal.SIGKILL)"
     )
     asked = toy.request(tmp_path, "1 + 1")
@@ -350,4 +350,4 @@ def test_a_killed_process_loses_no_page(tmp_path, spool):
     place = tmp_path / f"reports/toy/2026-03-01/{asked.run_id}"
     assert done.returncode == -signal.SIGKILL
     assert json.loads((place / "run.json").read_text())["state"] == "ok" and not (place / "report.html").exists()
-    assert journal.reconcile() == [] and (place / "report.html").exists() and list(spool.iterdir()) == []
+    assert delivery.reconcile() == [] and (place / "report.html").exists() and list(spool.iterdir()) == []

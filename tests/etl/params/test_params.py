@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from params_cases import BAD_VALUES, CELL, GOOD_VALUES, LOCAL, STAGE, notebook
 
 from etl.params import ParamsError, environment, environments, injected_cell_source, load, without_yaml
-from etl.reports.retention import Rules
+from etl.params.retention import Rules
 
 
 @pytest.fixture

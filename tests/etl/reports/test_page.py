@@ -13,7 +13,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from etl.reports import cards
 from etl.reports import page as report_page
-from etl.runs.engine import RunRecord
+from etl.runs.record import RunRecord
 from etl.storage import Root
 
 PIXELS = base64.b64encode(random.Random(7).randbytes(30_000)).decode()  # as incompressible as a chart

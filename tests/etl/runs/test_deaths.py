@@ -16,8 +16,9 @@ from test_engine import RUN_ID, alive, as_run, cell_states, run, saved
 
 from etl.kernels import watcher
 from etl.reports import cards
-from etl.runs import index, journal
-from etl.runs.engine import RunRecord, _for_memory
+from etl.runs import delivery, index, journal
+from etl.runs.endings import for_memory
+from etl.runs.record import RunRecord
 from etl.storage import PROJECT, Root
 
 STUCK = {  # the code, and the blocked lines; the other ways to hang are in test_faults
@@ -89,11 +90,11 @@ def test_a_process_that_has_ended_has_no_memory_to_tell_of():
 def test_what_is_said_of_a_sigkill_out_of_nowhere():
     sample = {"event": "sample", "rss_mb": 7700, "limit_mb": 8000}
     end = {"event": "kernel_end", "status": -9, "cause": "", "oom_kills": 0}
-    assert _for_memory([sample, end], None) == ": memory ran out, 7.7 of 8.0 GB at the time"
-    assert _for_memory([sample | {"rss_mb": 500}, end], None) == ""
-    assert _for_memory([sample | {"rss_mb": 500}, end | {"oom_kills": 1}], None).endswith("0.5 of 8.0 GB at the time")
-    assert _for_memory([sample, end | {"status": -11}], None) == ""
-    assert _for_memory([], None) == ""
+    assert for_memory([sample, end], None) == ": memory ran out, 7.7 of 8.0 GB at the time"
+    assert for_memory([sample | {"rss_mb": 500}, end], None) == ""
+    assert for_memory([sample | {"rss_mb": 500}, end | {"oom_kills": 1}], None).endswith("0.5 of 8.0 GB at the time")
+    assert for_memory([sample, end | {"status": -11}], None) == ""
+    assert for_memory([], None) == ""
 
 
 def test_the_card_names_the_users_own_frame_and_what_is_new_since_it_went_well(tmp_path):
@@ -171,7 +172,8 @@ def test_nothing_outlives_a_runner_that_is_killed(tmp_path, spool, number):
     """Not a child, not one in a session of its own, not a daemon that has lost its parent."""
     pids = tmp_path / "pids"
     cells = ["# Title", "rows: int = 1", "# Work", f"PIDS = {str(pids)!r}\n{FAMILY}", "print('never')"]
-    code = f"import sys\nsys.path[:0] = [{str(PROJECT)!r}, {str(PROJECT / 'tests/etl/runs')!r}]\n"
+    folders = [str(PROJECT / folder) for folder in (".", "tests", "tests/etl/runs")]
+    code = f"import sys\nsys.path[:0] = {folders!r}\n"
     code += f"from test_engine import run\nrun({str(tmp_path)!r}, *{cells!r})"
     with subprocess.Popen([sys.executable, "-c", code]) as process:
         while not (pids.exists() and pids.read_text().endswith("]")):
@@ -184,7 +186,7 @@ def test_nothing_outlives_a_runner_that_is_killed(tmp_path, spool, number):
     while [pid for pid in family if alive(pid)]:
         assert time.monotonic() < until
         time.sleep(0.05)
-    assert journal.reconcile() == ([RUN_ID % 0] if number == signal.SIGKILL else [])
+    assert delivery.reconcile() == ([RUN_ID % 0] if number == signal.SIGKILL else [])
     [row] = index.list(Root.at(tmp_path))
     nb = nbformat.reads(Root.at(tmp_path).read(f"{row['report']}/report.ipynb").decode(), as_version=4)
     who = {signal.SIGTERM: "the runner got SIGTERM", signal.SIGKILL: "the runner was killed"}

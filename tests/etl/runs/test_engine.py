@@ -18,7 +18,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from support import busy_s
 
 from etl.runs import index
-from etl.runs.engine import RunRequest, execute
+from etl.runs.engine import execute
+from etl.runs.record import RunRequest
 from etl.storage import PROJECT, Root
 
 RUN_ID = "toy-20261103T100000-%06x"
@@ -181,7 +182,7 @@ def test_a_run_can_be_cancelled_from_another_thread(tmp_path):
 def test_ctrl_c_ends_a_run_as_cancelled(tmp_path):
     code = f"""
 import sys
-sys.path[:0] = [{str(PROJECT)!r}, {str(Path(__file__).parent)!r}]
+sys.path[:0] = [{str(PROJECT)!r}, {str(PROJECT / "tests")!r}, {str(Path(__file__).parent)!r}]
 from test_engine import run
 tell = lambda done, total, heading: print(done, flush=True)
 print(run({str(tmp_path)!r}, "rows: int = 1", "import time; time.sleep(1e9)", on_cell=tell).state)

@@ -13,7 +13,7 @@ from nbformat.v4 import new_notebook
 
 from etl.reports import page
 from etl.runs import index
-from etl.runs.engine import RunRecord
+from etl.runs.record import RunRecord
 from etl.storage import Root
 
 FIRST = RunRecord(

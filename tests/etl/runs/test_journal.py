@@ -17,7 +17,7 @@ import pytest
 from deltalake import write_deltalake
 from test_engine import RUN_ID, alive, as_run, cell_states, run, saved
 
-from etl.runs import engine, index, journal
+from etl.runs import delivery, driver, index, journal
 from etl.storage import LocalRoot, Root
 
 SHOWS = [
@@ -53,7 +53,7 @@ def test_a_report_whose_place_is_down_waits_and_is_delivered_by_the_next_run(tmp
     kept = spool / record.run_id
     assert json.loads((kept / "run.json").read_text())["state"] == "ok" and (kept / "report.html").exists()
     assert not (tmp_path / "reports").exists() and journal.live() == []
-    assert journal.deliver(Root.at(tmp_path)) == [] and kept.exists()  # still down
+    assert delivery.deliver(Root.at(tmp_path)) == [] and kept.exists()  # still down
     down.clear()
     run(tmp_path, "rows: int = 1", number=1)
     assert saved(record)[1] == json.loads(json.dumps(vars(record)))
@@ -67,7 +67,8 @@ def test_a_journal_tells_what_the_report_tells(tmp_path, spool, down):
     record = run(tmp_path, *SHOWS, "print('before')\n1 / 0", "print('never')")
     folder = spool / record.run_id
     kept = json.loads((folder / "report.ipynb").read_text())
-    again, nb = engine.from_journal(folder / "journal.jsonl")
+    progress = delivery.from_journal(folder)
+    again, nb = progress.record, progress.nb
     assert vars(again) == vars(record)
     assert [cell.metadata.runner for cell in nb.cells] == [cell["metadata"]["runner"] for cell in kept["cells"]]
     told = json.loads(json.dumps(kept["cells"]).replace('"execution_count"', '"n"'))
@@ -84,13 +85,13 @@ def test_a_journal_tells_what_the_report_tells(tmp_path, spool, down):
 
 def test_a_run_that_ended_but_was_not_delivered_gets_one_report_and_one_row(tmp_path, spool, monkeypatch):
     """As if killed after the row was written and before the spool's folder was removed."""
-    monkeypatch.setattr(journal.shutil, "rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(delivery.shutil, "rmtree", lambda *_, **__: None)
     record = run(tmp_path, *SHOWS)
     monkeypatch.undo()
     monkeypatch.setenv("ETL_SPOOL", str(spool))
     before = saved(record)[1]
     shutil.rmtree(tmp_path / record.report)
-    assert journal.reconcile() == []  # it was no longer running
+    assert delivery.reconcile() == []  # it was no longer running
     assert saved(record)[1] == before
     assert len(index.list(Root.at(tmp_path))) == 1 and list(spool.iterdir()) == []
 
@@ -126,9 +127,9 @@ def panic(root, record, append=index.append):
 
 def test_one_bad_entry_in_the_spool_stops_no_other(tmp_path, spool, monkeypatch, caplog):
     monkeypatch.setattr(index, "append", panic)
-    monkeypatch.setattr(journal.shutil, "rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(delivery.shutil, "rmtree", lambda *_, **__: None)
     run(tmp_path / "root", *SHOWS)
-    monkeypatch.setattr(journal.shutil, "rmtree", rmtree)
+    monkeypatch.setattr(delivery.shutil, "rmtree", rmtree)
     whole = spool / (RUN_ID % 0)
     for number, (name, (edit, _)) in enumerate(BAD.items(), start=2):
         shutil.copytree(whole, spool / name)
@@ -145,18 +146,18 @@ def test_one_bad_entry_in_the_spool_stops_no_other(tmp_path, spool, monkeypatch,
     assert journal.live() == []
     shutil.rmtree(tmp_path / "root/lake")
     with caplog.at_level(logging.WARNING):
-        assert journal.deliver(Root.at(tmp_path / "root")) == [whole.name]
+        assert delivery.deliver(Root.at(tmp_path / "root")) == [whole.name]
     assert [row["run_id"] for row in index.list(Root.at(tmp_path / "root"))] == [whole.name]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        assert journal.reconcile() == []
+        assert delivery.reconcile() == []
     for name, (_, why) in BAD.items():
         (text,) = [text for text in caplog.messages if text.startswith(f"the report of run {name} still waits in ")]
         assert why in text and "\n" not in text
     assert {path.name for path in spool.iterdir()} == {*BAD, "pipe", "folder", "waits"}
     assert run(tmp_path / "root", "rows: int = 1", number=1).state == "ok"
     assert not os.path.exists("/dev/shm/gone")
-    assert [event["event"] for event in journal.follow("no-object", tmp_path / "root")] == ["end"]
+    assert [event["event"] for event in delivery.follow("no-object", tmp_path / "root")] == ["end"]
 
 
 def test_what_another_user_left_in_the_spool_is_a_warning(spool, monkeypatch, caplog):
@@ -170,7 +171,7 @@ def test_what_another_user_left_in_the_spool_is_a_warning(spool, monkeypatch, ca
         me = os.geteuid()
         os.seteuid(65534 if me == 0 else me)
         try:
-            assert journal.live() == [] and journal.reconcile() == [] and journal.deliver(Root.at("/")) == []
+            assert journal.live() == [] and delivery.reconcile() == [] and delivery.deliver(Root.at("/")) == []
         finally:
             os.seteuid(me)
     assert "theirs still waits" in caplog.text and "Permission denied" in caplog.text
@@ -181,7 +182,7 @@ def test_a_run_is_followed_while_it_runs_and_told_again_afterwards(tmp_path):
 
     def follow():
         begun.wait(60)
-        events.extend(journal.follow(RUN_ID % 0, tmp_path))
+        events.extend(delivery.follow(RUN_ID % 0, tmp_path))
 
     thread = threading.Thread(target=follow)
     thread.start()
@@ -195,17 +196,17 @@ def test_a_run_is_followed_while_it_runs_and_told_again_afterwards(tmp_path):
     thread.join(30)
     assert {(one["run_id"], one["stage"]) for live in lives for one in live} == {(record.run_id, "toy")}
     assert lives[-1][0]["heading"] == "Look" and journal.live() == []
-    again = list(journal.follow(record.run_id, tmp_path))
+    again = list(delivery.follow(record.run_id, tmp_path))
     for told in (events, again):
         assert (told[0]["event"], told[-1]["event"], told[-1]["state"]) == ("start", "end", "ok")
         assert [e["heading"] for e in told if e["event"] == "cell_start"] == ["Look"] * 8
         assert "three" in "".join(e["output"].get("text", "") for e in told if e["event"] == "output")
     with pytest.raises(KeyError):
-        list(journal.follow("toy-20261103T100000-ffffff", tmp_path))
+        list(delivery.follow("toy-20261103T100000-ffffff", tmp_path))
 
 
 def test_a_growing_report_is_always_whole_and_seldom_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "BEAT_S", 0.05)
+    monkeypatch.setattr(driver, "BEAT_S", 0.05)
     versions, write = [], LocalRoot.write
 
     def watch(self, rel, data):
@@ -239,7 +240,7 @@ def test_a_run_that_just_begins_is_not_taken_for_a_dead_one(tmp_path, monkeypatc
 
     def look_first(file, how):
         monkeypatch.setattr(fcntl, "flock", lock)
-        assert journal.reconcile() == []
+        assert delivery.reconcile() == []
         lock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", look_first)
@@ -258,7 +259,7 @@ def test_a_disk_that_fills_up_under_a_run_leaves_it_alone(tmp_path, spool, caplo
             path = spool / (RUN_ID % 0) / "journal.jsonl"
             with path.open("a") as box:  # after a line that is torn
                 box.write('lost\n{"event": "sample", "t": "2026-11-03T10:00:00.000+00:00", "rss_mb": 7, "cpu_s": 1}\n')
-            seen.extend([journal.reconcile(), [run["rss_mb"] for run in journal.live()], path.read_text()])
+            seen.extend([delivery.reconcile(), [run["rss_mb"] for run in journal.live()], path.read_text()])
 
     cells = ("rows: int = 1", "print('x' * 30_000)", "import time\ntime.sleep(0.1)\nprint(2)")
     record = run(tmp_path, *cells, on_cell=fill)

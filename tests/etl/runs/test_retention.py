@@ -14,9 +14,9 @@ import pytest
 from faults import killed_sweep, synthetic
 from pydantic import ValidationError
 
-from etl.reports import retention
-from etl.reports.retention import Rules
+from etl.params.retention import Rules
 from etl.runs import index as run_index
+from etl.runs import retention
 from etl.storage import PROJECT, Root
 
 HOUR, NOW = timedelta(hours=1), synthetic.END

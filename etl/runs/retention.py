@@ -13,8 +13,7 @@ import logging
 import threading
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat
-
+from etl.params.retention import Rules
 from etl.reports import page as report_page
 from etl.runs import index as run_index
 from etl.storage import Root
@@ -22,19 +21,6 @@ from etl.storage import Root
 log = logging.getLogger(__name__)
 PLACE = "reports"
 EVERY_S = 1800  # between two sweeps of `sweep_regularly`
-
-
-class Rules(BaseModel):
-    """The `retention:` block of an env file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    all_hours: NonNegativeFloat = 1  # every report, noop runs' as well
-    hourly_days: NonNegativeFloat = 1  # the first ok run of each hour
-    daily: bool = True  # the first ok run of each day
-    slowest: bool = True  # the slowest ok run of each day
-    page_days: NonNegativeFloat = 7  # report.html, half of a report's size; made anew from the notebook when asked for
-    days: NonNegativeFloat | None = None  # after that, none at all; null: no end
 
 
 def wanted(index: Any, rules: Rules, now: datetime.datetime) -> Any:

@@ -1,0 +1,227 @@
+"""Reports on their way into the root: of runs that have ended, and of those whose process died, by their journals.
+
+A report is the executed notebook and the record, then the row in the index and the page that people read. What cannot
+be written because the root is down waits in the spool, and is delivered by the next run or the next start.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from etl import secrets
+from etl.kernels import launch
+from etl.reports import page
+from etl.runs import index, journal, outputs
+from etl.runs.endings import one_line
+from etl.runs.record import Progress, RunRecord, RunRequest
+from etl.storage import LocalRoot, Root, no_panic
+
+log = logging.getLogger(__name__)
+UNWANTED = "remove the folder when it is not wanted any more"
+
+
+def finish(progress: Progress) -> None:
+    """After a run's end: complete its record, and make its notebook the report."""
+    record = progress.record
+    progress.finish(None if record.ok else index.last_ok(record))
+
+
+def hand_in(progress: Progress, written: journal.Journal, later: bool) -> None:
+    """Write report, row and page of a run of this process; where they cannot be written, keep them in the spool.
+
+    `later`: row and page follow in the background.
+    """
+    record, nb = progress.record, progress.nb
+    with _kept_aside_on_error(record, nb, written):
+        root = Root.at(record.root)
+        _save(root, record, nb, written.folder)
+        work = functools.partial(_complete, root, record, nb, written)
+        _in_background(work) if later else work()
+
+
+def _complete(root: Root, record: RunRecord, nb: Any, written: journal.Journal) -> None:
+    with _kept_aside_on_error(record, nb, written):
+        _add_row_and_page(root, record, nb, written.folder)
+        deliver(root)
+    written.close()  # until now nobody else may finish it
+
+
+@contextlib.contextmanager
+def _kept_aside_on_error(record: RunRecord, nb: Any, written: journal.Journal) -> Iterator[None]:
+    try:
+        with no_panic():
+            yield
+    except Exception as error:  # the work is done or it is not: a root that is down changes nothing of that
+        text = "the report of run %s could not be written to %s; it waits in %s and is delivered later: %s"
+        log.warning(text, record.run_id, record.root, written.folder, one_line(error))
+        with contextlib.suppress(OSError):  # where people can read it until then
+            page.write(LocalRoot(os.path.abspath(written.folder)), record, nb, folder=".")
+        written.close()
+
+
+def _save(root: Root, record: RunRecord, nb: Any, folder: Path) -> None:
+    """Put the executed notebook, its side files and the record into the root."""
+    for side in sorted(folder.glob("cell-*")):
+        root.put(f"{record.report}/{side.name}", side)
+    page.save(root, record, nb)
+
+
+def _add_row_and_page(root: Root, record: RunRecord, nb: Any, folder: Path, again: bool = False) -> None:
+    """After `_save`: the row in the index and the page beside the notebook; then remove the spool's folder.
+
+    `again`: somebody may have written the row before.
+    """
+    if not (again and index.indexed(root, record.run_id)):
+        index.append(root, record)
+    page.write_page(root, record, nb)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+_background = ThreadPoolExecutor(1, thread_name_prefix="reports")  # Python waits for it when it ends
+_under_way: set[Future[None]] = set()
+
+
+def _in_background(work: Callable[[], None]) -> None:
+    """Have `work` done, one after the other; what it raises is logged."""
+    future = _background.submit(work)
+    _under_way.add(future)
+    future.add_done_callback(_done)
+
+
+def _done(future: Future[None]) -> None:
+    _under_way.discard(future)
+    if error := future.exception():
+        log.error("a report was not finished; the next start does it: %s", error, exc_info=error)
+
+
+def settle(within_s: float | None = None) -> None:
+    """Wait until nothing is done in the background. What is not done in time is done at the next start."""
+    wait(list(_under_way), timeout=within_s)
+
+
+def deliver(root: Root) -> list[str]:
+    """Hand in the reports of ended runs that could not be written to this root then; their run_ids."""
+    delivered = []
+    for folder in journal.folders():
+        with _warned_of(folder), journal.locked(folder) as is_free:
+            if is_free and _has_ended(folder) and _root_of(folder) == root.url:
+                _hand_in_from_journal(folder, root)
+                delivered.append(folder.name)
+    return delivered
+
+
+def reconcile() -> list[str]:
+    """Close every run whose process died with it: kernels and sockets gone, true state, report, row; their run_ids."""
+    closed = []
+    for folder in journal.folders():
+        with _warned_of(folder), journal.locked(folder) as is_free:
+            if not is_free:
+                continue
+            if _is_empty(folder):  # it died before it began
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
+            for kernel in journal.read(folder / journal.JOURNAL, "kernel"):
+                launch.end_all_of(kernel["folder"])
+            had_ended = _has_ended(folder)
+            _hand_in_from_journal(folder, Root.at(_root_of(folder)))
+            if not had_ended:
+                closed.append(folder.name)
+    return closed
+
+
+@contextlib.contextmanager
+def _warned_of(folder: Path) -> Iterator[None]:
+    """What goes wrong with one folder of the spool is a warning: the others, and the run that looks, go on."""
+    try:
+        with no_panic():
+            yield
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        log.warning("the report of run %s still waits in %s: %s", folder.name, folder, why)
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether not even the first line of the journal was written."""
+    with (folder / journal.JOURNAL).open("rb") as file:
+        return not file.readline().endswith(b"\n")
+
+
+def _root_of(folder: Path) -> str:
+    """The root of the run that left a folder in the spool. Raises ValueError when its journal does not say."""
+    start = next(journal.read(folder / journal.JOURNAL, "start"), None)
+    if not start or not isinstance(start.get("request"), dict) or "root" not in start["request"]:
+        raise ValueError(f"its journal does not say what ran; {UNWANTED}")
+    return str(start["request"]["root"])
+
+
+def _has_ended(folder: Path) -> bool:
+    return any(journal.read(folder / journal.JOURNAL, "end"))
+
+
+def _hand_in_from_journal(folder: Path, root: Root) -> None:
+    """Hand in the report of a run whose process is gone, as the journal tells it."""
+    if "://" not in root.url and not root.is_there():  # it was removed, or its disk is: do not make it again
+        raise FileNotFoundError(f"its root {root.url} is gone; {UNWANTED}")
+    progress = from_journal(folder)
+    _save(root, progress.record, progress.nb, folder)
+    _add_row_and_page(root, progress.record, progress.nb, folder, again=True)
+
+
+def from_journal(folder: Path) -> Progress:
+    """A run whose process is gone, finished as far as its journal in the spool's `folder` tells."""
+    import nbformat
+
+    events = list(journal.read(folder / journal.JOURNAL))
+    request = RunRequest(notebook={}, **events[0]["request"])
+    nb = nbformat.read(folder / journal.NOTEBOOK, as_version=4)
+    progress = Progress(request, nb, secrets.for_request(request))
+    for event in events:
+        progress.take(event)
+    if not any(event["event"] == "end" for event in events):
+        cell = progress.cell()
+        progress.cut_off(outputs.text_tail(cell, progress.at, folder) if cell else "")
+    finish(progress)
+    return progress
+
+
+def follow(run_id: str, root: Root | str) -> Iterator[dict[str, Any]]:
+    """The events of a run as they happen, until its end; those of an ended run from its report.
+
+    Raises KeyError when there is no such run, FileNotFoundError when its report was swept.
+    """
+    events = journal.follow(run_id)
+    try:
+        first = next(events)
+    except KeyError:
+        yield from _told_by_report(run_id, Root.at(root))
+        return
+    yield first
+    yield from events
+
+
+def _told_by_report(run_id: str, root: Root) -> Iterator[dict[str, Any]]:
+    """The events of an ended run, as far as its report tells them."""
+    record = index.get(root, run_id)
+    cells = json.loads(root.read(f"{record['report']}/report.ipynb"))["cells"]
+    asked = {name: record[name] for name in ("stage", "run_id", "parameters") if name in record}
+    yield {"event": "start", "t": record["started_at"], "request": asked}
+    as_run = [cell for cell in cells if "report" not in cell["metadata"].get("runner", {})]
+    headings = iter([cell["heading"] for cell in record.get("cells", [])])
+    for number, cell in enumerate(as_run):
+        ran = cell["metadata"].get("runner", {})
+        heading = next(headings, "") if cell["cell_type"] == "code" else ""
+        if cell["cell_type"] != "code" or ran.get("state") == "never_ran":
+            continue
+        yield {"event": "cell_start", "index": number, "heading": heading}
+        for at, out in enumerate(cell["outputs"]):
+            text = {"text": "".join(out["text"])} if "text" in out else {}
+            yield {"event": "output", "index": number, "at": at, "output": out | text}
+        yield {"event": "cell_end", "index": number, "state": ran.get("state"), "seconds": ran.get("seconds")}
+    yield {"event": "end", "t": record["ended_at"], "state": record["state"], "reason": record["reason"]}
