@@ -12,7 +12,7 @@ LAYERS = (  # each may import those before it, and of its own layer only itself
     ("questions", "models", "reports"),
     ("runs",),
     ("serve",),
-    ("cli",),
+    ("cli", "__main__"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 FILES = {

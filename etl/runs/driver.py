@@ -176,8 +176,10 @@ class NotebookRun:
     async def _start_kernel(self, name: str) -> Any:
         """nbclient's client of a kernel that is ready for the first cell."""
         env = {**os.environ, **self.request.variables, "PYTHONPATH": kernel_client.python_path()}
-        watched = {"journal": self.journal.path, "memory_mb": self.request.memory_mb}
-        self._kernel = kernel = await launch.start(name, self._announce, cwd=self.cwd, env=env, **watched)
+        kernel = await launch.start(
+            name, self._announce, self.cwd, env, journal=self.journal.path, memory_mb=self.request.memory_mb
+        )
+        self._kernel = kernel
         await kernel.ready()
         client = outputs.client_class()(
             self.nb,
@@ -195,7 +197,8 @@ class NotebookRun:
         cell, begun = self.nb.cells[index], time.monotonic()
         self.shown.start(index)
         self.tell("cell_start", index=index, heading=self.progress.headings[index])
-        self._kernel.tell(index)
+        if self._kernel:
+            self._kernel.tell(index)
         try:
             await client.async_execute_cell(cell, index)
         finally:

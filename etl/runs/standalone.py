@@ -57,8 +57,9 @@ def execute(
     with tempfile.TemporaryDirectory(prefix="papermill-") as folder, collected_signals() as signals:
         journal = Journal(Path(folder, "journal"))
         with contextlib.closing(journal):
-            asked_of_it = {"on_cell": on_cell, "signals": signals, "is_capped": False}
-            run = NotebookRun(request, nb, journal, write, Path.cwd(), **asked_of_it)
+            run = NotebookRun(
+                request, nb, journal, write, Path.cwd(), on_cell=on_cell, signals=signals, is_capped=False
+            )
             asyncio.run(run.drive(kernel_name))
             run.end()
             run.progress.finish(last_ok=None)
