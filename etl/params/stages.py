@@ -11,7 +11,7 @@ import keyword
 import math
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -108,11 +108,14 @@ def load(
     env: str = "local",
     overrides: Iterable[str] = (),
     stage: str | None = None,
+    values: Mapping[str, Any] | None = None,
+    values_from: str = "given",
 ) -> Project:
     """Every stage, or only `stage`, as it would run in the environment `env`.
 
-    `overrides` are "name=value", for each stage that declares the name, or "stage.name=value"; the value is
-    YAML and the last one wins. Raises ParamsError with all problems at once.
+    `values` are JSON values by name, as a run recorded them, and stay what they are; a date may be text. `values_from`
+    says where they come from, in origins and problems. `overrides` are "name=value", for each stage that declares the
+    name, or "stage.name=value"; the value is YAML, and the last one wins. Raises ParamsError with all problems at once.
     """
     project, problems = Path(project), []
     names, known = _discover(project, stage, problems)
@@ -122,6 +125,8 @@ def load(
         draft.give(draft.doc.block("parameters"), draft.doc, ("parameters",))
         place = ("stages", draft.name, "parameters")
         draft.give(env_doc.block(*place), env_doc, place)
+        for name, value in (values or {}).items():
+            draft.give({name: value}, Doc(f"{values_from}, {draft.name}.{name}", {}), (), values_from)
     _give_from_command_line(drafts, overrides, problems)
     if problems:
         raise ParamsError(problems)

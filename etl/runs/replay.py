@@ -16,8 +16,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from etl import params
 from etl.params import Environment, Stage
 from etl.params.cell import SUPPLIED
@@ -72,15 +70,13 @@ def recorded(project: Path, env: str, run: dict, overrides: Iterable[str] = ()) 
     if gone := sorted(set(values) - set(today.values)):
         where = today.notebook_path.relative_to(project)
         raise NotRepeatable(f"{run_id} was run with {', '.join(gone)}, which {where} no longer declares")
-    again = [f"{name}.{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in values.items()]
-    loaded = params.load(project, env, [*again, *overrides], stage=name)
-    stage, given = loaded.stages[name], params.load(project, env, overrides, stage=name).stages[name].origins
-    origins = {key: f"run {run_id}" for key in values if given[key] != "command line"}
+    loaded = params.load(project, env, overrides, stage=name, values=values, values_from=f"run {run_id}")
+    stage = loaded.stages[name]
     differences = [
         *_unlike("parent", values, _as_json(stage.values)),
         *_unlike("today", _as_json(today.values), _as_json(stage.values)),
     ]
-    return replace(stage, origins=stage.origins | origins), loaded.environment, differences
+    return stage, loaded.environment, differences
 
 
 def replay(

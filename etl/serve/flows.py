@@ -10,7 +10,6 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 from uuid import UUID
 
 import httpx
-import yaml
 
 os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", "1")  # 10 by default: too coarse for a tick of 30 seconds
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
@@ -76,16 +74,12 @@ def stage_flow(
         result_storage=Path("unused"),  # else every run asks the server for one, twice
     )
     def run(parameters: dict[str, Any] | None = None) -> State:
-        given = [
-            f"{stage.name}.{key}={yaml.safe_dump(value, default_flow_style=True)}"
-            for key, value in (parameters or {}).items()
-        ]
         chosen, refused = stage, ""
-        if given:
+        if parameters:
             try:
-                chosen = _with_values(stage, environment, given)
+                chosen = _with_values(stage, environment, parameters)
             except params.ParamsError as error:
-                refused = "; ".join(map(str, error.problems)).replace("-p ", "Prefect's ")
+                refused = "; ".join(map(str, error.problems))
         asked = {"scheduled_for": _scheduled_time(), "cancel": cancel_event(), "page_later": True}
         record = dispatch.run_stage(chosen, environment, **asked, refused=refused)
         link = f"{api_url}/reports/{record.run_id}" if api_url else Root.at(record.root).url_of(record.report)
@@ -294,8 +288,7 @@ def _scheduled_time() -> datetime:
     return this_run.scheduled_start_time or datetime.now(UTC)
 
 
-def _with_values(stage: Stage, environment: Environment, given: list[str]) -> Stage:
-    """The stage with values from a Prefect run's own parameters; they are checked as those of the command line are."""
-    changed = params.load(PROJECT, environment.name, given, stage=stage.name).stages[stage.name]
-    origins = {name: where.replace("command line", "Prefect") for name, where in changed.origins.items()}
-    return replace(changed, origins=origins)
+def _with_values(stage: Stage, environment: Environment, values: dict[str, Any]) -> Stage:
+    """The stage with values from a Prefect run's own parameters; they are checked as those of the YAML are."""
+    loaded = params.load(PROJECT, environment.name, stage=stage.name, values=values, values_from="Prefect")
+    return loaded.stages[stage.name]

@@ -632,3 +632,18 @@ def test_loaded_values_can_be_injected(project):
     room = {}
     exec(injected_cell_source(stage.values, stage.values), room)
     assert {name: room[name] for name in stage.values} == stage.values
+
+
+def test_values_by_name_stay_what_they_are(project):
+    folder = project()
+    looks_like = ["1e3", "012", "null", "true", "a: b", "2026-01-01"]
+    loaded = load(folder, values={"names": looks_like, "max_files": 7}, values_from="run x", overrides=["max_files=8"])
+    stage = loaded.stages["preprocess"]
+    assert stage.values["names"] == looks_like and stage.values["max_files"] == 8
+    assert (stage.origins["names"], stage.origins["max_files"]) == ("run x", "command line")
+    assert load(folder, values={"day": "2026-01-02"}).stages["preprocess"].values["day"] == date(2026, 1, 2)
+    assert problems(folder, values={"max_files": "7", "max_flies": 7, "root": "/"}, values_from="Prefect") == [
+        "Prefect, preprocess.max_files: max_files: expected int, got str '7'",
+        "Prefect, preprocess.max_flies: unknown parameter 'max_flies'; did you mean 'max_files'?",
+        "Prefect, preprocess.root: root is supplied by the runner; it comes from the env file or --root",
+    ]

@@ -4,7 +4,7 @@ import io
 import json
 import subprocess
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 
 import polars as pl
 import pytest
@@ -93,6 +93,32 @@ def test_a_parameter_that_went_is_refused_by_name(summed):
 def test_a_parameter_of_another_type_by_now_is_refused(summed):
     with pytest.raises(params.ParamsError, match="n: expected int"):
         replays.recorded(summed, "local", recorded_run(n="seven"))
+
+
+LOOKS_LIKE = {"a": "1e3", "b": "012", "c": "null", "d": "true", "e": "a: b", "f": "2026-01-01", "g": "-.5", "h": ""}
+
+
+def test_what_a_run_was_given_stays_what_it_was(project, root):
+    """A text that YAML would read as a number, a date or nothing is a text again, and a date a date, in the kernel."""
+    declared = "".join(f"{name}: str = 'x'  # a text\n" for name in LOOKS_LIKE)
+    given = "".join(f"  {name}: {value!r}\n" for name, value in LOOKS_LIKE.items())
+    values = f"values = [{', '.join(LOOKS_LIKE)}, day]\nrecord(got=[[type(v).__name__, str(v)] for v in values])"
+    write_stage(
+        project,
+        "typed",
+        f"import datetime\n{values}",
+        parameters=declared + "day: datetime.date = datetime.date(2026, 1, 1)  # a day\n",
+        yml=f"parameters:\n{given}  day: 2026-02-03\n",
+    )
+    path = project / "notebooks" / "typed.ipynb"
+    path.write_text(path.read_text().replace("from etl.notebook", "import datetime\\n\\nfrom etl.notebook", 1))
+    run = run_once(project, "typed", root)
+    got = [*(["str", value] for value in LOOKS_LIKE.values()), ["date", "2026-02-03"]]
+    assert run["metrics"]["got"] == got
+    stage, _, differences = replays.recorded(project, "local", run)
+    assert stage.values == LOOKS_LIKE | {"day": date(2026, 2, 3)} and differences == []
+    again = replay(project, run, root)
+    assert again.equal and again.record.metrics["got"] == got
 
 
 # --- replay ---
