@@ -44,6 +44,7 @@ class Lease:
         }
         self._file, self._number, self._end = None, 0, threading.Event()
         self.lost: str | None = None
+        self.after_death = False  # whether the last one here did not give it back
 
     def take(self) -> None:
         """Raises Held, or OSError when the root cannot be reached."""
@@ -59,6 +60,7 @@ class Lease:
         except BaseException:
             self._file.close()
             raise
+        self.after_death = os.fstat(self._file.fileno()).st_size > 0
         self._file.truncate(0)
         self._file.write(json.dumps(self._told))
         self._file.flush()
@@ -70,6 +72,7 @@ class Lease:
             with contextlib.suppress(Exception):
                 self._root.write(self._place(), json.dumps({**self._told, "ended": True}).encode())
         if self._file:
+            self._file.truncate(0)
             self._file.close()
 
     def _place(self) -> str:
