@@ -307,7 +307,7 @@ def runs_list(
     from runner import runs
 
     between = {"since": since and _time(since), "until": until and _time(until)}
-    place = _root(env, root)
+    place = _root(env, root, may_be_empty=True)
     found = runs.list(place, stage=stage, state=state, limit=limit, **between)
     if as_json:
         print(json.dumps(found, default=str))
@@ -348,9 +348,9 @@ def runs_tail(run_id: RunId, env: Env = "local", root: RootOption = None):
     """What a run prints, as it comes; of one that has ended, all of it. Exit status 1 unless it ends ok or noop."""
     from runner import journal
 
-    state = heading = None
+    state, heading, place = None, None, _at(root or _environment(env).root)
     try:
-        for event in journal.follow(run_id, _at(root or _environment(env).root)):
+        for event in journal.follow(run_id, place):
             if event["event"] == "cell_start":
                 if event["heading"] != heading:
                     heading = event["heading"]
@@ -361,7 +361,7 @@ def runs_tail(run_id: RunId, env: Env = "local", root: RootOption = None):
                 state = event["state"]
                 out.print(f"{_styled(state)}  {escape(event.get('reason') or '')}", highlight=False)
     except KeyError:
-        _refuse(f"there is no run {run_id}; `runs list` names them")
+        _refuse(f"there is no run {run_id} under {place.url}; `runs list` names them")
     except FileNotFoundError:
         _refuse(f"the report of {run_id} was swept; `runs show` has its row")
     if state not in ("ok", "noop"):
@@ -602,11 +602,12 @@ def _reconcile() -> None:
         err.print(f"closed {run_id}, which an earlier process left running", highlight=False)
 
 
-def _root(env: str, root: str | None) -> Root:
-    """The root that a command reads. One that is not there is refused, with exit status 1."""
+def _root(env: str, root: str | None, may_be_empty: bool = False) -> Root:
+    """The root that a command reads. One that is not there, or where nothing is yet, is refused with exit status 1."""
     place = _at(root or _environment(env).root)
-    if not place.is_there():
-        _refuse("\n".join([f"there is no root {place.url}: {RUN_ALL}", *_with_runs(place)]))
+    missing = _what_is_missing(place)
+    if missing and not (may_be_empty and place.is_there()):
+        _refuse("\n".join([f"root {place.url}: {missing}", *_with_runs(place), RUN_ALL]))
     return place
 
 
@@ -627,9 +628,9 @@ def _announce_new(url: str, console: Console) -> None:
 
 def _what_is_missing(place: Root) -> str | None:
     """Why there is nothing that could be examined under a root; None when there is something."""
-    if not place.is_there():
-        return "it is not there"
-    return None if {"landing", "lake", "reports"} & {*place.list("")} else "no stage has run there yet"
+    if {"landing", "lake", "reports"} & {*place.list("")}:
+        return None
+    return "no stage has run there yet" if place.is_there() else "it is not there"
 
 
 def _has_runs(place: Root) -> bool:
@@ -717,9 +718,9 @@ def _get_run(run_id: str, env: str, root: str | None) -> dict:
     from runner import runs
 
     try:
-        return runs.get(_root(env, root), run_id)
+        return runs.get(place := _root(env, root), run_id)
     except KeyError:
-        _refuse(f"there is no run {run_id}; `runs list` names them")
+        _refuse(f"there is no run {run_id} under {place.url}; `runs list` names them")
 
 
 def _plan_of(stage: params.Stage, now: datetime) -> dict:
