@@ -112,7 +112,7 @@ def root_url(given: str) -> str:
     """
     if not given.strip():
         raise BadRoot("a root is a folder or a URL such as s3://bucket/prefix, and this one is empty")
-    if variable := re.search(r"(?:^|/)(\$\{?\w+\}?)", given):
+    if variable := re.search(r"(?:^|/)(\$\{?[A-Za-z_]\w*\}?)", given):
         raise BadRoot(f"{given!r}: variables such as {variable[1]} are not filled in: write the folder itself, or ~")
     scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]*):/", given)
     if scheme and scheme[1].lower() == "file":

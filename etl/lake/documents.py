@@ -34,11 +34,13 @@ def create(place: Root, rel: str, document: dict) -> bool:
 
 def read(place: Root, rel: str) -> dict | None:
     """A document, from its copy when it is damaged itself; None when there is neither. Raises Damaged."""
-    there = [data for name in (rel, copy_of(rel)) if (data := _data(place, name)) is not None]
-    for data in there:
-        if (document := _opened(data)) is not None:
-            return document
-    if not there:
+    damaged = False
+    for name in (rel, copy_of(rel)):
+        if (data := _data(place, name)) is not None:
+            if (document := _opened(data)) is not None:
+                return document
+            damaged = True
+    if not damaged:
         return None
     raise Damaged(f"{rel} is damaged, and so is its copy: `orchestrate.py rebuild` makes the lake again")
 

@@ -27,6 +27,7 @@ from pipeline.tables import RESCUED, TABLES, Table
 MAX_BYTES = 256_000_000  # of JSON in a batch: about four times that in memory
 GROUP_BYTES = 16_000_000  # of files that are parsed at once
 AHEAD = timedelta(days=1)  # of its batch that a row may be: `as_of` never goes back, so one far ahead would stay it
+EARLIEST = "1970-01-01T00:00:00+00:00"  # of `as_of`: a day before an order of the year 1 cannot be asked for
 FILES = {
     "table": pl.String,
     "file": pl.String,
@@ -275,7 +276,7 @@ def _commit_tables(place: Root, parsed: Parsed, run_id: str) -> dict[str, int]:
         if version != published["tables"].get(table):
             durability.seal(place, table, after=published["tables"].get(table, -1), until=version)
             crash_point(f"sealed: {table}")
-    as_of = max(filter(None, (published["as_of"], parsed.as_of)), default="1970-01-01T00:00:00+00:00")
+    as_of = max(filter(None, (published["as_of"], parsed.as_of, EARLIEST)))
     crash_point("before it is published")
     lake.publish(place, batch=number, as_of=as_of, versions=versions, run_id=run_id, schemas=lake.declared())
     crash_point("published")

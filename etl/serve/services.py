@@ -25,6 +25,7 @@ READY_S = 300  # until an essential one answers, on busy cores; 15 s on idle one
 MOST = 5  # deaths within FORGET_S of what `up` cannot do without; after that it gives up
 FORGET_S = 3600  # an older death does not count
 SLOWEST_S = 60  # between two starts of what always ends
+END_S = 15  # until the children of an `up` that was killed have ended
 PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec is no place for it
 
@@ -171,17 +172,26 @@ def answers(url: str, timeout_s: float = 2) -> bool:
         return False
 
 
-def ensure_free(port: int, name: str) -> None:
-    """Raises PortTaken, with what to do, when somebody listens on the port."""
+def ensure_free(port: int, name: str, within_s: float = 0) -> None:
+    """Raises PortTaken, with what to do, when somebody still listens on the port after `within_s` seconds."""
+    until = time.monotonic() + within_s
+    while not _is_free(port):
+        if time.monotonic() >= until:
+            option = name.lower().split()[0]
+            raise PortTaken(
+                f"port {port}, for the {name}, is taken: end what listens there, or choose another with --{option}-port"
+            )
+        time.sleep(0.2)
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do: a port in TIME_WAIT is free
         try:
             probe.bind((HOST, port))
         except OSError:
-            option = name.lower().split()[0]
-            raise PortTaken(
-                f"port {port}, for the {name}, is taken: end what listens there, or choose another with --{option}-port"
-            ) from None
+            return False
+    return True
 
 
 def prefect_server(port: int, home: Path, logs: Path) -> Service:

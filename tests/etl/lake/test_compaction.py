@@ -16,7 +16,7 @@ from deltalake.exceptions import CommitFailedError
 from polars.testing import assert_frame_equal
 from support import AT, ingest_all
 
-from etl.lake import compaction, durability, ingest
+from etl.lake import compaction, documents, durability, ingest
 from etl.lake import snapshot as lake
 from etl.storage import Root
 from pipeline import source
@@ -210,6 +210,18 @@ def test_what_an_unfinished_batch_needs_stays_however_long_it_takes(scattered, s
     assert done["removed"].sum() == 0
     ingest_all(scattered)
     assert lake.snapshot(scattered).frame("lineitem").collect().height > rows
+
+
+def test_a_file_that_was_not_committed_yet_when_it_was_seen_has_a_day_from_its_end(scattered):
+    """A sweep met a batch's file before its commit; the next one, a day later, is the one that supersedes it."""
+    place, started, before = Root.at(scattered), datetime.now(UTC), lake.snapshot(scattered)
+    compaction.clock_problem(place, started, hours=24)
+    rows, files = before.frame("orders").collect().height, [Path(url).name for url in before.files("orders")]
+    documents.keep(place, "lake/unneeded/orders.json", {"since": {started.isoformat(): files}})
+    for hours, removed in ((24, 0), (47, 0), (48, 3)):
+        assert before.frame("orders").collect().height == rows
+        done = compaction.compact(scattered, **ASK, run_id=f"at {hours}", now=started + timedelta(hours=hours))
+        assert done.filter(table="orders").select("files_after", "removed").row(0) == (1, removed)
 
 
 def test_a_memory_that_is_damaged_gives_every_file_another_day(scattered):

@@ -1,6 +1,8 @@
 """What `up` starts beside the worker: real processes that die, on a clock that can be set forward."""
 
 import logging
+import socket
+import threading
 
 import pytest
 
@@ -86,3 +88,15 @@ def test_only_up_cannot_do_without_prefects_server(tmp_path):
     made = [services.prefect_server(1, tmp_path, tmp_path), services.api(2, "root", tmp_path)]
     made.append(services.dashboard(3, "root", "url", tmp_path))
     assert [service.name for service in made if service.essential] == ["Prefect server"]
+
+
+def test_a_port_that_is_given_up_soon_is_waited_for(tmp_path):
+    """By the children of an `up` that was killed."""
+    with socket.socket() as other:
+        other.bind((services.HOST, 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(services.PortTaken, match=f"port {port}, for the API, is taken"):
+            services.ensure_free(port, "API")
+        threading.Timer(0.5, other.close).start()
+        services.ensure_free(port, "API", within_s=60)
