@@ -8,7 +8,6 @@ so a batch may be committed meanwhile, and the writer's lease is held only to pu
 
 import io
 import json
-import time
 import traceback
 import uuid
 from collections.abc import Iterator
@@ -22,9 +21,9 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from etl.lake import documents, durability
+from etl import delta
 from etl.lake import snapshot as lake
-from etl.storage import LeaseHeld, Root, crash_point
+from etl.storage import Damaged, LeaseHeld, Root, crash_point
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
@@ -35,6 +34,7 @@ WRITTEN = ("lake", "landing", "refused", "results", "models")  # where a killed 
 INDEX = "runs"  # the index of runs is a table of the lake too, though no snapshot names it
 LEASE_S = 1800  # of one table; longer than any of them takes
 CLOCK = "lake/clock.json"
+KEPT_LOG = "lake/kept_log"
 SLACK = timedelta(minutes=5)  # between two machines' clocks
 GAP = timedelta(days=2)  # without a run: the clock may have been moved
 ROW_GROUP = 100_000  # rows: what a reader skips or reads at once
@@ -114,6 +114,7 @@ def compact(
             handle = lake.open_table(place, table, versions.get(table))
             began[table] = _names(handle)
             line |= _compact_table(place, table, handle, target_mb, min_small_files, run_id)
+    _forget(place)
     if published:
         versions, handles = _publish(place, [*lines.values()], run_id)
     for table, names in began.items():
@@ -222,7 +223,7 @@ def _rewrite(place: Root, table: str, files: list[tuple[str, int]], declared: pa
         raise RowsDiffer(
             f"{table}: {frame.height} rows of {len(files)} files do not come back from one: left as it was"
         )
-    return Rewrite(tuple(files), path, len(buffer.getvalue()), after.height, checksum(after), lake.statistics(after))
+    return Rewrite(tuple(files), path, len(buffer.getvalue()), after.height, checksum(after), delta.statistics(after))
 
 
 def _as_declared(part: pa.Table, declared: pa.Schema) -> pa.Table:
@@ -254,7 +255,7 @@ def _swap(place: Root, table: str, rewrites: list[Rewrite], run_id: str) -> int:
         handle = lake.open_table(place, table)
         _require_live(handle, table, gone)
         version = handle.version() + 1
-        if lake.commit(place, table, version, _actions(rewrites, handle.version(), run_id)):
+        if delta.commit(place, f"lake/{table}", version, _actions(rewrites, handle.version(), run_id)):
             return version
 
 
@@ -269,12 +270,8 @@ def _live(handle) -> set[str]:
 
 
 def _actions(rewrites: list[Rewrite], read_version: int, run_id: str) -> list[dict]:
-    """The lines of the commit, by the Delta protocol: https://github.com/delta-io/delta/blob/master/PROTOCOL.md"""
-    now = time.time_ns() // 1_000_000
-    removed = [one for rewrite in rewrites for one in rewrite.removed]
+    removed = [file for rewrite in rewrites for file in rewrite.removed]
     about = {
-        "timestamp": now,
-        "operation": "OPTIMIZE",
         "operationParameters": {"predicate": "[]"},
         "readVersion": read_version,
         "isBlindAppend": False,
@@ -283,14 +280,15 @@ def _actions(rewrites: list[Rewrite], read_version: int, run_id: str) -> list[di
         "stage": "compact",
         "checksum": str(sum(rewrite.checksum for rewrite in rewrites)),
     }
+    info = delta.commit_info("OPTIMIZE", about)
     return [
-        {"commitInfo": about},
+        info,
         *(
             {
                 "remove": {
                     "path": path,
                     "dataChange": False,
-                    "deletionTimestamp": now,
+                    "deletionTimestamp": info["commitInfo"]["timestamp"],
                     "extendedFileMetadata": True,
                     "partitionValues": {},
                     "size": size,
@@ -298,7 +296,7 @@ def _actions(rewrites: list[Rewrite], read_version: int, run_id: str) -> list[di
             }
             for path, size in removed
         ),
-        *(lake.add(one.path, one.bytes, json.dumps(one.stats), now, changes=False) for one in rewrites),
+        *(delta.add(rewrite.path, rewrite.bytes, json.dumps(rewrite.stats), changes=False) for rewrite in rewrites),
     ]
 
 
@@ -359,10 +357,9 @@ def _sweep(
         by_time: dict[str, list[str]] = {}
         for name in sorted(left):
             by_time.setdefault(left[name].isoformat(), []).append(name)
-        documents.keep(place, memory, {"since": by_time})
+        place.write(memory, json.dumps({"since": by_time}).encode())
     if not suspicion and published in (None, newest.version()):  # readers open the published one by its log
         newest.cleanup_metadata()  # what the log's retention allows; a checkpoint alone was not seen to do it
-        durability.forget(place, table)
     return len(old)
 
 
@@ -375,10 +372,19 @@ def _names(handle) -> set[str]:
 def _unneeded(place: Root, memory: str) -> dict[str, datetime]:
     """Name -> since when; nothing is known when it is damaged, and everything has another day."""
     try:
-        by_time = (documents.read(place, memory) or {"since": {}})["since"]
-    except documents.Damaged:
+        by_time = (place.read_json(memory) or {"since": {}})["since"]
+    except Damaged:
         return {}
     return {name: datetime.fromisoformat(time) for time, names in by_time.items() for name in names}
+
+
+def _forget(place: Root) -> None:
+    """Remove the second copies that releases until November 2026 kept of commits and documents."""
+    if place.list(KEPT_LOG):
+        for rel in place.files("lake"):
+            if rel.endswith(".copy.json"):
+                place.remove(rel)
+        place.remove_tree(KEPT_LOG)
 
 
 def clock_problem(place: Root, now: datetime, hours: int) -> str | None:
@@ -390,15 +396,15 @@ def clock_problem(place: Root, now: datetime, hours: int) -> str | None:
     published = lake.read_published(place)
     newest = datetime.fromisoformat(published["published_at"]) if published else now
     try:
-        seen = documents.read(place, CLOCK)
-    except documents.Damaged:
+        seen = place.read_json(CLOCK)
+    except Damaged:
         seen = None
     seen = seen or {"steady_since": now.isoformat(), "seen": now.isoformat()}
     last, since = (datetime.fromisoformat(seen[name]) for name in ("seen", "steady_since"))
     jumped = now < last - SLACK or now > last + GAP
     if jumped:
         since = now
-    documents.keep(place, CLOCK, {"steady_since": since.isoformat(), "seen": now.isoformat()})
+    place.write(CLOCK, json.dumps({"steady_since": since.isoformat(), "seen": now.isoformat()}).encode())
     if now < newest - SLACK:
         return f"the clock says {now:%Y-%m-%d %H:%M}, before the newest snapshot, of {newest:%Y-%m-%d %H:%M}"
     if jumped:
@@ -441,8 +447,8 @@ def _publishable(place: Root, table: str, newest: "DeltaTable", version: int, ba
     """The newest version of a table, made durable; the published `version` when it holds a batch after `batch`."""
     if newest.version() == version or (newest.transaction_version(lake.APP_ID) or 0) > batch:
         return version
-    durability.seal(place, table, after=version, until=newest.version())
-    crash_point(f"compaction sealed: {table}")
+    delta.sync(place, f"lake/{table}", after=version, until=newest.version())
+    crash_point(f"compaction synced: {table}")
     return newest.version()
 
 

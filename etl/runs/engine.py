@@ -560,7 +560,10 @@ def from_journal(path: Path) -> tuple[RunRecord, Any]:
     events = journal.read(path)
     start = events[0]
     request = RunRequest(notebook={}, **start["request"])
-    nb = nbformat.read(path.with_name("notebook.ipynb"), as_version=4)
+    try:
+        nb = nbformat.read(path.with_name("notebook.ipynb"), as_version=4)
+    except (OSError, ValueError):  # of a power cut: what is known of its cells has no place
+        nb, events = nbformat.v4.new_notebook(), [event for event in events if "index" not in event]
     record, at, end = _new_record(request), -1, None
     record.started_at = start["t"]
     for event in events:
