@@ -9,7 +9,6 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 ROOT   ?= outputs/dev
 ENV    ?= local
-export ROOT
 
 .PHONY: help setup up demo test fresh faults lint format lab bench lock clean
 
@@ -36,6 +35,7 @@ $(READY): requirements.lock pyproject.toml
 up: setup  ## Run everything: Prefect, the five schedules, the API, the dashboard
 	@$(BIN)/python orchestrate.py up --env $(ENV)
 
+demo: export ROOT := $(ROOT)
 demo: setup  ## One pass of all stages on a scratch root (ROOT=outputs/dev, or s3://bucket/prefix)
 	@$(BIN)/python orchestrate.py run all --env dev --root "$$ROOT"
 

@@ -27,7 +27,7 @@ from etl.lake import snapshot as lake
 from etl.reports import page as reports
 from etl.runs import index
 from etl.runs.record import STATES
-from etl.storage import Root
+from etl.storage import BadRoot, Root
 from pipeline import model, queries
 
 BODY_LIMIT = 1_000_000  # bytes; 1,000 line items are about a quarter of it
@@ -526,6 +526,12 @@ def _refused(_: Request, error: RequestValidationError) -> JSONResponse:
 def _failed(_: Request, error: StarletteHTTPException) -> JSONResponse:
     plain = {"Not Found": "there is nothing here; /docs lists what there is"}
     return JSONResponse({"detail": plain.get(error.detail, error.detail)}, error.status_code, error.headers)
+
+
+@app.exception_handler(BadRoot)
+def _no_root(_: Request, error: BadRoot) -> JSONResponse:
+    """What ETL_ROOT names is none."""
+    return JSONResponse({"detail": f"ETL_ROOT is no root: {error}"}, 503)
 
 
 @app.exception_handler(Exception)

@@ -51,6 +51,10 @@ class LeaseHeld(RuntimeError):
     """Somebody else holds the lease and did not let go of it in time."""
 
 
+class Damaged(ValueError):
+    """What is there is not what was written: its message names it."""
+
+
 class Unreadable(ValueError):
     """What is there is no file that may be read: its message says what it is."""
 
@@ -112,7 +116,7 @@ def root_url(given: str) -> str:
     """
     if not given.strip():
         raise BadRoot("a root is a folder or a URL such as s3://bucket/prefix, and this one is empty")
-    if variable := re.search(r"(?:^|/)(\$\{?\w+\}?)", given):
+    if variable := re.search(r"(?:^|/)(\$\{?[A-Za-z_]\w*\}?)", given):
         raise BadRoot(f"{given!r}: variables such as {variable[1]} are not filled in: write the folder itself, or ~")
     scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]*):/", given)
     if scheme and scheme[1].lower() == "file":
@@ -254,6 +258,18 @@ class Root:
         """The bytes of a place. Raises FileNotFoundError."""
         data: bytes = self._fs.cat_file(self._path(rel))
         return data
+
+    def read_json(self, rel: str) -> dict[str, Any] | None:
+        """The JSON document at a place; None when there is none. Raises Damaged."""
+        try:
+            document = json.loads(self.read(rel))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise Damaged(f"{rel} is damaged: {error}") from None
+        if not isinstance(document, dict):
+            raise Damaged(f"{rel} is damaged: it is no JSON object")
+        return document
 
     def read_at_most(self, rel: str, most: int) -> bytes:
         """As `read`, of an ordinary file of at most `most` bytes, and never waiting for anything.
@@ -505,7 +521,7 @@ class LocalRoot(Root):
 
     def _staged(self, path: str, data: bytes) -> str:
         folder = os.path.dirname(path)
-        os.makedirs(folder, exist_ok=True)
+        _make_folder(folder)
         # the leading dot keeps a half-written file out of every listing
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".part", delete=False) as file:
             try:
@@ -522,16 +538,19 @@ class LocalRoot(Root):
         staged = self._staged(self._path(rel), data)
         crash_point(f"written, not there yet: in {os.path.dirname(rel)}")
         os.replace(staged, self._path(rel))
+        crash_point(f"there, its name not synced: in {os.path.dirname(rel)}")
         _sync(os.path.dirname(self._path(rel)))
 
     def put(self, rel: str, path: Path) -> None:
         staged = self._staged(self._path(rel), b"")
         try:
             shutil.copyfile(path, staged)
+            _sync(staged)
             os.replace(staged, self._path(rel))
         except OSError:
             os.unlink(staged)
             raise
+        _sync(os.path.dirname(self._path(rel)))
 
     def create(self, rel: str, data: bytes) -> bool:
         staged = self._staged(self._path(rel), data)
@@ -542,6 +561,7 @@ class LocalRoot(Root):
                 return False
         finally:
             os.unlink(staged)
+        crash_point(f"there, its name not synced: in {os.path.dirname(rel)}")
         _sync(os.path.dirname(self._path(rel)))
         return True
 
@@ -575,7 +595,7 @@ class LocalRoot(Root):
         return sorted(f"{folder}/{name}"[start:] for folder, _, names in walked for name in names if name[0] != ".")
 
     def move(self, source: str, target: str) -> None:
-        os.makedirs(os.path.dirname(self._path(target)), exist_ok=True)
+        _make_folder(os.path.dirname(self._path(target)))
         try:
             os.replace(self._path(source), self._path(target))
         except FileNotFoundError:
@@ -598,7 +618,7 @@ class LocalRoot(Root):
         return max((datetime.fromtimestamp(os.stat(one).st_mtime, UTC) for one in folders), default=None)
 
     def move_tree(self, source: str, target: str) -> None:
-        os.makedirs(os.path.dirname(self._path(target)), exist_ok=True)
+        _make_folder(os.path.dirname(self._path(target)))
         os.rename(self._path(source), self._path(target))
         for rel in (source, target):
             _sync(os.path.dirname(self._path(rel)))
@@ -616,7 +636,7 @@ class LocalRoot(Root):
     def lease(self, rel: str, holder: str, ttl_s: float = 300, wait_s: float = 30) -> Iterator[None]:
         """As in an object store, by flock: the kernel frees it the moment its holder dies."""
         path, deadline = self._path(rel), time.monotonic() + wait_s
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        _make_folder(os.path.dirname(path))
         with open(path, "a+") as file:
             while True:
                 try:
@@ -651,6 +671,17 @@ def _remove_folders(paths: list[str], first: str) -> None:
             except OSError:  # it holds others
                 files = [first, *(name for name in os.listdir(path) if name != first)]
                 shutil.rmtree(path)
+
+
+def _make_folder(path: str) -> None:
+    """As os.makedirs, and each that is new is on the disk: a synced file in a folder without a name is lost."""
+    if os.path.isdir(path):
+        return
+    above = os.path.dirname(path)
+    _make_folder(above)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path)
+    _sync(above)
 
 
 def _sync(path: str) -> None:

@@ -203,7 +203,7 @@ def _tpchgen(
             raise RuntimeError(f"tpchgen-cli failed with status {done.returncode}: {done.stderr.strip()}")
         place = "{0}/{0}.{1}.parquet" if slices > 1 else "{0}.parquet"
         return {
-            part: {table: pl.read_parquet(f"{folder}/{place.format(table, part)}") for table in tables}
+            part: {table: pl.read_parquet(f"{folder}/{place.format(table, part)}", glob=False) for table in tables}
             for part in parts
         }
 

@@ -172,6 +172,8 @@ def test_one_pass_on_a_root_with_every_character(tmp_path, stream, made, monkeyp
     assert client.get("/ready").json()["batch"] == 1
     assert len(client.get("/results/late_deliveries").json()["rows"]) == answers[root][0].frame.height
     assert client.get(f"/reports/{record['run_id']}").status_code == 200
+    monkeypatch.setenv("ETL_ROOT", "s3:/bucket")
+    assert client.get("/ready").json() == {"detail": "ETL_ROOT is no root: 's3:/bucket': a URL begins with s3://"}
     listed = orchestrate(PROJECT, "runs", "list", "--root", root)
     assert record["run_id"] in listed.stdout and listed.returncode == 0, listed.stderr
     assert root in orchestrate(PROJECT, "whence", "runs", "--root", root).stdout.replace("\n", "")

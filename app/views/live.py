@@ -190,7 +190,7 @@ def last_runs(latest: list[dict[str, Any]]) -> None:
 def row_count(root_url: str, table: str, version: int, _snapshot: lake.Snapshot) -> int:
     """A table's rows, from its log; its root and version are the snapshot's, by which the cache knows it.
 
-    Raises documents.Damaged when the log is not what was written.
+    Raises storage.Damaged when the log is not what was written.
     """
     return lake.file_stats(_snapshot.table(table))[1]
 

@@ -67,11 +67,12 @@ def environment(env: str) -> params.Environment:
         raise typer.Exit(2) from None
 
 
-def existing_root(env: str, root: str | None) -> Root:
-    """The root that a command reads. One that does not exist is refused, with exit status 1."""
+def existing_root(env: str, root: str | None, may_be_empty: bool = False) -> Root:
+    """The root that a command reads. One that does not exist, or where nothing is yet, is refused: exit status 1."""
     asked = root_at(root or environment(env).root)
-    if not asked.is_there():
-        refuse("\n".join([f"there is no root {asked.url}: {RUN_ALL}", *roots_with_runs(asked)]))
+    missing = what_is_missing(asked)
+    if missing and not (may_be_empty and asked.is_there()):
+        refuse("\n".join([f"root {asked.url}: {missing}", *roots_with_runs(asked), RUN_ALL]))
     return asked
 
 
@@ -92,9 +93,9 @@ def announce_new(url: str, console: Console) -> None:
 
 def what_is_missing(root: Root) -> str | None:
     """Why there is nothing that could be examined under a root; None when there is something."""
-    if not root.is_there():
-        return "it is not there"
-    return None if {"landing", "lake", "reports"} & {*root.list("")} else "no stage has run there yet"
+    if {"landing", "lake", "reports"} & {*root.list("")}:
+        return None
+    return "no stage has run there yet" if root.is_there() else "it is not there"
 
 
 def has_runs(root: Root) -> bool:
@@ -137,10 +138,11 @@ def get_run(run_id: str, env: str, root: str | None) -> dict[str, Any]:
     """A run's record; one that is not in the index is refused."""
     from etl.runs import index
 
+    asked = existing_root(env, root)
     try:
-        return index.get(existing_root(env, root), run_id)
+        return index.get(asked, run_id)
     except KeyError:
-        refuse(f"there is no run {run_id}; `runs list` names them")
+        refuse(f"there is no run {run_id} under {asked.url}; `runs list` names them")
 
 
 def close_lost_runs() -> None:

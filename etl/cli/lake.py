@@ -68,7 +68,8 @@ def whence(
         print_json(origin)
         return
     who = f"{origin['run_id']}  {styled(origin['state'] or 'not in the index')}" if origin["run_id"] else "by no run"
-    told = f"{table}@{origin['version']}  {origin['operation']}  {origin['at']}  {who}"
+    what = origin["operation"] or "as the index of runs has it"
+    told = f"{table}@{origin['version']}  {what}  {origin['at']}  {who}"
     out.print(told, highlight=False, soft_wrap=True)
     if origin["state"]:
         say(origin["report"] or "its report was swept")

@@ -47,7 +47,7 @@ def list_runs(
     """The last runs, newest first."""
     from etl.runs import index
 
-    asked = existing_root(env, root)
+    asked = existing_root(env, root, may_be_empty=True)
     between = {"since": since and moment(since), "until": until and moment(until)}
     rows: Sequence[dict[str, Any]] = index.list(asked, stage=stage, state=state, limit=limit, **between)
     if as_json:
@@ -89,9 +89,9 @@ def tail_run(run_id: RunId, env: Env = "local", root: RootOption = None) -> None
     """What a run prints, as it comes; of one that has ended, all of it. Exit status 1 unless it ends ok or noop."""
     from etl.runs import delivery
 
-    state = heading = None
+    state, heading, asked = None, None, root_at(root or environment(env).root)
     try:
-        for event in delivery.follow(run_id, root_at(root or environment(env).root)):
+        for event in delivery.follow(run_id, asked):
             if event["event"] == "cell_start":
                 if event["heading"] != heading:
                     heading = event["heading"]
@@ -102,7 +102,7 @@ def tail_run(run_id: RunId, env: Env = "local", root: RootOption = None) -> None
                 state = event["state"]
                 out.print(f"{styled(state)}  {escape(event.get('reason') or '')}", highlight=False)
     except KeyError:
-        refuse(f"there is no run {run_id}; `runs list` names them")
+        refuse(f"there is no run {run_id} under {asked.url}; `runs list` names them")
     except FileNotFoundError:
         refuse(f"the report of {run_id} was swept; `runs show` has its row")
     if state not in ("ok", "noop"):

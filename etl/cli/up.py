@@ -69,7 +69,7 @@ def up(context: typer.Context, env: Env = "local", root: RootOption = None, **po
     status = 1
     try:
         for child in children:
-            services.ensure_free(child.port, child.name)
+            services.ensure_free(child.port, child.name, within_s=services.END_S if held.after_death else 0)
         for child in children:
             child.start()
         for child in children:

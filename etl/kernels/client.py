@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from etl.kernels import in_kernel, sources
-from etl.kernels.parent import die_with_parent
+from etl.kernels.children import Deaths, die_with_parent
 from etl.storage import PROJECT
 
 log = logging.getLogger(__name__)
@@ -33,8 +33,6 @@ ANSWER_S = 2  # a fork server answers in a millisecond; one that takes longer is
 IMPORTED = "imported"  # in `place`: the own files that kernels have imported, as JSON
 FOLLOW_S = 60  # a kernel that was forked but now may still be coming up
 END_S = 12  # the black box gives what has to be killed ten
-QUICK_S = 10  # one that ends sooner after its start is not started again at once
-SLOWEST_S = 60  # between two starts of one that always ends
 # A variable that Python or a library reads when it starts or is imported: what was preloaded has read the server's.
 READ_AT_START = (
     *("PYTHON", "LD_", "LC_", "LANG", "HOME", "IPYTHON", "JUPYTER_CONFIG_", "MALLOC_", "JE_", "ARROW_", "POLARS_"),
@@ -200,7 +198,7 @@ def _warn_once(text: str) -> None:
 class Keeper:
     """Keeps a fork server with `ready` waiting kernels alive for as long as this process lives.
 
-    One that ends is started again, at once or, when it ends again and again, later; each such series is one warning.
+    One that dies is started again, at once or, when it dies again and again, later; each such series is one warning.
     """
 
     name = "fork server"
@@ -208,12 +206,11 @@ class Keeper:
     def __init__(self, ready: int, log_path: Path):
         self.ready, self.log_path = ready, log_path
         self.process: subprocess.Popen | None = None
-        self._started_at, self._failures = 0.0, 0
+        self.deaths, self._ended = Deaths(), self.process
 
     def start(self) -> None:
         """Start it, in a group of its own; it answers a few seconds later."""
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        self._started_at = time.monotonic()
         with self.log_path.open("ab") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "etl.kernels.forkserver", "--ready", str(self.ready)],
@@ -230,16 +227,17 @@ class Keeper:
         """Start it again when it has ended. Never raises."""
         if self.process is None or self.process.poll() is None:
             return
-        now = time.monotonic()
-        if now - self._started_at > QUICK_S:
-            self._failures = 0
-        if self.process.returncode != 0:  # 0: it gave way to one with newer code
-            if not self._failures:
+        if self.process is not self._ended:
+            self._ended = self.process
+            # 0: it gave way to one with newer code
+            if self.process.returncode != 0 and self.deaths.add() == 1:
                 log.warning("the fork server ended with status %s, see %s", self.process.returncode, self.log_path)
-            self._failures += 1
-        if now - self._started_at >= min(SLOWEST_S, 2**self._failures - 1):
-            with contextlib.suppress(OSError):
+        if self.deaths.wait_s == 0:
+            try:
                 self.start()
+            except OSError as error:
+                self.deaths.add()
+                log.info("the fork server could not be started: %s", error)
 
     def signal(self, number: int) -> None:
         """To the server alone: kernels that serve a run are not in its group."""

@@ -8,22 +8,25 @@ so a batch may be committed meanwhile, and the writer's lease is held only to pu
 
 import io
 import json
-import time
 import traceback
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from etl.lake import documents, durability
+from etl import delta
 from etl.lake import snapshot as lake
-from etl.storage import LeaseHeld, Root, crash_point
+from etl.storage import Damaged, LeaseHeld, Root, crash_point
+
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
 
 VACUUM_HOURS = 24  # at least: a reader may still be on a version this old
 ARCHIVE_DAYS = 7
@@ -31,6 +34,7 @@ WRITTEN = ("lake", "landing", "refused", "results", "models")  # where a killed 
 INDEX = "runs"  # the index of runs is a table of the lake too, though no snapshot names it
 LEASE_S = 1800  # of one table; longer than any of them takes
 CLOCK = "lake/clock.json"
+KEPT_LOG = "lake/kept_log"
 SLACK = timedelta(minutes=5)  # between two machines' clocks
 GAP = timedelta(days=2)  # without a run: the clock may have been moved
 ROW_GROUP = 100_000  # rows: what a reader skips or reads at once
@@ -103,15 +107,22 @@ def compact(
     published = lake.read_published(place)
     versions = published["tables"] if published else {}
     lines = {table: {"table": table, "note": ""} for table in tables(root)}
+    began, handles = {}, {}
     for table, line in lines.items():
         with _told(line), place.lease(f"lake/leases/{table}", run_id, ttl_s=LEASE_S, wait_s=0):
             crash_point(f"compaction holds: {table}")
-            line |= _compact_table(place, table, versions.get(table), target_mb, min_small_files, run_id)
+            handle = lake.open_table(place, table, versions.get(table))
+            began[table] = _names(handle)
+            line |= _compact_table(place, table, handle, target_mb, min_small_files, run_id)
+    _forget(place)
     if published:
-        versions = _publish(place, [line for line in lines.values() if "version" in line], run_id)
-    for table, line in lines.items():
+        versions, handles = _publish(place, [*lines.values()], run_id)
+    for table, names in began.items():
+        line = lines[table]
         with _told(line):
-            line["removed"] = _sweep(place, table, versions.get(table), vacuum_hours, now, suspicion)
+            handle = handles.get(table) or lake.open_table(place, table)
+            line["version"] = handle.version()
+            line["removed"] = _sweep(place, table, handle, versions.get(table), names, vacuum_hours, now, suspicion)
         if suspicion and not line["note"]:
             line["note"] = f"nothing removed: {suspicion}"
     if not suspicion:
@@ -140,10 +151,9 @@ def _told(line: dict) -> Iterator[None]:
 
 
 def _compact_table(
-    place: Root, table: str, published: int | None, target_mb: int, min_small_files: int, run_id: str
+    place: Root, table: str, handle: "DeltaTable", target_mb: int, min_small_files: int, run_id: str
 ) -> dict:
-    """Rewrite what is small among the published files of a table. `published`: None where no snapshot names it."""
-    handle = lake.open_table(place, table, published)
+    """Rewrite what is small among the files of a version: the published one, or the newest where none is."""
     sizes, rows = lake.file_stats(handle)
     groups = _worth_it(handle, table, target_mb * 1_000_000, min_small_files)
     if groups:
@@ -158,8 +168,6 @@ def _compact_table(
     moved = [size for rewrite in rewrites for _, size in rewrite.removed]
     made = [rewrite.bytes for rewrite in rewrites]
     return {
-        "table": table,
-        "version": lake.open_table(place, table).version(),
         "rows_before": rows,
         "rows_after": rows - sum(_rows(handle, rewrite) for rewrite in rewrites) + sum(r.rows for r in rewrites),
         "files_before": len(sizes),
@@ -215,7 +223,7 @@ def _rewrite(place: Root, table: str, files: list[tuple[str, int]], declared: pa
         raise RowsDiffer(
             f"{table}: {frame.height} rows of {len(files)} files do not come back from one: left as it was"
         )
-    return Rewrite(tuple(files), path, len(buffer.getvalue()), after.height, checksum(after), lake.statistics(after))
+    return Rewrite(tuple(files), path, len(buffer.getvalue()), after.height, checksum(after), delta.statistics(after))
 
 
 def _as_declared(part: pa.Table, declared: pa.Schema) -> pa.Table:
@@ -247,7 +255,7 @@ def _swap(place: Root, table: str, rewrites: list[Rewrite], run_id: str) -> int:
         handle = lake.open_table(place, table)
         _require_live(handle, table, gone)
         version = handle.version() + 1
-        if lake.commit(place, table, version, _actions(rewrites, handle.version(), run_id)):
+        if delta.commit(place, f"lake/{table}", version, _actions(rewrites, handle.version(), run_id)):
             return version
 
 
@@ -262,12 +270,8 @@ def _live(handle) -> set[str]:
 
 
 def _actions(rewrites: list[Rewrite], read_version: int, run_id: str) -> list[dict]:
-    """The lines of the commit, by the Delta protocol: https://github.com/delta-io/delta/blob/master/PROTOCOL.md"""
-    now = time.time_ns() // 1_000_000
-    removed = [one for rewrite in rewrites for one in rewrite.removed]
+    removed = [file for rewrite in rewrites for file in rewrite.removed]
     about = {
-        "timestamp": now,
-        "operation": "OPTIMIZE",
         "operationParameters": {"predicate": "[]"},
         "readVersion": read_version,
         "isBlindAppend": False,
@@ -276,14 +280,15 @@ def _actions(rewrites: list[Rewrite], read_version: int, run_id: str) -> list[di
         "stage": "compact",
         "checksum": str(sum(rewrite.checksum for rewrite in rewrites)),
     }
+    info = delta.commit_info("OPTIMIZE", about)
     return [
-        {"commitInfo": about},
+        info,
         *(
             {
                 "remove": {
                     "path": path,
                     "dataChange": False,
-                    "deletionTimestamp": now,
+                    "deletionTimestamp": info["commitInfo"]["timestamp"],
                     "extendedFileMetadata": True,
                     "partitionValues": {},
                     "size": size,
@@ -291,7 +296,7 @@ def _actions(rewrites: list[Rewrite], read_version: int, run_id: str) -> list[di
             }
             for path, size in removed
         ),
-        *(lake.add(one.path, one.bytes, json.dumps(one.stats), now, changes=False) for one in rewrites),
+        *(delta.add(rewrite.path, rewrite.bytes, json.dumps(rewrite.stats), changes=False) for rewrite in rewrites),
     ]
 
 
@@ -320,21 +325,30 @@ def _assert_same(place: Root, table: str, version: int, rewrites: list[Rewrite],
     raise RowsDiffer(f"{what}: put back")
 
 
-def _sweep(place: Root, table: str, published: int | None, hours: int, now: datetime, suspicion: str | None) -> int:
+def _sweep(
+    place: Root,
+    table: str,
+    newest: "DeltaTable",
+    published: int | None,
+    began: set[str],
+    hours: int,
+    now: datetime,
+    suspicion: str | None,
+) -> int:
     """Remove the Parquet files that neither the newest version nor a published one has needed for `hours`; how many.
 
     Since when is kept in `lake/unneeded/<table>.json`, as each sweep sees it. The log cannot tell: checkpoints forget
     what was removed, nobody ever wrote down what a killed run left, and a removal that is old may still be published.
     Nor can a file's own time, which is when it was written. So a file that is about to be committed has a day as well.
+    `began`: the files that were published when the run began; what it superseded was needed until now.
     """
     files = {name for name in place.list(f"lake/{table}") if name.endswith(".parquet")}
-    handle = lake.open_table(place, table)
-    needed = _names(handle)
-    if published not in (None, handle.version()):
+    needed = _names(newest)
+    if published not in (None, newest.version()):
         needed |= _names(lake.open_table(place, table, published))
     memory = f"lake/unneeded/{table}.json"
     before = _unneeded(place, memory)
-    since = {name: min(before.get(name, now), now) for name in files - needed}
+    since = {name: now if name in began else min(before.get(name, now), now) for name in files - needed}
     old = set() if suspicion else {name for name, seen in since.items() if now - seen >= timedelta(hours=hours)}
     place.remove_all(f"lake/{table}/{name}" for name in sorted(old))
     crash_point(f"swept: {table}")
@@ -343,10 +357,9 @@ def _sweep(place: Root, table: str, published: int | None, hours: int, now: date
         by_time: dict[str, list[str]] = {}
         for name in sorted(left):
             by_time.setdefault(left[name].isoformat(), []).append(name)
-        documents.keep(place, memory, {"since": by_time})
-    if not suspicion and published in (None, handle.version()):  # readers open the published one by its log
-        handle.cleanup_metadata()  # what the log's retention allows; a checkpoint alone was not seen to do it
-        durability.forget(place, table)
+        place.write(memory, json.dumps({"since": by_time}).encode())
+    if not suspicion and published in (None, newest.version()):  # readers open the published one by its log
+        newest.cleanup_metadata()  # what the log's retention allows; a checkpoint alone was not seen to do it
     return len(old)
 
 
@@ -359,10 +372,19 @@ def _names(handle) -> set[str]:
 def _unneeded(place: Root, memory: str) -> dict[str, datetime]:
     """Name -> since when; nothing is known when it is damaged, and everything has another day."""
     try:
-        by_time = (documents.read(place, memory) or {"since": {}})["since"]
-    except documents.Damaged:
+        by_time = (place.read_json(memory) or {"since": {}})["since"]
+    except Damaged:
         return {}
     return {name: datetime.fromisoformat(time) for time, names in by_time.items() for name in names}
+
+
+def _forget(place: Root) -> None:
+    """Remove the second copies that releases until November 2026 kept of commits and documents."""
+    if place.list(KEPT_LOG):
+        for rel in place.files("lake"):
+            if rel.endswith(".copy.json"):
+                place.remove(rel)
+        place.remove_tree(KEPT_LOG)
 
 
 def clock_problem(place: Root, now: datetime, hours: int) -> str | None:
@@ -374,15 +396,15 @@ def clock_problem(place: Root, now: datetime, hours: int) -> str | None:
     published = lake.read_published(place)
     newest = datetime.fromisoformat(published["published_at"]) if published else now
     try:
-        seen = documents.read(place, CLOCK)
-    except documents.Damaged:
+        seen = place.read_json(CLOCK)
+    except Damaged:
         seen = None
     seen = seen or {"steady_since": now.isoformat(), "seen": now.isoformat()}
     last, since = (datetime.fromisoformat(seen[name]) for name in ("seen", "steady_since"))
     jumped = now < last - SLACK or now > last + GAP
     if jumped:
         since = now
-    documents.keep(place, CLOCK, {"steady_since": since.isoformat(), "seen": now.isoformat()})
+    place.write(CLOCK, json.dumps({"steady_since": since.isoformat(), "seen": now.isoformat()}).encode())
     if now < newest - SLACK:
         return f"the clock says {now:%Y-%m-%d %H:%M}, before the newest snapshot, of {newest:%Y-%m-%d %H:%M}"
     if jumped:
@@ -392,18 +414,22 @@ def clock_problem(place: Root, now: datetime, hours: int) -> str | None:
     return None
 
 
-def _publish(place: Root, lines: list[dict], run_id: str) -> dict[str, int]:
+def _publish(place: Root, lines: list[dict], run_id: str) -> tuple[dict[str, int], dict[str, "DeltaTable"]]:
     """Move the snapshot to the newest versions, but not of a table that holds rows of a batch that is not published.
 
-    `lines`: of the tables, as in `compact`. Returns table -> version, as it is published then.
+    `lines`: as in `compact`; a table that failed, or was left to another, stays where it is. Returns table -> version,
+    as it is published then, and table -> a handle on the newest one.
     """
+    handles = {}
     with lake.writing(place, run_id):
         published = lake.read_published(place)
         versions = dict(published["tables"])
         for line in lines:
-            if (table := line["table"]) in versions:
+            table = line["table"]
+            if table in versions and not line["note"] and "failed" not in line:
                 with _told(line):
-                    versions[table] = _publishable(place, table, versions[table], published["batch"])
+                    handles[table] = lake.open_table(place, table)
+                    versions[table] = _publishable(place, table, handles[table], versions[table], published["batch"])
         if versions != published["tables"]:
             crash_point("before the compaction is published")
             lake.publish(
@@ -414,17 +440,16 @@ def _publish(place: Root, lines: list[dict], run_id: str) -> dict[str, int]:
                 run_id=published["run_id"],
             )
             crash_point("compaction published")
-    return versions
+    return versions, handles
 
 
-def _publishable(place: Root, table: str, version: int, batch: int) -> int:
+def _publishable(place: Root, table: str, newest: "DeltaTable", version: int, batch: int) -> int:
     """The newest version of a table, made durable; the published `version` when it holds a batch after `batch`."""
-    handle = lake.open_table(place, table)
-    if handle.version() == version or (handle.transaction_version(lake.APP_ID) or 0) > batch:
+    if newest.version() == version or (newest.transaction_version(lake.APP_ID) or 0) > batch:
         return version
-    durability.seal(place, table, after=version, until=handle.version())
-    crash_point(f"compaction sealed: {table}")
-    return handle.version()
+    delta.sync(place, f"lake/{table}", after=version, until=newest.version())
+    crash_point(f"compaction synced: {table}")
+    return newest.version()
 
 
 def prune_archive(root: str, days: int = ARCHIVE_DAYS, now: datetime | None = None) -> list[str]:

@@ -1,20 +1,25 @@
 """What is wrong with the data under a root, found by looking at all of it, and what to do about it. Changes nothing."""
 
+import contextlib
+import io
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
-from etl.lake import compaction, documents, kept, ledger
+from etl import delta
+from etl.lake import compaction, ledger
 from etl.lake import snapshot as lake
-from etl.lake.documents import Damaged
-from etl.storage import Root
+from etl.storage import Damaged, Root
 from pipeline import model, queries
 from pipeline.tables import TABLES
 
-PART = re.compile(r"\d{20}(\.checkpoint\.parquet|\.json)")  # of a table's log
-RUN_PREPROCESS = "run preprocess: it puts this right before anything else"
+COMMIT = re.compile(r"(\d{20})\.json")
+CHECKPOINT = re.compile(r"\d{20}\.checkpoint\.parquet")
+MANIFEST = re.compile(r"(\d{8})\.json")
+HAS = {"CREATE TABLE": "metaData", "WRITE": "add", "OPTIMIZE": "add"}  # operation -> a line that it cannot be without
+RUN_PREPROCESS = "run preprocess: it ends what was begun before anything else"
 REBUILD = "end `up`, then `orchestrate.py rebuild`"
 WAITS = timedelta(minutes=30)  # for a file in landing, with a schedule of a minute
 
@@ -74,94 +79,117 @@ def _looks() -> dict[str, Callable[[Root], Iterator[tuple[str, str]]]]:
 
 
 def _pointer(place: Root) -> Iterator[tuple[str, str]]:
-    yield from _document(place, lake.PUBLISHED)
     try:
         published = lake.read_published(place)
-    except Damaged:
+    except Damaged as error:
+        yield str(error), REBUILD
         return
     if published is None:
-        if place.list("lake/orders/_delta_log"):
-            yield "there are tables, and no snapshot names their versions", RUN_PREPROCESS
-        return
-    if datetime.fromisoformat(published["published_at"]) > datetime.now(UTC) + compaction.SLACK:
+        if place.exists(ledger.done(1)):
+            yield f"{lake.PUBLISHED} is gone", REBUILD
+        elif place.exists(ledger.manifest(1)):
+            yield "batch 1 is not finished", RUN_PREPROCESS
+    elif datetime.fromisoformat(published["published_at"]) > datetime.now(UTC) + compaction.SLACK:
         yield (
             f"it is from the future: {published['published_at']}",
             "set this machine's clock; nothing is vacuumed until",
         )
 
 
-def _document(place: Root, rel: str) -> Iterator[tuple[str, str]]:
-    whole = [documents.is_whole(place, name) for name in (rel, documents.copy_of(rel))]
-    if whole == [False, False]:
-        yield f"{rel} is damaged, and so is its copy", REBUILD
-    elif False in whole:
-        yield f"{rel if whole[1] else documents.copy_of(rel)} is damaged, its other half is whole", RUN_PREPROCESS
+def _published(place: Root) -> dict | None:
+    """The pointer, None also where it is damaged, which `_pointer` says."""
+    with contextlib.suppress(Damaged):
+        return lake.read_published(place)
 
 
 def _manifests(place: Root) -> Iterator[tuple[str, str]]:
-    for name in place.list("lake/batches"):
-        if name.endswith(".json") and not name.endswith(".copy.json"):
-            for problem, _ in _document(place, f"lake/batches/{name}"):
-                yield problem, RUN_PREPROCESS if "whole" in problem else REBUILD
+    for match in filter(None, map(MANIFEST.fullmatch, place.list("lake/batches"))):
+        try:
+            ledger.read(place, int(match[1]))
+        except Damaged as error:
+            yield str(error), REBUILD
 
 
 def _table(place: Root, table: str) -> Iterator[tuple[str, str]]:
-    """Its whole log against what was kept of it, and every file that the snapshot names against the size it had."""
-    from deltalake.exceptions import DeltaError
-
-    log = f"lake/{table}/_delta_log"
-    if not place.list(log):
-        return
-    try:
-        published = lake.read_published(place)
-    except Damaged:
-        published = None
-    for name in place.list(log):
-        match = PART.fullmatch(name)
-        what = name.removesuffix(".json").removesuffix(".parquet")
-        if match and not kept.has(place, table, what, place.read(f"{log}/{name}")) and kept.sha256s(place, table, what):
-            yield f"{log}/{name} is not what was written", RUN_PREPROCESS
+    """All of its log, and every file that the snapshot names."""
+    published = _published(place)
     version = published["tables"].get(table) if published else None
-    try:
-        handle = lake.open_table(place, table, version)
-        named = _files(handle)
-        columns = lake.columns_of(handle)
-    except (DeltaError, OSError, ValueError) as error:
-        yield f"it does not open: {str(error).splitlines()[0][:200]}", f"{RUN_PREPROCESS}; if it cannot: {REBUILD}"
-        return
-    if differs := lake.unlike_declared(table, columns):
-        yield f"it is not as it is declared: {differs}", lake.schema_remedy(table, columns)
-    there = {entry.name: entry.bytes for entry in place.entries(f"lake/{table}")}
-    for path, size in named:
-        if there.get(path) != size:
-            yield f"lake/{table}/{path} has {there.get(path, 'no')} bytes, not {size}: its rows are lost", REBUILD
-
-
-def _files(handle) -> list[tuple[str, int]]:
-    import pyarrow as pa
-
-    actions = pa.table(handle.get_add_actions(flatten=True))
-    return list(zip(actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True))
+    yield from ((problem, REBUILD) for problem in _damages(place, f"lake/{table}", version))
+    with contextlib.suppress(Exception):  # then it was named
+        columns = lake.columns_of(lake.open_table(place, table, version))
+        if differs := lake.unlike_declared(table, columns):
+            yield f"it is not as it is declared: {differs}", lake.schema_remedy(table, columns)
 
 
 def _index(place: Root) -> Iterator[tuple[str, str]]:
-    from deltalake.exceptions import DeltaError
+    remedy = f"restore it, or remove lake/{compaction.INDEX}: rows are lost, reports stay"
+    yield from ((problem, remedy) for problem in _damages(place, f"lake/{compaction.INDEX}", None))
 
-    if not place.list(f"lake/{compaction.INDEX}/_delta_log"):
+
+def _damages(place: Root, table: str, version: int | None) -> Iterator[str]:
+    """What of a table is not what was written: its log, each file of it; each data file of a version, by its size and
+    by reading it."""
+    log = delta.log_of(table)
+    for name in place.list(log):
+        if problem := _reading(lambda name=name: _read_log(place, table, name)):
+            yield problem if log in problem else f"{log}/{name} is damaged: {problem}"
+    if not place.list(log):
         return
+    files: list[tuple[str, int, int]] = []
+    if problem := _reading(lambda: files.extend(_files(place.table(table, version)))):
+        yield f"it does not open: {problem}"
+    sizes = {entry.name: entry.bytes for entry in place.entries(table)}
+    for path, size, rows in files:
+        rel = f"{table}/{path}"
+        if sizes.get(path) != size:
+            yield f"{rel} has {sizes.get(path, 'no')} bytes, not {size}: its rows are lost"
+        elif problem := _reading(lambda rel=rel, rows=rows: _read_rows(place, rel, rows)):
+            yield f"{rel} cannot be read: {problem}: its rows are lost"
+
+
+def _reading(read: Callable[[], None]) -> str | None:
+    """What is said by what cannot be read; None when it can."""
     try:
-        named = _files(lake.open_table(place, compaction.INDEX))
-    except (DeltaError, OSError, ValueError) as error:
-        why = f"it does not open: {str(error).splitlines()[0][:200]}"
-        yield why, f"remove the newest file of lake/{compaction.INDEX}/_delta_log: the rows of its commit are lost"
-        return
-    there = {entry.name: entry.bytes for entry in place.entries(f"lake/{compaction.INDEX}")}
-    lost = [path for path, size in named if there.get(path) != size]
-    if lost:
-        yield (
-            f"{len(lost)} of its files are gone or cut off: {lost[0]}",
-            "restore them, or remove lake/runs: reports stay",
-        )
+        read()
+    except BaseException as error:
+        if not may_be_damage(error):
+            raise
+        return str(error) if isinstance(error, Damaged) else sentence(error)
+    return None
+
+
+def _read_log(place: Root, table: str, name: str) -> None:
+    """Raises Damaged, and whatever a library raises for what is none."""
+    rel = f"{delta.log_of(table)}/{name}"
+    if match := COMMIT.fullmatch(name):
+        lines = delta.actions(place, table, int(match[1]))
+        wanted = {HAS.get(line["commitInfo"].get("operation")) for line in lines if "commitInfo" in line} - {None}
+        if not lines or not wanted <= {kind for line in lines for kind in line}:
+            raise Damaged(f"{rel} is empty or cut off")
+    elif CHECKPOINT.fullmatch(name):
+        _rows_of(place, rel)
+    elif name == delta.LAST:
+        place.read_json(rel)
+
+
+def _read_rows(place: Root, rel: str, rows: int) -> None:
+    """Raises Damaged when a data file has not so many rows, and whatever pyarrow raises for what is none."""
+    if (found := _rows_of(place, rel)) != rows:
+        raise Damaged(f"it has {found} rows, not {rows}")
+
+
+def _rows_of(place: Root, rel: str) -> int:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(io.BytesIO(place.read(rel))).num_rows
+
+
+def _files(handle) -> Iterator[tuple[str, int, int]]:
+    """path, bytes, rows of each file of a table."""
+    import pyarrow as pa
+
+    actions = pa.table(handle.get_add_actions(flatten=True))
+    return zip(*(actions[name].to_pylist() for name in ("path", "size_bytes", "num_records")), strict=True)
 
 
 def _model(place: Root) -> Iterator[tuple[str, str]]:
@@ -189,10 +217,7 @@ def _answers(place: Root) -> Iterator[tuple[str, str]]:
 
 
 def _landing(place: Root) -> Iterator[tuple[str, str]]:
-    try:
-        published = lake.read_published(place)
-    except Damaged:
-        return
+    published = _published(place)
     if published and place.exists(ledger.manifest(published["batch"] + 1)):
         yield f"batch {published['batch'] + 1} is not finished", RUN_PREPROCESS
     waiting = sum(len(place.list(f"landing/{table}")) for table in TABLES)

@@ -1,14 +1,15 @@
 """JSON files become Delta tables: each row exactly once, whatever dies on the way.
 
 A batch is numbered and written down first (`lake/batches/<n>.json`: the files with their sizes and sha256), then
-committed to each table under its number, then made durable, then published, then its files are archived, then it is
-marked done. A run that finds an unfinished batch finishes that one, from the same files. Rows that do not fit go to
-`quarantine` with file, line, reason and the raw text; files that cannot be read at all, or of which no line fits, go to
-`refused/`.
+committed to each table under its number, then published, then its files are archived, then it is marked done. Each of
+these steps is on the disk before the next one is taken. A run that finds an unfinished batch finishes that one, from
+the same files. Rows that do not fit go to `quarantine` with file, line, reason and the raw text; files that cannot be
+read at all, or of which no line fits, go to `refused/`.
 """
 
 import contextlib
 import hashlib
+import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,15 +19,16 @@ from typing import NamedTuple
 
 import polars as pl
 
-from etl.lake import documents, durability, landing, ledger, parse
+from etl.lake import landing, ledger, parse
 from etl.lake import snapshot as lake
 from etl.lake.landing import File
-from etl.storage import Root, Unreadable, crash_point
+from etl.storage import Damaged, Root, Unreadable, crash_point
 from pipeline.tables import RESCUED, TABLES, Table
 
 MAX_BYTES = 256_000_000  # of JSON in a batch: about four times that in memory
 GROUP_BYTES = 16_000_000  # of files that are parsed at once
 AHEAD = timedelta(days=1)  # of its batch that a row may be: `as_of` never goes back, so one far ahead would stay it
+EARLIEST = "1970-01-01T00:00:00+00:00"  # of `as_of`: a day before an order of the year 1 cannot be asked for
 FILES = {
     "table": pl.String,
     "file": pl.String,
@@ -119,11 +121,13 @@ def next_batch(
 
     At most `max_files`, and at most `max_bytes` of JSON; a larger file is refused before it is read. None when nothing
     waits. `scheduled_for`: what the run says of its time, ISO 8601; `now`: what the clock says, if not the machine's.
-    Raises documents.Damaged when it cannot be known what was ingested, lake.SchemasDiffer when the lake's tables are
+    Raises storage.Damaged when it cannot be known what was ingested, lake.SchemasDiffer when the lake's tables are
     not those that are declared.
     """
     place, now = Root.at(root), now or datetime.now(UTC)
     published = lake.read_published(place)
+    if published is None and place.exists(ledger.done(1)):
+        raise Damaged(f"{lake.PUBLISHED} is gone, though batches were published: see `orchestrate.py rebuild`")
     lake.check_schemas(place, published)
     date = f"{now:%Y-%m-%d}"
     number = published["batch"] if published else 0
@@ -242,6 +246,8 @@ def commit(parsed: Parsed, *, run_id: str) -> dict[str, int]:
     versions = {}
     if batch.files or batch.manifest:
         with lake.writing(place, run_id):
+            if batch.manifest:  # who began it may have died before its names were on the disk
+                place.sync(["lake", "lake/batches"])
             _write_down(place, parsed, run_id)
             versions = _commit_tables(place, parsed, run_id)
         sha256s = dict(parsed.files.select("file", "sha256").rows())
@@ -256,7 +262,7 @@ def commit(parsed: Parsed, *, run_id: str) -> dict[str, int]:
 
 
 def _commit_tables(place: Root, parsed: Parsed, run_id: str) -> dict[str, int]:
-    """Append to each table, make it durable, publish. Returns table -> version."""
+    """Append to each table, publish. Returns table -> version."""
     number = parsed.batch.number
     published = lake.read_published(place) or {"batch": 0, "tables": {}, "as_of": None}
     versions = {table: published["tables"].get(table, 0) for table in lake.COLUMNS}
@@ -271,11 +277,7 @@ def _commit_tables(place: Root, parsed: Parsed, run_id: str) -> dict[str, int]:
             after = published["tables"].get(table, -1)
             versions[table] = lake.append(place, table, rows, batch=number, run_id=run_id, after=after)
             crash_point(f"after the commit: {table}")
-    for table, version in versions.items():
-        if version != published["tables"].get(table):
-            durability.seal(place, table, after=published["tables"].get(table, -1), until=version)
-            crash_point(f"sealed: {table}")
-    as_of = max(filter(None, (published["as_of"], parsed.as_of)), default="1970-01-01T00:00:00+00:00")
+    as_of = max(filter(None, (published["as_of"], parsed.as_of, EARLIEST)))
     crash_point("before it is published")
     lake.publish(place, batch=number, as_of=as_of, versions=versions, run_id=run_id, schemas=lake.declared())
     crash_point("published")
@@ -362,7 +364,7 @@ def _write_down(place: Root, parsed: Parsed, run_id: str) -> None:
         manifest = {"batch": batch.number, "run_id": run_id, "date": batch.date, "at": batch.at, "files": files}
         manifest["ingested"] = _ingested(place, batch.number, files)
         crash_point("before it is written down")
-        if documents.create(place, ledger.manifest(batch.number), manifest):
+        if place.create(ledger.manifest(batch.number), _json(manifest)):
             crash_point("written down")
             return
         there = ledger.read(place, batch.number)
@@ -373,7 +375,11 @@ def _write_down(place: Root, parsed: Parsed, run_id: str) -> None:
         # files that changed or vanished before their rows were committed: the batch goes on without them
         left = [file for file in there["files"] if file not in lost]
         there |= {"files": left, "ingested": _ingested(place, batch.number, left)}
-        documents.keep(place, ledger.manifest(batch.number), there)
+        place.write(ledger.manifest(batch.number), _json(there))
+
+
+def _json(document: dict) -> bytes:
+    return json.dumps(document, indent=1).encode()
 
 
 def _is_in(place: Root, file: dict, number: int) -> bool:

@@ -109,13 +109,14 @@ def archive(place: Root, files: Iterable[tuple[File, str]], date: str, run_id: s
     for file, sha256 in files:
         crash_point(f"before the archive: {file.table}")
         there = place.entry(file.landing)
-        if there and (there.mark == file.mark or _is(place, file, sha256)):
-            place.move(file.landing, file.archived(date))
-            folders.add(f"archive/{date}/{file.table}")
-        elif there:  # when it is not there it was moved before
+        if there and there.mark != file.mark and not _is(place, file, sha256):
             changed.append(file.refused("changed while it was ingested: the lake has what it was before"))
+        else:
+            folders.add(f"archive/{date}/{file.table}")
+            if there:  # when it is not there it was moved before, by a run that may have died before it was synced
+                place.move(file.landing, file.archived(date))
         crash_point(f"after the archive: {file.table}")
-    place.sync(sorted(folders))
+    place.sync(filter(place.exists, sorted(folders)))
     refuse(place, changed, date, run_id)
     return changed
 

@@ -2,7 +2,6 @@
 
 from datetime import datetime
 
-from etl.lake import documents
 from etl.storage import Root
 
 
@@ -18,8 +17,8 @@ def done(number: int) -> str:
 
 def read(place: Root, number: int) -> dict | None:
     """A manifest: batch, run_id, date (of the archive), at (the batch's time), files (name, table, tick, bytes,
-    sha256), ingested. Raises documents.Damaged."""
-    return documents.read(place, manifest(number))
+    sha256), ingested. Raises storage.Damaged."""
+    return place.read_json(manifest(number))
 
 
 def time_of(manifest: dict, now: datetime) -> str:

@@ -4,6 +4,7 @@ The archive keeps so many days (`archive_days` of compact), so a lake is made ag
 days is gone: one that is not whole is refused, and nothing is touched.
 """
 
+import contextlib
 import hashlib
 import re
 from collections import Counter
@@ -12,17 +13,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import polars as pl
-from deltalake.exceptions import DeltaError
 
-from etl.lake import compaction, documents, ingest, ledger, quarantine
+from etl.lake import compaction, ingest, ledger, quarantine
 from etl.lake import snapshot as lake
 from etl.lake.landing import NAME
-from etl.storage import Root
+from etl.storage import Damaged, Root
 from pipeline.tables import TABLES
 
 SCRATCH = "rebuilding"
 NO_LIMIT = 1 << 40
-UNREADABLE = (DeltaError, OSError, ValueError, LookupError, pl.exceptions.PolarsError)
+UNREADABLE = (Exception, pl.exceptions.PanicException)  # whatever a library says of what is damaged
 
 
 class NotWhole(RuntimeError):
@@ -111,7 +111,7 @@ def _manifests(place: Root):
     for number in sorted(int(match[1]) for match in names if match):
         try:
             yield ledger.read(place, number)
-        except documents.Damaged:  # its files are found by their names
+        except Damaged:  # its files are found by their names
             continue
 
 
@@ -134,16 +134,17 @@ def _archived(place: Root) -> dict[str, list[str]]:
 
 
 def _published_batch(place: Root) -> int:
-    try:
-        return (lake.read_published(place) or {"batch": 0})["batch"]
-    except documents.Damaged:
-        return max((manifest["batch"] for manifest in _manifests(place)), default=0)
+    """The newest batch that may have been published."""
+    with contextlib.suppress(Damaged):
+        if published := lake.read_published(place):
+            return published["batch"]
+    return max((manifest["batch"] for manifest in _manifests(place)), default=0)
 
 
 def _readable(place: Root, number: int) -> dict | None:
     try:
         return ledger.read(place, number)
-    except documents.Damaged:
+    except Damaged:
         return None
 
 

@@ -8,48 +8,35 @@ those versions and nothing else.
 import hashlib
 import io
 import json
-import time
 import uuid
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
-from decimal import Decimal
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import polars as pl
 
-from etl.lake import documents, kept
+from etl import delta
 from etl.lake.table import INT, RESCUED, TEXT
-from etl.storage import Root, crash_point
+from etl.storage import Damaged, Root, crash_point
 from pipeline.tables import TABLES
 
 if TYPE_CHECKING:
-    import pyarrow
     from deltalake import DeltaTable
 
 PUBLISHED = "lake/published.json"
+POINTER = {"batch", "as_of", "tables", "run_id", "published_at"}
 PINNED = "lake/pinned.json"  # a root that reads a snapshot of another one, as a replay does
 WRITER = "lake/writer.lease"
 APP_ID = "preprocess"  # whose transactions number the batches
 QUARANTINE = {"batch": INT, "table": TEXT, "file": TEXT, "line": INT, "reason": TEXT, "raw": TEXT}
 COLUMNS = {name: table.stored for name, table in TABLES.items()} | {"quarantine": QUARANTINE}
 KEYS = {name: table.key for name, table in TABLES.items()} | {"quarantine": ("batch", "table", "file", "line")}
-CHECKPOINT_INTERVAL = 20  # commits
 PROPERTIES = {
-    "delta.checkpointInterval": str(CHECKPOINT_INTERVAL),
+    "delta.checkpointInterval": str(delta.CHECKPOINT_INTERVAL),
     "delta.logRetentionDuration": "interval 24 hours",  # listing it is the greater part of what opening a table costs
     "delta.deletedFileRetentionDuration": "interval 24 hours",
-}
-
-
-DELTA_TYPES = {
-    pl.Int64: "long",
-    pl.Int32: "integer",
-    pl.String: "string",
-    pl.Date: "date",
-    pl.Decimal: "decimal(15,2)",
-    pl.Datetime: "timestamp",
 }
 
 
@@ -83,11 +70,8 @@ class Snapshot:
         return self.table(table).file_uris()
 
     def table(self, table: str) -> "DeltaTable":
-        """A handle on the version. Raises documents.Damaged rather than open a log that is not what was written."""
-        place, version = Root.at(self.root), self.versions[table]
-        if place.may_tear and (part := kept.damaged(place, table, version, CHECKPOINT_INTERVAL)):
-            raise documents.Damaged(f"{part} is not what was written: run preprocess, which puts it right")
-        return open_table(place, table, version)
+        """A handle on the version."""
+        return open_table(Root.at(self.root), table, self.versions[table])
 
     def rows(self) -> pl.DataFrame:
         """One row a table: table, version, rows, files, mb (counted from the log, no data is read)."""
@@ -104,7 +88,7 @@ def snapshot(root: str) -> Snapshot:
     Where `lake/pinned.json` names another root and its versions, that snapshot is read, whatever came after it.
     """
     place = Root.at(root)
-    published = _pinned(place) or read_published(place)
+    published = place.read_json(PINNED) or read_published(place)
     if published is None:
         raise NothingPublished(f"nothing is published under {place.url} yet: run generate, then preprocess")
     return Snapshot(
@@ -119,22 +103,18 @@ def snapshot(root: str) -> Snapshot:
 def is_published(root: str) -> bool:
     """Whether there is a snapshot to read."""
     place = Root.at(root)
-    return (_pinned(place) or read_published(place)) is not None
-
-
-def _pinned(place: Root) -> dict | None:
-    try:
-        return json.loads(place.read(PINNED))
-    except FileNotFoundError:
-        return None
+    return (place.read_json(PINNED) or read_published(place)) is not None
 
 
 def read_published(place: Root) -> dict | None:
     """The pointer itself: batch, as_of, tables, schemas, run_id, published_at; None before the first batch.
 
-    Read from its copy when it is damaged. Raises documents.Damaged when both are.
+    Raises etl.storage.Damaged.
     """
-    return documents.read(place, PUBLISHED)
+    published = place.read_json(PUBLISHED)
+    if published is not None and (lost := POINTER - published.keys()):
+        raise Damaged(f"{PUBLISHED} is damaged: it has no {', '.join(sorted(lost))}")
+    return published
 
 
 def publish(
@@ -157,7 +137,7 @@ def publish(
         "run_id": run_id,
         "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    documents.keep(place, PUBLISHED, pointer)
+    place.write(PUBLISHED, json.dumps(pointer, indent=1).encode())
 
 
 @contextmanager
@@ -178,8 +158,7 @@ def _columns(schema: str) -> dict[str, str]:
 
 def declared_columns(table: str) -> dict[str, str]:
     """As `columns_of`, of a table as it is declared."""
-    kinds = {name: dtype if isinstance(dtype, type) else type(dtype) for name, dtype in COLUMNS[table].items()}
-    return {name: DELTA_TYPES.get(kind, kind.__name__) for name, kind in kinds.items()}
+    return {name: delta.type_of(dtype) for name, dtype in COLUMNS[table].items()}
 
 
 def fingerprint(columns: dict[str, str]) -> str:
@@ -204,7 +183,7 @@ def unlike_declared(table: str, there: dict[str, str]) -> str | None:
 
 def schema_remedy(table: str, there: dict[str, str]) -> str:
     """What to do about a table whose columns are not the declared ones."""
-    if declared_columns(table).items() - there.items() == {(RESCUED, DELTA_TYPES[TEXT])}:
+    if declared_columns(table).items() - there.items() == {(RESCUED, delta.type_of(TEXT))}:
         return "made by an older release: end `up`, then `orchestrate.py rebuild`"
     return "a table cannot change its columns yet: take the change of pipeline/tables.py back"
 
@@ -234,20 +213,10 @@ def _refusal(differences: list[str], remedy: str) -> str:
 
 def create_tables(place: Root, run_id: str, there: Container[str] = ()) -> None:
     """Create the tables that are not there yet, but for those that are known to be; safe to race."""
-    from deltalake import CommitProperties, DeltaTable, Schema
-
-    for name in COLUMNS:
-        if name in there:
-            continue
-        DeltaTable.create(
-            place.url_of(f"lake/{name}"),
-            Schema.from_arrow(arrow_schema(name)),
-            mode="ignore",
-            name=name,
-            configuration=PROPERTIES,
-            storage_options=place.storage_options,
-            commit_properties=CommitProperties(custom_metadata={"run_id": run_id, "stage": "preprocess"}),
-        )
+    about = {"run_id": run_id, "stage": "preprocess"}
+    for name, columns in COLUMNS.items():
+        if name not in there:
+            delta.create_table(place, f"lake/{name}", columns, keys=KEYS[name], properties=PROPERTIES, about=about)
 
 
 @dataclass(frozen=True)
@@ -266,27 +235,29 @@ def encode(table: str, frame: pl.DataFrame) -> Encoded:
         raise ValueError(f"{table}: {', '.join(nulls)} may not be null")
     buffer = io.BytesIO()
     frame.write_parquet(buffer, compression_level=1)
-    return Encoded(buffer.getvalue(), json.dumps(statistics(frame)))
+    return Encoded(buffer.getvalue(), json.dumps(delta.statistics(frame)))
 
 
 def append(place: Root, table: str, rows: Encoded, *, batch: int, run_id: str, after: int) -> int:
     """Append a batch's rows exactly once; returns the version that holds them. `after`: the version that is published.
 
-    delta-rs does not deduplicate by itself, so the commits since the last batch are looked through for this one, and
-    the commit is the version after them or none: of two writers with the same batch the second finds that version
-    taken, looks again, and finds the batch done. The rows are on the disk before the commit that names them; of the
-    second writer's nothing is removed here, where a commit might name it after all: compaction does, a day later.
+    The commits since then are looked through for this batch, and the commit is the version after them or none: of two
+    writers with the same batch the second finds that version taken, looks again, and finds the batch done. All of it is
+    on the disk then: the rows before the commit that names them, and what others committed since. Of the second
+    writer's nothing is removed here, where a commit might name it after all: compaction does, a day later.
     """
-    path = None
+    path, where = None, f"lake/{table}"
     while True:
         newest, last = head(place, table, after)
         if last >= batch:
+            delta.sync(place, where, after, newest)
             return newest
         if path is None:
             path = f"batch-{batch:08d}-{uuid.uuid4()}.zstd.parquet"
-            place.write(f"lake/{table}/{path}", rows.data)
+            place.write(f"{where}/{path}", rows.data)
             crash_point(f"written, not committed: {table}")
-        if commit(place, table, newest + 1, _append_actions(path, rows, newest, batch, run_id)):
+        if delta.commit(place, where, newest + 1, _append_lines(path, rows, newest, batch, run_id)):
+            delta.sync(place, where, after, newest)
             return newest + 1
 
 
@@ -299,25 +270,21 @@ def head(place: Root, table: str, after: int) -> tuple[int, int]:
     version, batch, columns = after, 0, declared_columns(table)
     while True:
         try:
-            data = place.read(f"lake/{table}/_delta_log/{version + 1:020d}.json")
+            lines = delta.actions(place, f"lake/{table}", version + 1)
         except FileNotFoundError:
             if differs := unlike_declared(table, columns):
                 raise SchemasDiffer(_refusal([differs], schema_remedy(table, columns))) from None
             return version, batch
         version += 1
-        for action in map(json.loads, data.splitlines()):
-            if "metaData" in action:
-                columns = _columns(action["metaData"]["schemaString"])
-            if action.get("txn", {}).get("appId") == APP_ID:
-                batch = max(batch, action["txn"]["version"])
+        for line in lines:
+            if "metaData" in line:
+                columns = _columns(line["metaData"]["schemaString"])
+            if line.get("txn", {}).get("appId") == APP_ID:
+                batch = max(batch, line["txn"]["version"])
 
 
-def _append_actions(path: str, rows: Encoded, read_version: int, batch: int, run_id: str) -> list[dict]:
-    """The lines of the commit, by the Delta protocol: https://github.com/delta-io/delta/blob/master/PROTOCOL.md"""
-    now = time.time_ns() // 1_000_000
+def _append_lines(path: str, rows: Encoded, read_version: int, batch: int, run_id: str) -> list[dict]:
     about = {
-        "timestamp": now,
-        "operation": "WRITE",
         "operationParameters": {"mode": "Append"},
         "readVersion": read_version,
         "isBlindAppend": True,
@@ -325,54 +292,9 @@ def _append_actions(path: str, rows: Encoded, read_version: int, batch: int, run
         "stage": "preprocess",
         "batch": str(batch),
     }
-    transaction = {"appId": APP_ID, "version": batch, "lastUpdated": now}
-    return [{"commitInfo": about}, {"txn": transaction}, add(path, len(rows.data), rows.stats, now, changes=True)]
-
-
-def add(path: str, size: int, stats: str, now: int, *, changes: bool) -> dict:
-    """A commit's line that adds a file. `now`: in milliseconds; `changes`: whether its rows are new to the table."""
-    return {
-        "add": {
-            "path": path,
-            "partitionValues": {},
-            "size": size,
-            "modificationTime": now,
-            "dataChange": changes,
-            "stats": stats,
-        }
-    }
-
-
-def commit(place: Root, table: str, version: int, actions: list[dict]) -> bool:
-    """Add a version to a table's log, unless it is there already: then False. With it goes the checkpoint that is due.
-
-    By hand: delta-rs lists the whole log for it, twice, which on an old table costs more than all the rest of a batch.
-    """
-    lines = "\n".join(map(json.dumps, actions))
-    if not place.create(f"lake/{table}/_delta_log/{version:020d}.json", lines.encode()):
-        return False
-    if (version + 1) % CHECKPOINT_INTERVAL == 0:
-        crash_point(f"committed, no checkpoint: {table}")
-        open_table(place, table, version).create_checkpoint()
-    return True
-
-
-def statistics(frame: pl.DataFrame) -> dict:
-    """What a file's rows have, as the Delta log says it; texts have no bounds, only their nulls."""
-    ranged = frame.select(pl.selectors.numeric() | pl.selectors.temporal())
-    lowest, highest = (side.row(0, named=True) for side in (ranged.min(), ranged.max()))
-    return {
-        "numRecords": frame.height,
-        "minValues": {name: _plain(value) for name, value in lowest.items() if value is not None},
-        "maxValues": {name: _plain(value) for name, value in highest.items() if value is not None},
-        "nullCount": frame.null_count().row(0, named=True),
-    }
-
-
-def _plain(value: int | float | Decimal | date | datetime) -> int | float | str:
-    if isinstance(value, datetime):
-        return value.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-    return value.isoformat() if isinstance(value, date) else value if isinstance(value, int) else float(value)
+    info = delta.commit_info("WRITE", about)
+    transaction = {"appId": APP_ID, "version": batch, "lastUpdated": info["commitInfo"]["timestamp"]}
+    return [info, {"txn": transaction}, delta.add(path, len(rows.data), rows.stats, changes=True)]
 
 
 def last_batch(place: Root, table: str) -> int:
@@ -391,30 +313,6 @@ def file_stats(handle: "DeltaTable") -> tuple[list[int], int]:
 
     actions = pa.table(handle.get_add_actions(flatten=True))
     return actions["size_bytes"].to_pylist(), sum(actions["num_records"].to_pylist())
-
-
-def arrow_schema(table: str) -> "pyarrow.Schema":
-    """The table's Arrow schema: keys are never null."""
-    import pyarrow as pa
-
-    arrow = {
-        pl.Int64: pa.int64(),
-        pl.Int32: pa.int32(),
-        pl.String: pa.string(),
-        pl.Date: pa.date32(),
-        pl.Decimal: pa.decimal128(15, 2),
-        pl.Datetime: pa.timestamp("us", "UTC"),
-    }
-    return pa.schema(
-        [
-            pa.field(
-                column,
-                arrow[dtype if isinstance(dtype, type) else type(dtype)],
-                nullable=column not in KEYS[table],
-            )
-            for column, dtype in COLUMNS[table].items()
-        ]
-    )
 
 
 def open_table(place: Root, table: str, version: int | None = None) -> "DeltaTable":

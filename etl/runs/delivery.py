@@ -180,7 +180,10 @@ def from_journal(folder: Path) -> Progress:
 
     events = list(journal.read(folder / journal.JOURNAL))
     request = RunRequest(notebook={}, **events[0]["request"])
-    nb = nbformat.read(folder / journal.NOTEBOOK, as_version=4)
+    try:
+        nb = nbformat.read(folder / journal.NOTEBOOK, as_version=4)
+    except (OSError, ValueError):  # of a power cut: what is known of its cells has no cell
+        nb, events = nbformat.v4.new_notebook(), [event for event in events if "index" not in event]
     progress = Progress(request, nb, secrets.for_request(request))
     for event in events:
         progress.take(event)

@@ -8,31 +8,27 @@ import datetime
 import io
 import json
 import logging
-import random
 import re
-import time
 import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from etl.storage import Root, no_panic
+from etl import delta
+from etl.storage import Root
 
 if TYPE_CHECKING:
-    from deltalake import DeltaTable
-
     from etl.runs.record import RunRecord
 
 log = logging.getLogger(__name__)
 TABLE = "lake/runs"
 INDEXED = ("run_id", "stage", "state", "started_at", "ended_at")
 PROPERTIES = {  # 4,400 runs a day, each a commit; opening the table takes longer with every commit kept
-    "delta.checkpointInterval": "20",
+    "delta.checkpointInterval": str(delta.CHECKPOINT_INTERVAL),
     "delta.logRetentionDuration": "interval 2 hours",
     "delta.deletedFileRetentionDuration": "interval 24 hours",
     "delta.dataSkippingStatsColumns": ",".join(INDEXED),
 }
-TRIES = 20
 JSON_COLUMNS = (
     *("error", "parameters", "origins", "metrics", "checks", "versions_read", "versions_written"),
     *("provenance", "cells", "receipt"),
@@ -87,50 +83,41 @@ def frame(records: Iterable["RunRecord"]) -> Any:
 
 
 def append(root: Root, record: "RunRecord") -> None:
-    """Add the row of a RunRecord. Several processes may append at once, also the first time.
-
-    Raises deltalake's CommitFailedError when other writers win twenty times in a row.
-    """
-    from deltalake import CommitProperties
-    from deltalake.exceptions import CommitFailedError, DeltaError
-    from deltalake.transaction import AddAction
-
-    who = CommitProperties(custom_metadata={"run_id": record.run_id, "stage": record.stage})
-    row, path, buffer = frame([record]), f"run-{uuid.uuid4()}.parquet", io.BytesIO()
+    """Add the row of a RunRecord; on the disk when this returns. Several processes may append at once, also the first
+    time."""
+    row, about, path = frame([record]), {"run_id": record.run_id, "stage": record.stage}, f"{uuid.uuid4()}.parquet"
+    buffer = io.BytesIO()
     row.write_parquet(buffer)
-    # not by write_deltalake, which panics when there is one of []^| in the table's path
     root.write(f"{TABLE}/{path}", buffer.getvalue())
-    added = AddAction(path, len(buffer.getvalue()), {}, time.time_ns() // 1_000_000, True, _statistics(row))
-    for attempt in range(TRIES):
-        try:
-            with no_panic():
-                table = _open_for(root, row, who)
-                table.create_write_transaction([added], "append", table.schema(), commit_properties=who)
-            return
-        except (CommitFailedError, DeltaError):
-            if attempt == TRIES - 1:
-                raise
-            time.sleep(random.uniform(0, 0.05 * (attempt + 1)))
+    version = _with_all_columns(root, about) + 1
+    info = delta.commit_info("WRITE", {"operationParameters": {"mode": "Append"}, **about})
+    lines = [info, delta.add(path, len(buffer.getvalue()), _statistics(row), changes=True)]
+    while not delta.commit(root, TABLE, version, lines):
+        version += 1
+    if (version + 1) % delta.CHECKPOINT_INTERVAL == 0:
+        root.table(TABLE).cleanup_metadata()
 
 
-def _open_for(root: Root, row: Any, who: Any) -> "DeltaTable":
-    """The table, made when there is none; one of an older release gains the newer columns."""
-    import polars as pl
-    from deltalake import DeltaTable, Schema
-    from deltalake.exceptions import TableNotFoundError
+_up_to_date: set[str] = set()  # roots whose index this process has seen with all columns
 
-    wanted = Schema.from_arrow(row.to_arrow(compat_level=pl.CompatLevel.oldest()).schema)
-    try:
+
+def _with_all_columns(root: Root, about: dict) -> int:
+    """Make the table, or give one of an older release the newer columns; the newest version."""
+    version = delta.newest_version(root, TABLE)
+    if version is None:
+        delta.create_table(root, TABLE, schema(), keys=(), properties=PROPERTIES, about=about)
+        version = 0
+    elif root.url not in _up_to_date:
         table = root.table(TABLE)
-    except TableNotFoundError:
-        made = {"mode": "ignore", "configuration": PROPERTIES, "commit_properties": who}
-        DeltaTable.create(root.url_of(TABLE), wanted, storage_options=root.storage_options, **made)
-        table = root.table(TABLE)
-    columns = {field.name for field in table.schema().fields}
-    if newer := [field for field in wanted.fields if field.name not in columns]:
-        table.alter.add_columns(newer, commit_properties=who)
-        table = root.table(TABLE)
-    return table
+        fields = json.loads(table.schema().to_json())["fields"]
+        known = {field["name"] for field in fields}
+        newer = [delta.field(name, dtype, nullable=True) for name, dtype in schema().items() if name not in known]
+        what = delta.meta_data("runs", fields + newer, PROPERTIES, table_id=table.metadata().id)
+        lines = [delta.commit_info("ADD COLUMNS", about), what]
+        if newer and delta.commit(root, TABLE, table.version() + 1, lines):
+            version = table.version() + 1
+    _up_to_date.add(root.url)
+    return version
 
 
 def _statistics(row: Any) -> str:
@@ -175,6 +162,15 @@ def last_ok(record: "RunRecord") -> dict | None:
     except Exception:  # a report without it is still a report
         log.debug("no last run of %s", record.stage, exc_info=True)
         return None
+
+
+def find_writer(root: Root, table: str, version: int) -> dict | None:
+    """The run that recorded that it wrote this version of a table: run_id, stage, ended_at; None when none did."""
+    import polars as pl
+
+    wrote = pl.col("versions_written").str.json_path_match(f"$.{table}") == str(version)
+    runs = scan(root).filter(wrote).sort("started_at").select("run_id", "stage", "ended_at").head(1).collect()
+    return _as_record(runs.row(0, named=True)) if runs.height else None
 
 
 def indexed(root: Root, run_id: str) -> bool:

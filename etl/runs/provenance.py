@@ -10,7 +10,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from etl import delta
 from etl.kernels import client, sources
+from etl.runs import index
 from etl.storage import PROJECT, Root
 
 LOCK = "requirements.lock"
@@ -70,7 +72,8 @@ def whence(root: Root, table: str, version: int | None = None) -> dict[str, Any]
     """Who wrote a version of a table of the lake, the newest when `version` is None.
 
     table, version, operation, at (ISO, UTC), run_id and stage (null when no run wrote it, as with a commit by hand).
-    Raises LookupError when there is no such table or version, or its commit was cleaned up.
+    Of a version whose commit was cleaned up the index of runs tells, if a run recorded it: `operation` is null then,
+    and `at` is when that run ended. Raises LookupError when there is no such table or version, or nothing tells of it.
     """
     # not by DeltaTable.history(): it numbers the newest commits downwards from the version that it was opened at, so it
     # is wrong for an older version, and for the newest while others commit (deltalake 1.6.3)
@@ -80,9 +83,11 @@ def whence(root: Root, table: str, version: int | None = None) -> dict[str, Any]
         if not there:
             raise LookupError(f"there is no table {table} under {root.url}")
         version = max(there)
-    lines = _commit(root, table, version).splitlines()
-    found = [action["commitInfo"] for action in map(json.loads, lines) if "commitInfo" in action]
-    info = found[0] if found else {}
+    try:
+        lines = delta.actions(root, f"lake/{table}", version)
+    except FileNotFoundError:
+        return _whence_by_index(root, table, version)
+    info = next((line["commitInfo"] for line in lines if "commitInfo" in line), {})
     return {
         "table": table,
         "version": version,
@@ -93,15 +98,12 @@ def whence(root: Root, table: str, version: int | None = None) -> dict[str, Any]
     }
 
 
-def _commit(root: Root, table: str, version: int) -> bytes:
-    """The commit of a version, from where it is kept a second time when the log was cleaned up. Raises LookupError."""
-    place, kept = f"lake/{table}/_delta_log/{version:020d}.json", f"lake/kept_log/{table}"
-    if root.exists(place):
-        return root.read(place)
-    for name in root.list(kept):
-        if name.startswith(f"{version:020d}-"):
-            return root.read(f"{kept}/{name}")
-    raise LookupError(f"there is no version {version} of {table} under {root.url}, or no more")
+def _whence_by_index(root: Root, table: str, version: int) -> dict[str, Any]:
+    run = index.find_writer(root, table, version)
+    if run is None:
+        raise LookupError(f"there is no version {version} of {table} under {root.url}, or no more")
+    about = {"run_id": run["run_id"], "stage": run["stage"]}
+    return {"table": table, "version": version, "operation": None, "at": run["ended_at"], **about}
 
 
 def _iso(milliseconds: int) -> str:

@@ -46,6 +46,7 @@ class Lease:
         self._file: IO[str] | None = None
         self._number, self._end = 0, threading.Event()
         self.lost: str | None = None
+        self.after_death = False  # whether the last one here did not give it back
 
     def take(self) -> None:
         """Raises Held, or OSError when the root cannot be reached."""
@@ -62,6 +63,7 @@ class Lease:
             file.close()
             raise
         self._file = file
+        self.after_death = os.fstat(file.fileno()).st_size > 0
         file.truncate(0)
         file.write(json.dumps(self._told))
         file.flush()
@@ -73,6 +75,7 @@ class Lease:
             with contextlib.suppress(Exception):
                 self._root.write(self._place(), json.dumps({**self._told, "ended": True}).encode())
         if self._file:
+            self._file.truncate(0)
             self._file.close()
 
     def _place(self) -> str:

@@ -1,6 +1,5 @@
 """The processes beside the worker: Prefect's server, the API, the dashboard. Started, watched, ended together."""
 
-import collections
 import contextlib
 import http.client
 import logging
@@ -11,20 +10,18 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
 from etl.kernels import client
-from etl.kernels.parent import die_with_parent
+from etl.kernels.children import Deaths, die_with_parent
 from etl.serve.prefect_server import HOST
 
 log = logging.getLogger(__name__)
 READY_S = 300  # until an essential one answers, on busy cores; 15 s on idle ones
-MOST = 5  # deaths within FORGET_S of what `up` cannot do without; after that it gives up
-FORGET_S = 3600  # an older death does not count
-SLOWEST_S = 60  # between two starts of what always ends
+MOST = 5  # deaths within an hour of what `up` cannot do without; after that it gives up
+END_S = 15  # until the children of an `up` that was killed have ended
 
 # What Prefect's server needs to be quiet, private and honest here; a variable that is set already wins.
 SERVER_ENVIRONMENT = {
@@ -49,27 +46,6 @@ SERVER_ENVIRONMENT = {
 
 class PortTaken(RuntimeError):
     """Somebody listens on the port already."""
-
-
-class Deaths:
-    """When to start again what has ended: at once, and the later the more often it ended within FORGET_S."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self._clock, self._at = clock, collections.deque()
-
-    def add(self) -> int:
-        """One more, now; how many count."""
-        self._at.append(self._clock())
-        while self._at[0] < self._clock() - FORGET_S:
-            self._at.popleft()
-        return len(self._at)
-
-    @property
-    def wait_s(self) -> float:
-        """Until it may be started again: 0 after the first, then 1, 3, 7, ... seconds."""
-        if not self._at:
-            return 0
-        return max(0, self._at[-1] + min(SLOWEST_S, 2 ** (len(self._at) - 1) - 1) - self._clock())
 
 
 @dataclass
@@ -169,17 +145,26 @@ def answers(url: str, timeout_s: float = 2) -> bool:
         return False
 
 
-def ensure_free(port: int, name: str) -> None:
-    """Raises PortTaken, with what to do, when somebody listens on the port."""
+def ensure_free(port: int, name: str, within_s: float = 0) -> None:
+    """Raises PortTaken, with what to do, when somebody still listens on the port after `within_s` seconds."""
+    until = time.monotonic() + within_s
+    while not _is_free(port):
+        if time.monotonic() >= until:
+            option = name.lower().split()[0]
+            raise PortTaken(
+                f"port {port}, for the {name}, is taken: end what listens there, or choose another with --{option}-port"
+            )
+        time.sleep(0.2)
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do: a port in TIME_WAIT is free
         try:
             probe.bind((HOST, port))
         except OSError:
-            option = name.lower().split()[0]
-            raise PortTaken(
-                f"port {port}, for the {name}, is taken: end what listens there, or choose another with --{option}-port"
-            ) from None
+            return False
+    return True
 
 
 def prefect_server(port: int, home: Path, logs: Path) -> Service:

@@ -24,6 +24,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.flow_engine import run_flow
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
@@ -65,8 +66,18 @@ class InPlaceWorker(BaseWorker):
             self._heeding = asyncio.create_task(self._heed_cancels())
         context = contextvars.copy_context()
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._threads, context.run, self._run_flow, flow_run, event)
+        try:
+            await loop.run_in_executor(self._threads, context.run, self._run_flow, flow_run, event)
+        except Exception as error:  # Prefect's engine could not tell the server its state
+            await self._propose_crashed_state(flow_run, f"its end could not be told: {error}")
+            raise
         return BaseWorkerResult(identifier=identifier, status_code=0)
+
+    async def _get_scheduled_flow_runs(self) -> list[WorkerFlowRunResponse]:
+        """Those of our deployments: on a server that is shared, others have theirs in a pool of this name, too."""
+        return [
+            found for found in await super()._get_scheduled_flow_runs() if found.flow_run.deployment_id in self.flows
+        ]
 
     async def _submit_run(self, flow_run: FlowRun) -> None:
         """As Prefect does it, but when the run is due: it asks once a second, and would be that late or too early."""

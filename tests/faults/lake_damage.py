@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from faults.lake_world import NotHeld, World, stage, was_killed
 
+from etl.lake import doctor, rebuild
 from etl.storage import Root
 
 ERRORS = ["ENOSPC", "EIO"]
@@ -158,24 +159,26 @@ def _until_traced(pid: int) -> None:
     raise PermissionError("strace may not attach to a process here")
 
 
-UNFINISHED = ["sealed: lineitem", "after the commit: orders", "published"]
-
-
 def damaged_bytes(n: int, seed: int) -> str:
-    """n times zeroed, torn or flipped bytes in commit, checkpoint, manifest or pointer, in turn, batch done or not."""
+    """n times commit, checkpoint, manifest, pointer or data file zeroed, torn, overwritten or gone: doctor names it and
+    what to do, and rebuild brings every row back, batch done or not."""
     pick = random.Random(seed)
-    ways = zip(["commit", "checkpoint", "manifest", "pointer"] * 3, ["zeroed", "torn", "flipped"] * 4, strict=True)
+    ways = itertools.product(
+        ["zeroed", "torn", "overwritten", "gone"], ["commit", "checkpoint", "manifest", "pointer", "data"]
+    )
+    ways = [way for way in ways if way not in NOT_SEEN]
+    pick.shuffle(ways)
     with tempfile.TemporaryDirectory(prefix="lake-") as folder:
-        worlds = [lived := _lived(Path(folder, "lived"), seed)]
-        worlds += [_stopped(lived, Path(folder, str(i)), stop) for i, stop in enumerate(UNFINISHED)]
-        repaired = reads = refusals = 0
-        for what, how in itertools.islice(itertools.cycle(ways), n):
+        lived = _lived(Path(folder, "lived"), seed)
+        worlds = [lived, _stopped(lived, Path(folder, "stopped"), "after the commit: orders")]
+        for how, what in itertools.islice(itertools.cycle(ways), n):
             world = pick.choice(worlds).copied(Path(folder, "now"))
-            repaired += _one_damage(world, what, how, pick)
-            reads, refusals = reads + world.reads, refusals + world.refusals
+            _damage_once(world, what, how, pick)
             world.remove()
-        found = f"{repaired} repaired, {n - repaired} refused with a message and nothing lost"
-        return f"{n} damages: {found}; {reads} reads, {refusals} of them refused with a message"
+        return f"{n} damages of {len(ways)} kinds: each named with its remedy, and rebuilt with every row"
+
+
+NOT_SEEN = [("gone", "manifest"), ("gone", "checkpoint")]  # nothing needs them: files and commits say the same
 
 
 def _lived(folder: Path, seed: int) -> World:
@@ -196,43 +199,47 @@ def _stopped(lived: World, folder: Path, stop: str) -> World:
     return world
 
 
-def _one_damage(world: World, what: str, how: str, pick: random.Random) -> bool:
-    """Damage one file, read, run preprocess: True when it was repaired. Raises NotHeld when rows are lost."""
-    rel = _victim(Root.at(world.root), what, pick)
+def _damage_once(world: World, what: str, how: str, pick: random.Random) -> None:
+    """Raises NotHeld when doctor does not name the file, or rows are lost."""
+    root = Root.at(world.root)
+    rel = _victim(root, what, pick)
     path = Path(world.root, rel)
     before = path.read_bytes()
-    at = pick.randrange(len(before))
-    after = {
-        "zeroed": pick.choice([b"", b"\0" * len(before)]),
-        "torn": before[:at],
-        "flipped": before[:at] + bytes([before[at] ^ 1 << pick.randrange(8)]) + before[at + 1 :],
-    }[how]
+    at = pick.randrange(len(before) - 2)  # the last may be white space
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(
+            {
+                "zeroed": pick.choice([b"", b"\0" * len(before)]),
+                "torn": before[:at],
+                "overwritten": before[:at] + b"\xff" * len(before[at:]),
+            }[how]
+        )
     try:
-        with world.read_meanwhile(may_refuse=True):
-            world.await_read()
-            path.write_bytes(after)
-            world.await_read()
-            if status := world.run("preprocess"):
-                if "Damaged" not in world.log():
-                    raise NotHeld(f"it ended with {status}, not with a message: {world.log()}")
-                path.write_bytes(before)
-                world.run_well("preprocess")
-            world.verify()
+        named = [
+            finding for finding in doctor.examine(world.root) if finding.problem and finding.remedy == doctor.REBUILD
+        ]
+        if not any(rel.rpartition("/")[2] in finding.problem or how == "gone" for finding in named):
+            raise NotHeld(f"doctor does not name it: {named}")
+        rebuild.rebuild(world.root)
+        world.run_well("preprocess")
+        world.verify()
     except Exception as error:
-        raise NotHeld(f"{rel} {how} at {at} of {len(before)}: {type(error).__name__}: {error}") from None
-    return status == 0
+        raise NotHeld(f"{rel} {how} at {at} of {len(before)}: {type(error).__name__}: {error}") from error
 
 
-def _victim(place: Root, what: str, pick: random.Random) -> str:
-    log = f"lake/{pick.choice(['orders', 'lineitem'])}/_delta_log"
-    names = place.list(log)
+def _victim(root: Root, what: str, pick: random.Random) -> str:
+    table = f"lake/{pick.choice(['orders', 'lineitem'])}"
+    names = root.list(f"{table}/_delta_log")
     commits = [name for name in names if name.endswith(".json")]
     checkpoints = [name for name in names if name.endswith(".checkpoint.parquet")]
-    since = [name for name in commits if name[:20] > checkpoints[-1][:20]]
-    manifests = [name for name in place.list("lake/batches") if name.endswith(".json") and "copy" not in name]
+    since = [name for name in commits if checkpoints[-1][:20] < name[:20] < commits[-1][:20]]
+    manifests = [name for name in root.list("lake/batches") if name.endswith(".json")]
     return {
-        "commit": f"{log}/{pick.choice([since[-1], pick.choice(since)])}",
-        "checkpoint": f"{log}/{pick.choice([checkpoints[-1], '_last_checkpoint'])}",
+        "commit": f"{table}/_delta_log/{pick.choice(since)}",
+        "checkpoint": f"{table}/_delta_log/{pick.choice([checkpoints[-1], '_last_checkpoint'])}",
         "manifest": f"lake/batches/{pick.choice(manifests[-2:])}",
         "pointer": "lake/published.json",
+        "data": f"{table}/{pick.choice([name for name in root.list(table) if name.endswith('.parquet')][:-1])}",
     }[what]

@@ -53,7 +53,7 @@ def _librarys_compaction() -> None:
         time.sleep(0.3)
         with contextlib.suppress(CommitFailedError):
             handle.optimize.compact()
-        return {"table": table, "version": lake.open_table(place, table).version()}
+        return {}
 
     compaction._compact_table = compact_table
 
@@ -63,7 +63,53 @@ def _librarys_compaction_without_lease() -> None:
     _librarys_compaction()
 
 
+def _nothing_synced() -> None:
+    os.fsync = lambda descriptor: None
+
+
+def _no_folder_synced() -> None:
+    from etl import storage
+
+    storage._sync = lambda path: None
+
+
+def _no_sync_of_what_others_left() -> None:
+    from etl.storage import LocalRoot
+
+    LocalRoot.sync = lambda self, rels: None
+
+
+def _librarys_checkpoint() -> None:
+    """Where the log is, and synced after it has its name."""
+    from etl import delta
+
+    def checkpoint(root, table, version):
+        root.table(table, version).create_checkpoint()
+        root.sync(f"{delta.log_of(table)}/{name}" for name in (f"{version:020d}.checkpoint.parquet", delta.LAST, ""))
+
+    delta._checkpoint = checkpoint
+
+
+def _librarys_append_to_the_index() -> None:
+    """Its newest commit and that one's file are synced when it has returned."""
+    from deltalake import write_deltalake
+
+    from etl import delta
+    from etl.runs import index
+
+    def append(root, record):
+        write_deltalake(root.url_of(index.TABLE), index.frame([record]), mode="append")
+        delta.sync(root, index.TABLE, delta.newest_version(root, index.TABLE) - 1, 1 << 40)
+
+    index.append = append
+
+
 APPLY = {
+    "nothing synced": _nothing_synced,
+    "no folder synced": _no_folder_synced,
+    "no sync of what others left": _no_sync_of_what_others_left,
+    "the library's checkpoint": _librarys_checkpoint,
+    "the library's append to the index": _librarys_append_to_the_index,
     "no transaction check": _no_transaction_check,
     "published early": _published_early,
     "no lease": _no_lease,
@@ -72,9 +118,14 @@ APPLY = {
 }
 # what is taken out; on which deltalake (None: the pinned one); what has to fail
 KILLED_BY = [
-    ("no transaction check", None, "at_commits", 40),
-    ("published early", None, "at_commits", 40),
-    ("the library's compaction without lease", DOUBLING, "overlapping", 6),
+    ("no transaction check", None, "lake_crashes.at_commits", 40),
+    ("nothing synced", None, "power_cuts.of('ticks')", 40),
+    ("no folder synced", None, "power_cuts.of('first')", 40),
+    ("no sync of what others left", None, "power_cuts.of('killed')", 400),
+    ("the library's checkpoint", None, "power_cuts.of('ticks')", 400),
+    ("the library's append to the index", None, "power_cuts.of('report')", 400),
+    ("published early", None, "lake_crashes.at_commits", 40),
+    ("the library's compaction without lease", DOUBLING, "lake_crashes.overlapping", 6),
 ]
 
 
@@ -99,7 +150,7 @@ def mutants(n: int, seed: int) -> str:
 
 def _campaign(scenario: str, n: int, seed: int, mutant: str, packages: str | None) -> subprocess.CompletedProcess:
     paths = [*filter(None, [packages]), str(PROJECT / "tests"), str(PROJECT)]
-    code = f"from faults import lake_crashes\nprint(lake_crashes.{scenario}({n}, {seed}, {mutant!r}))"
+    code = f"from faults import lake_crashes, power_cuts\nprint({scenario}({n}, {seed}, {mutant!r}))"
     return subprocess.run(
         [sys.executable, "-c", f"if __name__ == '__main__':\n exec({code!r})"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},

@@ -20,7 +20,7 @@ from pathlib import Path
 import duckdb
 import polars as pl
 
-from etl.lake import compaction, documents, durability, ingest, ledger
+from etl.lake import compaction, ingest, ledger
 from etl.lake import snapshot as lake
 from etl.storage import LeaseHeld, Root
 from pipeline import source
@@ -46,6 +46,12 @@ def real() -> dict[int, dict[str, pl.DataFrame]]:
     return source.make_ticks(source.Stream(0.01, 40, "2026-03-01T11:00:00+00:00"), range(2))
 
 
+@functools.cache
+def db() -> duckdb.DuckDBPyConnection:
+    """The engine that says what must be there."""
+    return duckdb.connect()
+
+
 class World:
     """A root in `folder`, the files that were put into its landing, and what must be in the lake because of them."""
 
@@ -53,7 +59,7 @@ class World:
         self.folder, self.root = Path(folder), str(Path(folder) / "root")
         self.random, self.bad, self.next_tick = random.Random(seed), bad, 0
         self.quarantined: set[tuple[str, int]] = set()
-        self.reads = self.refusals = 0
+        self.reads = 0
         (self.folder / "given").mkdir(parents=True, exist_ok=True)
 
     def copied(self, folder: Path) -> "World":
@@ -120,15 +126,11 @@ class World:
         return ""
 
     @contextlib.contextmanager
-    def read_meanwhile(self, may_refuse: bool = False):
-        """A reader that opens the snapshot every 100 ms meanwhile: no error, and never two batches in one.
-
-        Where bytes are damaged it may be refused, if it is told which; then, too, it sees no wrong row.
-        """
+    def read_meanwhile(self):
+        """A reader that opens the snapshot every 100 ms meanwhile: no error, and never two batches in one."""
         stop, found = self.folder / "stop", self.folder / "found.json"
         stop.unlink(missing_ok=True)
-        self._reading = processes.Value("i")
-        reader = processes.Process(target=_read, args=(self.root, str(stop), str(found), self._reading))
+        reader = processes.Process(target=_read, args=(self.root, str(stop), str(found)))
         reader.start()
         try:
             yield
@@ -136,17 +138,9 @@ class World:
             stop.touch()
             reader.join(60)
         seen = json.loads(found.read_text())
-        if seen["wrong"] or (seen["refused"] and not may_refuse):
-            raise NotHeld(f"a reader saw {(seen['wrong'] + seen['refused'])[:2]} in {seen['reads']} reads")
-        self.reads, self.refusals = self.reads + seen["reads"], self.refusals + len(seen["refused"])
-
-    def await_read(self) -> None:
-        """Wait until the reader has read once from now on."""
-        enough, until = self._reading.value + 2, time.monotonic() + 60  # one may be under way
-        while self._reading.value < enough:
-            if time.monotonic() > until:
-                raise NotHeld("the reader hangs")
-            time.sleep(0.01)
+        if seen["wrong"]:
+            raise NotHeld(f"a reader saw {seen['wrong'][:2]} in {seen['reads']} reads")
+        self.reads += seen["reads"]
 
     def verify(self, everything: bool = True) -> None:
         """Every row once, every sum right to the cent, one batch in all tables. Raises NotHeld."""
@@ -155,16 +149,15 @@ class World:
         if not everything:
             return
         snapshot = lake.snapshot(self.root)
-        with duckdb.connect() as db:
-            for table, key in KEYS.items():
-                sums = ", ".join(f"sum({name}::decimal(15,2))" for name in MONEY[table])
-                ask = f"select count(*), count(distinct ({key})), {sums} from "
-                given = db.sql(f"{ask} read_json('{self.folder}/given/{table}-*.json', format='newline_delimited')")
-                there = db.sql(f"{ask} read_parquet({self._files(snapshot, table)})")
-                if (want := given.fetchone()) != (found := there.fetchone()):
-                    raise NotHeld(f"{table}: rows, keys and sums are {found}, not {want}")
-            files = self._files(snapshot, "quarantine")
-            rows = db.sql(f"select file, line from read_parquet({files})").fetchall() if files else []
+        for table, key in KEYS.items():
+            sums = ", ".join(f"sum({name}::decimal(15,2))" for name in MONEY[table])
+            ask = f"select count(*), count(distinct ({key})), {sums} from "
+            given = db().sql(f"{ask} read_json('{self.folder}/given/{table}-*.json', format='newline_delimited')")
+            there = db().sql(f"{ask} read_parquet({self._files(snapshot, table)})")
+            if (want := given.fetchone()) != (found := there.fetchone()):
+                raise NotHeld(f"{table}: rows, keys and sums are {found}, not {want}")
+        files = self._files(snapshot, "quarantine")
+        rows = db().sql(f"select file, line from read_parquet({files})").fetchall() if files else []
         if sorted(rows) != sorted(self.quarantined):
             raise NotHeld(f"quarantine has {len(rows)} rows, not the {len(self.quarantined)} that were broken")
         waiting = [name for table in TABLES for name in Root.at(self.root).list(f"landing/{table}")]
@@ -204,7 +197,6 @@ def mixed(root: str) -> str | None:
 
 def stage(name: str, root: str) -> None:
     """What the notebook does, without the notebook."""
-    durability.repair(root)
     if name == "preprocess":
         ingest.drain(root, **LIMITS, scheduled_for=AT, run_id=f"preprocess-{os.getpid()}")
     elif name == "compact":
@@ -232,19 +224,17 @@ def _run(name: str, root: str, folder: str, crash_at: str | None, mutant: str | 
         sys.exit(3)
 
 
-def _read(root: str, stop: str, found: str, reading) -> None:
-    wrong, refused = [], []
+def _read(root: str, stop: str, found: str) -> None:
+    wrong, reads = [], 0
     while not os.path.exists(stop):
         try:
             if problem := mixed(root):
                 wrong.append(problem)
-        except documents.Damaged as error:
-            refused.append(str(error))
         except Exception as error:
             wrong.append(f"{type(error).__name__}: {str(error)[:200]}")
-        reading.value += 1
+        reads += 1
         time.sleep(0.1)
-    Path(found).write_text(json.dumps({"reads": reading.value, "wrong": wrong, "refused": refused}))
+    Path(found).write_text(json.dumps({"reads": reads, "wrong": wrong}))
 
 
 def points(world: World, name: str) -> list[str]:

@@ -370,7 +370,9 @@ def test_a_root_that_is_not_there_is_said_to_be_not_there(project, tmp_path):
     ):
         done = CliRunner().invoke(orchestrate_app, [*command, "--root", f"{tmp_path}/mistyped"])
         assert (done.exit_code, done.stdout) == (1, ""), command
-        assert f"there is no root {tmp_path}/mistyped" in done.stderr.replace("\n", ""), (command, done.stderr)
+        assert f"root {tmp_path}/mistyped: it is not there" in done.stderr.replace("\n", ""), (command, done.stderr)
+    done = CliRunner().invoke(orchestrate_app, ["quarantine", "list", "--root", str(tmp_path)])
+    assert done.exit_code == 1 and "no stage has run there yet" in done.stderr
     for folder, problem in (("mistyped", "it is not there"), ("", "no stage has run there yet")):
         done = CliRunner().invoke(orchestrate_app, ["doctor", "--root", f"{tmp_path}/{folder}", "--json"])
         (wrong,) = [one for one in json.loads(done.stdout)["findings"] if one["what"].startswith("root ")]
@@ -395,7 +397,9 @@ def test_where_there_are_no_runs_the_roots_that_have_some_are_named(project):
         f"{project}/outputs/dev has runs: python orchestrate.py runs list --env dev",
     ]
     done = orchestrate(project, "runs", "list", "--root", "output")
-    assert done.returncode == 1 and f"no root {project}/output:" in done.stderr and "--env dev" in done.stderr
+    assert (
+        done.returncode == 1 and f"root {project}/output: it is not there" in done.stderr and "--env dev" in done.stderr
+    )
     assert "greet-" in orchestrate(project, "runs", "list", "--env", "dev").stdout
 
 
@@ -415,7 +419,7 @@ def test_the_command_line_finds_the_projects_own_python(project, tmp_path):
     (project / ".venv/bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (project / ".venv/bin/python").chmod(0o755)
     done = barely()
-    assert done.returncode == 1 and f"there is no root {project}/nowhere at all" in done.stderr, done.stderr
+    assert done.returncode == 1 and f"root {project}/nowhere at all: it is not there" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("when", ["yesterday", "2026-13-01"])

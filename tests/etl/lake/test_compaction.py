@@ -1,5 +1,6 @@
 """The same rows in fewer files."""
 
+import json
 import os
 import re
 import time
@@ -16,7 +17,7 @@ from deltalake.exceptions import CommitFailedError
 from polars.testing import assert_frame_equal
 from support import AT, ingest_all
 
-from etl.lake import compaction, durability, ingest
+from etl.lake import compaction, doctor, ingest
 from etl.lake import snapshot as lake
 from etl.storage import Root
 from pipeline import source
@@ -212,6 +213,18 @@ def test_what_an_unfinished_batch_needs_stays_however_long_it_takes(scattered, s
     assert lake.snapshot(scattered).frame("lineitem").collect().height > rows
 
 
+def test_a_file_that_was_not_committed_yet_when_it_was_seen_has_a_day_from_its_end(scattered):
+    """A sweep met a batch's file before its commit; the next one, a day later, is the one that supersedes it."""
+    place, started, before = Root.at(scattered), datetime.now(UTC), lake.snapshot(scattered)
+    compaction.clock_problem(place, started, hours=24)
+    rows, files = before.frame("orders").collect().height, [Path(url).name for url in before.files("orders")]
+    place.write("lake/unneeded/orders.json", json.dumps({"since": {started.isoformat(): files}}).encode())
+    for hours, removed in ((24, 0), (47, 0), (48, 3)):
+        assert before.frame("orders").collect().height == rows
+        done = compaction.compact(scattered, **ASK, run_id=f"at {hours}", now=started + timedelta(hours=hours))
+        assert done.filter(table="orders").select("files_after", "removed").row(0) == (1, removed)
+
+
 def test_a_memory_that_is_damaged_gives_every_file_another_day(scattered):
     started, place = datetime.now(UTC), Root.at(scattered)
     compaction.compact(scattered, **ASK, run_id="compact-1", now=started)
@@ -306,14 +319,11 @@ def test_a_log_that_is_old_is_cut_and_the_lake_stays_whole(root, stream, made, m
         if path.suffix == ".json":
             path.write_text(re.sub(r'"timestamp":\d+', f'"timestamp":{days_ago * 1000:.0f}', path.read_text(), count=1))
         os.utime(path, (days_ago, days_ago))
-    for kept in Path(root, "lake/kept_log/orders").glob("*.json"):  # of what the log says now
-        kept.unlink()
-    durability.seal(Root.at(root), "orders", after=-1, until=45)
     monkeypatch.setattr(compaction, "clock_problem", lambda *_: None)
     compaction.compact(root, **ASK, run_id="compact-1")
     left = sorted(path.name for path in log.glob("*[0-9].json"))
     assert left[0] == f"{39:020d}.json"  # from the newest checkpoint on
-    assert durability.repair(root) == []
+    assert not [finding for finding in doctor.examine(root) if finding.problem]
     assert lake.snapshot(root).frame("orders").collect().height == 45
 
 
@@ -377,3 +387,18 @@ def test_old_days_of_an_archive_in_an_object_store_go(s3_root):
     pruned = [compaction.prune_archive(s3_root, now=started + timedelta(days=days)) for days in range(10)]
     assert pruned == [[]] * 8 + [["2020-01-01"], []]
     assert place.list("archive") == []
+
+
+def test_what_earlier_releases_kept_twice_is_believed_no_more_and_removed(scattered):
+    """Their documents have a sha256 beside their own fields."""
+    place, before = Root.at(scattered), lake.snapshot(scattered)
+    for rel in (lake.PUBLISHED, "lake/batches/00000003.json"):
+        document = place.read_json(rel)
+        place.write(rel, json.dumps({"sha256": "0" * 64} | document).encode())
+        place.write(rel.replace(".json", ".copy.json"), b"{oops")
+    place.write(f"lake/kept_log/orders/{1:020d}-{'0' * 64}.json", b"{oops")
+    assert lake.snapshot(scattered) == before
+    assert not [finding for finding in doctor.examine(scattered) if finding.problem]
+    compaction.compact(scattered, **ASK, run_id="compact-1")
+    assert not place.list("lake/kept_log") and not [rel for rel in place.files("lake") if "copy" in rel]
+    assert lake.snapshot(scattered).rows().select("table", "rows").equals(before.rows().select("table", "rows"))

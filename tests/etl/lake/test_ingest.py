@@ -17,7 +17,7 @@ from etl import charts
 from etl.lake import ingest, landing, ledger, quarantine, rebuild
 from etl.lake import snapshot as lake
 from etl.storage import PROJECT, Root
-from pipeline import source
+from pipeline import queries, source
 from pipeline.tables import TABLES
 
 
@@ -185,6 +185,15 @@ def test_a_row_is_at_most_a_day_ahead(root, made, scheduled_for, hours_ahead, fi
     assert rows(root, "orders").height == 1 + fits
     assert snapshot.as_of == CLOCK + fits * timedelta(hours=hours_ahead)
     assert snapshot.frame("quarantine").collect().height == 1 - fits
+
+
+def test_as_of_leaves_room_to_look_back(root, made):
+    old = made[1]["orders"].head(1).with_columns(o_order_time=pl.datetime(1, 1, 1, time_zone="UTC"))
+    Root.at(root).write("landing/orders/orders-00000001.json", source.to_json_lines(old))
+    ingest_all(root)
+    assert lake.snapshot(root).as_of == datetime(1970, 1, 1, tzinfo=UTC)
+    for question in queries.questions():
+        queries.ask(question, lake.snapshot(root))
 
 
 def test_a_batch_that_an_earlier_release_wrote_down_is_of_today():

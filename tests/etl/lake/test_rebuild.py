@@ -141,19 +141,34 @@ def _edit(path: Path, change) -> None:
     path.write_bytes(change(path.read_bytes()))
 
 
-def flip(data: bytes) -> bytes:
-    return data[:-20] + bytes([data[-20] ^ 1]) + data[-19:]
+def torn(data: bytes) -> bytes:
+    return data[:-20]
+
+
+def overwritten(data: bytes) -> bytes:
+    return data[:-20] + b"\xff" * 20
 
 
 PLANTED = {
-    "a flipped bit in the pointer": (
+    "a torn pointer": ("the published snapshot", lambda root: _edit(root / "lake/published.json", torn)),
+    "no pointer": ("the published snapshot", lambda root: (root / "lake/published.json").unlink()),
+    "a pointer without tables": (
         "the published snapshot",
-        lambda root: _edit(root / "lake/published.json", flip),
+        lambda root: (root / "lake/published.json").write_text('{"batch": 3}'),
     ),
-    "a flipped bit in a manifest": ("the manifests", lambda root: _edit(root / "lake/batches/00000002.json", flip)),
-    "a flipped bit in a commit": (
+    "a torn manifest": ("the manifests", lambda root: _edit(root / "lake/batches/00000002.json", torn)),
+    "an overwritten commit": (
         "table orders",
-        lambda root: _edit(root / f"lake/orders/_delta_log/{2:020d}.json", flip),
+        lambda root: _edit(root / f"lake/orders/_delta_log/{2:020d}.json", overwritten),
+    ),
+    "a commit that lacks its last line": (
+        "table region",
+        lambda root: _edit(root / f"lake/region/_delta_log/{1:020d}.json", lambda data: data[: data.rindex(b"\n")]),
+    ),
+    "a commit gone": ("table lineitem", lambda root: (root / f"lake/lineitem/_delta_log/{2:020d}.json").unlink()),
+    "a hint that is none": (
+        "table part",
+        lambda root: (root / "lake/part/_delta_log/_last_checkpoint").write_text("{"),
     ),
     "an empty commit": (
         "table region",
@@ -163,6 +178,14 @@ PLANTED = {
     "a data file cut off": (
         "table part",
         lambda root: _edit(next((root / "lake/part").glob("batch-*")), lambda data: data[:-1]),
+    ),
+    "a data file of zeros": (
+        "table part",
+        lambda root: _edit(next((root / "lake/part").glob("batch-*")), lambda data: bytes(len(data))),
+    ),
+    "a data file overwritten": (
+        "table part",
+        lambda root: _edit(next((root / "lake/part").glob("batch-*")), overwritten),
     ),
     "a run's row gone": ("the index of runs", lambda root: next((root / "lake/runs").glob("*.parquet")).unlink()),
     "an answer gone": (

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from support import ingest_all
+from support import AT, ingest_all
 
-from etl.lake import documents
+from etl.lake import ingest
 from etl.lake import snapshot as lake
-from etl.storage import Root
+from etl.storage import Damaged, Root
 from pipeline import source
 from pipeline.tables import TABLES
 
@@ -117,11 +117,16 @@ def test_types_in_the_lake_are_those_of_the_tables(filled):
         assert lake.snapshot(filled).frame(table).collect_schema() == pl.Schema(spec.columns)
 
 
-@pytest.mark.parametrize("damage", [b"", b'{"batch": 1', b"\x00" * 40])
-def test_a_damaged_pointer_is_read_from_its_copy(filled, damage):
-    before, place = lake.snapshot(filled), Root.at(filled)
-    place.write(lake.PUBLISHED, damage)
-    assert lake.snapshot(filled) == before
-    place.write(documents.copy_of(lake.PUBLISHED), place.read(documents.copy_of(lake.PUBLISHED)).replace(b"1", b"2", 1))
-    with pytest.raises(documents.Damaged, match="lake/published.json is damaged, and so is its copy"):
-        lake.snapshot(filled)
+@pytest.mark.parametrize("damage", [b"", b'{"batch": 1', b"\x00" * 40, b"[]", b"{}"])
+def test_a_damaged_pointer_is_refused_by_name(filled, damage):
+    Root.at(filled).write(lake.PUBLISHED, damage)
+    for ask in (lake.snapshot, lake.is_published, lambda root: ingest.next_batch(root, max_files=9, scheduled_for=AT)):
+        with pytest.raises(Damaged, match="lake/published.json is damaged"):
+            ask(filled)
+
+
+def test_no_batch_is_begun_where_the_pointer_is_gone(filled):
+    """Or every name would be new again."""
+    Root.at(filled).remove(lake.PUBLISHED)
+    with pytest.raises(Damaged, match="lake/published.json is gone"):
+        ingest.next_batch(filled, max_files=9, scheduled_for=AT)

@@ -5,10 +5,11 @@ import json
 import subprocess
 from dataclasses import replace
 from datetime import UTC, date, datetime
+from pathlib import Path
 
 import polars as pl
 import pytest
-from faults import replay_scenarios
+from faults import replay_scenarios, synthetic
 from support import ingest_all, write_stage
 
 from etl import params
@@ -377,7 +378,18 @@ def test_whence_is_right_for_every_version_and_honest_about_none(root):
     newest = provenance.whence(place, "orders")
     assert (newest["version"], newest["run_id"], newest["stage"]) == (24, "preprocess-24", "preprocess")
     assert newest["operation"] == "WRITE" and datetime.fromisoformat(newest["at"]).year >= 2026
-    for table, version, why in (("orders", 25, "no version 25 of orders"), ("ordres", None, "no table ordres")):
+    Path(root, f"lake/orders/_delta_log/{7:020d}.json").unlink()  # cleaned up: what a run recorded is in the index
+    run = synthetic.month(1, days=1)[0]
+    for number, versions in enumerate(({"orders": 6}, {"orders": 7, "lineitem": 8}, {"lineitem": 7})):
+        index.append(place, replace(run, run_id=f"preprocess-{number}", versions_written=versions))
+    found = provenance.whence(place, "orders", 7)
+    assert (found["run_id"], found["stage"], found["at"]) == ("preprocess-1", run.stage, run.ended_at)
+    assert (found["version"], found["operation"]) == (7, None)
+    for table, version, why in (
+        ("lineitem", 9, "no version 9 of lineitem"),
+        ("orders", 25, "no version 25 of orders"),
+        ("ordres", None, "no table ordres"),
+    ):
         with pytest.raises(LookupError, match=why):
             provenance.whence(place, table, version)
 

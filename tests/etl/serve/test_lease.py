@@ -72,9 +72,11 @@ def test_on_this_machine_it_is_free_the_moment_its_holder_dies(tmp_path, holder)
     first.kill()
     first.wait()
     second = take(tmp_path / "services", str(tmp_path))
-    assert f"process {os.getpid()} on " in refused(tmp_path / "services", str(tmp_path))
+    assert second.after_death and f"process {os.getpid()} on " in refused(tmp_path / "services", str(tmp_path))
     second.release()
-    take(tmp_path / "services", str(tmp_path)).release()
+    third = take(tmp_path / "services", str(tmp_path))
+    assert not third.after_death
+    third.release()
 
 
 @pytest.mark.parametrize("where", ["here", "elsewhere"])

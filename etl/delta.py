@@ -1,0 +1,193 @@
+"""The log of a Delta table, written by hand: every file of it is on the disk before it has its name.
+
+delta-rs syncs nothing, so a power cut may leave its newest commit empty (then its rows are gone without a word) or torn
+(then the table does not open). And it lists the whole log for a commit, twice, which on an old table costs more than
+all the rest of a batch. The lines are those of the protocol:
+https://github.com/delta-io/delta/blob/master/PROTOCOL.md
+"""
+
+import json
+import tempfile
+import time
+import uuid
+from collections.abc import Container, Mapping
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import unquote
+
+from etl.storage import Damaged, Root, crash_point
+
+if TYPE_CHECKING:
+    import polars as pl
+
+Action: TypeAlias = dict[str, Any]  # a line of a commit
+CHECKPOINT_INTERVAL = 20  # commits
+TYPES = {
+    **{"Int64": "long", "Int32": "integer", "Float64": "double", "Boolean": "boolean"},
+    **{"String": "string", "Date": "date", "Datetime": "timestamp"},
+}
+LAST = "_last_checkpoint"
+
+
+def log_of(table: str) -> str:
+    """The place of a table's log. `table`: the place of the table."""
+    return f"{table}/_delta_log"
+
+
+def commit_of(table: str, version: int) -> str:
+    """The place of a version's commit."""
+    return f"{log_of(table)}/{version:020d}.json"
+
+
+def newest_version(root: Root, table: str) -> int | None:
+    """The newest version of a table, from its log's names; None when there is no table."""
+    return max((int(name[:20]) for name in root.list(log_of(table)) if name[:20].isdigit()), default=None)
+
+
+def actions(root: Root, table: str, version: int) -> list[Action]:
+    """The lines of a version's commit. Raises FileNotFoundError, Damaged."""
+    place = commit_of(table, version)
+    data = root.read(place)
+    try:
+        lines = [json.loads(line) for line in data.splitlines()]
+    except ValueError as error:
+        raise Damaged(f"{place} is damaged: {error}") from None
+    if not all(isinstance(line, dict) for line in lines):
+        raise Damaged(f"{place} is damaged: it is no JSON object a line")
+    return lines
+
+
+def create_table(
+    root: Root,
+    table: str,
+    columns: "Mapping[str, pl.DataType | type[pl.DataType]]",
+    *,
+    keys: Container[str],
+    properties: dict[str, str],
+    about: Action,
+) -> None:
+    """Version 0 of a table, unless it is there already; safe to race.
+
+    `columns`: Polars types by name; `keys`: those that are never null; `about`: for the commit, as run_id and stage.
+    """
+    if root.exists(commit_of(table, 0)):
+        root.sync([log_of(table)])  # who made it may have died before it was
+        return
+    fields = [field(name, dtype, name not in keys) for name, dtype in columns.items()]
+    lines = [
+        commit_info("CREATE TABLE", about),
+        {"protocol": {"minReaderVersion": 1, "minWriterVersion": 2}},
+        meta_data(table.rpartition("/")[2], fields, properties),
+    ]
+    commit(root, table, 0, lines)
+
+
+def commit_info(operation: str, about: Action) -> Action:
+    """A commit's line that says what it does. `about`: what else it carries, as run_id and stage."""
+    return {"commitInfo": {"timestamp": time.time_ns() // 1_000_000, "operation": operation, **about}}
+
+
+def meta_data(name: str, fields: list[Action], properties: dict[str, str], table_id: str | None = None) -> Action:
+    """A commit's line that says what a table is; a new one when it has no `table_id`."""
+    return {
+        "metaData": {
+            "id": table_id or str(uuid.uuid4()),
+            "name": name,
+            "format": {"provider": "parquet", "options": {}},
+            "schemaString": json.dumps({"type": "struct", "fields": fields}),
+            "partitionColumns": [],
+            "createdTime": time.time_ns() // 1_000_000,
+            "configuration": properties,
+        }
+    }
+
+
+def field(name: str, dtype: "pl.DataType | type[pl.DataType]", nullable: bool) -> Action:
+    """A column as a table's schema has it."""
+    return {"name": name, "type": type_of(dtype), "nullable": nullable, "metadata": {}}
+
+
+def type_of(dtype: "pl.DataType | type[pl.DataType]") -> str:
+    """A Polars type as Delta calls it. Raises ValueError for one that it is not written as."""
+    kind = str(dtype.base_type())
+    if kind == "Decimal":
+        return "decimal({precision},{scale})".format(**vars(dtype))
+    if kind not in TYPES:
+        raise ValueError(f"no table has a column of the type {dtype}, but {', '.join(TYPES)} or Decimal")
+    return TYPES[kind]
+
+
+def add(path: str, size: int, stats: str, *, changes: bool) -> Action:
+    """A commit's line that adds a file. `changes`: whether its rows are new to the table."""
+    return {
+        "add": {
+            "path": path,
+            "partitionValues": {},
+            "size": size,
+            "modificationTime": time.time_ns() // 1_000_000,
+            "dataChange": changes,
+            "stats": stats,
+        }
+    }
+
+
+def commit(root: Root, table: str, version: int, lines: list[Action]) -> bool:
+    """Add a version to a table's log, unless it is there already: then False. With it goes a checkpoint that is due."""
+    if not root.create(commit_of(table, version), "\n".join(map(json.dumps, lines)).encode()):
+        return False
+    if (version + 1) % CHECKPOINT_INTERVAL == 0:
+        crash_point(f"committed, no checkpoint: {table}")
+        _checkpoint(root, table, version)
+    return True
+
+
+def _checkpoint(root: Root, table: str, version: int) -> None:
+    """Have delta-rs write a version's checkpoint; where what it writes may tear, in a copy of the log's end."""
+    if not root.may_tear:
+        root.table(table, version).create_checkpoint()
+        return
+    log = log_of(table)
+    names = [name for name in root.list(log) if name[:20].isdigit() and int(name[:20]) <= version]
+    start = max((name[:20] for name in names if ".checkpoint." in name), default="")
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
+        copy = Path(log_of(folder))
+        copy.mkdir()
+        for name in names:
+            if name[:20] >= start:
+                (copy / name).write_bytes(root.read(f"{log}/{name}"))
+        Root.at(folder).table("").create_checkpoint()
+        for name in (f"{version:020d}.checkpoint.parquet", LAST):
+            root.write(f"{log}/{name}", (copy / name).read_bytes())
+
+
+def sync(root: Root, table: str, after: int, until: int) -> None:
+    """Have what others wrote on the disk: the commits above version `after` up to `until` and all that they name."""
+    if not root.may_tear or until <= after:
+        return
+    log = log_of(table)
+    rels = [f"{log}/{name}" for name in root.list(log) if name > f"{after:020d}.z"]  # _last_checkpoint, too
+    for version in range(after + 1, until + 1):
+        rels += [f"{table}/{unquote(line['add']['path'])}" for line in actions(root, table, version) if "add" in line]
+    root.sync([*filter(root.exists, rels), table, log])
+
+
+def statistics(frame: "pl.DataFrame") -> Action:
+    """What a file's rows have, as the Delta log says it; texts have no bounds, only their nulls."""
+    import polars as pl
+
+    ranged = frame.select(pl.selectors.numeric() | pl.selectors.temporal())
+    lowest, highest = (side.row(0, named=True) for side in (ranged.min(), ranged.max()))
+    return {
+        "numRecords": frame.height,
+        "minValues": {name: _plain(value) for name, value in lowest.items() if value is not None},
+        "maxValues": {name: _plain(value) for name, value in highest.items() if value is not None},
+        "nullCount": frame.null_count().row(0, named=True),
+    }
+
+
+def _plain(value: int | float | Decimal | date | datetime) -> Any:
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return value.isoformat() if isinstance(value, date) else value if isinstance(value, int) else float(value)

@@ -1,0 +1,42 @@
+"""Child processes: none outlives its parent, and when to start again one that has ended."""
+
+import collections
+import ctypes
+import signal
+import time
+from collections.abc import Callable
+
+FORGET_S = 3600  # an older death does not count
+SLOWEST_S = 60  # between two starts of what always ends
+PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec is no time for it
+
+
+def die_with_parent() -> None:
+    """To be run in a child before it starts: however its parent dies, the operating system ends it.
+
+    It does so when the *thread* that started it ends, so children are started from the main thread.
+    """
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class Deaths:
+    """When to start again what has ended: at once, and the later the more often it ended within FORGET_S."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._at: collections.deque[float] = collections.deque()
+
+    def add(self) -> int:
+        """One more, now; how many count."""
+        self._at.append(self._clock())
+        while self._at[0] < self._clock() - FORGET_S:
+            self._at.popleft()
+        return len(self._at)
+
+    @property
+    def wait_s(self) -> float:
+        """Until it may be started again: 0 after the first, then 1, 3, 7, ... seconds."""
+        if not self._at:
+            return 0.0
+        return max(0.0, self._at[-1] + min(SLOWEST_S, 2.0 ** (len(self._at) - 1) - 1) - self._clock())
