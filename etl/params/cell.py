@@ -96,7 +96,7 @@ def _default_of(node: ast.expr | None) -> Any:
     return ast.literal_eval(node)
 
 
-def read_notebook(path: Path) -> tuple[str, dict]:
+def read_notebook(path: Path) -> tuple[str, dict[str, Any]]:
     """A notebook's text and JSON, as far as it is looked at before a run. Raises BadNotebook."""
     try:
         data = path.read_bytes()
