@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import select
 import shutil
@@ -81,7 +82,8 @@ class Forked:
     stdin = stdout = stderr = None
 
     def __init__(self, folder: Path, lifeline: socket.socket, orders: socket.socket):
-        self.folder, self.lifeline, self.returncode = folder, lifeline, None
+        self.folder, self.lifeline = folder, lifeline
+        self.returncode: int | None = None
         self._orders, self._said = orders, b""
 
     @property
@@ -132,13 +134,13 @@ class Forked:
 
     def wait(self, timeout: float | None = None) -> int:
         """Raises subprocess.TimeoutExpired."""
-        until = time.monotonic() + timeout if timeout is not None else None
-        while self.poll() is None:
-            left_s = None if until is None else max(0, until - time.monotonic())
-            if left_s == 0:
+        until = time.monotonic() + timeout if timeout is not None else math.inf
+        while (status := self.poll()) is None:
+            left_s = until - time.monotonic()
+            if timeout is not None and left_s <= 0:
                 raise subprocess.TimeoutExpired("kernel", timeout)
-            select.select([self.lifeline], [], [], left_s)
-        return self.returncode
+            select.select([self.lifeline], [], [], left_s if timeout is not None else None)
+        return status
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None and (pid := self.pid):
@@ -162,7 +164,7 @@ class Forked:
 
 
 def run_line(journal: Path | None, memory_mb: float | None) -> bytes:
-    """What a black box is told first; see blackbox.py."""
+    """What a black box is told first; see watcher.py."""
     run = {"runner": os.getpid(), "journal": journal and str(journal), "memory_mb": memory_mb}
     return json.dumps(run).encode() + b"\n"
 
@@ -187,7 +189,8 @@ def take(env: dict[str, str]) -> Forked | None:
     if len(fds) != 2:
         log.info("a cold kernel: %s", json.loads(answer)["refused"] if answer else "the fork server ended")
         return None
-    return Forked(Path(json.loads(answer)["folder"]), *(socket.socket(fileno=fd) for fd in fds))
+    lifeline, orders = (socket.socket(fileno=fd) for fd in fds)
+    return Forked(Path(json.loads(answer)["folder"]), lifeline, orders)
 
 
 @functools.cache
@@ -205,8 +208,9 @@ class Keeper:
 
     def __init__(self, ready: int, log_path: Path):
         self.ready, self.log_path = ready, log_path
-        self.process: subprocess.Popen | None = None
-        self.deaths, self._ended = Deaths(), self.process
+        self.process: subprocess.Popen[bytes] | None = None
+        self.deaths = Deaths()
+        self._ended: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start it, in a group of its own; it answers a few seconds later."""

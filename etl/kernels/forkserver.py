@@ -2,7 +2,7 @@
 
 It has one thread, imports and computes nothing, opens no table: so what is forked is sound. Modules that start threads
 when they are imported (Polars does) and the project's own are left to each forked kernel, which imports them while it
-waits. A kernel and its black box (blackbox.py) are forked before they are asked for; whoever asks is handed the two
+waits. A kernel and its black box (watcher.py) are forked before they are asked for; whoever asks is handed the two
 sockets that lead to them, and from then on they are no business of the server: it may end, and they go on.
 
     python -m etl.kernels.forkserver --ready N
@@ -29,6 +29,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from etl.kernels import client, in_kernel, launch, sources, watcher
 from etl.kernels import imports as notebooks
@@ -52,7 +53,7 @@ class Waiting:
     folder: Path
     lifeline: socket.socket
     orders: socket.socket
-    marks: dict | None = None  # of the own files it has imported, once it has
+    marks: dict[str, sources.Mark | None] | None = None  # of the own files it has imported, once it has
 
     def changed(self) -> bool:
         """Whether its code is not what it imported any more; False while it comes up, as it will look itself."""
@@ -70,12 +71,18 @@ class Server:
     """Hands out kernels; `ready` of them wait."""
 
     def __init__(
-        self, listening: socket.socket, ready: int, modules: tuple, late: list[str], imported: sources.Imported
+        self,
+        listening: socket.socket,
+        ready: int,
+        modules: tuple[list[str], list[str]],
+        late: list[str],
+        imported: sources.Imported,
     ):
         """`modules`: those of the notebooks, as preload finds them; `late`: those that kernels import."""
         self.listening, self.ready, self.modules, self.late = listening, ready, modules, late
         self.variables, self.packages = client.read_at_start(dict(os.environ)), client.packages()
-        self.imported, self.told = imported, set()
+        self.imported = imported
+        self.told: set[str] = set()
         with contextlib.suppress(OSError, ValueError):  # by the one before; the code of a run is the same under both
             self.told.update(
                 path for path in json.loads((client.place() / client.IMPORTED).read_text()) if sources.mark(path)
@@ -164,7 +171,7 @@ class Server:
                 print(f"no answer given: {error!r}", file=sys.stderr, flush=True)
         return None
 
-    def refusal(self, asked: dict) -> str:
+    def refusal(self, asked: dict[str, Any]) -> str:
         """Why a kernel of ours would not be what a cold one is."""
         if asked["packages"] != self.packages or self.imported.changed():
             self.stale = True
@@ -204,8 +211,8 @@ def _box(
     os.close(log)
     mark = in_kernel.mark(folder)  # noqa: F841  # inherited by every process that is forked from here on
     info = {"transport": "ipc", "ip": f"{folder}/kernel", "key": uuid.uuid4().hex, "signature_scheme": "hmac-sha256"}
-    info |= {f"{name}_port": i for i, name in enumerate(("shell", "iopub", "stdin", "control", "hb"), 1)}
-    (folder / "kernel.json").write_text(json.dumps(info))
+    ports = {f"{name}_port": i for i, name in enumerate(("shell", "iopub", "stdin", "control", "hb"), 1)}
+    (folder / "kernel.json").write_text(json.dumps(info | ports))
     kernel = os.fork()
     if kernel == 0:
         lifeline.close()
@@ -291,7 +298,12 @@ def main() -> Callable[[], None] | None:
     gc.freeze()  # the collector would write to every page that is shared
     path = folder / "socket"
     path.unlink(missing_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: (path.unlink(missing_ok=True), os._exit(0)))
+
+    def end(*_: object) -> None:
+        path.unlink(missing_ok=True)
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, end)
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
         listening.listen(64)

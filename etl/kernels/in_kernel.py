@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from etl.kernels import sources
 
@@ -45,9 +46,10 @@ def wait_for_readers() -> None:
     import zmq
     from ipykernel.iostream import IOPubThread, OutStream
 
-    write, begin = OutStream.write, IOPubThread.__init__
+    write: Any = OutStream.write
+    begin: Any = IOPubThread.__init__
 
-    def write_in_pieces(self, text):
+    def write_in_pieces(self: Any, text: str) -> int:
         if isinstance(text, str) and len(text) > PIECE:
             return sum(self.write(text[start : start + PIECE]) for start in range(0, len(text), PIECE))
         write(self, text)
@@ -57,11 +59,13 @@ def wait_for_readers() -> None:
             self.flush()
         return len(text)
 
-    def begin_without_drops(self, socket, *args, **kwargs):
+    def begin_without_drops(self: Any, socket: "zmq.Socket[bytes]", *args: Any, **kwargs: Any) -> None:
         socket.setsockopt(zmq.XPUB_NODROP, 1)
         begin(self, socket, *args, **kwargs)
 
-    OutStream.write, IOPubThread.__init__ = write_in_pieces, begin_without_drops
+    # ipykernel has no setting for either
+    OutStream.write = write_in_pieces  # type: ignore[method-assign, assignment]
+    IOPubThread.__init__ = begin_without_drops  # type: ignore[method-assign]
     OutStream.flush_timeout = 24 * 3600  # s: the run's deadline counts, not this
 
 
@@ -73,7 +77,7 @@ def listen_on_no_port(folder: str) -> None:
 
     address = f"ipc://{folder}/forked"
 
-    def pipe_in(self):
+    def pipe_in(self: IOPubThread) -> None:
         self._pipe_uuid = os.urandom(16)
         socket = self.socket.context.socket(zmq.PULL)
         socket.linger = 0
@@ -81,18 +85,19 @@ def listen_on_no_port(folder: str) -> None:
         self._pipe_in = ZMQStream(socket, self.io_loop)
         self._pipe_in.on_recv(self._handle_pipe_msg)
 
-    def pipe_out(self):
+    def pipe_out(self: IOPubThread) -> "tuple[zmq.Context[Any], zmq.Socket[bytes]]":
         context = zmq.Context()
         socket = context.socket(zmq.PUSH)
         socket.linger = 3000  # ms, as ipykernel has it
         socket.connect(address)
         return context, socket
 
-    IOPubThread._setup_pipe_in, IOPubThread._setup_pipe_out = pipe_in, pipe_out
+    IOPubThread._setup_pipe_in = pipe_in  # type: ignore[method-assign]  # as above
+    IOPubThread._setup_pipe_out = pipe_out  # type: ignore[method-assign]
 
 
 def mark(folder: Path) -> mmap.mmap:
-    """A mapping by which this process and those that it forks are known to belong to the kernel; see kernels.py."""
+    """A mapping by which this process and those that it forks are known to belong to the kernel; see launch.py."""
     with open(folder / "mark", "w+b") as file:
         file.write(b"\0")
         file.flush()
@@ -123,6 +128,7 @@ def serve(folder: Path, orders: socket.socket, modules: list[str], imported: sou
 
     app = IPKernelApp.instance()
     app.initialize(sys.argv[1:])
+    assert app.shell is not None and app.profile_dir is not None, "initialized"
     app.shell.run_cell("0", silent=True)  # the first cell takes several times as long as any other
     app.shell.display_formatter.format(0)
     set_by_kernel = {name: value for name, value in os.environ.items() if before.get(name) != value}
@@ -138,7 +144,7 @@ def serve(folder: Path, orders: socket.socket, modules: list[str], imported: sou
     kept = set_by_kernel | {name: os.environ[name] for name in OWN}
     loop = IOLoop.current()
 
-    def obey(*_) -> None:
+    def obey(*_: object) -> None:
         loop.remove_handler(orders)
         orders.setblocking(True)
         with orders, orders.makefile("rwb") as talk:
@@ -160,15 +166,16 @@ def serve(folder: Path, orders: socket.socket, modules: list[str], imported: sou
 def leave() -> None:
     """End as a process of Python ends, but leave its memory to the operating system: to free all that was imported,
     object by object, takes longer than most runs, and of a forked process first copies every page."""
-    threading._shutdown()  # waits for threads, as at any exit
+    threading._shutdown()  # type: ignore[attr-defined]  # not public; waits for threads, as at any exit
     atexit._run_exitfuncs()
     for stream in (sys.__stdout__, sys.__stderr__):
         with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+            if stream:
+                stream.flush()
     os._exit(0)
 
 
-def follow(order: dict, kept: dict[str, str]) -> None:
+def follow(order: dict[str, Any], kept: dict[str, str]) -> None:
     """Take over the environment and the working folder of the run; `kept` is what a kernel sets in it."""
     if order["env"].get("MPLBACKEND"):  # the one that a kernel sets only where it is not set
         kept.pop("MPLBACKEND", None)

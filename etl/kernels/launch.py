@@ -1,6 +1,6 @@
 """Where kernels come from: each run gets a new process, and takes it down with everything it started.
 
-Where a fork server is kept (warm.py) the process is there already, with its imports; else it is spawned.
+Where a fork server is kept (client.py) the process is there already, with its imports; else it is spawned.
 """
 
 import asyncio
@@ -38,11 +38,13 @@ ADVICE = re.compile(
 class Kernel:
     """A kernel process that leads a process group of its own, and our connection to it over unix sockets.
 
-    Its parent is a black box (blackbox.py), which ends it and all it started when this process dies.
+    Its parent is a black box (watcher.py), which ends it and all it started when this process dies.
     `start` returns at once, `ready` waits until it answers, `close` leaves no process, socket or file behind.
     """
 
-    def __init__(self, manager: Any, folder: Path, lifeline: socket.socket, process: client.Forked | subprocess.Popen):
+    def __init__(
+        self, manager: Any, folder: Path, lifeline: socket.socket, process: client.Forked | subprocess.Popen[bytes]
+    ):
         self._manager, self._folder, self._lifeline, self._process = manager, folder, lifeline, process
         self._log_begins = 0  # bytes of the log that were written before the run
         manager.context.rcvhwm = UNREAD  # of every socket it makes from now on
@@ -206,7 +208,7 @@ def _manager(name: str, folder: Path) -> Any:
     watched = [sys.executable, "-I", "-S", watcher.__file__, str(folder / "pid")]
 
     class Manager(AsyncKernelManager):
-        def format_kernel_cmd(self, extra_arguments=None):
+        def format_kernel_cmd(self, extra_arguments: list[str] | None = None) -> list[str]:
             command = super().format_kernel_cmd(extra_arguments)
             return watched + ["etl.kernels.in_kernel" if part == "ipykernel_launcher" else part for part in command]
 

@@ -12,8 +12,9 @@ import os
 import sys
 from typing import Any
 
+from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.kernelspec import NATIVE_KERNEL_NAME
-from jupyter_client.provisioning import LocalProvisioner
+from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 
 from etl.kernels import client
 
@@ -37,10 +38,11 @@ class ForkedKernel(LocalProvisioner):
         named = getattr(self.parent, "kernel_name", None) == NATIVE_KERNEL_NAME
         return named and self.kernel_spec.argv[0] in ("python", "python3", sys.executable)
 
-    async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> dict[str, Any]:
+    async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
         if self.forked is None or self.connection_info:
             return await super().launch_kernel(cmd, **kwargs)
-        self.process, self.pid = self.forked, self.forked.pid
+        self.process = self.forked  # type: ignore[assignment]  # which has all that is asked of a Popen
+        self.pid = self.forked.pid
         self.pgid, self.cwd = self.pid, kwargs.get("cwd")
         info = json.loads((self.forked.folder / "kernel.json").read_text())
         self.connection_info = info | {"key": info["key"].encode()}

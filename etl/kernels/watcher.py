@@ -5,7 +5,7 @@ kernel starts gets out of sight, not by setsid and not by forking twice. It samp
 takes too much memory, and ends it when the runner is gone, however that died: then its lifeline is closed. What it
 sees goes to the run's journal. Needs nothing but the standard library; as a script it starts the kernel,
 
-    python -I -S blackbox.py PID_PATH COMMAND ...
+    python -I -S watcher.py PID_PATH COMMAND ...
 
 with the lifeline as standard input, and ends with the kernel's own exit status. The fork server (forkserver.py) forks
 it instead. What comes through the lifeline, a line each: first, when the run begins, what to do,
@@ -25,6 +25,10 @@ import select
 import signal
 import sys
 import time
+
+TYPE_CHECKING = False  # as in typing, which this small process does without
+if TYPE_CHECKING:
+    from typing import Any
 
 LOOK_S = 0.2  # between two looks at the memory; a process takes about a gigabyte in that time
 SAMPLE_S = 1  # between two samples in the journal
@@ -72,11 +76,13 @@ def watch(kernel: int, pid_path: str, lifeline: int) -> tuple[int | None, bool]:
 
     (its status as in subprocess, whether it had a run)
     """
-    ended, run = os.pidfd_open(kernel), None
-    status, cause, begun = None, "", b""
+    ended, cause, begun = os.pidfd_open(kernel), "", b""
+    run: _Run | None = None
+    status: int | None = None
     while status is None and not cause:
         # before the run begins there is nothing to look at
-        ready = select.select([lifeline, ended, *([run.runner] if run else [])], [], [], LOOK_S if run else None)[0]
+        runner = [run.runner] if run and run.runner is not None else []
+        ready = select.select([lifeline, ended, *runner], [], [], LOOK_S if run else None)[0]
         if lifeline in ready:
             said = _read(lifeline)
             *lines, begun = (begun + said).split(b"\n")
@@ -104,8 +110,11 @@ def watch(kernel: int, pid_path: str, lifeline: int) -> tuple[int | None, bool]:
 class _Run:
     """What the black box knows of the run that its kernel serves."""
 
-    def __init__(self, asked: dict):
-        self.memory_mb, self.cell, self._journal, self.runner = asked["memory_mb"], None, None, None
+    def __init__(self, asked: "dict[str, Any]"):
+        self.memory_mb: float | None = asked["memory_mb"]
+        self.cell: int | None = None
+        self._journal: int | None = None
+        self.runner: int | None = None
         with contextlib.suppress(OSError, TypeError):  # a run without a journal is watched, too
             self._journal = os.open(asked["journal"], os.O_WRONLY | os.O_APPEND)
         with contextlib.suppress(OSError):  # gone already
@@ -140,7 +149,7 @@ class _Run:
             peak_memory_mb=round(max(self._peak_mb, used.ru_maxrss * 1024 / MB)),
         )
 
-    def _tell(self, event: str, **fields) -> None:
+    def _tell(self, event: str, **fields: float | str | None) -> None:
         """One line, in one write, so that the runner's lines and these never mix."""
         if self._journal is None:
             return
@@ -226,7 +235,7 @@ def _end_all(kernel: int, within_s: float = 10) -> int | None:
 
 def _machine_mb() -> float:
     """What this process and its neighbours may take together: the container's limit or the machine's memory."""
-    limits = [fields("/proc/meminfo")["MemTotal"] * 1024]
+    limits: list[int | None] = [fields("/proc/meminfo")["MemTotal"] * 1024]
     with open("/proc/self/cgroup") as file:
         for line in file.read().splitlines():
             number, controllers, path = line.split(":", 2)

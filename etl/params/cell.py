@@ -16,6 +16,7 @@ import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import GenericAlias
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, StringConstraints, ValidationInfo
@@ -73,8 +74,8 @@ def _iso_date(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
-def _one_of(choices: list):
-    def check(value):  # pydantic's own Literal[1] takes True
+def _one_of(choices: list[Any]) -> AfterValidator:
+    def check(value: Any) -> Any:  # pydantic's own Literal[1] takes True
         if not any(type(value) is type(choice) and value == choice for choice in choices):
             raise ValueError("none of the choices")
         return value
@@ -94,9 +95,9 @@ def _type_of(annotation: ast.expr | None, inside: bool = False) -> Any:
         case ast.BinOp(some, ast.BitOr(), ast.Constant(None)):
             return _type_of(some, inside) | None
         case ast.Subscript(ast.Name("list"), item):
-            return list[_type_of(item, True)]
+            return GenericAlias(list, _type_of(item, True))
         case ast.Subscript(ast.Name("dict"), ast.Tuple([ast.Name("str"), item])):
-            return dict[str, _type_of(item, True)]
+            return GenericAlias(dict, (str, _type_of(item, True)))
         case ast.Subscript(ast.Name("Literal") | ast.Attribute(ast.Name("typing"), "Literal"), chosen):
             nodes = chosen.elts if isinstance(chosen, ast.Tuple) else [chosen]
             choices = [ast.literal_eval(node) for node in nodes]
@@ -105,15 +106,17 @@ def _type_of(annotation: ast.expr | None, inside: bool = False) -> Any:
     raise ValueError("not a type of parameters")
 
 
-def _default_of(node: ast.expr) -> Any:
+def _default_of(node: ast.expr | None) -> Any:
     """The literal, or the date that datetime.date(Y, M, D) is. ValueError, TypeError: anything else."""
     match node:
         case ast.Call(ast.Name("date") | ast.Attribute(ast.Name("datetime"), "date"), [_, _, _] as args, []):
             return datetime.date(*map(ast.literal_eval, args))
+        case None:
+            raise ValueError("no default")
     return ast.literal_eval(node)
 
 
-def read_notebook(path: Path) -> tuple[str, dict]:
+def read_notebook(path: Path) -> tuple[str, dict[str, Any]]:
     """A notebook's text and JSON, as far as it is looked at before a run. Raises BadNotebook."""
     try:
         data = path.read_bytes()
@@ -158,7 +161,7 @@ def _no_notebook(nb: Any) -> str:
     return ""
 
 
-def read_cell(project: Path, path: str, problems: list) -> tuple[dict[str, Declared] | None, Doc]:
+def read_cell(project: Path, path: str, problems: list[Problem]) -> tuple[dict[str, Declared] | None, Doc]:
     """(what the notebook declares by name, or None when that cannot be read; the defaults)"""
     doc = Doc(path, {})
     try:
@@ -179,9 +182,9 @@ def read_cell(project: Path, path: str, problems: list) -> tuple[dict[str, Decla
         return None, doc
     tokens = tokenize.generate_tokens(io.StringIO(sources[0], newline=None).readline)
     comments = {t.start[0]: t.string.strip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    declared = {}
+    declared: dict[str, Declared] = {}
     for node in body:
-        comment = comments.get(node.end_lineno) or comments.get(node.lineno, "")
+        comment = comments.get(node.end_lineno or node.lineno) or comments.get(node.lineno, "")
         wrong = _declare(node, comment, declared, doc)
         problems += [Problem(path, node.lineno, message) for message in wrong]
     return declared, doc

@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from cronsim import CronSim, CronSimError
 from pydantic import (
@@ -31,7 +31,7 @@ from typing_extensions import TypedDict
 
 from etl.params.cell import DEFAULT, SUPPLIED, read_cell
 from etl.params.retention import Rules
-from etl.params.yaml import Doc, Problem, got, nearest, parse, short
+from etl.params.yaml import Doc, Place, Problem, got, nearest, parse, short
 from etl.storage import BadRoot, root_url
 
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
@@ -51,9 +51,9 @@ class Environment:
 
     name: str
     root: str
-    machine: dict | None
-    dask: dict | None
-    stages: dict[str, dict]
+    machine: dict[str, Any] | None
+    dask: dict[str, Any] | None
+    stages: dict[str, dict[str, Any]]
     retention: Rules = Rules()
     ready_kernels: int = 1  # that wait for a run, while `up` is at work; 0: each run starts one
 
@@ -79,8 +79,8 @@ class Stage:
     origins: dict[str, str]
     help: dict[str, str]
     supplied: set[str]
-    machine: dict | None
-    dask: dict | None
+    machine: dict[str, Any] | None
+    dask: dict[str, Any] | None
     secrets: tuple[str, ...] = ()
     memory_mb: int | None = None  # of all its processes together
 
@@ -91,6 +91,7 @@ class Stage:
         after = after.astimezone(datetime.UTC)
         if self.cron:
             return next(CronSim(self.cron, after))
+        assert self.every_s is not None, "where there is no cron"
         every = datetime.timedelta(seconds=self.every_s)
         return EPOCH + ((after - EPOCH) // every + 1) * every
 
@@ -117,7 +118,8 @@ def load(
     says where they come from, in origins and problems. `overrides` are "name=value", for each stage that declares the
     name, or "stage.name=value"; the value is YAML, and the last one wins. Raises ParamsError with all problems at once.
     """
-    project, problems = Path(project), []
+    project = Path(project)
+    problems: list[Problem] = []
     names, known = _discover(project, stage, problems)
     env_file, env_doc = _read_environment(project, env, known, problems)
     drafts = [_Draft(project, name, problems) for name in names if stage in (None, name)]
@@ -128,7 +130,7 @@ def load(
         for name, value in (values or {}).items():
             draft.give({name: value}, Doc(f"{values_from}, {draft.name}.{name}", {}), (), values_from)
     _give_from_command_line(drafts, overrides, problems)
-    if problems:
+    if problems or env_file is None:
         raise ParamsError(problems)
     drafts.sort(key=lambda draft: (_cadence_s(draft.file), draft.name))
     environment = _environment(env, env_file)
@@ -139,7 +141,7 @@ def environment(project: Path, env: str = "local") -> Environment:
     """The environment alone: all that a command needs which only reads a root. Raises ParamsError."""
     problems: list[Problem] = []
     file, _ = _read_environment(Path(project), env, None, problems)
-    if problems:
+    if problems or file is None:
         raise ParamsError(problems)
     return _environment(env, file)
 
@@ -227,7 +229,7 @@ def _plain_cron(text: str) -> str:
     return text
 
 
-def _one_dask(block: dict) -> dict:
+def _one_dask(block: dict[str, Any]) -> dict[str, Any]:
     match block:
         case {"n_workers": int(n)} if n > 0 and n is not True and len(block) == 1:
             return block
@@ -245,26 +247,30 @@ _Duration = Annotated[float, BeforeValidator(_seconds)]
 _Memory = Annotated[int, BeforeValidator(_megabytes)]
 _Cron = Annotated[str, AfterValidator(_plain_cron)]
 _Dask = Annotated[dict[str, Any], AfterValidator(_one_dask)] | None
+_NOT_GIVEN: Any = None  # what is given is never null
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+_File = TypeVar("_File", bound=BaseModel)
 
 
 class _StageFile(BaseModel):
     model_config = _STRICT
-    every: _Duration = None
-    cron: _Cron = None
+    every: _Duration = _NOT_GIVEN
+    cron: _Cron = _NOT_GIVEN
     overlap: Literal["skip", "queue"] = "skip"
     deadline: _Duration
-    memory: _Memory = None
+    memory: _Memory = _NOT_GIVEN
     retries: Annotated[int, Field(ge=0)] = 0
     parameters: dict[str, Any] | None = None
 
 
 class _StageOverride(BaseModel):
     model_config = _STRICT
-    every: _Duration = None
-    cron: _Cron = None
-    deadline: _Duration = None
-    memory: _Memory = None
+    every: _Duration = _NOT_GIVEN
+    cron: _Cron = _NOT_GIVEN
+    deadline: _Duration = _NOT_GIVEN
+    memory: _Memory = _NOT_GIVEN
     machine: dict[str, Any] | None = None
     dask: _Dask = None
     parameters: dict[str, Any] | None = None
@@ -297,7 +303,7 @@ _EXPECTED = {
 }
 
 
-def _read_file(model: type[BaseModel], project: Path, path: str, problems: list):
+def _read_file(model: type[_File], project: Path, path: str, problems: list[Problem]) -> tuple[_File | None, Doc]:
     """(the file as `model`, or None when it does not fit; its Doc, whose value is a dict in any case)"""
     doc = parse((project / path).read_bytes(), path, problems)
     if doc is None:
@@ -315,18 +321,18 @@ def _read_file(model: type[BaseModel], project: Path, path: str, problems: list)
         return model.model_validate(doc.value), doc
     except ValidationError as error:
         for e in error.errors():
-            place, key = e["loc"], e["loc"][-1]
+            where, key = e["loc"], e["loc"][-1]
             if e["type"] == "extra_forbidden":
-                known = model if len(place) == 1 else Rules if place[0] == "retention" else _StageOverride
+                known = model if len(where) == 1 else Rules if where[0] == "retention" else _StageOverride
                 message = f"unknown key {short(key)}{nearest(key, known.model_fields)}"
             elif e["type"] == "missing":
                 message = f"missing {key!r}"
             elif isinstance(reason := e.get("ctx", {}).get("error"), BadRoot):
                 message = f"root: {reason}"
             else:
-                key = next(part for part in reversed(place) if part in _EXPECTED)
+                key = next(part for part in reversed(where) if part in _EXPECTED)
                 message = f"{key}: expected {_EXPECTED[key]}, got {got(e['input'])}"
-            problems.append(doc.problem(place, message))
+            problems.append(doc.problem(where, message))
         return None, doc
 
 
@@ -335,20 +341,22 @@ def _environment(name: str, file: _EnvFile) -> Environment:
     return Environment(name, file.root, file.machine, file.dask, overridden, file.retention, file.ready_kernels)
 
 
-def _read_environment(project: Path, env: str, stages: set[str] | None, problems: list):
+def _read_environment(
+    project: Path, env: str, stages: set[str] | None, problems: list[Problem]
+) -> tuple[_EnvFile | None, Doc]:
     """(the file, or None; its Doc). `stages`: the names it may override, None when nobody asks."""
     if env not in (known := environments(project)):
         problems.append(Problem(f"params/env/{env}.yml", None, f"no such environment{nearest(env, known)}"))
         return None, Doc("", {})
     file, doc = _read_file(_EnvFile, project, f"params/env/{env}.yml", problems)
-    for name in doc.block("stages") if stages is not None else ():
-        if name not in stages:
+    for name in doc.block("stages"):
+        if stages is not None and name not in stages:
             message = f"unknown stage {short(name)}{nearest(name, stages)}"
             problems.append(doc.problem(("stages", name), message))
     return file, doc
 
 
-def _discover(project: Path, wanted: str | None, problems: list) -> tuple[list[str], set[str]]:
+def _discover(project: Path, wanted: str | None, problems: list[Problem]) -> tuple[list[str], set[str]]:
     """(the stages: names with a notebook and a YAML; all names). Problems of other than `wanted` are left.
 
     A notebook without its YAML is no stage, and stops none.
@@ -395,20 +403,28 @@ def _cadence_s(file: _StageFile) -> float:
 class _Draft:
     """A stage while its values come in: defaults first, then each source over the one before."""
 
-    def __init__(self, project: Path, name: str, problems: list):
+    def __init__(self, project: Path, name: str, problems: list[Problem]):
         self.name, self.problems = name, problems
-        self.values, self.origins = {}, {}
-        self.file, self.doc = _read_file(_StageFile, project, f"params/{name}.yml", problems)
-        self.declared, defaults = read_cell(project, f"notebooks/{name}.ipynb", problems)
-        types = {parameter: declared.type for parameter, declared in (self.declared or {}).items()}
-        self.model = TypeAdapter(with_config(_STRICT)(TypedDict(name, types, total=False)))
+        self.values: dict[str, Any] = {}
+        self.origins: dict[str, str] = {}
+        self._file, self.doc = _read_file(_StageFile, project, f"params/{name}.yml", problems)
+        declared, defaults = read_cell(project, f"notebooks/{name}.ipynb", problems)
+        self.is_declared, self.declared = declared is not None, declared or {}
+        typed: Any = TypedDict  # of names that no type checker can know
+        types = {parameter: declared.type for parameter, declared in self.declared.items()}
+        self.model = TypeAdapter[dict[str, Any]](with_config(_STRICT)(typed(name, types, total=False)))
         self.give(defaults.value, defaults, (), DEFAULT)
 
-    def give(self, values: dict[str, Any], doc: Doc, place: tuple, origin: str | None = None):
+    @property
+    def file(self) -> _StageFile:
+        assert self._file is not None, "it was read without a problem"
+        return self._file
+
+    def give(self, values: dict[str, Any], doc: Doc, place: Place, origin: str | None = None) -> None:
         """Take `values`, found in `doc` at `place`; `origin` is their file and line when not said."""
-        if self.declared is None:
+        if not self.is_declared:
             return
-        supplied = set() if origin == DEFAULT else values.keys() & set(SUPPLIED)
+        supplied: set[str] = set() if origin == DEFAULT else values.keys() & set(SUPPLIED)
         for name in sorted(supplied):
             how = "; it comes from the env file or --root" if name == "root" else ""
             self.problems.append(doc.problem((*place, name), f"{name} is supplied by the runner{how}"))
@@ -421,13 +437,14 @@ class _Draft:
             self.values[name] = values[name]
             self.origins[name] = origin or f"{doc.path}:{doc.line((*place, name))}"
 
-    def _explain(self, error: dict) -> str:
+    def _explain(self, error: Mapping[str, Any]) -> str:
         name, *inside = error["loc"]
         if error["type"] == "extra_forbidden":
             return f"unknown parameter {short(name)}{nearest(name, self.declared)}"
         if self.declared[name].is_secret:  # what was given may be the secret itself
             return f"{name}: expected the name of a secret, such as API_KEY; its value belongs in no file"
-        expected = ast.unparse(self.declared[name].annotation)
+        annotation = self.declared[name].annotation
+        expected = ast.unparse(annotation) if annotation else "nothing"
         message = f"{name}: expected {expected}, got {got(error['input'])}"
         if inside:
             message += f" in {name}" + "".join(f"[{short(part)}]" for part in inside if part != "[key]")
@@ -462,18 +479,18 @@ class _Draft:
         )
 
 
-def _give_from_command_line(drafts: list[_Draft], overrides: Iterable[str], problems: list):
+def _give_from_command_line(drafts: list[_Draft], overrides: Iterable[str], problems: list[Problem]) -> None:
     for text in overrides:
         target, equals, value = text.partition("=")
         stage, dot, name = target.rpartition(".")
         path = f"-p {target}"
         aimed = [draft for draft in drafts if not dot or draft.name == stage]
-        takers = [draft for draft in aimed if draft.declared is None or name in draft.declared]
+        takers = [draft for draft in aimed if not draft.is_declared or name in draft.declared]
         found: list[Problem] = []
         if not equals or not name:
             found.append(Problem(path, None, "expected name=value or stage.name=value"))
         elif not aimed:
-            known = [draft.name for draft in drafts]
+            known = {draft.name for draft in drafts}
             found.append(Problem(path, None, f"unknown stage {short(stage)}{nearest(stage, known)}"))
         elif not takers and name not in SUPPLIED:
             known = {parameter for draft in aimed for parameter in draft.declared}

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+Place = tuple[str | int, ...]  # of a value in a file: keys, and numbers in a list
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -17,7 +19,7 @@ class Problem:
     line: int | None
     message: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         if self.line is None:
             return f"{self.path}: {self.message}"
         if self.path.endswith(".ipynb"):
@@ -32,10 +34,10 @@ class _Loader(yaml.SafeLoader):
     until a parameter asks for one.
     """
 
-    yaml_implicit_resolvers = {}
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
-    def compose_node(self, parent, index):
-        event = self.peek_event()
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]  # its stubs leave it out
         if getattr(event, "anchor", None) or getattr(event, "tag", None):  # an alias has an anchor too
             what = "anchors, aliases and tags are not used here"
             raise yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark)
@@ -57,17 +59,17 @@ class Doc:
 
     path: str
     value: Any = None
-    lines: dict[tuple, int] = field(default_factory=dict)
+    lines: dict[Place, int] = field(default_factory=dict)
 
-    def line(self, place: tuple) -> int | None:
+    def line(self, place: Place) -> int | None:
         while place and place not in self.lines:
             place = place[:-1]
         return self.lines.get(place)
 
-    def problem(self, place: tuple, message: str) -> Problem:
+    def problem(self, place: Place, message: str) -> Problem:
         return Problem(self.path, self.line(place), message)
 
-    def block(self, *place: str) -> dict:
+    def block(self, *place: str) -> dict[str, Any]:
         """The mapping at `place`, {} when there is none."""
         value = self.value
         for key in place:
@@ -75,7 +77,7 @@ class Doc:
         return value if isinstance(value, dict) else {}
 
 
-def parse(text: bytes | str, path: str, problems: list) -> Doc | None:
+def parse(text: bytes | str, path: str, problems: list[Problem]) -> Doc | None:
     """None when it is not YAML, which is then among the problems."""
     doc = Doc(path, lines={(): 1})
     try:
@@ -89,9 +91,10 @@ def parse(text: bytes | str, path: str, problems: list) -> Doc | None:
         problems.append(Problem(path, mark.line + 1 if mark else 1, f"not YAML: {what}"))
     except RecursionError:
         problems.append(Problem(path, 1, "not YAML: nested too deeply"))
+    return None
 
 
-def _plain(loader, node, place: tuple, doc: Doc, problems: list):
+def _plain(loader: _Loader, node: yaml.Node, place: Place, doc: Doc, problems: list[Problem]) -> Any:
     if isinstance(node, yaml.SequenceNode):
         doc.lines |= {(*place, i): item.start_mark.line + 1 for i, item in enumerate(node.value)}
         return [_plain(loader, item, (*place, i), doc, problems) for i, item in enumerate(node.value)]
@@ -102,7 +105,7 @@ def _plain(loader, node, place: tuple, doc: Doc, problems: list):
             return loader.construct_object(node)
         except ValueError:  # more digits than Python converts
             return node.value
-    result = {}
+    result: dict[str, Any] = {}
     for key_node, value_node in node.value:
         key, line = key_node.value, key_node.start_mark.line + 1
         if not key_node.tag.endswith(":str"):
@@ -125,6 +128,6 @@ def got(value: Any) -> str:
     return "null" if value is None else f"{type(value).__name__} {short(value)}"
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), sorted(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
