@@ -364,7 +364,7 @@ def current_model(root: PublishedRoot) -> ModelInfo:
         run_id=served.run_id,
         sha256=served.sha256,
         metrics=served.metrics,
-        features=served.booster.feature_names,
+        features=served.features,
     )
 
 

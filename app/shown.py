@@ -14,9 +14,10 @@ import streamlit as st
 from app.settings import Settings
 from etl import charts
 from etl.lake import doctor
+from etl.questions import results
 from etl.runs import index
 from etl.storage import Root
-from pipeline import queries
+from pipeline import model, queries
 
 log = logging.getLogger(__name__)
 LOOK_S = 15  # between two looks at the root
@@ -27,6 +28,7 @@ STATES = {  # of a run: colour of the badge and, dark enough to read, of the tex
     "cancelled": ("orange", "#b3640f"),
 }
 BAD = ("red", "#b3352c")
+EXAMINE = {"the model": model.examine, "the answers": results.examine}  # what is not of the lake
 
 
 def published_root() -> Root:
@@ -61,7 +63,13 @@ def panel(what: str, looks: Iterable[str] = (), about: str = "") -> Iterator[Non
 def findings(root_url: str, what: str, looks: tuple[str, ...], _error: BaseException) -> list[doctor.Finding]:
     """What `doctor` finds wrong where it looks; once a minute, as it reads a table's whole log."""
     log.error("%s cannot be shown", what, exc_info=_error)
-    return [finding for look in looks for finding in doctor.look(root_url, look) if finding.problem]
+    root = Root.at(root_url)
+    return [
+        finding
+        for look in looks
+        for finding in (EXAMINE[look](root) if look in EXAMINE else doctor.look(root_url, look))
+        if finding.problem
+    ]
 
 
 def _code(text: str) -> str:

@@ -4,21 +4,21 @@ TPC-H draws the receipt date as the ship date plus 1 to 30 days, each as likely 
 the true probability is known, and with it the lowest log loss that any model can have on given rows.
 """
 
-import hashlib
-import json
-import logging
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
 
-from etl.storage import Root, Unreadable
+from etl.models import registry
+from etl.models.registry import CURRENT, Model, ModelDamaged, NoModel
+from etl.storage import Root
 
 if TYPE_CHECKING:
     import numpy as np
     import xgboost
 
-log = logging.getLogger(__name__)
+    from etl.lake.doctor import Finding
+
+__all__ = ["CURRENT", "Model", "ModelDamaged", "NoModel"]  # the registry's, for those who read the published model
 
 # what is known of a line item the moment it ships; the flags and the receipt date are not
 SHIPPED = [
@@ -37,18 +37,6 @@ INSTRUCTIONS = ["DELIVER IN PERSON", "COLLECT COD", "NONE", "TAKE BACK RETURN"]
 FEATURES = ["days_to_commit", "quantity", "unit_price", "discount", "tax", "ship_mode", "ship_instruction"]
 LONGEST_DAYS = 30  # on the road
 GOLDEN_ROWS = 32
-TOLERANCE = 1e-5  # between machines; a damaged tree is off by far more
-CURRENT = "models/current.json"
-POINTER = {"model_id": str, "run_id": str, "sha256": str, "metrics": dict}  # what it holds
-JSON_LIMIT, MODEL_LIMIT = 1_000_000, 250_000_000  # bytes of the small files and of the model's own
-
-
-class NoModel(LookupError):
-    """No model has been published under this root yet."""
-
-
-class ModelDamaged(ValueError):
-    """What is stored is not the model that was published."""
 
 
 def features(lineitem: pl.DataFrame) -> pl.DataFrame:
@@ -167,11 +155,8 @@ def _matrix(lineitem: pl.DataFrame, threads: int) -> "xgboost.DMatrix":
 
 
 def predict(booster: "xgboost.Booster", lineitem: pl.DataFrame) -> "np.ndarray":
-    """The probability that each line item arrives late. Safe in threads.
-
-    Without a DMatrix, which wakes a thread on every core: on busy ones a row cost 14 to 21 ms of CPU.
-    """
-    return booster.inplace_predict(_values(lineitem)).astype("float64")
+    """The probability that each line item arrives late. Safe in threads."""
+    return registry.predict(booster, _values(lineitem))
 
 
 def best_possible(days_to_commit: "np.ndarray") -> "np.ndarray":
@@ -314,27 +299,6 @@ def by_days_chart(result: pl.DataFrame):
     return true * plot(result).scatter(x="days_to_commit", y="model", label="model", **labels)
 
 
-@dataclass(frozen=True)
-class Model:
-    """The published model. `metrics` are those of `judge`, from the rows held out when it was trained."""
-
-    model_id: str
-    run_id: str
-    sha256: str
-    metrics: dict[str, Any]
-    booster: "xgboost.Booster" = field(repr=False)
-
-    def predict(self, line_items: pl.DataFrame | list[dict[str, Any]]) -> list[float]:
-        """The probability that each line item, with its SHIPPED columns, arrives late. Safe in threads."""
-        return predict(self.booster, _frame(line_items)).tolist()
-
-
-def _frame(line_items: pl.DataFrame | list[dict[str, Any]]) -> pl.DataFrame:
-    if isinstance(line_items, pl.DataFrame):
-        return line_items
-    return pl.DataFrame({column: pl.Series([row[column] for row in line_items], strict=False) for column in SHIPPED})
-
-
 class Verdict(NamedTuple):
     better: bool
     reason: str  # a sentence with the numbers
@@ -359,110 +323,43 @@ def is_better(booster: "xgboost.Booster", champion: Model | None, held_out: pl.D
 
 
 def publish(root: str, booster: "xgboost.Booster", metrics: dict[str, Any], held_out: pl.DataFrame, run_id: str) -> str:
-    """Write the model, read it back, compare its predictions, then make it the current one; returns its model_id.
+    """Publish the model, with some of the held-out rows to check it by; returns its model_id.
 
     Raises ModelDamaged, and the champion stays, when what is read back is not what was trained.
     """
-    place = Root.at(root)
-    raw = bytes(booster.save_raw("json"))
-    sha256 = hashlib.sha256(raw).hexdigest()
-    model_id = f"{run_id}-{sha256[:8]}"  # a retried run never rewrites what it published before
-    line_items = _rows_as_json(held_out.select(SHIPPED).head(GOLDEN_ROWS))
-    golden = {"line_items": line_items, "late": predict(booster, _frame(line_items)).tolist()}
-    pointer = {"model_id": model_id, "sha256": sha256, "run_id": run_id, "metrics": metrics}
-    place.write(f"models/{model_id}/model.json", raw)
-    place.write(f"models/{model_id}/golden.json", _json(golden))
-    place.write(f"models/{model_id}/metrics.json", _json(pointer | {"features": FEATURES}))
-    _load(place, pointer)
-    place.write(CURRENT, _json(pointer))
-    return model_id
+    golden = _rows_as_json(held_out.select(SHIPPED).head(GOLDEN_ROWS))
+    return registry.publish(Root.at(root), booster, metrics, golden, run_id, SPEC)
 
 
-def load_current(root: str) -> Model:
-    """The published model, after its sha256 and its golden predictions were checked.
+def load_current(root: str | Root) -> Model:
+    """The published model, checked. Raises NoModel before the first, ModelDamaged when it is not what was published.
 
-    Raises NoModel before the first, ModelDamaged when it is not what was published.
+    It predicts the probability that each line item, with its SHIPPED columns, arrives late.
     """
-    place = Root.at(root)
-    try:
-        pointer = _read_json(place, CURRENT)
-    except FileNotFoundError:
-        raise NoModel(f"no model is published under {place.url} yet: run train") from None
-    return _load(place, pointer)
+    return registry.load_current(Root.at(root), SPEC)
 
 
 def champion(root: str) -> Model | None:
     """The published model, or None when there is none that can be used: then any challenger is better."""
-    try:
-        return load_current(root)
-    except NoModel:
-        return None
-    except ModelDamaged as error:
-        log.warning("the champion is replaced: %s", error)
-        return None
+    return registry.champion(Root.at(root), SPEC)
 
 
 def given(root: str) -> dict[str, Any]:
-    """What a training starts from besides its rows, for its replay: the pointer to the champion as JSON, and the
-    sha256 of each of the champion's files; nothing when there is no champion that can be used."""
-    if champion(root) is None:
-        return {}
-    place = Root.at(root)
-    pointer = _read_json(place, CURRENT)
-    files = [f"models/{pointer['model_id']}/{name}" for name in ("model.json", "golden.json")]
-    return {CURRENT: pointer} | {name: hashlib.sha256(_read(place, name, MODEL_LIMIT)).hexdigest() for name in files}
+    """What a training starts from besides its rows, for its replay: the champion's pointer and its files' sha256."""
+    return registry.given(Root.at(root), SPEC)
 
 
-def _load(place: Root, pointer: Any) -> Model:
-    """The model a pointer names. XGBoost gets to see its bytes only when their sha256 is right: it crashes on some
-    damaged files, and loads others without a word."""
-    import xgboost
-
-    if not isinstance(pointer, dict) or not all(isinstance(pointer.get(key), kind) for key, kind in POINTER.items()):
-        raise ModelDamaged(f"{place.url_of(CURRENT)} names no model")
-    folder = f"models/{pointer['model_id']}"
-    try:
-        raw = _read(place, f"{folder}/model.json", MODEL_LIMIT)
-        golden = _read_json(place, f"{folder}/golden.json")
-        if hashlib.sha256(raw).hexdigest() != pointer["sha256"]:
-            raise ModelDamaged(f"{place.url_of(folder)}/model.json does not have the sha256 that was published")
-        booster = xgboost.Booster({"nthread": 1}, model_file=bytearray(raw))
-        if booster.feature_names != FEATURES:
-            raise ModelDamaged(f"{place.url_of(folder)} was trained on other features: {booster.feature_names}")
-        model = Model(pointer["model_id"], pointer["run_id"], pointer["sha256"], pointer["metrics"], booster)
-        differences = [abs(a - b) for a, b in zip(model.predict(golden["line_items"]), golden["late"], strict=True)]
-    except ModelDamaged:
-        raise
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        pl.exceptions.PolarsError,
-        xgboost.core.XGBoostError,
-    ) as error:
-        raise ModelDamaged(f"the model {pointer['model_id']} cannot be read: {error!r}") from error
-    # not by the largest: max() passes over a NaN, which is no number within the tolerance either
-    if not differences or not all(difference <= TOLERANCE for difference in differences):
-        raise ModelDamaged(f"{place.url_of(folder)} does not predict what it did when it was published")
-    return model
+def examine(root: Root) -> "list[Finding]":
+    """What is wrong with the published model, for `doctor`."""
+    return registry.examine(root, SPEC)
 
 
-def _read(place: Root, rel: str, most: int) -> bytes:
-    """An ordinary file of at most `most` bytes. Raises FileNotFoundError, and ModelDamaged for anything else."""
-    try:
-        return place.read_at_most(rel, most)
-    except (Unreadable, NotADirectoryError) as error:
-        raise ModelDamaged(f"{place.url_of(rel)} cannot be used: {error}") from error
-
-
-def _read_json(place: Root, rel: str) -> Any:
-    """What is in a small JSON file. Raises ModelDamaged and FileNotFoundError."""
-    data = _read(place, rel, JSON_LIMIT)
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ModelDamaged(f"{place.url_of(rel)} is not JSON: {error}") from error
+def _matrix_of(line_items: pl.DataFrame | list[dict[str, Any]]) -> "np.ndarray":
+    """The values of line items, also as JSON has them, with their SHIPPED columns."""
+    if not isinstance(line_items, pl.DataFrame):
+        columns = {name: pl.Series([row[name] for row in line_items], strict=False) for name in SHIPPED}
+        line_items = pl.DataFrame(columns)
+    return _values(line_items)
 
 
 def _rows_as_json(lineitem: pl.DataFrame) -> list[dict[str, Any]]:
@@ -471,5 +368,4 @@ def _rows_as_json(lineitem: pl.DataFrame) -> list[dict[str, Any]]:
     return lineitem.with_columns(dates.cast(pl.String), money.cast(pl.Float64)).to_dicts()
 
 
-def _json(value: Any) -> bytes:
-    return json.dumps(value, indent=1).encode()
+SPEC = registry.Spec(FEATURES, _matrix_of, golden_rows="line_items", golden_predictions="late")

@@ -15,7 +15,7 @@ from support import AT, ingest_all, orchestrate
 
 from etl.lake import doctor, quarantine, rebuild
 from etl.lake import snapshot as lake
-from etl.questions import engines
+from etl.questions import engines, results
 from etl.runs import index, provenance, retention
 from etl.serve import services
 from etl.storage import PROJECT, BadRoot, Root, root_url
@@ -162,7 +162,8 @@ def test_one_pass_on_a_root_with_every_character(tmp_path, stream, made, monkeyp
     assert retention.sweep(place)["kept"] == 1
     assert provenance.whence(place, "runs")["run_id"] == record["run_id"]
     assert {row["file"] for row in quarantine.overview(root)} == {"orders-00000009.json"}
-    assert [finding for finding in doctor.examine(root) if finding.problem] == []
+    examined = [*doctor.examine(root), *results.examine(place)]
+    assert [finding for finding in examined if finding.problem] == []
     assert rebuild.rebuild(root, run_id="rebuild-1")["equal"].all()
 
     monkeypatch.setenv("ETL_ROOT", root)

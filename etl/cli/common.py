@@ -37,12 +37,14 @@ class Timetable:
 
     `services`: what `up` keeps alive beside the schedules, for a root's URL, the ports by name and the folder of their
     logs; first of them Prefect's server. `report_url`: under which URL reports are served. `ports`: name -> number,
-    each an option of `up` and `doctor`.
+    each an option of `up` and `doctor`. `model`: the module whose `examine(root)` says what is wrong with the
+    published model; imported by `doctor` alone.
     """
 
     services: Callable[[str, Mapping[str, int], Path], "Sequence[Service]"]
     report_url: Callable[[Mapping[str, int]], str]
     ports: Mapping[str, int]
+    model: str | None = None
 
 
 def load(

@@ -1,9 +1,10 @@
 """The commands about the data: `doctor`, `whence`, `rebuild`, `quarantine`."""
 
 import contextlib
+import importlib
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -28,7 +29,10 @@ from etl.cli.common import (
 )
 from etl.cli.ports import with_ports
 from etl.cli.printing import styled
-from etl.storage import LeaseHeld
+from etl.storage import LeaseHeld, Root
+
+if TYPE_CHECKING:
+    from etl.lake.doctor import Finding
 
 refused = typer.Typer(no_args_is_help=True, help="The lines and files that did not fit.")
 FileName = Annotated[str, typer.Argument(help="A file's name, as `quarantine list` has it.")]
@@ -82,7 +86,7 @@ def doctor(
 
     Exit status 1 when something is.
     """
-    from etl.lake.doctor import Finding, examine
+    from etl.lake.doctor import Finding
     from etl.serve import health
 
     timetable: Timetable = context.obj
@@ -91,7 +95,7 @@ def doctor(
     missing = what_is_missing(asked)
     remedy = "; ".join([*roots_with_runs(asked), RUN_ALL]) if missing else None
     findings = [Finding(f"root {asked.url}", missing, remedy)]
-    findings += [] if missing else examine(asked.url)
+    findings += [] if missing else _data(asked, timetable)
     findings += [Finding(what, why, "make setup" if why else None) for what, why in health.packages()]
     taken = "see its owner with ss -ltnp"
     findings += [Finding(what, why, taken if why else None) for what, why in health.ports(services)]
@@ -109,6 +113,15 @@ def doctor(
         out.print(f"[green]ok[/]  {len(findings)} looked at: {escape(names)}")
     if wrong:
         raise typer.Exit(1)
+
+
+def _data(root: Root, timetable: Timetable) -> "list[Finding]":
+    """What is wrong with what is stored under a root: the lake, the model, the answers."""
+    from etl.lake import doctor
+    from etl.questions import results
+
+    model = importlib.import_module(timetable.model).examine(root) if timetable.model else []
+    return [*doctor.examine(root.url), *model, *results.examine(root)]
 
 
 def rebuild_lake(

@@ -1,9 +1,9 @@
-"""What is wrong with the data under a root, found by looking at all of it, and what to do about it. Changes nothing."""
+"""What is wrong with the lake under a root, found by looking at all of it, and what to do about it. Changes nothing."""
 
 import contextlib
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -12,7 +12,6 @@ from etl import delta
 from etl.lake import compaction, ledger
 from etl.lake import snapshot as lake
 from etl.storage import Damaged, Root
-from pipeline import model, queries
 from pipeline.tables import TABLES
 
 COMMIT = re.compile(r"(\d{20})\.json")
@@ -34,15 +33,20 @@ class Finding:
 
 
 def examine(root: str) -> list[Finding]:
-    """Everything under `root` that a run relies on, one line each; what is in order too."""
+    """Everything of the lake under `root` that a run relies on, one line each; what is in order too."""
     return [finding for what in _looks() for finding in look(root, what)]
 
 
 def look(root: str, what: str) -> list[Finding]:
     """One thing under `root`, by its name in a Finding: all that is wrong with it, or that nothing is."""
-    problems = []
+    return inspect(what, lambda: _looks()[what](Root.at(root)))
+
+
+def inspect(what: str, problems_of: Callable[[], Iterable[tuple[str, str]]]) -> list[Finding]:
+    """What `problems_of` says of one thing, a problem and its remedy each: also when it cannot be looked at."""
+    problems: list[tuple[str, str]] = []
     try:
-        problems.extend(_looks()[what](Root.at(root)))
+        problems.extend(problems_of())
     except BaseException as error:
         if not may_be_damage(error):
             raise
@@ -72,8 +76,6 @@ def _looks() -> dict[str, Callable[[Root], Iterator[tuple[str, str]]]]:
         "the manifests": _manifests,
         **{f"table {name}": partial(_table, table=name) for name in lake.COLUMNS},
         "the index of runs": _index,
-        "the model": _model,
-        "the answers": _answers,
         "landing": _landing,
     }
 
@@ -190,30 +192,6 @@ def _files(handle) -> Iterator[tuple[str, int, int]]:
 
     actions = pa.table(handle.get_add_actions(flatten=True))
     return zip(*(actions[name].to_pylist() for name in ("path", "size_bytes", "num_records")), strict=True)
-
-
-def _model(place: Root) -> Iterator[tuple[str, str]]:
-    try:
-        model.load_current(place.url)
-    except model.NoModel:
-        return
-    except (model.ModelDamaged, FileNotFoundError) as error:
-        yield str(error), "run train: it publishes another"
-
-
-def _answers(place: Root) -> Iterator[tuple[str, str]]:
-    for question in place.list("results"):
-        rel = f"results/{question}"
-        for what, read in (
-            (f"{rel}/current.json or its file", queries.current),
-            (f"{rel}/history.json", queries.history),
-        ):
-            try:
-                read(place.url, question)
-            except BaseException as error:
-                if not may_be_damage(error):
-                    raise
-                yield f"{what} cannot be read: {sentence(error)}", "run query"
 
 
 def _landing(place: Root) -> Iterator[tuple[str, str]]:

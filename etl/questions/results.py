@@ -8,6 +8,7 @@ opening any of them.
 import contextlib
 import io
 import json
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import polars as pl
 from etl.storage import Root
 
 if TYPE_CHECKING:
+    from etl.lake.doctor import Finding
     from etl.lake.snapshot import Snapshot
     from etl.questions.question import Question
 
@@ -126,6 +128,27 @@ def changes(root: str, question: "Question", result: pl.DataFrame) -> str:
     counts = {"new": new, "changed": result.height - new - same, "gone": gone}
     rows = ", ".join(f"{count:,} {word}" for word, count in counts.items() if count) or "the same in another order"
     return f"Since {since}: {_moved(question, before, result)}of {result.height:,} rows {rows}."
+
+
+def examine(root: Root) -> "list[Finding]":
+    """Whether the current answers and the histories can be read, as readers do, and what to do when they cannot."""
+    from etl.lake import doctor
+
+    return doctor.inspect("the answers", lambda: _problems(root))
+
+
+def _problems(root: Root) -> Iterator[tuple[str, str]]:
+    from etl.lake.doctor import may_be_damage, sentence
+
+    for question in root.list("results"):
+        rel = f"results/{question}"
+        for what, read in ((f"{rel}/current.json or its file", current), (f"{rel}/history.json", history)):
+            try:
+                read(root.url, question)
+            except BaseException as error:
+                if not may_be_damage(error):
+                    raise
+                yield f"{what} cannot be read: {sentence(error)}", "run query"
 
 
 def _moved(question: "Question", before: pl.DataFrame, result: pl.DataFrame) -> str:

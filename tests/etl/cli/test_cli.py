@@ -427,7 +427,8 @@ def test_a_time_that_is_none_is_refused(project, when):
     assert orchestrate(project, "run", "query", "--at", when).returncode == 2
 
 
-def test_doctor_names_a_wrong_package_and_a_taken_port(project, filled):
+def test_doctor_names_a_damaged_model_a_wrong_package_and_a_taken_port(project, filled):
+    Root.at(filled).write("models/current.json", b"{}")
     (project / "pyproject.toml").write_text(
         '[project]\ndependencies = ["polars==0.1", "no-such-thing-at-all", "typer"]\n'
     )
@@ -440,7 +441,8 @@ def test_doctor_names_a_wrong_package_and_a_taken_port(project, filled):
     assert done.returncode == 1
     found = json.loads(done.stdout)
     wrong = {one["what"]: one["problem"] for one in found["findings"] if one["problem"]}
-    assert set(wrong) == {"polars==0.1", "no-such-thing-at-all", f"port {port}"}
+    assert set(wrong) == {"the model", "polars==0.1", "no-such-thing-at-all", f"port {port}"}
+    assert "the answers" in {finding["what"] for finding in found["findings"]}
     assert "is installed" in wrong["polars==0.1"]
     assert all(one["remedy"] for one in found["findings"] if one["problem"])
 

@@ -12,8 +12,9 @@ from support import AT, ingest_all
 
 from etl.lake import compaction, doctor, ingest, quarantine, rebuild
 from etl.lake import snapshot as lake
+from etl.questions import results
 from etl.storage import Root
-from pipeline import queries, source
+from pipeline import model, queries, source
 from pipeline.tables import TABLES
 
 
@@ -40,6 +41,11 @@ def lived(root, lived_once) -> str:
     return root
 
 
+def examine(root: str) -> list[doctor.Finding]:
+    """All that the command looks at of what is under a root."""
+    return [*doctor.examine(root), *model.examine(Root.at(root)), *results.examine(Root.at(root))]
+
+
 def tables(root: str) -> dict:
     snapshot = lake.snapshot(root)
     return {
@@ -61,7 +67,7 @@ def test_a_rebuilt_lake_has_the_same_tables(lived, stream):
     assert [name for name in Root.at(lived).list("") if name.startswith("lake")][0] == "lake"
     ingest_all(lived)
     assert lake.snapshot(lived).batch == 4
-    assert doctor.examine(lived) == [doctor.Finding(one.what) for one in doctor.examine(lived)]
+    assert examine(lived) == [doctor.Finding(finding.what) for finding in examine(lived)]
 
 
 def test_without_pointer_and_manifests_it_is_made_from_what_is_there(lived):
@@ -225,8 +231,8 @@ def test_doctor_names_what_is_planted_and_what_to_do(lived, what):
         place.write("models/current.json", json.dumps(pointer).encode())
         (root / "models/m").mkdir()
     else:
-        assert not [one for one in doctor.examine(lived) if one.problem]
+        assert not [finding for finding in examine(lived) if finding.problem]
     plant(root)
-    wrong = [one for one in doctor.examine(lived) if one.problem]
+    wrong = [finding for finding in examine(lived) if finding.problem]
     assert {one.what for one in wrong} == {named}
     assert all(one.remedy for one in wrong)

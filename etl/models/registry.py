@@ -1,0 +1,220 @@
+"""The published model: its files under `models/<model_id>/`, and the pointer in `models/current.json` that names it.
+
+A model becomes the current one by a swap of the pointer, after it was read back and gave its golden predictions again:
+those it gave for a few rows when it was published. A reader checks the same before it uses a model. What only the
+domain knows, its features and how rows become a matrix of them, is handed in as a Spec.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from etl.storage import Root, Unreadable
+
+if TYPE_CHECKING:
+    import numpy as np
+    import xgboost
+
+    from etl.lake.doctor import Finding
+
+log = logging.getLogger(__name__)
+
+CURRENT = "models/current.json"
+POINTER = {"model_id": str, "run_id": str, "sha256": str, "metrics": dict}  # what it holds
+TOLERANCE = 1e-5  # between machines; a damaged tree is off by far more
+JSON_LIMIT, MODEL_LIMIT = 1_000_000, 250_000_000  # bytes of the small files and of the model's own
+
+
+class NoModel(LookupError):
+    """No model has been published under this root yet."""
+
+
+class ModelDamaged(ValueError):
+    """What is stored is not the model that was published."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the domain says of its model.
+
+    `features`: their names, in the order of the matrix's columns. `matrix`: makes that matrix of rows, among them rows
+    as JSON has them. `stage`: the one that publishes the model, for what is to be done. `golden_rows` and
+    `golden_predictions`: the keys of the two lists in golden.json.
+    """
+
+    features: Sequence[str]
+    matrix: Callable[[Any], "np.ndarray"]
+    stage: str = "train"
+    golden_rows: str = "rows"
+    golden_predictions: str = "predictions"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as it was loaded. `metrics` are what it was published with."""
+
+    model_id: str
+    run_id: str
+    sha256: str
+    metrics: dict[str, Any]
+    booster: "xgboost.Booster" = field(repr=False)
+    spec: Spec = field(repr=False)
+
+    @property
+    def features(self) -> list[str]:
+        """Their names, which are those that the domain declares too."""
+        return list(self.booster.feature_names or ())
+
+    def predict(self, rows: Any) -> list[float]:
+        """A prediction for each row. Safe in threads. Raises what the domain's matrix does when rows do not fit."""
+        return _floats(predict(self.booster, self.spec.matrix(rows)))
+
+
+def predict(booster: "xgboost.Booster", matrix: "np.ndarray") -> "np.ndarray":
+    """A prediction (float64) for each row of a matrix, where NaN is a missing value. Safe in threads.
+
+    Without a DMatrix, which wakes a thread on every core: on busy ones a row cost 14 to 21 ms of CPU.
+    """
+    predictions: np.ndarray = booster.inplace_predict(matrix).astype("float64")
+    return predictions
+
+
+def publish(
+    root: Root,
+    booster: "xgboost.Booster",
+    metrics: dict[str, Any],
+    golden_rows: list[dict[str, Any]],
+    run_id: str,
+    spec: Spec,
+) -> str:
+    """Write the model, read it back, compare its predictions, then make it the current one; returns its model_id.
+
+    `golden_rows`: rows as JSON has them, at least one. Raises ModelDamaged, and the champion stays, when what is read
+    back is not what was trained, or predicts what is no number.
+    """
+    raw = bytes(booster.save_raw("json"))
+    sha256 = hashlib.sha256(raw).hexdigest()
+    model_id = f"{run_id}-{sha256[:8]}"  # a retried run never rewrites what it published before
+    predictions = _floats(predict(booster, spec.matrix(golden_rows)))
+    golden = {spec.golden_rows: golden_rows, spec.golden_predictions: predictions}
+    pointer = {"model_id": model_id, "sha256": sha256, "run_id": run_id, "metrics": metrics}
+    root.write(f"models/{model_id}/model.json", raw)
+    root.write(f"models/{model_id}/golden.json", _json(golden))
+    root.write(f"models/{model_id}/metrics.json", _json(pointer | {"features": list(spec.features)}))
+    _load(root, pointer, spec)
+    root.write(CURRENT, _json(pointer))
+    return model_id
+
+
+def load_current(root: Root, spec: Spec) -> Model:
+    """The published model, after its sha256 and its golden predictions were checked.
+
+    Raises NoModel before the first, ModelDamaged when it is not what was published.
+    """
+    try:
+        pointer = _read_json(root, CURRENT)
+    except FileNotFoundError:
+        raise NoModel(f"no model is published under {root.url} yet: run {spec.stage}") from None
+    return _load(root, pointer, spec)
+
+
+def champion(root: Root, spec: Spec) -> Model | None:
+    """The published model, or None when there is none that can be used: then any challenger is better."""
+    try:
+        return load_current(root, spec)
+    except NoModel:
+        return None
+    except ModelDamaged as error:
+        log.warning("the champion is replaced: %s", error)
+        return None
+
+
+def given(root: Root, spec: Spec) -> dict[str, Any]:
+    """What a training starts from besides its rows, for its replay: the pointer to the champion as JSON, and the
+    sha256 of each of the champion's files; nothing when there is no champion that can be used."""
+    if champion(root, spec) is None:
+        return {}
+    pointer = _read_json(root, CURRENT)
+    files = [f"models/{pointer['model_id']}/{name}" for name in ("model.json", "golden.json")]
+    return {CURRENT: pointer} | {name: hashlib.sha256(_read(root, name, MODEL_LIMIT)).hexdigest() for name in files}
+
+
+def examine(root: Root, spec: Spec) -> "list[Finding]":
+    """Whether the published model can be used, as a reader would load it, and what to do when it cannot."""
+    from etl.lake import doctor
+
+    return doctor.inspect("the model", lambda: _problems(root, spec))
+
+
+def _problems(root: Root, spec: Spec) -> Iterator[tuple[str, str]]:
+    try:
+        load_current(root, spec)
+    except NoModel:
+        return
+    except (ModelDamaged, FileNotFoundError) as error:
+        yield str(error), f"run {spec.stage}: it publishes another"
+
+
+def _load(root: Root, pointer: Any, spec: Spec) -> Model:
+    """The model a pointer names. XGBoost gets to see its bytes only when their sha256 is right: it crashes on some
+    damaged files, and loads others without a word."""
+    import xgboost
+
+    if not isinstance(pointer, dict) or not all(isinstance(pointer.get(key), kind) for key, kind in POINTER.items()):
+        raise ModelDamaged(f"{root.url_of(CURRENT)} names no model")
+    folder = f"models/{pointer['model_id']}"
+    try:
+        raw = _read(root, f"{folder}/model.json", MODEL_LIMIT)
+        golden = _read_json(root, f"{folder}/golden.json")
+        if hashlib.sha256(raw).hexdigest() != pointer["sha256"]:
+            raise ModelDamaged(f"{root.url_of(folder)}/model.json does not have the sha256 that was published")
+        booster = xgboost.Booster({"nthread": 1}, model_file=bytearray(raw))
+        model = Model(pointer["model_id"], pointer["run_id"], pointer["sha256"], pointer["metrics"], booster, spec)
+        if model.features != list(spec.features):
+            raise ModelDamaged(f"{root.url_of(folder)} was trained on other features: {model.features}")
+        is_golden = _is_golden(model, golden)
+    except ModelDamaged:
+        raise
+    except Exception as error:  # the domain's matrix may raise anything for rows that are damaged
+        raise ModelDamaged(f"the model {pointer['model_id']} cannot be read: {error!r}") from error
+    if not is_golden:
+        raise ModelDamaged(f"{root.url_of(folder)} does not predict what it did when it was published")
+    return model
+
+
+def _is_golden(model: Model, golden: dict[str, Any]) -> bool:
+    """Whether the model predicts, for at least one golden row, what it did; NaN and infinity are no predictions."""
+    predictions, expected = model.predict(golden[model.spec.golden_rows]), golden[model.spec.golden_predictions]
+    differences = [abs(a - b) for a, b in zip(predictions, expected, strict=True)]
+    # not by the largest: max() passes over a NaN, which is no number within the tolerance either
+    return bool(differences) and all(difference <= TOLERANCE for difference in differences)
+
+
+def _read(root: Root, rel: str, most: int) -> bytes:
+    """An ordinary file of at most `most` bytes. Raises FileNotFoundError, and ModelDamaged for anything else."""
+    try:
+        return root.read_at_most(rel, most)
+    except (Unreadable, NotADirectoryError) as error:
+        raise ModelDamaged(f"{root.url_of(rel)} cannot be used: {error}") from error
+
+
+def _read_json(root: Root, rel: str) -> Any:
+    """What is in a small JSON file. Raises ModelDamaged and FileNotFoundError."""
+    data = _read(root, rel, JSON_LIMIT)
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ModelDamaged(f"{root.url_of(rel)} is not JSON: {error}") from error
+
+
+def _floats(values: "np.ndarray") -> list[float]:
+    """An array of one dimension as a list."""
+    floats: list[float] = values.tolist()
+    return floats
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1).encode()

@@ -1,0 +1,268 @@
+"""The registry of models, with a toy of two features: what is damaged is never loaded, and never becomes current."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xgboost
+
+from etl.models import registry
+from etl.storage import Root
+
+FEATURES = ["width", "height"]
+GOLDEN = [{"width": float(number % 7), "height": float(number % 3)} for number in range(8)]
+METRICS = {"loss": 0.25}
+
+
+def matrix(rows: list[dict]) -> np.ndarray:
+    return np.array([[row[name] for name in FEATURES] for row in rows], np.float32).reshape(-1, len(FEATURES))
+
+
+SPEC = registry.Spec(FEATURES, matrix)
+
+
+def train(seed: int, trees: int = 40) -> xgboost.Booster:
+    """Whether something is wider than high."""
+    values = np.random.default_rng(seed).uniform(0, 7, (2000, 2)).astype("float32")
+    data = xgboost.DMatrix(values, label=values[:, 0] > values[:, 1], feature_names=FEATURES, nthread=1)
+    return xgboost.train({"objective": "binary:logistic", "nthread": 1}, data, num_boost_round=trees)
+
+
+@pytest.fixture(scope="module")
+def booster():
+    return train(seed=0)
+
+
+@pytest.fixture
+def root(booster, tmp_path):
+    """A root with a published champion."""
+    root = Root.at(tmp_path / "root")
+    registry.publish(root, booster, METRICS, GOLDEN, "train-1", SPEC)
+    return root
+
+
+def model_file(root: Root, name: str = "model.json") -> Path:
+    (path,) = Path(root.url).glob(f"models/*/{name}")
+    return path
+
+
+def _sparse(path: Path) -> None:
+    """Larger than what is read, and of no block on the disk."""
+    with path.open("wb") as file:
+        file.truncate(150_000_000 if path.name == "current.json" else 300_000_000)
+
+
+NO_FILES = [os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path.name), _sparse]
+
+
+def test_what_is_published_is_what_is_loaded(root, booster):
+    loaded = registry.load_current(root, SPEC)
+    assert loaded.run_id == "train-1"
+    assert loaded.model_id == f"train-1-{loaded.sha256[:8]}"
+    assert loaded.metrics == METRICS
+    assert loaded.features == FEATURES
+    expected = booster.predict(xgboost.DMatrix(matrix(GOLDEN), feature_names=FEATURES))
+    assert loaded.predict(GOLDEN) == pytest.approx(expected.tolist(), abs=1e-7)
+    assert [p > 0.5 for p in loaded.predict([{"width": 5, "height": 1}, {"width": 1, "height": 5}])] == [True, False]
+    assert registry.champion(root, SPEC).model_id == loaded.model_id
+
+
+def test_the_files_of_a_model_and_its_pointer(root):
+    pointer = json.loads(Path(root.url, "models/current.json").read_text())
+    folder = Path(root.url, "models", pointer["model_id"])
+    assert list(pointer) == ["model_id", "sha256", "run_id", "metrics"]
+    assert sorted(path.name for path in folder.iterdir()) == ["golden.json", "metrics.json", "model.json"]
+    golden = json.loads((folder / "golden.json").read_text())
+    assert list(golden) == ["rows", "predictions"] and golden["rows"] == GOLDEN
+    assert json.loads((folder / "metrics.json").read_text()) == pointer | {"features": FEATURES}
+
+
+def test_the_golden_lists_are_called_as_the_domain_says(booster, tmp_path):
+    root, spec = Root.at(tmp_path), registry.Spec(FEATURES, matrix, golden_rows="boxes", golden_predictions="wide")
+    registry.publish(root, booster, METRICS, GOLDEN, "train-1", spec)
+    assert json.loads(model_file(root, "golden.json").read_text()).keys() == {"boxes", "wide"}
+    assert registry.load_current(root, spec).predict(GOLDEN)
+
+
+def test_no_model_yet(tmp_path):
+    root = Root.at(tmp_path)
+    with pytest.raises(registry.NoModel, match="run train"):
+        registry.load_current(root, SPEC)
+    assert registry.champion(root, SPEC) is None
+    assert registry.given(root, SPEC) == {}
+
+
+def test_every_truncation_and_bit_flip_of_the_model_is_refused(root):
+    path = model_file(root)
+    whole = path.read_bytes()
+    offsets = np.random.default_rng(0).integers(0, len(whole), 20).tolist()
+    damaged = [whole[:at] for at in offsets] + [
+        whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :] for at in offsets
+    ]
+    for data in (*damaged, b""):
+        path.write_bytes(data)
+        with pytest.raises(registry.ModelDamaged, match="sha256"):
+            registry.load_current(root, SPEC)
+    assert registry.champion(root, SPEC) is None
+    path.unlink()
+    with pytest.raises(registry.ModelDamaged, match="cannot be read"):
+        registry.load_current(root, SPEC)
+
+
+def test_a_pointer_to_another_model_or_to_nonsense_is_refused(root):
+    path = Path(root.url, registry.CURRENT)
+    pointer = json.loads(path.read_text())
+    changes = ({"model_id": "other"}, {"model_id": 7}, {"sha256": "0"}, {"metrics": None}, {"run_id": ["train-1"]})
+    changed = [json.dumps(pointer | change) for change in changes]
+    for data in ("{", "[]", "{}", "null", "[" * 100_000, "\ud800", *changed):
+        path.write_bytes(data.encode(errors="surrogatepass"))
+        with pytest.raises(registry.ModelDamaged):
+            registry.load_current(root, SPEC)
+        assert registry.champion(root, SPEC) is None and registry.given(root, SPEC) == {}
+
+
+@pytest.mark.parametrize("name", [registry.CURRENT, "model.json", "golden.json"])
+def test_what_is_no_ordinary_file_is_refused_and_never_waited_for(root, name):
+    path = Path(root.url, name) if "/" in name else model_file(root, name)
+    for put in NO_FILES:
+        path.unlink()
+        put(path)
+        with pytest.raises(registry.ModelDamaged, match=path.name):
+            registry.load_current(root, SPEC)
+        if path.is_dir():
+            path.rmdir()
+            path.touch()
+
+
+def test_a_folder_of_models_that_is_a_file_is_refused(root):
+    Path(root.url, "models").rename(Path(root.url, "elsewhere"))
+    Path(root.url, "models").touch()
+    with pytest.raises(registry.ModelDamaged, match="models/current.json"):
+        registry.load_current(root, SPEC)
+
+
+@pytest.mark.parametrize("off", [0.001, math.nan, math.inf, -math.inf])
+def test_a_model_that_predicts_something_else_is_refused_though_its_bytes_are_right(root, off):
+    path = model_file(root, "golden.json")
+    golden = json.loads(path.read_text())
+    golden["predictions"][3] += off
+    path.write_text(json.dumps(golden))
+    with pytest.raises(registry.ModelDamaged, match="does not predict what it did"):
+        registry.load_current(root, SPEC)
+
+
+def test_a_change_of_the_code_that_makes_the_features_is_noticed(root):
+    swapped = registry.Spec(FEATURES, lambda rows: matrix(rows)[:, ::-1])
+    with pytest.raises(registry.ModelDamaged, match="does not predict what it did"):
+        registry.load_current(root, swapped)
+    with pytest.raises(registry.ModelDamaged, match="other features: .'width', 'height'."):
+        registry.load_current(root, registry.Spec(FEATURES[::-1], matrix))
+    with pytest.raises(registry.ModelDamaged, match="cannot be read: KeyError"):
+        registry.load_current(root, registry.Spec(FEATURES, lambda rows: [row["depth"] for row in rows]))
+
+
+@pytest.mark.parametrize(
+    "golden",
+    [
+        {"rows": [], "predictions": []},
+        {"rows": GOLDEN, "predictions": []},
+        {"rows": GOLDEN},
+        {"rows": [{"width": 1}], "predictions": [0.5]},
+        [],
+        None,
+    ],
+)
+def test_a_model_without_golden_predictions_is_refused(root, golden):
+    model_file(root, "golden.json").write_text(json.dumps(golden))
+    with pytest.raises(registry.ModelDamaged):
+        registry.load_current(root, SPEC)
+
+
+def test_a_model_that_cannot_be_read_back_leaves_the_champion(root, monkeypatch):
+    before = root.read(registry.CURRENT)
+    write = type(root).write
+
+    def torn(self, rel, data):
+        write(self, rel, data[:-100] if rel.endswith("model.json") else data)
+
+    monkeypatch.setattr(type(root), "write", torn)
+    with pytest.raises(registry.ModelDamaged, match="sha256"):
+        registry.publish(root, train(seed=1), {}, GOLDEN, "train-2", SPEC)
+    assert root.read(registry.CURRENT) == before
+    assert registry.load_current(root, SPEC).run_id == "train-1"
+
+
+def test_a_model_without_a_golden_prediction_is_not_published(root):
+    with pytest.raises(registry.ModelDamaged, match="does not predict"):
+        registry.publish(root, train(seed=1), {}, [], "train-2", SPEC)
+    assert registry.load_current(root, SPEC).run_id == "train-1"
+
+
+def test_a_model_that_predicts_no_number_is_not_published(root):
+    """Its gradients overflowed in training: it has no error of its own."""
+    label = np.full(8, -3e38, np.float32)
+    data = xgboost.DMatrix(matrix(GOLDEN), label=label, feature_names=FEATURES, nthread=1)
+    overflowed = xgboost.train({"nthread": 1, "base_score": 3e38}, data, num_boost_round=2)
+    assert not np.isfinite(overflowed.predict(data)).any()
+    with pytest.raises(registry.ModelDamaged, match="does not predict"):
+        registry.publish(root, overflowed, {}, GOLDEN, "train-2", SPEC)
+    assert registry.load_current(root, SPEC).run_id == "train-1"
+
+
+def test_what_a_training_starts_from_is_told_for_its_replay(root):
+    told = registry.given(root, SPEC)
+    pointer = json.loads(root.read(registry.CURRENT))
+    folder = f"models/{pointer['model_id']}"
+    assert told[registry.CURRENT] == pointer
+    assert told[f"{folder}/model.json"] == pointer["sha256"]
+    assert told.keys() == {registry.CURRENT, f"{folder}/model.json", f"{folder}/golden.json"}
+
+
+def test_a_damaged_model_is_told_with_what_to_do(root, tmp_path):
+    for whole in (root, Root.at(tmp_path / "empty")):
+        (finding,) = registry.examine(whole, SPEC)
+        assert (finding.what, finding.problem, finding.remedy) == ("the model", None, None)
+    model_file(root).write_bytes(b"{}")
+    (finding,) = registry.examine(root, SPEC)
+    assert "sha256" in finding.problem
+    assert finding.remedy == "run train: it publishes another"
+
+
+COUNT_SWITCHES = """
+import pathlib, sys, time
+import numpy as np
+from etl.models import registry
+from etl.storage import Root
+
+def switches(thread):
+    lines = (thread / "status").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
+
+def threads():
+    return {path for path in pathlib.Path("/proc/self/task").iterdir() if (path / "comm").read_text() == own}
+
+own = pathlib.Path("/proc/self/comm").read_text()
+features = ["width", "height"]
+spec = registry.Spec(features, lambda rows: np.array([[row[name] for name in features] for row in rows], np.float32))
+import xgboost
+before = threads()
+served = registry.load_current(Root.at(sys.argv[1]), spec)  # loading has them all work once
+team = sorted(threads() - before)
+time.sleep(0.5)  # they look out for more before they sleep
+asleep = [switches(thread) for thread in team]
+for _ in range(100):
+    served.predict([{"width": 5, "height": 1}])
+served.predict([{"width": 5, "height": 1}] * 1000)
+print([switches(thread) - count for thread, count in zip(team, asleep)])
+"""
+
+
+def test_a_prediction_wakes_no_other_thread(root):
+    """Each waits for the others on busy cores: a row cost 14 to 21 ms of CPU."""
+    done = subprocess.run([sys.executable, "-c", COUNT_SWITCHES, root.url], capture_output=True, text=True, check=True)
+    assert not any(json.loads(done.stdout))
