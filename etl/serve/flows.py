@@ -42,6 +42,7 @@ from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settin
 from prefect.states import Cancelled, Completed, Crashed, Failed
 
 from etl import params
+from etl.kernels.children import Deaths
 from etl.params import Environment, Project, Stage
 from etl.runs import dispatch
 from etl.runs.record import RunRecord
@@ -59,7 +60,7 @@ def stage_flow(
     environment: Environment,
     api_url: str | None = None,
     on_record: Callable[[RunRecord], None] = lambda _: None,
-) -> Flow:
+) -> Flow[..., Any]:
     """The flow of a stage. Its one parameter holds values for the notebook's, in place of those in the YAML."""
 
     def name() -> str:
@@ -73,15 +74,21 @@ def stage_flow(
         persist_result=False,
         result_storage=Path("unused"),  # else every run asks the server for one, twice
     )
-    def run(parameters: dict[str, Any] | None = None) -> State:
+    def run(parameters: dict[str, Any] | None = None) -> State[Any]:
         chosen, refused = stage, ""
         if parameters:
             try:
                 chosen = _with_values(stage, environment, parameters)
             except params.ParamsError as error:
                 refused = "; ".join(map(str, error.problems))
-        asked = {"scheduled_for": _scheduled_time(), "cancel": cancel_event(), "page_later": True}
-        record = dispatch.run_stage(chosen, environment, **asked, refused=refused)
+        record = dispatch.run_stage(
+            chosen,
+            environment,
+            scheduled_for=_scheduled_time(),
+            cancel=cancel_event(),
+            page_later=True,
+            refused=refused,
+        )
         link = f"{api_url}/reports/{record.run_id}" if api_url else Root.at(record.root).url_of(record.report)
         on_record(record)
         try:
@@ -95,7 +102,7 @@ def stage_flow(
     return run
 
 
-def state_of(record: RunRecord) -> State:
+def state_of(record: RunRecord) -> State[Any]:
     """A run's state as Prefect says it. Nothing but ok and noop is Completed."""
     message = f"{record.run_id}: {record.reason or record.state}"
     match record.state:
@@ -117,16 +124,24 @@ def run_recorded(
     stage: Stage,
     environment: Environment,
     scheduled_for: datetime,
-    on_cell: Callable | None = None,
+    on_cell: Callable[[int, int, str], None] | None = None,
     parent: str | None = None,
 ) -> RunRecord:
     """One run now, recorded in Prefect as a flow run without a deployment."""
-    asked = {"scheduled_for": scheduled_for, "on_cell": on_cell, "parent": parent, "page_later": True}
+    run_now = partial(
+        dispatch.run_stage,
+        stage,
+        environment,
+        scheduled_for=scheduled_for,
+        on_cell=on_cell,
+        parent=parent,
+        page_later=True,
+    )
     records: list[RunRecord] = []
 
     @flow(name=stage.name, flow_run_name=f"{stage.name} {scheduled_for:%H:%M:%S} by hand", validate_parameters=False)
-    def run() -> State:
-        records.append(dispatch.run_stage(stage, environment, **asked))
+    def run() -> State[Any]:
+        records.append(run_now())
         return state_of(records[0])
 
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
@@ -135,7 +150,7 @@ def run_recorded(
         except (httpx.HTTPError, RuntimeError) as error:
             if not records:  # it never began: the server went away after it had answered
                 log.warning("not recorded in Prefect: %s", error)
-                return dispatch.run_stage(stage, environment, **asked)
+                return run_now()
             log.warning("the end of %s is not recorded in Prefect: %s", records[0].run_id, error)
     return records[0]
 
@@ -172,7 +187,7 @@ async def serve(
 
 async def _working(worker: InPlaceWorker) -> None:
     """Have the worker look for runs, whatever its server does. RuntimeError when it fails by itself again and again."""
-    deaths = services.Deaths()
+    deaths = Deaths()
     while True:
         why, is_servers = "it ended", False
         try:
@@ -187,7 +202,9 @@ async def _working(worker: InPlaceWorker) -> None:
         await asyncio.sleep(deaths.wait_s)
 
 
-async def deploy(project: Project, api_url: str | None, on_record: Callable = lambda _: None) -> dict:
+async def deploy(
+    project: Project, api_url: str | None, on_record: Callable[[RunRecord], None] = lambda _: None
+) -> dict[UUID, Flow[..., Any]]:
     """One deployment a stage in the pool, its schedule paused: deployment id -> flow, in the project's order."""
     async with get_client() as client:
         with contextlib.suppress(ObjectAlreadyExists):
@@ -195,9 +212,9 @@ async def deploy(project: Project, api_url: str | None, on_record: Callable = la
     flows = {}
     for stage in project.stages.values():
         stage_run = stage_flow(stage, project.environment, api_url, on_record)
-        deployment = await stage_run.to_deployment(
+        deployment = await stage_run.ato_deployment(
             stage.name,
-            schedule=schedule_of(stage),
+            schedule=schedule_of(stage),  # type: ignore[arg-type]  # it takes those of its client, too
             paused=True,
             concurrency_limit=ConcurrencyLimitConfig(
                 limit=1,
@@ -208,7 +225,7 @@ async def deploy(project: Project, api_url: str | None, on_record: Callable = la
             tags=[*_ours(project.environment), project.environment.name],
             work_pool_name=POOL,
         )
-        flows[await deployment.apply(work_pool_name=POOL)] = stage_run
+        flows[await deployment.aapply(work_pool_name=POOL)] = stage_run
     async with get_client() as client:
         await _remove_others(client, list(flows), _ours(project.environment))
     return flows
@@ -238,10 +255,11 @@ def schedule_of(stage: Stage) -> IntervalSchedule | CronSchedule:
     """The stage's schedule, aligned to the UTC clock."""
     if stage.cron:
         return CronSchedule(cron=stage.cron, timezone="UTC")
+    assert stage.every_s is not None, "where there is no cron"
     return IntervalSchedule(interval=timedelta(seconds=stage.every_s), anchor_date=params.EPOCH, timezone="UTC")
 
 
-async def begin(client: PrefectClient, flows: dict, wait_s: float = FIRST_S) -> None:
+async def begin(client: PrefectClient, flows: dict[UUID, Flow[..., Any]], wait_s: float = FIRST_S) -> None:
     """Each deployment once, one after the other, so that nothing waits an hour for its first run; then its schedule.
 
     The next one waits for the end of that run, as it may read what it writes, but no longer than `wait_s`.
@@ -256,7 +274,7 @@ async def begin(client: PrefectClient, flows: dict, wait_s: float = FIRST_S) -> 
         await _patiently(unpaused, of_stage.name)
 
 
-async def _patiently(ask: Callable[[], Awaitable], stage: str) -> Any:
+async def _patiently(ask: Callable[[], Awaitable[Any]], stage: str) -> Any:
     """What the server answers, asked again while it is away or not well; None, and a warning, when it refuses."""
     while True:
         try:
@@ -269,7 +287,9 @@ async def _patiently(ask: Callable[[], Awaitable], stage: str) -> Any:
             await asyncio.sleep(WATCH_S)
 
 
-async def _watching(work: Coroutine, worker: asyncio.Task, children: list[services.Service]) -> None:
+async def _watching(
+    work: Coroutine[Any, Any, object], worker: asyncio.Task[None], children: list[services.Service]
+) -> None:
     """Wait for `work` while the worker and the children live; an essential one that does not is an error."""
     task = asyncio.ensure_future(work)
     try:

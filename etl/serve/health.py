@@ -13,7 +13,7 @@ from etl.storage import PROJECT
 def packages() -> list[tuple[str, str | None]]:
     """Each package that pyproject.toml asks for a version of: (what is asked, what is there instead or None)."""
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    found = []
+    found: list[tuple[str, str | None]] = []
     for line in project["dependencies"]:
         wanted = Requirement(line)
         try:
@@ -29,7 +29,7 @@ def packages() -> list[tuple[str, str | None]]:
 
 def ports(children: Iterable[services.Service]) -> list[tuple[str, str | None]]:
     """The port of each child of `up`: (whose it is, what is wrong or None). That it is at work there is fine."""
-    found = []
+    found: list[tuple[str, str | None]] = []
     for child in children:
         try:
             services.ensure_free(child.port, child.name)

@@ -61,9 +61,9 @@ class Service:
     health_url: str
     page: str
     environment: dict[str, str] = field(default_factory=dict)
-    log_path: Path | None = None
+    log_path: Path = Path(os.devnull)
     essential: bool = False
-    process: subprocess.Popen | None = None
+    process: subprocess.Popen[bytes] | None = None
     deaths: Deaths = field(default_factory=Deaths)
 
     @property
@@ -88,6 +88,7 @@ class Service:
     def wait_ready(self) -> None:
         """Until it answers. Raises RuntimeError with the end of its log when it dies or does not."""
         deadline = time.monotonic() + (READY_S if self.essential else READY_S / 5)
+        assert self.process is not None, "it was started"
         while not answers(self.health_url):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 tail = "\n".join(self.log_path.read_text(errors="replace").splitlines()[-15:])
@@ -140,7 +141,8 @@ def answers(url: str, timeout_s: float = 2) -> bool:
     """Whether a GET of `url` gives 200."""
     try:
         with urllib.request.urlopen(url, timeout=timeout_s) as response:
-            return response.status == 200
+            status: int = response.status
+            return status == 200
     except (OSError, http.client.HTTPException):  # nobody, or somebody who speaks something else
         return False
 

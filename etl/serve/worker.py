@@ -10,6 +10,7 @@ import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 from prefect import Flow
@@ -23,13 +24,13 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.flow_engine import run_flow
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.states import Cancelled, Crashed
-from prefect.workers.base import BaseJobConfiguration, BaseWorker, BaseWorkerResult
+from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
 
 log = logging.getLogger(__name__)
 POOL = "in-place"
@@ -38,7 +39,7 @@ AHEAD_S = 2  # runs are known before they are due; more than between two looks, 
 AT_ONCE = 16  # flow runs; a stage is limited to one by its deployment
 
 
-class InPlaceWorker(BaseWorker):
+class InPlaceWorker(BaseWorker[BaseJobConfiguration, BaseVariables, BaseWorkerResult]):
     """Runs the flow runs of `flows` (deployment id -> flow) in threads of this process.
 
     `cancels` holds an event for each flow run that is under way; setting it cancels the run. A flow finds its own by
@@ -49,14 +50,16 @@ class InPlaceWorker(BaseWorker):
     job_configuration = BaseJobConfiguration
     _description = "Runs notebook flows in the worker's own process."
 
-    def __init__(self, flows: dict[UUID, Flow], **kwargs):
+    def __init__(self, flows: dict[UUID, Flow[..., Any]], **kwargs: Any):
         super().__init__(prefetch_seconds=AHEAD_S, **kwargs)
         self.flows = flows
         self.cancels: dict[UUID, threading.Event] = {}
-        self._heeding: asyncio.Task | None = None
+        self._heeding: asyncio.Task[None] | None = None
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="flow")
 
-    async def run(self, flow_run: FlowRun, configuration: BaseJobConfiguration, task_status=None) -> BaseWorkerResult:
+    async def run(
+        self, flow_run: FlowRun, configuration: BaseJobConfiguration, task_status: Any = None
+    ) -> BaseWorkerResult:
         """Run the flow to its end, whatever that is: its own state is reported by Prefect's engine."""
         identifier = f"in-place/{flow_run.id}"
         if task_status:
@@ -93,6 +96,7 @@ class InPlaceWorker(BaseWorker):
         """None: there is one worker, and of two runs that begin at once one would find SQLite locked and wait 2 s."""
 
     def _run_flow(self, flow_run: FlowRun, event: threading.Event) -> None:
+        assert flow_run.deployment_id is not None, "one of ours"
         _cancel.set(event)
         try:
             # a sync flow sleeps about a second at its end to join the heartbeat's thread
@@ -148,15 +152,18 @@ async def reconcile(client: PrefectClient, deployment_ids: list[UUID]) -> tuple[
         type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
     )
     waiting = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED]))
-    overdue = FlowRunFilterExpectedStartTime(before_=datetime.now(UTC) - timedelta(seconds=1))
-    counts = []
-    for chosen, state in (
+    past = datetime.now(UTC) - timedelta(seconds=1)
+    overdue = FlowRunFilterExpectedStartTime(before_=past)  # type: ignore[arg-type]  # pydantic takes any datetime
+    closing: list[tuple[FlowRunFilter, State[Any]]] = [
         (FlowRunFilter(state=under_way), Crashed(message="the process that ran it is gone")),
         (FlowRunFilter(state=waiting, expected_start_time=overdue), Cancelled(message="missed while nothing ran")),
-    ):
+    ]
+    counts = []
+    for chosen, state in closing:
         closed = 0
-        page = {"flow_run_filter": chosen, "deployment_filter": ours, "sort": FlowRunSort.ID_DESC, "limit": 200}
-        while runs := await client.read_flow_runs(**page):
+        while runs := await client.read_flow_runs(
+            flow_run_filter=chosen, deployment_filter=ours, sort=FlowRunSort.ID_DESC, limit=200
+        ):
             for run in runs:
                 await client.set_flow_run_state(run.id, state, force=True)
             closed += len(runs)
