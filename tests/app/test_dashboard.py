@@ -187,14 +187,13 @@ def of(files: str, change) -> Callable[[str], None]:
 CUT = object()
 ANSWER = f"results/{LIVE[0].name}"
 DAMAGES = {  # page, damage, panels that cannot be shown, what is to be done, charts and tables that still are shown
-    "both halves of the published snapshot": (
-        *(live_page, of("lake/published*.json", b"[]")),
+    "the published snapshot": (
+        *(live_page, of("lake/published.json", b"[]")),
         *(["The published snapshot"], "`orchestrate.py rebuild`", 5, 6),
     ),
-    "one half of it": (live_page, of("lake/published.json", b"{"), [], "", 5, 6),
     "a table's log": (
-        *(live_page, of("lake/orders/_delta_log/00000000000000000001.json", b"")),
-        *(["Orders"], "run preprocess", 5, 6),
+        *(live_page, of("lake/orders/_delta_log/00000000000000000001.json", b"{")),
+        *(["Orders"], "`orchestrate.py rebuild`", 5, 6),
     ),
     "the model's pointer": (live_page, of("models/current.json", b"{}"), ["The model"] * 2, "run train", 4, 5),
     "an answer's pointer": (live_page, of(f"{ANSWER}/current.json", b"[]"), ["The answer"], "run query", 4, 5),
@@ -202,11 +201,11 @@ DAMAGES = {  # page, damage, panels that cannot be shown, what is to be done, ch
     "a history": (questions_page, of(f"{ANSWER}/history.json", CUT), ["The history"], "run query", 1, 1),
     "the log of the index of runs": (
         *(live_page, of("lake/runs/_delta_log/00000000000000000001.json", b"{")),
-        *(["The state of the stages", "The last runs"], "remove the newest file", 5, 5),
+        *(["The state of the stages", "The last runs"], "restore it, or remove lake/runs", 5, 5),
     ),
     "the index of runs": (  # Polars panics, with what is no Exception
         *(runs_page, of("lake/runs/*.parquet", CUT)),
-        *(["The list of runs"], "restore them, or remove lake/runs", 0, 0),
+        *(["The list of runs"], "restore it, or remove lake/runs", 0, 0),
     ),
     "the records of runs": (runs_page, of("reports/*/*/*/run.json", b"{"), [], "", 0, 1),
 }
