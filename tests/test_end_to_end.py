@@ -16,7 +16,7 @@ from tpch_sql import QUESTIONS, connect, unlike
 
 from etl.lake import snapshot as lake
 from etl.storage import PROJECT, Root
-from pipeline import queries
+from pipeline import queries, source
 from pipeline.tables import TABLES
 
 
@@ -120,8 +120,9 @@ def test_generate_again_gives_the_same_bytes_and_preprocess_again_changes_nothin
     assert {t: lake.open_table(Root.at(root), t).version() for t in lake.COLUMNS} == versions
 
 
-def test_bad_input_stops_the_run_before_anything_is_written(root):
-    Root.at(root).write("landing/orders/orders-00000000.json", b"{oops\n")
+def test_bad_input_stops_the_run_before_anything_is_written(root, made):
+    half_bad = source.to_json_lines(made[1]["orders"].head(1)) + b"{oops\n"
+    Root.at(root).write("landing/orders/orders-00000000.json", half_bad)
     done = orchestrate(PROJECT, "run", "preprocess", "--root", root, "--at", AT, "--json")
     (record,) = json.loads(done.stdout)
     assert done.returncode == 1
