@@ -167,14 +167,17 @@ def test_one_pass_on_a_root_with_every_character(tmp_path, stream, made, monkeyp
     assert rebuild.rebuild(root, run_id="rebuild-1")["equal"].all()
 
     monkeypatch.setenv("ETL_ROOT", root)
-    from app.api import app
+    from app.api import app, settings
 
+    settings.cache_clear()  # read once in the life of a service
     client = TestClient(app)
     assert client.get("/ready").json()["batch"] == 1
     assert len(client.get("/results/late_deliveries").json()["rows"]) == answers[root][0].frame.height
     assert client.get(f"/reports/{record['run_id']}").status_code == 200
     monkeypatch.setenv("ETL_ROOT", "s3:/bucket")
+    settings.cache_clear()
     assert client.get("/ready").json() == {"detail": "ETL_ROOT is no root: 's3:/bucket': a URL begins with s3://"}
+    settings.cache_clear()
     listed = orchestrate(PROJECT, "runs", "list", "--root", root)
     assert record["run_id"] in listed.stdout and listed.returncode == 0, listed.stderr
     assert root in orchestrate(PROJECT, "whence", "runs", "--root", root).stdout.replace("\n", "")
