@@ -28,11 +28,12 @@ FLOWS = ("completes", "fails", "says_failed", "is_retried", "crashes", "waits", 
 async def main(kind: str, marks: Path) -> None:
     async with get_client() as client:
         ids = await deploy(client, kind, marks)
-        worker = (
-            ProcessWorker(work_pool_name=kind)
-            if kind == "process"
-            else InPlaceWorker({ids[name]: getattr(compared_flows, name) for name in FLOWS}, work_pool_name=kind)
-        )
+        if kind == "process":
+            worker = ProcessWorker(work_pool_name=kind)
+        else:
+            flows = {ids[name]: getattr(compared_flows, name) for name in FLOWS}
+            lost, theirs = [await another(client, kind, name) for name in ("lost", "theirs")]
+            worker = InPlaceWorker({**flows, lost.deployment_id: None}, work_pool_name=kind)  # no flow at all
         working = asyncio.create_task(worker.start(printer=lambda _: None))
         runs = {name: (await client.create_flow_run_from_deployment(ids[name])).id for name in FLOWS}
         await there(marks, "long")
@@ -45,6 +46,9 @@ async def main(kind: str, marks: Path) -> None:
             logs := [log for log in await client.read_logs(of_one, limit=200, offset=0) if "seen" in log.message]
         ):
             await asyncio.sleep(0.2)
+        if kind == "in-place":
+            assert (await ended(client, lost.id))[0] == "CRASHED", "a run whose end nobody could tell"
+            assert (await client.read_flow_run(theirs.id)).state.is_scheduled(), "what others have in the pool"
         found["logs"] = [[log.name, log.message] for log in logs]
         working.cancel()
         await asyncio.gather(working, return_exceptions=True)
@@ -61,6 +65,13 @@ async def deploy(client, kind: str, marks: Path) -> dict:
         options = {"parameters": {"marks": str(marks)}, "work_pool_name": kind, "concurrency_limit": LIMIT}
         ids[name] = await (await flow.to_deployment(f"{name} {kind}", **options)).apply(work_pool_name=kind)
     return ids
+
+
+async def another(client, kind: str, name: str):
+    """A run of one more deployment in the pool."""
+    flow = await Flow.afrom_source(source=str(HERE), entrypoint="compared_flows.py:completes")
+    deployment = await flow.to_deployment(name, work_pool_name=kind)
+    return await client.create_flow_run_from_deployment(await deployment.apply(work_pool_name=kind))
 
 
 async def there(marks: Path, name: str) -> None:
