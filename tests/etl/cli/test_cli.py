@@ -141,7 +141,8 @@ def test_what_went_wrong_is_on_the_terminal_and_not_how_many_rows_there_were(pro
     command = [sys.executable, "-c", code, "run", "broken", "--root", root, "--at", AT]
     done = subprocess.run(command, cwd=project, env=environment(project), capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
-    *told, report = done.stdout.splitlines()
+    new, *told, report = done.stdout.splitlines()
+    assert new == f"new root {root}"  # whole, to be copied
     shown = " ".join(done.stdout.split())
     assert "broken failed" in shown and "rows" not in shown and max(map(len, told)) <= 80, done.stdout
     assert "ValueError: too many words too many words" in shown
