@@ -70,7 +70,7 @@ async def deploy(client, kind: str, marks: Path) -> dict:
 async def another(client, kind: str, name: str):
     """A run of one more deployment in the pool."""
     flow = await Flow.afrom_source(source=str(HERE), entrypoint="compared_flows.py:completes")
-    deployment = await flow.to_deployment(name, work_pool_name=kind)
+    deployment = await flow.to_deployment(name, work_pool_name=kind, parameters={"marks": "none"})
     return await client.create_flow_run_from_deployment(await deployment.apply(work_pool_name=kind))
 
 
