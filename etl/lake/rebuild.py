@@ -63,7 +63,7 @@ def rebuild(root: str, run_id: str = "rebuild", accept_quarantine: bool = False)
             place.remove_tree(SCRATCH)
             raise RowsWouldGo(f"{'; '.join(gone)}. Nothing was changed")
         compared = _compare(place, scratch)
-        before = f"lake-before-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+        before = f"lake-before-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
         if place.list(f"lake/{compaction.INDEX}"):
             place.move_tree(f"lake/{compaction.INDEX}", f"{SCRATCH}/lake/{compaction.INDEX}")
         place.move_tree("lake", before)
