@@ -177,12 +177,12 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path):
         assert up.flow_runs("lasts", state_type="RUNNING") and not up.flow_runs("works", state_type="CRASHED")
 
         # what cannot be run is a failed run with a reason and a report
-        asked = [ask_for_what_is_not_there(up)]
+        tried = [ask_for_what_is_not_there(up)]
 
         def wrong() -> list[dict]:
-            run = api_of(up, f"/flow_runs/{asked[-1]}")
+            run = api_of(up, f"/flow_runs/{tried[-1]}")
             if run["state_type"] == "CANCELLED":  # its stage was at work already: once more
-                asked.append(ask_for_what_is_not_there(up))
+                tried.append(ask_for_what_is_not_there(up))
             return [run]
 
         (small / "notebooks/breaks.ipynb").write_text("<<<<<<< HEAD\n")
