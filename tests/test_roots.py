@@ -1,6 +1,7 @@
 """A root means the place it says, whatever characters are in it, or is refused before anything is written."""
 
 import os
+import pwd
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
@@ -71,7 +72,7 @@ MEANT = {
     "./~": f"{PROJECT}/~",
     "~": os.path.expanduser("~"),
     "~/lake": os.path.expanduser("~/lake"),
-    "~root/lake": "/root/lake",
+    "~root/lake": f"{pwd.getpwnam('root').pw_dir}/lake",
     "file:///a%20b": "/a b",
     "file://localhost/lake": "/lake",
     "FILE:/lake": "/lake",
