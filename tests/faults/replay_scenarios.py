@@ -84,7 +84,7 @@ def check_whence(root: str) -> str:
                 )
                 slack = timedelta(seconds=SLACK_S)
                 # the index is made when the first run, which has ended, gets its row
-                assert began - slack <= at and (at <= ended + slack or table == "runs"), (
+                assert began - slack <= at and (at <= ended + slack or where == "runs@0"), (
                     f"{where}: {began} {at} {ended}"
                 )
         versions += len(numbers)
