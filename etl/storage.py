@@ -521,7 +521,7 @@ class LocalRoot(Root):
 
     def _staged(self, path: str, data: bytes) -> str:
         folder = os.path.dirname(path)
-        _make_folder(folder)
+        make_folder(folder)
         # the leading dot keeps a half-written file out of every listing
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".part", delete=False) as file:
             try:
@@ -539,18 +539,18 @@ class LocalRoot(Root):
         crash_point(f"written, not there yet: in {os.path.dirname(rel)}")
         os.replace(staged, self._path(rel))
         crash_point(f"there, its name not synced: in {os.path.dirname(rel)}")
-        _sync(os.path.dirname(self._path(rel)))
+        sync(os.path.dirname(self._path(rel)))
 
     def put(self, rel: str, path: Path) -> None:
         staged = self._staged(self._path(rel), b"")
         try:
             shutil.copyfile(path, staged)
-            _sync(staged)
+            sync(staged)
             os.replace(staged, self._path(rel))
         except OSError:
             os.unlink(staged)
             raise
-        _sync(os.path.dirname(self._path(rel)))
+        sync(os.path.dirname(self._path(rel)))
 
     def create(self, rel: str, data: bytes) -> bool:
         staged = self._staged(self._path(rel), data)
@@ -562,7 +562,7 @@ class LocalRoot(Root):
         finally:
             os.unlink(staged)
         crash_point(f"there, its name not synced: in {os.path.dirname(rel)}")
-        _sync(os.path.dirname(self._path(rel)))
+        sync(os.path.dirname(self._path(rel)))
         return True
 
     def exists(self, rel: str) -> bool:
@@ -583,7 +583,7 @@ class LocalRoot(Root):
 
     def sync(self, rels: Iterable[str]) -> None:
         for rel in rels:
-            _sync(self._path(rel))
+            sync(self._path(rel))
 
     @property
     def may_tear(self) -> bool:
@@ -595,7 +595,7 @@ class LocalRoot(Root):
         return sorted(f"{folder}/{name}"[start:] for folder, _, names in walked for name in names if name[0] != ".")
 
     def move(self, source: str, target: str) -> None:
-        _make_folder(os.path.dirname(self._path(target)))
+        make_folder(os.path.dirname(self._path(target)))
         try:
             os.replace(self._path(source), self._path(target))
         except FileNotFoundError:
@@ -618,10 +618,10 @@ class LocalRoot(Root):
         return max((datetime.fromtimestamp(os.stat(one).st_mtime, UTC) for one in folders), default=None)
 
     def move_tree(self, source: str, target: str) -> None:
-        _make_folder(os.path.dirname(self._path(target)))
+        make_folder(os.path.dirname(self._path(target)))
         os.rename(self._path(source), self._path(target))
         for rel in (source, target):
-            _sync(os.path.dirname(self._path(rel)))
+            sync(os.path.dirname(self._path(rel)))
 
     def remove_tree(self, rel: str) -> None:
         shutil.rmtree(self._path(rel), ignore_errors=True)
@@ -636,7 +636,7 @@ class LocalRoot(Root):
     def lease(self, rel: str, holder: str, ttl_s: float = 300, wait_s: float = 30) -> Iterator[None]:
         """As in an object store, by flock: the kernel frees it the moment its holder dies."""
         path, deadline = self._path(rel), time.monotonic() + wait_s
-        _make_folder(os.path.dirname(path))
+        make_folder(os.path.dirname(path))
         with open(path, "a+") as file:
             while True:
                 try:
@@ -673,18 +673,18 @@ def _remove_folders(paths: list[str], first: str) -> None:
                 shutil.rmtree(path)
 
 
-def _make_folder(path: str) -> None:
+def make_folder(path: str) -> None:
     """As os.makedirs, and each that is new is on the disk: a synced file in a folder without a name is lost."""
     if os.path.isdir(path):
         return
     above = os.path.dirname(path)
-    _make_folder(above)
+    make_folder(above)
     with contextlib.suppress(FileExistsError):
         os.mkdir(path)
-    _sync(above)
+    sync(above)
 
 
-def _sync(path: str) -> None:
+def sync(path: str) -> None:
     """Put a file's bytes, or a folder's entries, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

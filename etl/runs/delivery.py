@@ -148,9 +148,11 @@ def _warned_of(folder: Path) -> Iterator[None]:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether not even the first line of the journal was written."""
-    with (folder / journal.JOURNAL).open("rb") as file:
-        return not file.readline().endswith(b"\n")
+    """Whether not even the first line of the journal was written, or not all of it reached the disk: nothing ran."""
+    path = folder / journal.JOURNAL
+    with path.open("rb") as file:
+        is_torn = not file.readline().endswith(b"\n")
+        return is_torn or (not file.readline() and not any(journal.read(path)))
 
 
 def _root_of(folder: Path) -> str:

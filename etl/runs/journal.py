@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from etl.runs.record import now
-from etl.storage import PROJECT
+from etl.storage import PROJECT, make_folder, sync
 
 log = logging.getLogger(__name__)
 POLL_S = 0.2  # of a follower
@@ -42,7 +42,7 @@ class Journal:
         self._file: int | None = None
         self._is_kept = True
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(str(self.folder))
             begun = self.folder / ".journal"  # gets its name when it is locked, or others would find it free
             self._file = os.open(begun, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o600)
             fcntl.flock(self._file, fcntl.LOCK_EX)
@@ -51,13 +51,15 @@ class Journal:
             self._refused(error)
 
     def begin(self, nb: Any, request: dict[str, Any]) -> dict[str, Any]:
-        """Write down what is about to run, redacted already; the first event."""
+        """Write down what is about to run, redacted already; the first event, on the disk before anything runs."""
         try:
             if self._is_kept:
                 (self.folder / NOTEBOOK).write_text(json.dumps(nb, default=str))
         except OSError as error:
             self._refused(error)
-        return self.event("start", request=request, pid=os.getpid(), pid_started=_started(os.getpid()))
+        start = self.event("start", request=request, pid=os.getpid(), pid_started=_started(os.getpid()))
+        self._sync()
+        return start
 
     def event(self, kind: str, **fields: Any) -> dict[str, Any]:
         """Append one event, what was shown before it first. Its fields are redacted already."""
@@ -92,6 +94,15 @@ class Journal:
             while line:
                 written = os.write(self._file, line)  # not all of it when the disk is full; then the rest is refused
                 self.size, line = self.size + written, line[written:]
+        except OSError as error:
+            self._refused(error)
+
+    def _sync(self) -> None:
+        """Put what is written on the disk, and its name."""
+        try:
+            if self._is_kept and self._file is not None:
+                os.fdatasync(self._file)
+                sync(str(self.folder))
         except OSError as error:
             self._refused(error)
 

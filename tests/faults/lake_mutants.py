@@ -70,7 +70,7 @@ def _nothing_synced() -> None:
 def _no_folder_synced() -> None:
     from etl import storage
 
-    storage._sync = lambda path: None
+    storage.sync = lambda path: None
 
 
 def _no_sync_of_what_others_left() -> None:
