@@ -1,4 +1,5 @@
-"""The benchmarks run, in the smallest numbers: what they find is for `make bench` on a quiet machine."""
+"""The benchmarks of the data run, in the smallest numbers. Those of runs start servers and kernels by the dozen, as
+other tests do: they are for `make bench` on a quiet machine."""
 
 import json
 import shutil
@@ -14,10 +15,6 @@ from etl.storage import PROJECT
 @pytest.mark.parametrize(
     ("name", "numbers", "found"),
     [
-        ("notebook_overhead", "1 0", lambda result: len(result["cpu_s"]) == 1 and result["times_faster"] > 1),
-        ("endurance", "6 1", lambda result: (result["zombies"], result["left"], result["failed"]) == ([], [], 0)),
-        ("throughput", "1 1", lambda result: min(result["medians"].values()) > 0),
-        ("scheduled_run", "1 11", lambda result: result["times_less"] > 1),
         ("ingest", "--rounds 0 --versions 5", lambda result: set(result["ticks"]["seconds"]) == {"old", "fresh"}),
         ("queries", "--scale 0.01 --engine polars --engine duckdb --rounds 1 --question 1 --question 6", bool),
     ],

@@ -58,7 +58,7 @@ SCENARIOS = [
     ("overlapping", lake_crashes.overlapping, 40, 2, "times two of preprocess and two of compact at once"),
     ("disk full", lake_damage.disk_full, 30, 2, "full disks"),
     ("failing writes", lake_damage.failing_writes, 120, 2, "writes, syncs, renames and links that fail"),
-    ("power cuts", power_cuts.power_cuts, 1000, 60, "losses of power"),
+    ("power cuts", power_cuts.power_cuts, 1000, 24, "losses of power"),
     ("damage", lake_damage.damaged_bytes, 120, 4, "damages of commit, checkpoint, manifest, pointer, data file"),
     ("lost replies", lake_s3.lost_replies, 40, 1, "batches in an object store"),
     ("superseded", lake_days.superseded, 10, 2, "days of batches, compactions and killed runs"),

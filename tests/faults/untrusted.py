@@ -179,7 +179,8 @@ def _watching(folders: list[Path], texts: dict[str, str]):
 
 def _texts_of(folders: list[Path]) -> dict[str, str]:
     texts = {}
-    for path in [path for folder in folders for path in folder.rglob("*")]:
+    walked = (Path(above) / name for folder in folders for above, _, names in os.walk(folder) for name in names)
+    for path in walked:  # os.walk passes over a folder that is gone, where rglob raises
         with contextlib.suppress(OSError):
             if path.is_file():
                 texts[str(path)] = path.read_bytes().decode("latin-1")
