@@ -17,7 +17,7 @@ from etl.lake import doctor
 from etl.questions import results
 from etl.runs import index
 from etl.storage import Root
-from pipeline import model, queries
+from pipeline import Lake, model, queries
 
 log = logging.getLogger(__name__)
 LOOK_S = 15  # between two looks at the root
@@ -67,7 +67,7 @@ def findings(root_url: str, what: str, looks: tuple[str, ...], _error: BaseExcep
     return [
         finding
         for look in looks
-        for finding in (EXAMINE[look](root) if look in EXAMINE else doctor.look(root_url, look))
+        for finding in (EXAMINE[look](root) if look in EXAMINE else Lake(root).look(look))
         if finding.problem
     ]
 
@@ -83,7 +83,7 @@ def answer(root_url: str, question: str, pointer: bytes) -> tuple[dict[str, Any]
 
     `pointer`: its bytes, by which the cache knows it.
     """
-    current, frame = queries.current(root_url, question)
+    current, frame = queries.current(Root.at(root_url), question)
     chart = next(q.chart for q in queries.questions() if q.name == question)
     return current, frame, figure(chart, frame) if chart and frame.height else None
 
