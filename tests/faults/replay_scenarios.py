@@ -98,7 +98,7 @@ def check_whence(root: str) -> str:
 def _grow(root: str, rng: random.Random, made: int) -> int:
     """Six ticks, then one to three more, ingested by a run of preprocess; how many there are now."""
     more = rng.randint(1, 3) if made else 6  # two whole minutes, so that each question has an answer
-    source.land(root, replace(STREAM, next_tick=made), source.make_ticks(STREAM, range(made, made + more)))
+    source.land(Root.at(root), replace(STREAM, next_tick=made), source.make_ticks(STREAM, range(made, made + more)))
     _run("preprocess", root, made)
     return made + more
 
