@@ -27,6 +27,13 @@ class Lake:
     def __init__(self, root: "str | Root"):
         self.root = Root.at(root)
 
+    def __eq__(self, other: object) -> bool:
+        """The same tables under the same root: by this snapshots are compared."""
+        return type(other) is type(self) and other.root.url == self.root.url
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.root.url))
+
     def at(self, root: "str | Root") -> Self:
         """A lake of the same tables under another root."""
         return type(self)(root)

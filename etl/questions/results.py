@@ -110,7 +110,7 @@ def changes(root: Root, question: "Question", result: pl.DataFrame) -> str:
         pointer, before = current(root, question.name)
     except FileNotFoundError:
         return "This is the first answer."
-    except (Exception, pl.exceptions.PanicException) as error:  # damaged; this answer takes its root
+    except (Exception, pl.exceptions.PanicException) as error:  # damaged; this answer takes its place
         return f"The answer before cannot be read: {error!r:.200}."
     since = f"batch {pointer['batch']}, up to {datetime.fromisoformat(pointer['as_of']):%Y-%m-%d %H:%M:%S} UTC"
     if before.schema != result.schema:
