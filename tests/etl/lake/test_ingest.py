@@ -288,6 +288,30 @@ def stop_before(monkeypatch, name: str) -> None:
 
 
 @pytest.mark.parametrize("step", STEPS)
+def test_a_batch_that_an_earlier_release_left_unfinished_is_finished(landed, made, monkeypatch, step):
+    """Its manifest has the number of each file's name as "tick"."""
+    place = Root.at(landed)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_before(patched, step)
+        ingest_all(landed)
+    manifest = ledger.read(place, 1)
+    assert not any("tick" in file for file in manifest["files"])
+    files = [file | {"tick": int(file["name"][-13:-5])} for file in manifest["files"]]
+    place.write(ledger.manifest(1), json.dumps(manifest | {"files": files}, indent=1).encode())
+    batch = Lake(landed).next_batch(max_files=1, scheduled_for=AT)
+    assert [file.name for file in batch.files] == [file["name"] for file in files]
+    parsed = Lake.read(batch)
+    assert parsed.batch.refused == ()
+    Lake.commit(parsed, run_id="again")
+    assert_exactly(landed, made)
+    assert all(place.list(f"landing/{table}") == [] for table in TABLES)
+    assert place.exists(ledger.done(1)) and ledger.ingested_until(place, 1)["orders"] == [[0, 2]]
+    assert Lake(landed).next_batch(max_files=9, scheduled_for=AT) is None
+    assert Lake(landed).rebuild()["equal"].all()
+    assert_exactly(landed, made)
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_a_file_that_changes_after_it_was_written_down_is_refused(landed, made, monkeypatch, step):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         stop_before(patched, step)
