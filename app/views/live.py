@@ -9,7 +9,6 @@ import polars as pl
 import streamlit as st
 
 from app import shown
-from etl import delta
 from etl.lake import NothingPublished, Snapshot
 from etl.runs import journal
 from etl.storage import Root
@@ -193,7 +192,7 @@ def row_count(root_url: str, table: str, version: int, _snapshot: Snapshot) -> i
 
     Raises storage.Damaged when the log is not what was written.
     """
-    return delta.file_stats(_snapshot.table(table))[1]
+    return _snapshot.row_count(table)
 
 
 def _last_lines(run_id: str) -> str:

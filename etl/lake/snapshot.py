@@ -65,6 +65,10 @@ class Snapshot:
             self._handles[table] = self.lake.table(table, self.versions[table])
         return self._handles[table]
 
+    def row_count(self, table: str) -> int:
+        """How many rows the table has, from the log."""
+        return delta.file_stats(self.table(table))[1]
+
     def rows(self) -> pl.DataFrame:
         """One row a table: table, version, rows, files, mb (counted from the log, no data is read)."""
         lines = []
@@ -78,7 +82,7 @@ def snapshot(lake: "Lake") -> Snapshot:
     """What is published, each table at one version: the one way to read. Raises NothingPublished, storage.Damaged."""
     newest = published(lake)
     if newest is None:
-        raise NothingPublished(f"nothing is published under {lake.root.url} yet: `orchestrate.py run all` does it")
+        raise NothingPublished(f"nothing is published under {lake.root.url} yet: run all stages once")
     return newest
 
 

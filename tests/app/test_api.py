@@ -69,7 +69,7 @@ class TestBeforeTheFirstRun:
         assert ready.status_code == 503
         said = ready.json()
         assert said["ready"] is False and said["batch"] is None
-        assert "nothing is published" in said["detail"] and "run generate" in said["detail"]
+        assert "nothing is published" in said["detail"] and "run all stages" in said["detail"]
         for question in queries.questions():
             assert any(line.startswith(question.name) for line in said["missing"])
         assert any("run train" in line for line in said["missing"])
