@@ -130,6 +130,20 @@ def test_bad_input_stops_the_run_before_anything_is_written(root, made):
     assert not Lake(root).published()
 
 
+def test_a_run_that_could_take_no_file_says_so_and_stands_in_the_way_of_none(root, stream, made):
+    Root.at(root).write("landing/orders/orders-00000009.json", b"{oops\n")
+    asked = ("run", "preprocess", "--root", root, "--at", AT, "--json")
+    done = orchestrate(PROJECT, *asked)
+    (record,) = json.loads(done.stdout)
+    failed = [(check["name"], check["detail"]) for check in record["checks"] if not check["ok"]]
+    assert (done.returncode, record["state"]) == (1, "check_failed")
+    assert failed == [("not every file was refused", "0 taken, 1 refused")]
+    assert [row["file"] for row in Lake(root).refused_files()] == ["orders-00000009.json"]
+    source.land(Root.at(root), stream, {1: made[1]})
+    (record,) = json.loads(orchestrate(PROJECT, *asked).stdout)
+    assert record["state"] == "ok" and Lake(root).snapshot().batch == 1
+
+
 def test_compact_deletes_nothing_by_the_time_it_is_given_and_tells_of_a_table_that_fails(scattered):
     """One table's file is not what it was: all others are compacted and published, and the archive is whole."""
     place, before = Root.at(scattered), Lake(scattered).snapshot()
