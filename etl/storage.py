@@ -382,9 +382,23 @@ class Root:
         found = self._fs.find(self._path(rel), detail=True).values()
         return max((one["LastModified"] for one in found), default=None)
 
-    def move_tree(self, source: str, target: str) -> None:
-        """Move a folder to where nothing is: at once on this machine, file by file in an object store."""
-        self._fs.mv(self._path(source), self._path(target), recursive=True)
+    def move_tree(self, source: str, target: str, last: str | None = None) -> None:
+        """Move a folder to where nothing is: at once on this machine, file by file in an object store.
+
+        `last`: the place of a file in `target` that comes after all others, so that one which is not moved whole is
+        known by not having it, and moved again; only then anything goes from `source`.
+        """
+        if last is None:
+            self._fs.mv(self._path(source), self._path(target), recursive=True)
+            return
+        at_last = f"{source}{last[len(target) :]}"
+        others = [rel for rel in self.files(source) if rel != at_last]
+        self._fs.copy([*map(self._path, others)], [self._path(f"{target}{rel[len(source) :]}") for rel in others])
+        crash_point(f"copied, but for the last: {target}")
+        self._fs.copy(self._path(at_last), self._path(last))
+        crash_point(f"copied, not removed: {source}")
+        self._fs.rm([*map(self._path, others)])
+        self.remove_tree(source)
 
     def remove_tree(self, rel: str) -> None:
         """Remove a folder and all in it; one that is missing is fine."""
@@ -617,7 +631,7 @@ class LocalRoot(Root):
         folders = [folder for folder, _, _ in os.walk(self._path(rel))]  # a file's own time is its producer's
         return max((datetime.fromtimestamp(os.stat(one).st_mtime, UTC) for one in folders), default=None)
 
-    def move_tree(self, source: str, target: str) -> None:
+    def move_tree(self, source: str, target: str, last: str | None = None) -> None:
         make_folder(os.path.dirname(self._path(target)))
         os.rename(self._path(source), self._path(target))
         for rel in (source, target):

@@ -135,7 +135,7 @@ def test_any_character_may_be_in_the_path_of_a_root(tmp_path, characters):
     (piece,) = engines.pieces(snapshot, "quarantine")
     assert snapshot.files("quarantine") == [piece.url] and Path(piece.url).is_relative_to(root)
     assert len(engines._read(*piece, columns=["line"], since=None)) == 1
-    assert len(index.list(place)) == 2
+    assert len(index.newest(place)) == 2
 
 
 def test_one_pass_on_a_root_with_every_character(tmp_path, stream, made, monkeypatch):
@@ -158,12 +158,12 @@ def test_one_pass_on_a_root_with_every_character(tmp_path, stream, made, monkeyp
         assert_frame_equal(here.frame, there.frame)
 
     place = Root.at(root)
-    (record,) = index.list(place)
+    (record,) = index.newest(place)
     assert record["state"] == "ok" and record["kept"] and index.get(place, record["run_id"])["root"] == root
     assert retention.sweep(place)["kept"] == 1
-    assert provenance.whence(place, "runs")["run_id"] == record["run_id"]
+    assert provenance.whence(place, "orders")["operation"] == "WRITE"
     assert {row["file"] for row in quarantine.overview(root)} == {"orders-00000009.json"}
-    examined = [*doctor.examine(root), *results.examine(place)]
+    examined = [*doctor.examine(root), *index.examine(place), *results.examine(place)]
     assert [finding for finding in examined if finding.problem] == []
     assert rebuild.rebuild(root, run_id="rebuild-1")["equal"].all()
 

@@ -46,9 +46,9 @@ def rebuild(root: str, run_id: str = "rebuild", accept_quarantine: bool = False)
     """Make the lake again and put it in the place of the present one, which stays as `lake-before-<time>`.
 
     Returns one row a table: table, rows, rows_before, equal (null where the present one cannot be read). Files in
-    landing wait meanwhile, and the index of runs moves over as it is. Files of which no line fits by now go to
-    `refused/` too; they stay in the archive. Raises NotWhole, storage.LeaseHeld, and unless `accept_quarantine`
-    RowsWouldGo when rows that are in the present one would be set apart; nothing is changed then.
+    landing wait meanwhile. Files of which no line fits by now go to `refused/` too; they stay in the archive. Raises
+    NotWhole, storage.LeaseHeld, and unless `accept_quarantine` RowsWouldGo when rows that are in the present one would
+    be set apart; nothing is changed then.
     """
     place = Root.at(root)
     scratch = Root.at(place.url_of(SCRATCH))
@@ -64,8 +64,6 @@ def rebuild(root: str, run_id: str = "rebuild", accept_quarantine: bool = False)
             raise RowsWouldGo(f"{'; '.join(gone)}. Nothing was changed")
         compared = _compare(place, scratch)
         before = f"lake-before-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
-        if place.list(f"lake/{compaction.INDEX}"):
-            place.move_tree(f"lake/{compaction.INDEX}", f"{SCRATCH}/lake/{compaction.INDEX}")
         place.move_tree("lake", before)
         place.move_tree(f"{SCRATCH}/lake", "lake")
         for rel in place.files(f"{SCRATCH}/refused"):

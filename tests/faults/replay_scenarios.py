@@ -66,7 +66,7 @@ def check_whence(root: str) -> str:
     """Every version of every table under `root`: its run is in the index, was at work at the time, and what runs
     recorded as written is theirs. A row of the index is from the run whose row it is."""
     place, versions = Root.at(root), 0
-    index = {row["run_id"]: run_index.get(place, row["run_id"]) for row in run_index.list(place, limit=10**6)}
+    index = {row["run_id"]: run_index.get(place, row["run_id"]) for row in run_index.newest(place, limit=10**6)}
     tables = [name for name in place.list("lake") if place.exists(f"lake/{name}/_delta_log/{0:020d}.json")]
     for table in tables:
         numbers = [int(m[1]) for name in place.list(f"lake/{table}/_delta_log") if (m := provenance.COMMIT.match(name))]
