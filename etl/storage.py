@@ -385,20 +385,24 @@ class Root:
     def move_tree(self, source: str, target: str, last: str | None = None) -> None:
         """Move a folder to where nothing is: at once on this machine, file by file in an object store.
 
-        `last`: the place of a file in `target` that comes after all others, so that one which is not moved whole is
-        known by not having it, and moved again; only then anything goes from `source`.
+        `last`: a file of it that comes after all others, so that one which is not moved whole is known by not having
+        it, and moved again; only then anything goes from `source`. Raises FileNotFoundError.
         """
-        if last is None:
-            self._fs.mv(self._path(source), self._path(target), recursive=True)
-            return
-        at_last = f"{source}{last[len(target) :]}"
-        others = [rel for rel in self.files(source) if rel != at_last]
-        self._fs.copy([*map(self._path, others)], [self._path(f"{target}{rel[len(source) :]}") for rel in others])
-        crash_point(f"copied, but for the last: {target}")
-        self._fs.copy(self._path(at_last), self._path(last))
+        rels = self.files(source)
+        if not rels:
+            raise FileNotFoundError(self.url_of(source))
+        others = [rel for rel in rels if rel != f"{source}/{last}"]
+        self._copy(others, source, target)
+        if last is not None:
+            crash_point(f"copied, but for the last: {target}")
+            self._copy([f"{source}/{last}"], source, target)
         crash_point(f"copied, not removed: {source}")
         self._fs.rm([*map(self._path, others)])
         self.remove_tree(source)
+
+    def _copy(self, rels: "list[str]", source: str, target: str) -> None:
+        to = [self._path(f"{target}{rel[len(source) :]}") for rel in rels]
+        self._fs.copy([*map(self._path, rels)], to)
 
     def remove_tree(self, rel: str) -> None:
         """Remove a folder and all in it; one that is missing is fine."""

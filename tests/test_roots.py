@@ -1,5 +1,6 @@
 """A root means the place it says, whatever characters are in it, or is refused before anything is written."""
 
+import json
 import os
 import pwd
 import shutil
@@ -181,7 +182,8 @@ def test_one_pass_on_a_root_with_every_character(tmp_path, stream, made, monkeyp
     settings.cache_clear()
     listed = orchestrate(PROJECT, "runs", "list", "--root", root)
     assert record["run_id"] in listed.stdout and listed.returncode == 0, listed.stderr
-    assert root in orchestrate(PROJECT, "whence", "runs", "--root", root).stdout.replace("\n", "")
+    shown = orchestrate(PROJECT, "runs", "show", record["run_id"], "--root", root, "--json")
+    assert json.loads(shown.stdout)["root"] == root
     url = services.database_url(Path(root)).replace("+aiosqlite", "")
     with create_engine(url).connect():
         assert Path(root, "prefect.db").exists() and len(os.listdir(tmp_path)) == 2

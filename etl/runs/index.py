@@ -114,10 +114,10 @@ def move_from_lake(root: Root) -> None:
         return
     if root.list(delta.log_of(OLDER)):
         with root.lease("services/index.lease", f"process {os.getpid()}", wait_s=120):
-            newest = _newest_name(root, OLDER)
-            if newest > _newest_name(root, TABLE):
-                root.move_tree(OLDER, TABLE, last=f"{delta.log_of(TABLE)}/{newest}")
-            elif newest and _is_copy(root, newest):  # whoever moved it died before the old one was gone
+            newest, here = _newest_name(root, OLDER), _newest_name(root, TABLE)
+            if newest > here:
+                root.move_tree(OLDER, TABLE, last=f"_delta_log/{newest}")
+            elif newest == here and _is_copy(root, newest):  # whoever moved it died before the old one was gone
                 root.remove_tree(OLDER)
     _moved.add(root.url)
 

@@ -79,7 +79,8 @@ def remove_unneeded(root: Root) -> None:
     they say.
     """
     # listed before the version is opened, so that what is committed meanwhile is not among them
-    modified = {entry.name: entry.modified for entry in root.entries(TABLE) if entry.modified}
+    parquet = [entry for entry in root.entries(TABLE) if entry.name.endswith(".parquet")]
+    modified = {entry.name: entry.modified for entry in parquet if entry.modified}
     table = root.table(TABLE)
     if not modified:
         return
@@ -87,7 +88,7 @@ def remove_unneeded(root: Root) -> None:
     before = min(max(modified.values()), datetime.datetime.now(datetime.UTC)) - kept
     # full: a checkpoint forgets what was removed long ago, and nobody wrote down what a killed process left
     unneeded = table.vacuum(retention_hours=KEPT_HOURS, dry_run=True, enforce_retention_duration=False, full=True)
-    old = {name for name, time in modified.items() if time < before and name.endswith(".parquet")}
+    old = {name for name, time in modified.items() if time < before}
     root.remove_all(f"{TABLE}/{name}" for name in sorted(old & {*unneeded} - _sizes(table).keys()))
     root.remove_unfinished(TABLE, before=before)
 
