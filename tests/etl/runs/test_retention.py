@@ -187,8 +187,9 @@ def test_it_comes_regularly_also_after_one_that_failed(tmp_path, caplog, day):
     end = retention.sweep_regularly(root, Rules(), every_s=0.05)
     until(lambda: said in caplog.text)
     Path(root.url).unlink()
-    synthetic.write_index(root, day[:10], recent=0)
+    synthetic.write_index(root, day[:10], recent=9)
     synthetic.write_reports(root, day[:10], tmp_path / "templates")
     doomed = folders(root) - set(retention.wanted(run_index.frame(day[:10]), Rules(), datetime.now(UTC))["report"])
     until(lambda: doomed and not doomed & folders(root))
+    until(lambda: len(root.table(run_index.TABLE).file_uris()) == 1)  # the index is tidied, too
     end.set()
