@@ -18,7 +18,7 @@ from etl.findings import Finding
 from etl.reports import page
 from etl.runs import index
 from etl.runs.record import RunRecord
-from etl.storage import Root
+from etl.storage import LocalRoot, Root
 
 FIRST = RunRecord(
     stage="toy",
@@ -202,6 +202,17 @@ def as_an_older_release_left_it(root, numbers):
     index._moved.clear()
 
 
+def append_and_move_slowly(url, numbers, together):
+    move_tree = LocalRoot.move_tree
+
+    def slowly(*asked, **named):
+        time.sleep(1)  # the other process comes to the same point
+        move_tree(*asked, **named)
+
+    LocalRoot.move_tree = slowly
+    append_many(url, numbers, together)
+
+
 def test_the_index_of_an_older_release_is_found_and_moved_once(tmp_path):
     root = Root.at(tmp_path)
     as_an_older_release_left_it(root, range(25))  # with a checkpoint
@@ -209,7 +220,8 @@ def test_the_index_of_an_older_release_is_found_and_moved_once(tmp_path):
     assert root.list(index.OLDER) and not root.list(index.TABLE), "whoever only looks moves nothing"
     spawn = multiprocessing.get_context("spawn")
     together = spawn.Barrier(2)
-    workers = [spawn.Process(target=append_many, args=(root.url, range(25 + k, 37, 2), together)) for k in range(2)]
+    asked = [(root.url, range(25 + k, 37, 2), together) for k in range(2)]
+    workers = [spawn.Process(target=append_and_move_slowly, args=args) for args in asked]
     for worker in workers:
         worker.start()
     for worker in workers:
