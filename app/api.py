@@ -479,7 +479,7 @@ def list_runs(
     limit: Annotated[int, Query(ge=1, le=1000, description="At most so many")] = 50,
 ) -> list[Run]:
     """The last runs, newest first."""
-    return index.list(root, stage=stage, state=state, since=since, until=until, limit=limit)
+    return index.newest(root, stage=stage, state=state, since=since, until=until, limit=limit)
 
 
 @app.get(

@@ -134,6 +134,20 @@ def add(path: str, size: int, stats: str, *, changes: bool) -> Action:
     }
 
 
+def remove(path: str, size: int) -> Action:
+    """A commit's line that removes a file whose rows another one has."""
+    return {
+        "remove": {
+            "path": path,
+            "dataChange": False,
+            "deletionTimestamp": time.time_ns() // 1_000_000,
+            "extendedFileMetadata": True,
+            "partitionValues": {},
+            "size": size,
+        }
+    }
+
+
 def commit(root: Root, table: str, version: int, lines: list[Action]) -> bool:
     """Add a version to a table's log, unless it is there already: then False. With it goes a checkpoint that is due."""
     if not root.create(commit_of(table, version), "\n".join(map(json.dumps, lines)).encode()):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     import xgboost
 
-    from etl.lake.doctor import Finding
+    from etl.findings import Finding
 
 __all__ = ["CURRENT", "Model", "ModelDamaged", "NoModel"]  # the registry's, for those who read the published model
 

@@ -18,7 +18,7 @@ from etl.storage import PROJECT
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 PACKAGES = {"app", "etl", "orchestrate", "pipeline"}
 MAY_IMPORT = {  # of the project's own modules
-    "pipeline": {"pipeline", "etl.charts", "etl.lake", "etl.models", "etl.questions", "etl.storage"},
+    "pipeline": {"pipeline", "etl.charts", "etl.findings", "etl.lake", "etl.models", "etl.questions", "etl.storage"},
     "etl": {"etl"},
     "app": {
         "app",
@@ -30,6 +30,7 @@ MAY_IMPORT = {  # of the project's own modules
         "etl.lake",
         "etl.questions",
         "etl.charts",
+        "etl.findings",
         "etl.storage",
     },  # reading only
     "notebooks": {"pipeline", "etl.notebook"},

@@ -113,10 +113,10 @@ def test_generate_again_gives_the_same_bytes_and_preprocess_again_changes_nothin
 
     ingest = ("run", "preprocess", "--root", root, "--at", AT, "--json")
     (first,) = json.loads(orchestrate(PROJECT, *ingest).stdout)
-    versions = {t: Lake(Root.at(root)).table(t).version() for t in Lake.COLUMNS}
+    versions = {t: Lake(Root.at(root)).table(t).version() for t in Lake(root).columns}
     (second,) = json.loads(orchestrate(PROJECT, *ingest).stdout)
     assert (first["state"], second["state"]) == ("ok", "noop")
-    assert {t: Lake(Root.at(root)).table(t).version() for t in Lake.COLUMNS} == versions
+    assert {t: Lake(Root.at(root)).table(t).version() for t in Lake(root).columns} == versions
 
 
 def test_bad_input_stops_the_run_before_anything_is_written(root, made):

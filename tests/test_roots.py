@@ -1,5 +1,6 @@
 """A root means the place it says, whatever characters are in it, or is refused before anything is written."""
 
+import json
 import os
 import pwd
 import shutil
@@ -136,7 +137,7 @@ def test_any_character_may_be_in_the_path_of_a_root(tmp_path, characters):
     (piece,) = engines.pieces(snapshot, "quarantine")
     assert snapshot.files("quarantine") == [piece.url] and Path(piece.url).is_relative_to(root)
     assert len(engines._read(*piece, columns=["line"], since=None)) == 1
-    assert len(index.list(place)) == 2
+    assert len(index.newest(place)) == 2
 
 
 def test_one_pass_on_a_root_with_every_character(tmp_path, stream, made, monkeypatch):
@@ -159,12 +160,12 @@ def test_one_pass_on_a_root_with_every_character(tmp_path, stream, made, monkeyp
         assert_frame_equal(here.frame, there.frame)
 
     place = Root.at(root)
-    (record,) = index.list(place)
+    (record,) = index.newest(place)
     assert record["state"] == "ok" and record["kept"] and index.get(place, record["run_id"])["root"] == root
     assert retention.sweep(place)["kept"] == 1
-    assert provenance.whence(place, "runs")["run_id"] == record["run_id"]
+    assert provenance.whence(place, "orders")["operation"] == "WRITE"
     assert {row["file"] for row in Lake(root).refused()} == {"orders-00000009.json"}
-    examined = [*Lake(root).examine(), *results.examine(place)]
+    examined = [*Lake(root).examine(), *index.examine(place), *results.examine(place)]
     assert [finding for finding in examined if finding.problem] == []
     assert Lake(root).rebuild(run_id="rebuild-1")["equal"].all()
 
@@ -182,7 +183,8 @@ def test_one_pass_on_a_root_with_every_character(tmp_path, stream, made, monkeyp
     settings.cache_clear()
     listed = orchestrate(PROJECT, "runs", "list", "--root", root)
     assert record["run_id"] in listed.stdout and listed.returncode == 0, listed.stderr
-    assert root in orchestrate(PROJECT, "whence", "runs", "--root", root).stdout.replace("\n", "")
+    shown = orchestrate(PROJECT, "runs", "show", record["run_id"], "--root", root, "--json")
+    assert json.loads(shown.stdout)["root"] == root
     url = services.database_url(Path(root)).replace("+aiosqlite", "")
     with create_engine(url).connect():
         assert Path(root, "prefect.db").exists() and len(os.listdir(tmp_path)) == 2

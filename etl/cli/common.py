@@ -113,7 +113,7 @@ def has_runs(root: Root) -> bool:
     """Whether the root has an index of runs."""
     from etl.runs import index
 
-    return bool(root.list(f"{index.TABLE}/_delta_log"))
+    return index.is_there(root)
 
 
 def roots_with_runs(besides: Root) -> list[str]:

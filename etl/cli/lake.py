@@ -32,8 +32,8 @@ from etl.cli.printing import styled
 from etl.storage import LeaseHeld, Root
 
 if TYPE_CHECKING:
+    from etl.findings import Finding
     from etl.lake import Lake
-    from etl.lake.doctor import Finding
 
 refused = typer.Typer(no_args_is_help=True, help="The lines and files that did not fit.")
 FileName = Annotated[str, typer.Argument(help="A file's name, as `quarantine list` has it.")]
@@ -87,7 +87,7 @@ def doctor(
 
     Exit status 1 when something is.
     """
-    from etl.lake.doctor import Finding
+    from etl.findings import Finding
     from etl.serve import health
 
     timetable: Timetable = context.obj
@@ -117,11 +117,12 @@ def doctor(
 
 
 def _data(root: Root, timetable: Timetable) -> "list[Finding]":
-    """What is wrong with what is stored under a root: the lake, the model, the answers."""
+    """What is wrong with what is stored under a root: the lake, the index, the model, the answers."""
     from etl.questions import results
+    from etl.runs import index
 
     model = importlib.import_module(timetable.model).examine(root) if timetable.model else []
-    return [*timetable.lake_at(root).examine(), *model, *results.examine(root)]
+    return [*timetable.lake_at(root).examine(), *index.examine(root), *model, *results.examine(root)]
 
 
 def rebuild_lake(
@@ -140,9 +141,11 @@ def rebuild_lake(
     too when rows that are in the lake would go to quarantine, which `--accept-quarantine` allows.
     """
     from etl.lake.rebuild import NotWhole, RowsWouldGo
+    from etl.runs import index
 
     asked = existing_root(env, root)
     timetable: Timetable = context.obj
+    index.move_from_lake(asked)  # of an older release: it would be swapped out with the lake
     run_id = f"rebuild-{datetime.now(UTC):%Y%m%dT%H%M%S}"
     try:
         tables = timetable.lake_at(asked).rebuild(run_id, accept_quarantine=accept_quarantine)

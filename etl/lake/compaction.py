@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 VACUUM_HOURS = 24  # at least: a reader may still be on a version this old
 ARCHIVE_DAYS = 7
 WRITTEN = ("lake", "landing", "refused", "results", "models")  # where a killed run may leave a file half written
-INDEX = "runs"  # the index of runs is a table of the lake too, though no snapshot names it
 LEASE_S = 1800  # of one table; longer than any of them takes
 CLOCK = "lake/clock.json"
 KEPT_LOG = "lake/kept_log"
@@ -64,7 +63,7 @@ class Rewrite:
 
 def tables(lake: "Lake") -> list[str]:
     """The tables that there are, by name."""
-    return [name for name in (*lake.columns, INDEX) if lake.root.list(f"lake/{name}/_delta_log")]
+    return [name for name in lake.columns if lake.root.list(f"lake/{name}/_delta_log")]
 
 
 def survey(lake: "Lake", small_mb: float) -> pl.DataFrame:

@@ -47,9 +47,9 @@ def rebuild(lake: "Lake", run_id: str = "rebuild", accept_quarantine: bool = Fal
     """Make the lake again and put it in the place of the present one, which stays as `lake-before-<time>`.
 
     Returns one row a table: table, rows, rows_before, equal (null where the present one cannot be read). Files in
-    landing wait meanwhile, and the index of runs moves over as it is. Files of which no line fits by now go to
-    `refused/` too; they stay in the archive. Raises NotWhole, storage.LeaseHeld, and unless `accept_quarantine`
-    RowsWouldGo when rows that are in the present one would be set apart; nothing is changed then.
+    landing wait meanwhile. Files of which no line fits by now go to `refused/` too; they stay in the archive. Raises
+    NotWhole, storage.LeaseHeld, and unless `accept_quarantine` RowsWouldGo when rows that are in the present one would
+    be set apart; nothing is changed then.
     """
     root, scratch = lake.root, lake.at(lake.root.url_of(SCRATCH))
     with commit.writing(root, run_id):
@@ -64,8 +64,6 @@ def rebuild(lake: "Lake", run_id: str = "rebuild", accept_quarantine: bool = Fal
             raise RowsWouldGo(f"{'; '.join(gone)}. Nothing was changed")
         compared = _compare(lake, scratch)
         before = f"lake-before-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
-        if root.list(f"lake/{compaction.INDEX}"):
-            root.move_tree(f"lake/{compaction.INDEX}", f"{SCRATCH}/lake/{compaction.INDEX}")
         root.move_tree("lake", before)
         root.move_tree(f"{SCRATCH}/lake", "lake")
         for rel in root.files(f"{SCRATCH}/refused"):

@@ -17,7 +17,7 @@ import polars as pl
 from etl.storage import Root
 
 if TYPE_CHECKING:
-    from etl.lake.doctor import Finding
+    from etl.findings import Finding
     from etl.lake.snapshot import Snapshot
     from etl.questions.question import Question
 
@@ -131,13 +131,13 @@ def changes(root: Root, question: "Question", result: pl.DataFrame) -> str:
 
 def examine(root: Root) -> "list[Finding]":
     """Whether the current answers and the histories can be read, as readers do, and what to do when they cannot."""
-    from etl.lake import doctor
+    from etl import findings
 
-    return doctor.inspect("the answers", lambda: _problems(root))
+    return findings.inspect("the answers", lambda: _problems(root))
 
 
 def _problems(root: Root) -> Iterator[tuple[str, str]]:
-    from etl.lake.doctor import may_be_damage, sentence
+    from etl.findings import may_be_damage, sentence
 
     for question in root.list("results"):
         rel = f"results/{question}"

@@ -204,12 +204,12 @@ DAMAGES = {  # page, damage, panels that cannot be shown, what is to be done, ch
     "an answer": (questions_page, of(f"{ANSWER}/*.parquet", CUT), ["The answer"], "run query", 0, 1),
     "a history": (questions_page, of(f"{ANSWER}/history.json", CUT), ["The history"], "run query", 1, 1),
     "the log of the index of runs": (
-        *(live_page, of("lake/runs/_delta_log/00000000000000000001.json", b"{")),
-        *(["The state of the stages", "The last runs"], "restore it, or remove lake/runs", 5, 5),
+        *(live_page, of("runs/_delta_log/00000000000000000001.json", b"{")),
+        *(["The state of the stages", "The last runs"], "restore it, or remove runs", 5, 5),
     ),
     "the index of runs": (  # Polars panics, with what is no Exception
-        *(runs_page, of("lake/runs/*.parquet", CUT)),
-        *(["The list of runs"], "restore it, or remove lake/runs", 0, 0),
+        *(runs_page, of("runs/*.parquet", CUT)),
+        *(["The list of runs"], "restore it, or remove runs", 0, 0),
     ),
     "the records of runs": (runs_page, of("reports/*/*/*/run.json", b"{"), [], "", 0, 1),
 }

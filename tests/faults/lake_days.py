@@ -9,11 +9,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import duckdb
-from faults import synthetic
 from faults.lake_world import NotHeld, World, stage
 
 from etl.lake import Snapshot, compaction
-from etl.runs import index
 from etl.storage import Root
 from pipeline import Lake
 
@@ -41,7 +39,7 @@ def superseded(n: int, seed: int) -> str:
     with tempfile.TemporaryDirectory(prefix="lake-") as folder:
         world = World(Path(folder), seed)
         place, began = Root.at(world.root), datetime.now(UTC)
-        records, readers = iter(synthetic.month(seed, days=1)), []
+        readers: list[Reader] = []
         needed: dict[str, int] = {}  # file -> the last hour at which it was
         removed = most = 0
         for hour in range(0, 24 * n + 1, EVERY_H):
@@ -49,7 +47,6 @@ def superseded(n: int, seed: int) -> str:
                 world.land(1, small_tables=True)
                 stage("preprocess", world.root)
                 _open(world.root, readers, hour)
-                index.append(place, next(records))
             needed |= dict.fromkeys(_leave(place, pick, began + timedelta(hours=hour)), hour)
             needed |= dict.fromkeys(_named_by(place, readers), hour)
             done = Lake(world.root).compact(
@@ -98,7 +95,7 @@ def _read(snapshot: Snapshot) -> dict[str, tuple]:
 def _leave(place: Root, pick: random.Random, now: datetime) -> list[str]:
     """What runs that were killed now have left; their names."""
     names = {f"lake/orders/batch-{pick.randrange(10**8):08d}-x.zstd.parquet", f"lake/orders/.{pick.random()}.part"}
-    names |= {f"lake/runs/compacted-{pick.random()}.snappy.parquet", f"lake/lineitem/_delta_log/.{pick.random()}.part"}
+    names |= {f"lake/part/compacted-{pick.random()}.snappy.parquet", f"lake/lineitem/_delta_log/.{pick.random()}.part"}
     for name in names:
         place.write(name, b"x")
         os.utime(f"{place.url}/{name}", (int(now.timestamp()),) * 2)

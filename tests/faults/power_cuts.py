@@ -20,7 +20,7 @@ from faults import disk, lake_world, toy
 from faults.lake_world import AT, MONEY, NotHeld, World, processes
 
 from etl.lake import ingest
-from etl.runs import delivery, index
+from etl.runs import delivery, index, upkeep
 from etl.storage import PROJECT, Root
 from pipeline import Lake, model
 
@@ -134,11 +134,14 @@ CELLS = ("# A run", "print('some text')", "for _ in range(30_000): print('some m
 
 
 def _live_report(folder: Path) -> None:
-    """Runs of a notebook, with a file beside the report; a mark when all of a run is where it belongs."""
+    """Runs of a notebook, with a file beside the report, and a compaction of the index; a mark when all of a run is
+    where it belongs."""
     os.environ["ETL_SPOOL"] = f"{folder}/root/spool"
-    for _ in range(3):
+    for number in range(3):
         record = toy.run(folder / "root", *CELLS)
         delivery.settle()
+        if number == 1:
+            upkeep.tidy(Root.at(folder / "root"))
         Path(folder, "root", "marks", record.run_id).touch()
 
 
@@ -246,14 +249,14 @@ def _index_holds(cut: Cut) -> None:
         raise NotHeld(f"not delivered: {waiting}")
     _assert_index(cut, root)
     index.append(root, _ended()[17])
-    compact(cut.root)
+    upkeep.tidy(root)
     _assert_index(cut, root)
     if not index.indexed(root, _ended()[17].run_id):
         raise NotHeld("the next run has no row")
 
 
 def _assert_index(cut: Cut, root: Root) -> None:
-    rows = index.list(root, limit=1000)
+    rows = index.newest(root, limit=1000)
     ids = [row["run_id"] for row in rows]
     if len(ids) != len(set(ids)):
         raise NotHeld(f"runs twice in the index: {sorted(ids)}")

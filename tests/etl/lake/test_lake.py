@@ -14,7 +14,8 @@ from polars.testing import assert_frame_equal
 
 import pipeline
 from etl import lake as lakes
-from etl.lake import NothingPublished, doctor, schemas
+from etl.findings import Finding
+from etl.lake import NothingPublished, schemas
 from etl.lake.table import DAY, INT32, RESCUED, TEXT, TIME, Table, decimal
 from etl.storage import Root
 
@@ -150,7 +151,7 @@ def test_it_is_compacted_and_made_again_and_nothing_is_wrong(gathered):
         "table reading",
         "table quarantine",
     ]
-    assert found == [doctor.Finding(one.what) for one in found]
+    assert found == [Finding(one.what) for one in found]
     compared = gathered.rebuild()
     assert compared.rows() == [("sensor", 4, 4, True), ("reading", 119, 119, True), ("quarantine", 1, 1, True)]
     for table, frame in content(gathered).items():

@@ -4,14 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
-import polars as pl
 import pytest
-from deltalake import write_deltalake
+from faults import synthetic
 from polars.testing import assert_frame_equal
 from support import AT, ingest_all
 
-from etl.lake import doctor, rebuild
+from etl.findings import Finding
+from etl.lake import rebuild
 from etl.questions import results
+from etl.runs import index
 from etl.storage import Root
 from pipeline import Lake, model, queries, source
 from pipeline.tables import TABLES
@@ -40,9 +41,14 @@ def lived(root, lived_once) -> str:
     return root
 
 
-def examine(root: str) -> list[doctor.Finding]:
+def examine(root: str) -> list[Finding]:
     """All that the command looks at of what is under a root."""
-    return [*Lake(root).examine(), *model.examine(Root.at(root)), *results.examine(Root.at(root))]
+    return [
+        *Lake(root).examine(),
+        *index.examine(Root.at(root)),
+        *model.examine(Root.at(root)),
+        *results.examine(Root.at(root)),
+    ]
 
 
 def tables(root: str) -> dict:
@@ -66,7 +72,7 @@ def test_a_rebuilt_lake_has_the_same_tables(lived, stream):
     assert [name for name in Root.at(lived).list("") if name.startswith("lake")][0] == "lake"
     ingest_all(lived)
     assert Lake(lived).snapshot().batch == 4
-    assert examine(lived) == [doctor.Finding(finding.what) for finding in examine(lived)]
+    assert examine(lived) == [Finding(finding.what) for finding in examine(lived)]
 
 
 def test_without_pointer_and_manifests_it_is_made_from_what_is_there(lived):
@@ -192,7 +198,7 @@ PLANTED = {
         "table part",
         lambda root: _edit(next((root / "lake/part").glob("batch-*")), overwritten),
     ),
-    "a run's row gone": ("the index of runs", lambda root: next((root / "lake/runs").glob("*.parquet")).unlink()),
+    "a run's row gone": ("the index of runs", lambda root: next((root / "runs").glob("*.parquet")).unlink()),
     "an answer gone": (
         "the answers",
         lambda root: (root / "results/q01/current.json").write_text('{"file": "results/q01/gone"}'),
@@ -224,7 +230,7 @@ def test_doctor_names_what_is_planted_and_what_to_do(lived, what):
     place = Root.at(lived)
     question, snapshot = next(q for q in queries.questions() if q.name == "q01"), Lake(lived).snapshot()
     queries.save(Root.at(lived), queries.ask(question, snapshot), question, snapshot, "query-1")
-    write_deltalake(place.url_of("lake/runs"), pl.DataFrame({"run_id": ["query-1"]}))
+    index.append(place, synthetic.month(1, days=1)[0])
     if named == "the model":
         pointer = {"model_id": "m", "sha256": "0" * 64, "run_id": "train-1", "metrics": {}}
         place.write("models/current.json", json.dumps(pointer).encode())

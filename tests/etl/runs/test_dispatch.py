@@ -157,4 +157,4 @@ def test_a_notebook_that_breaks_while_up_is_at_work_is_a_failed_run_with_a_repor
     record = dispatch.run_stage(stage, dataclasses.replace(local.environment, root=str(tmp_path)), scheduled_for=AT)
     assert (record.state, record.reason) == ("failed", f"notebooks/query.ipynb: {why}")
     assert why in (tmp_path / record.report / "report.html").read_text()
-    assert [row["run_id"] for row in index.list(Root.at(tmp_path), state="failed")] == [record.run_id]
+    assert [row["run_id"] for row in index.newest(Root.at(tmp_path), state="failed")] == [record.run_id]
