@@ -78,7 +78,7 @@ def api_url(ports: Mapping[str, int]) -> str:
     return f"http://{HOST}:{ports['api']}"
 
 
-app = cli.make(Timetable(services, api_url, PORTS, model="pipeline.model"), help_text=__doc__)
+app = cli.make(Timetable(services, api_url, PORTS, lake="pipeline:Lake", model="pipeline.model"), help_text=__doc__)
 
 if __name__ == "__main__":
     sys.exit(app())

@@ -23,12 +23,12 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from app.settings import Settings
-from etl.lake import snapshot as lake
+from etl.lake.snapshot import POINTER, NothingPublished
 from etl.reports import page as reports
 from etl.runs import index
 from etl.runs.record import STATES
 from etl.storage import BadRoot, Root
-from pipeline import model, queries
+from pipeline import Lake, model, queries
 
 BODY_LIMIT = 1_000_000  # bytes; 1,000 line items are about a quarter of it
 ITEM_LIMIT = 1000
@@ -339,9 +339,9 @@ def _ready(root: Root) -> Ready:
     _, model_problem = served_model(root).current()
     missing += [model_problem] if model_problem else []
     try:
-        snapshot = lake.snapshot(root)
-    except (lake.NothingPublished, ValueError, KeyError) as error:
-        why = str(error) if isinstance(error, lake.NothingPublished) else f"{lake.PUBLISHED} is damaged: {error!r}"
+        snapshot = Lake(root).snapshot()
+    except (NothingPublished, ValueError, KeyError) as error:
+        why = str(error) if isinstance(error, NothingPublished) else f"{POINTER} is damaged: {error!r}"
         return Ready(ready=False, detail=why, missing=[why, *missing], batch=None, as_of=None, lag_s=None)
     return Ready(
         ready=True,
@@ -479,7 +479,7 @@ def list_runs(
     limit: Annotated[int, Query(ge=1, le=1000, description="At most so many")] = 50,
 ) -> list[Run]:
     """The last runs, newest first."""
-    return index.list(root, stage=stage, state=state, since=since, until=until, limit=limit)
+    return index.newest(root, stage=stage, state=state, since=since, until=until, limit=limit)
 
 
 @app.get(

@@ -12,12 +12,11 @@ import polars as pl
 import streamlit as st
 
 from app.settings import Settings
-from etl import charts
-from etl.lake import doctor
+from etl import charts, findings
 from etl.questions import results
 from etl.runs import index
 from etl.storage import Root
-from pipeline import model, queries
+from pipeline import Lake, model, queries
 
 log = logging.getLogger(__name__)
 LOOK_S = 15  # between two looks at the root
@@ -28,7 +27,11 @@ STATES = {  # of a run: colour of the badge and, dark enough to read, of the tex
     "cancelled": ("orange", "#b3640f"),
 }
 BAD = ("red", "#b3352c")
-EXAMINE = {"the model": model.examine, "the answers": results.examine}  # what is not of the lake
+EXAMINE = {  # what is not of the lake
+    "the model": model.examine,
+    "the answers": results.examine,
+    "the index of runs": index.examine,
+}
 
 
 def published_root() -> Root:
@@ -51,23 +54,23 @@ def panel(what: str, looks: Iterable[str] = (), about: str = "") -> Iterator[Non
     try:
         yield
     except BaseException as error:
-        if not doctor.may_be_damage(error):  # Streamlit ends and begins the drawing of a page by exceptions too
+        if not findings.may_be_damage(error):  # Streamlit ends and begins the drawing of a page by exceptions too
             raise
-        found = findings(published_root().url, what, tuple(looks), error)
-        said = [f"{_code(one.problem)}. What to do: {one.remedy}." for one in found if about in one.problem]
-        unknown = f"{_code(doctor.sentence(error))}. What to do: see what `python orchestrate.py doctor` says."
+        wrong = problems(published_root().url, what, tuple(looks), error)
+        said = [f"{_code(one.problem)}. What to do: {one.remedy}." for one in wrong if about in one.problem]
+        unknown = f"{_code(findings.sentence(error))}. What to do: see what `python orchestrate.py doctor` says."
         st.warning("\n\n".join([f"**{what} cannot be shown.**", *(said or [unknown])]))
 
 
 @st.cache_data(ttl=60, max_entries=32, show_spinner=False)
-def findings(root_url: str, what: str, looks: tuple[str, ...], _error: BaseException) -> list[doctor.Finding]:
+def problems(root_url: str, what: str, looks: tuple[str, ...], _error: BaseException) -> list[findings.Finding]:
     """What `doctor` finds wrong where it looks; once a minute, as it reads a table's whole log."""
     log.error("%s cannot be shown", what, exc_info=_error)
     root = Root.at(root_url)
     return [
         finding
         for look in looks
-        for finding in (EXAMINE[look](root) if look in EXAMINE else doctor.look(root_url, look))
+        for finding in (EXAMINE[look](root) if look in EXAMINE else Lake(root).look(look))
         if finding.problem
     ]
 
@@ -83,7 +86,7 @@ def answer(root_url: str, question: str, pointer: bytes) -> tuple[dict[str, Any]
 
     `pointer`: its bytes, by which the cache knows it.
     """
-    current, frame = queries.current(root_url, question)
+    current, frame = queries.current(Root.at(root_url), question)
     chart = next(q.chart for q in queries.questions() if q.name == question)
     return current, frame, figure(chart, frame) if chart and frame.height else None
 
@@ -112,9 +115,9 @@ def _names_kept(part: Any, name: str = "") -> Any:
 def latest_runs(root_url: str) -> list[dict[str, Any]]:
     """The last runs of all, newest first, and at least one of every stage that has a report."""
     root = Root.at(root_url)
-    latest = index.list(root, limit=200)
+    latest = index.newest(root, limit=200)
     for stage in set(root.list("reports")) - {run["stage"] for run in latest}:
-        latest += index.list(root, stage=stage, limit=1)
+        latest += index.newest(root, stage=stage, limit=1)
     return latest
 
 

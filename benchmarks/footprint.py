@@ -88,7 +88,7 @@ def measured(pid: int, seconds: float, root: Root) -> dict:
     took = time.monotonic() - at
     after = _lasting_cpu_s(pid)
     cpu_s = {role: after[role] - before.get(role, 0) for role in after}
-    found = [index.get(root, row["run_id"]) for row in index.list(root, since=since, limit=10_000)]
+    found = [index.get(root, row["run_id"]) for row in index.newest(root, since=since, limit=10_000)]
     cpu_s[KERNELS] = sum(run["receipt"].get("cpu_s") or 0 for run in found)
     return {
         "seconds": took,

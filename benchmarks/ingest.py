@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from etl.storage import PROJECT, Root
+from pipeline import Lake
 
 AT = "2026-03-01T12:00:10+00:00"
 SCALE = 0.1  # of the files that are ingested: 150,000 orders, 600,000 line items, 290 MB
@@ -44,9 +45,7 @@ TICKS = 15  # measured on each lake, in turn
 
 
 def ours(root: str) -> None:
-    from etl.lake import ingest
-
-    ingest.drain(root, **LIMITS, run_id="bench")
+    Lake(root).drain(**LIMITS, run_id="bench")
 
 
 def with_pandas(root: str) -> None:
@@ -126,8 +125,6 @@ def in_this_process(way: str, root: str) -> None:
     import polars
     import pyarrow.parquet  # noqa: F401
 
-    from etl.lake import compaction, ingest  # noqa: F401
-
     polars.DataFrame({"a": [1]}).lazy().filter(polars.col("a") > 0).collect()  # its threads are up
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     began = time.perf_counter()
@@ -164,7 +161,7 @@ def _land(root: str, slices: int) -> tuple[int, int]:
 
     stream = source.Stream(SCALE, slices, "2026-03-01T11:00:00+00:00")
     ticks = range(1, slices + 1)  # without tick 0, which brings the small tables
-    written = source.land(root, stream, source.make_ticks(stream, ticks))
+    written = source.land(Root.at(root), stream, source.make_ticks(stream, ticks))
     return int(written["bytes"].sum()), int(written["rows"].sum())
 
 
@@ -172,16 +169,17 @@ def aged(root: str, versions: int) -> None:
     """A lake whose streamed tables have that many versions, each a minute older than the next, and compacted."""
     import polars as pl
 
-    from etl.lake import compaction, ledger
-    from etl.lake import snapshot as lake
+    from etl.lake import commit, ledger
+    from etl.lake.snapshot import read_pointer, swap_pointer
     from pipeline.tables import RESCUED
 
     rescued = pl.lit(None, pl.String).alias(RESCUED)
-    place = Root.at(root)
-    made = {table: lake.encode(table, f.head(2).with_columns(rescued)) for table, f in _ticks(1)[0].items()}
-    lake.create_tables(place, "bench")
-    pointer = lake.read_published(place) or {"batch": 0, "tables": dict.fromkeys(lake.COLUMNS, 0)}
-    handles = {table: lake.open_table(place, table) for table in made}
+    lake = Lake(root)
+    place = lake.root
+    made = {table: commit.encode(lake, table, f.head(2).with_columns(rescued)) for table, f in _ticks(1)[0].items()}
+    commit.create_tables(lake, "bench")
+    pointer = read_pointer(place) or {"batch": 0, "tables": dict.fromkeys(lake.columns, 0)}
+    handles = {table: lake.table(table) for table in made}
     for table in made:
         _date_back(place, table, 0, versions * AGE_S)
     for number in range(pointer["batch"] + 1, versions + 1):
@@ -193,26 +191,26 @@ def aged(root: str, versions: int) -> None:
             place.write(ledger.manifest(number), json.dumps(manifest).encode())
             place.write(ledger.done(number), b"")
             pointer["tables"] |= {table: handle.version() for table, handle in handles.items()}
-            lake.publish(place, batch=number, as_of=AT, versions=pointer["tables"], run_id="bench")
-            compaction.compact(root, target_mb=128, min_small_files=8, vacuum_hours=24, run_id="bench")
-            pointer = lake.read_published(place)
+            swap_pointer(place, read_pointer(place), batch=number, as_of=AT, versions=pointer["tables"], run_id="bench")
+            lake.compact(target_mb=128, min_small_files=8, vacuum_hours=24, run_id="bench")
+            pointer = read_pointer(place)
             for table in made:
-                handles[table] = lake.open_table(place, table)
+                handles[table] = lake.table(table)
                 _date_back(place, table, handles[table].version(), (versions - number) * AGE_S)
                 handles[table].cleanup_metadata()  # compact does so too, once it has known the clock for a day
 
 
 def _append(place: Root, table: str, handle, rows, number: int) -> None:
-    """As lake.append, without opening the table anew, and without syncing."""
+    """As commit.append, without opening the table anew, and without syncing."""
     from deltalake import CommitProperties, Transaction
     from deltalake.transaction import AddAction
 
-    from etl.lake import snapshot as lake
+    from etl.lake.commit import APP_ID
 
     path = f"batch-{number:08d}.zstd.parquet"
     Path(place.url_of(f"lake/{table}/{path}")).write_bytes(rows.data)
     added = AddAction(path, len(rows.data), {}, time.time_ns() // 1_000_000, True, rows.stats)
-    properties = CommitProperties(app_transactions=[Transaction(lake.APP_ID, number)])
+    properties = CommitProperties(app_transactions=[Transaction(APP_ID, number)])
     handle.create_write_transaction([added], "append", handle.schema(), commit_properties=properties)
     handle.update_incremental()
 
@@ -245,7 +243,7 @@ def ticks(folder: Path, versions: int) -> dict:
     taken: dict[str, list[float]] = {name: [] for name in roots}
     for number, made in enumerate(_ticks(TICKS + 2)):
         for name, root in roots.items():
-            source.land(root, stream, {versions + number: made})
+            source.land(Root.at(root), stream, {versions + number: made})
             began = time.perf_counter()
             ours(root)
             taken[name].append(time.perf_counter() - began)

@@ -26,9 +26,7 @@ from etl.storage import PROJECT, Root
 IMPORTS = "\n".join(
     [  # what the five stages import, at their beginning or on the way
         "from IPython.display import Markdown, display",
-        "from etl import charts",
-        "from etl.lake import compaction, ingest, snapshot",
-        "from pipeline import model, queries, source",
+        "from pipeline import Lake, charts, model, queries, source",
         "from etl.notebook import check, record, stop",
         "import deltalake, holoviews.plotting.mpl, hvplot.plotting.core, PIL.Image, pyarrow, xgboost",
     ]

@@ -29,9 +29,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from etl.lake import snapshot as lake
+from etl.lake import commit
+from etl.lake.snapshot import swap_pointer
 from etl.storage import PROJECT, Root
-from pipeline import queries, source
+from pipeline import Lake, queries, source
 from pipeline.tables import RESCUED
 
 THREADS, WORKERS, WORKER_MEMORY = 2, 2, "4GB"
@@ -83,19 +84,22 @@ def main(
 
 def lake_at(scale: float) -> str:
     """A root whose lake is TPC-H at that scale, in a slice for each unit of it; made once."""
-    root = Root.at(FOLDER / "tpch" / f"{scale:g}")
-    if lake.is_published(root.url):
+    lake = Lake(FOLDER / "tpch" / f"{scale:g}")
+    root = lake.root
+    if lake.published():
         return root.url
     stream = source.Stream(scale, max(1, math.ceil(scale)), ORIGIN)
-    lake.create_tables(root, "benchmark")
-    versions = dict.fromkeys(lake.COLUMNS, 0)
+    commit.create_tables(lake, "benchmark")
+    versions = dict.fromkeys(lake.columns, 0)
     for tick in range(stream.slices):
         frames = source.make_tick(stream, tick)
         for table, frame in frames.items():
-            rows = lake.encode(table, frame.with_columns(pl.lit(None, pl.String).alias(RESCUED)))
-            versions[table] = lake.append(root, table, rows, batch=tick + 1, run_id="benchmark", after=versions[table])
+            rows = commit.encode(lake, table, frame.with_columns(pl.lit(None, pl.String).alias(RESCUED)))
+            versions[table] = commit.append(
+                lake, table, rows, batch=tick + 1, run_id="benchmark", after=versions[table]
+            )
     as_of = frames["orders"]["o_order_time"].max().isoformat()
-    lake.publish(root, batch=stream.slices, as_of=as_of, versions=versions, run_id="benchmark")
+    swap_pointer(root, None, batch=stream.slices, as_of=as_of, versions=versions, run_id="benchmark")
     return root.url
 
 
@@ -155,7 +159,7 @@ def serve(engine: str, root: str, pipe: Connection) -> None:
 
 @contextlib.contextmanager
 def polars_engine(root: str) -> Iterator[tuple[Callable, Callable, list]]:
-    snapshot, known = lake.snapshot(root), {question.name: question for question in queries.questions()}
+    snapshot, known = Lake(root).snapshot(), {question.name: question for question in queries.questions()}
     yield lambda number: queries.ask(known[f"q{number:02}"], snapshot).rows(), lambda function: [function()], []
 
 
@@ -172,7 +176,7 @@ def dask_engine(root: str) -> Iterator[tuple[Callable, Callable, list]]:
         def remove_worker(self, scheduler, worker, **_):
             self.workers.append(worker)
 
-    snapshot, known = lake.snapshot(root), {question.name: question for question in queries.questions()}
+    snapshot, known = Lake(root).snapshot(), {question.name: question for question in queries.questions()}
     with (
         distributed.LocalCluster(
             n_workers=WORKERS,
@@ -198,10 +202,10 @@ def duckdb_engine(root: str) -> Iterator[tuple[Callable, Callable, list]]:
     import duckdb
     import duckdb_extension_tpch
 
-    snapshot, connection = lake.snapshot(root), duckdb.connect()
+    snapshot, connection = Lake(root).snapshot(), duckdb.connect()
     extension = next(Path(duckdb_extension_tpch.__path__[0]).rglob("tpch.duckdb_extension"))
     connection.execute(f"LOAD '{extension}'; SET threads = {THREADS}")
-    for table in lake.TABLES:
+    for table in Lake.tables:
         connection.execute(f"CREATE VIEW {table} AS FROM read_parquet({snapshot.files(table)})")
     yield lambda number: connection.execute(f"PRAGMA tpch({number})").fetchall(), lambda function: [function()], []
 

@@ -232,8 +232,8 @@ def _tidy_matplotlib(figure: "Figure") -> None:
         slanted: dict[str, Any] = {"rotation": 30, "ha": "right"} if sum(map(len, names[::step])) > MOST_LETTERS else {}
         axes.set_xticks(axes.get_xticks()[::step], names[::step], **slanted)
         if len(names) < 3 and not y_named:  # one bar need not fill the page
-            places = axes.get_xticks()
-            axes.set_xlim(places[0] - 1, places[-1] + 1)
+            bars = axes.get_xticks()
+            axes.set_xlim(bars[0] - 1, bars[-1] + 1)
     if isinstance(axes.xaxis.get_major_locator(), dates.DateLocator):
         locator = dates.AutoDateLocator(maxticks=8)
         axes.xaxis.set_major_locator(locator)

@@ -21,6 +21,7 @@ from etl.storage import Damaged, Root, crash_point
 
 if TYPE_CHECKING:
     import polars as pl
+    from deltalake import DeltaTable
 
 Action: TypeAlias = dict[str, Any]  # a line of a commit
 CHECKPOINT_INTERVAL = 20  # commits
@@ -133,6 +134,20 @@ def add(path: str, size: int, stats: str, *, changes: bool) -> Action:
     }
 
 
+def remove(path: str, size: int) -> Action:
+    """A commit's line that removes a file whose rows another one has."""
+    return {
+        "remove": {
+            "path": path,
+            "dataChange": False,
+            "deletionTimestamp": time.time_ns() // 1_000_000,
+            "extendedFileMetadata": True,
+            "partitionValues": {},
+            "size": size,
+        }
+    }
+
+
 def commit(root: Root, table: str, version: int, lines: list[Action]) -> bool:
     """Add a version to a table's log, unless it is there already: then False. With it goes a checkpoint that is due."""
     if not root.create(commit_of(table, version), "\n".join(map(json.dumps, lines)).encode()):
@@ -171,6 +186,24 @@ def sync(root: Root, table: str, after: int, until: int) -> None:
     for version in range(after + 1, until + 1):
         rels += [f"{table}/{unquote(line['add']['path'])}" for line in actions(root, table, version) if "add" in line]
     root.sync([*filter(root.exists, rels), table, log])
+
+
+def columns_of(handle: "DeltaTable") -> dict[str, str]:
+    """Column -> type, as Delta names them."""
+    return columns(handle.schema().to_json())
+
+
+def columns(schema: str) -> dict[str, str]:
+    """As `columns_of`, of a schema as JSON."""
+    return {field["name"]: str(field["type"]) for field in json.loads(schema)["fields"]}
+
+
+def file_stats(handle: "DeltaTable") -> tuple[list[int], int]:
+    """The size in bytes of each live file of a table, and the number of rows in all of them."""
+    import pyarrow as pa
+
+    actions = pa.table(handle.get_add_actions(flatten=True))
+    return actions["size_bytes"].to_pylist(), sum(actions["num_records"].to_pylist())
 
 
 def statistics(frame: "pl.DataFrame") -> Action:

@@ -382,9 +382,27 @@ class Root:
         found = self._fs.find(self._path(rel), detail=True).values()
         return max((one["LastModified"] for one in found), default=None)
 
-    def move_tree(self, source: str, target: str) -> None:
-        """Move a folder to where nothing is: at once on this machine, file by file in an object store."""
-        self._fs.mv(self._path(source), self._path(target), recursive=True)
+    def move_tree(self, source: str, target: str, last: str | None = None) -> None:
+        """Move a folder to where nothing is: at once on this machine, file by file in an object store.
+
+        `last`: a file of it that comes after all others, so that one which is not moved whole is known by not having
+        it, and moved again; only then anything goes from `source`. Raises FileNotFoundError.
+        """
+        rels = self.files(source)
+        if not rels:
+            raise FileNotFoundError(self.url_of(source))
+        others = [rel for rel in rels if rel != f"{source}/{last}"]
+        self._copy(others, source, target)
+        if last is not None:
+            crash_point(f"copied, but for the last: {target}")
+            self._copy([f"{source}/{last}"], source, target)
+        crash_point(f"copied, not removed: {source}")
+        self._fs.rm([*map(self._path, others)])
+        self.remove_tree(source)
+
+    def _copy(self, rels: "list[str]", source: str, target: str) -> None:
+        to = [self._path(f"{target}{rel[len(source) :]}") for rel in rels]
+        self._fs.copy([*map(self._path, rels)], to)
 
     def remove_tree(self, rel: str) -> None:
         """Remove a folder and all in it; one that is missing is fine."""
@@ -617,7 +635,7 @@ class LocalRoot(Root):
         folders = [folder for folder, _, _ in os.walk(self._path(rel))]  # a file's own time is its producer's
         return max((datetime.fromtimestamp(os.stat(one).st_mtime, UTC) for one in folders), default=None)
 
-    def move_tree(self, source: str, target: str) -> None:
+    def move_tree(self, source: str, target: str, last: str | None = None) -> None:
         make_folder(os.path.dirname(self._path(target)))
         os.rename(self._path(source), self._path(target))
         for rel in (source, target):

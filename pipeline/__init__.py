@@ -1,1 +1,17 @@
-"""The domain: TPC-H as a live stream, the lake it becomes, and what is asked of it."""
+"""The domain: TPC-H as a live stream. Its tables, its source, its questions, its model.
+
+What notebooks, app and commands use of the engine comes from here: `Lake` knows this project's tables.
+"""
+
+from typing import ClassVar
+
+from etl import charts, lake
+from pipeline.tables import TABLES
+
+__all__ = ["Lake", "charts"]
+
+
+class Lake(lake.Lake):
+    """The lake of this project under a root."""
+
+    tables: ClassVar = TABLES

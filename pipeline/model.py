@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     import xgboost
 
-    from etl.lake.doctor import Finding
+    from etl.findings import Finding
 
 __all__ = ["CURRENT", "Model", "ModelDamaged", "NoModel"]  # the registry's, for those who read the published model
 
@@ -322,31 +322,33 @@ def is_better(booster: "xgboost.Booster", champion: Model | None, held_out: pl.D
     return Verdict(challenger["divergence"] < other["divergence"], reason)
 
 
-def publish(root: str, booster: "xgboost.Booster", metrics: dict[str, Any], held_out: pl.DataFrame, run_id: str) -> str:
+def publish(
+    root: Root, booster: "xgboost.Booster", metrics: dict[str, Any], held_out: pl.DataFrame, run_id: str
+) -> str:
     """Publish the model, with some of the held-out rows to check it by; returns its model_id.
 
     Raises ModelDamaged, and the champion stays, when what is read back is not what was trained.
     """
     golden = _rows_as_json(held_out.select(SHIPPED).head(GOLDEN_ROWS))
-    return registry.publish(Root.at(root), booster, metrics, golden, run_id, SPEC)
+    return registry.publish(root, booster, metrics, golden, run_id, SPEC)
 
 
-def load_current(root: str | Root) -> Model:
+def load_current(root: Root) -> Model:
     """The published model, checked. Raises NoModel before the first, ModelDamaged when it is not what was published.
 
     It predicts the probability that each line item, with its SHIPPED columns, arrives late.
     """
-    return registry.load_current(Root.at(root), SPEC)
+    return registry.load_current(root, SPEC)
 
 
-def champion(root: str) -> Model | None:
+def champion(root: Root) -> Model | None:
     """The published model, or None when there is none that can be used: then any challenger is better."""
-    return registry.champion(Root.at(root), SPEC)
+    return registry.champion(root, SPEC)
 
 
-def given(root: str) -> dict[str, Any]:
+def given(root: Root) -> dict[str, Any]:
     """What a training starts from besides its rows, for its replay: the champion's pointer and its files' sha256."""
-    return registry.given(Root.at(root), SPEC)
+    return registry.given(root, SPEC)
 
 
 def examine(root: Root) -> "list[Finding]":

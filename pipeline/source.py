@@ -51,7 +51,7 @@ class Stream:
 
 
 def due_ticks(
-    root: str,
+    root: Root,
     *,
     scale: float,
     slices: int,
@@ -67,16 +67,15 @@ def due_ticks(
     `tick` that one is made again.
     Raises ValueError when the stream under `root` was begun with another scale or number of slices.
     """
-    place = Root.at(root)
-    if not place.exists(DESCRIPTION):
+    if not root.exists(DESCRIPTION):
         now = datetime.fromisoformat(scheduled_for) if scheduled_for else datetime.now(UTC)
         seconds = int(now.timestamp()) // TICK_S * TICK_S - history * TICK_S
         stream = Stream(scale, slices, datetime.fromtimestamp(seconds, UTC).isoformat())
         return stream, range(history + 1)
-    stream = Stream(**json.loads(place.read(DESCRIPTION)))
+    stream = Stream(**json.loads(root.read(DESCRIPTION)))
     if (stream.scale, stream.slices) != (scale, slices):
         raise ValueError(
-            f"the stream under {place.url} has scale {stream.scale} in {stream.slices} slices, not {scale} in {slices};"
+            f"the stream under {root.url} has scale {stream.scale} in {stream.slices} slices, not {scale} in {slices};"
             " a stream keeps its scale: use another root, or remove this one"
         )
     if tick is not None:
@@ -88,10 +87,10 @@ def due_ticks(
     return stream, range(stream.next_tick, min(due + 1, stream.next_tick + max_ticks))
 
 
-def given(root: str) -> dict[str, dict]:
+def given(root: Root) -> dict[str, dict]:
     """What a run of the source starts from, for its replay: place -> JSON; nothing before the first tick."""
     try:
-        return {DESCRIPTION: json.loads(Root.at(root).read(DESCRIPTION))}
+        return {DESCRIPTION: json.loads(root.read(DESCRIPTION))}
     except FileNotFoundError:
         return {}
 
@@ -138,24 +137,24 @@ def _timed(stream: Stream, tick: int, frames: dict[str, pl.DataFrame]) -> dict[s
 
 
 def file_name(table: str, tick: int) -> str:
-    """The place of one table's rows of one tick, under the root."""
+    """The path of one table's rows of one tick, under the root."""
     return f"landing/{table}/{table}-{tick:08d}.json"
 
 
-def land(root: str, stream: Stream, made: dict[int, dict[str, pl.DataFrame]]) -> pl.DataFrame:
+def land(root: Root, stream: Stream, made: dict[int, dict[str, pl.DataFrame]]) -> pl.DataFrame:
     """Write the ticks' files, then move the stream on. Returns one row a file: tick, table, rows, bytes, file."""
-    place, written = Root.at(root), []
-    if not place.create(DESCRIPTION, _describe(stream)):  # first, so that a crash cannot lose the origin
-        begun = Stream(**json.loads(place.read(DESCRIPTION)))
+    written = []
+    if not root.create(DESCRIPTION, _describe(stream)):  # first, so that a crash cannot lose the origin
+        begun = Stream(**json.loads(root.read(DESCRIPTION)))
         if begun.origin != stream.origin:
-            raise RuntimeError(f"another run began the stream under {place.url} at {begun.origin}; run this one again")
+            raise RuntimeError(f"another run began the stream under {root.url} at {begun.origin}; run this one again")
     for tick, frames in made.items():
         for table, frame in frames.items():
             data = to_json_lines(frame)
             name = file_name(table, tick)
-            place.write(name, data)
+            root.write(name, data)
             written.append((tick, table, frame.height, len(data), name))
-    place.write(DESCRIPTION, _describe(replace(stream, next_tick=max(stream.next_tick, max(made) + 1))))
+    root.write(DESCRIPTION, _describe(replace(stream, next_tick=max(stream.next_tick, max(made) + 1))))
     return pl.DataFrame(written, schema=["tick", "table", "rows", "bytes", "file"], orient="row")
 
 

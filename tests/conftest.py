@@ -8,7 +8,7 @@ import pytest
 from s3_faults import FaultyS3, faulty_s3
 from support import ingest_all, s3, s3_variables
 
-from etl.storage import PROJECT
+from etl.storage import PROJECT, Root
 from pipeline import source
 
 SCALE, SLICES = 0.01, 40
@@ -55,7 +55,7 @@ def root(tmp_path) -> str:
 @pytest.fixture
 def landed(root, stream, made) -> str:
     """A root with the three ticks' files in landing."""
-    source.land(root, stream, made)
+    source.land(Root.at(root), stream, made)
     return root
 
 
@@ -70,7 +70,7 @@ def filled(landed) -> str:
 def scattered(root, stream, made) -> str:
     """A lake with three files in each streamed table."""
     for tick, frames in made.items():
-        source.land(root, stream, {tick: frames})
+        source.land(Root.at(root), stream, {tick: frames})
         ingest_all(root)
     return root
 

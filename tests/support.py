@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nbformat
 
-from etl.lake import ingest
+from pipeline import Lake
 
 AT = "2026-03-01T12:00:10+00:00"  # a scheduled time; any will do
 SMALL = ("-p", "scale=0.01", "-p", "slices=40", "-p", "history=2", "-p", "min_rows=500")  # for the command line
@@ -21,8 +21,9 @@ SMALL = ("-p", "scale=0.01", "-p", "slices=40", "-p", "history=2", "-p", "min_ro
 
 def ingest_all(root: str, run_id: str = "preprocess-test") -> dict[str, int]:
     """One run of preprocess without its notebook."""
-    batch = ingest.next_batch(root, max_files=500, scheduled_for=AT)
-    return ingest.commit(ingest.read(batch), run_id=run_id)
+    lake = Lake(root)
+    batch = lake.next_batch(max_files=500, scheduled_for=AT)
+    return lake.commit(lake.read(batch), run_id=run_id)
 
 
 def orchestrate(project: Path, *arguments: str, env: dict | None = None) -> subprocess.CompletedProcess:

@@ -14,9 +14,8 @@ from polars.testing import assert_frame_equal
 from support import AT, SMALL, orchestrate
 from tpch_sql import QUESTIONS, connect, unlike
 
-from etl.lake import snapshot as lake
 from etl.storage import PROJECT, Root
-from pipeline import queries, source
+from pipeline import Lake, queries, source
 from pipeline.tables import TABLES
 
 
@@ -50,13 +49,13 @@ def test_every_stage_is_ok_and_says_what_it_did(full):
         assert len(report) < most, f"{record['stage']}: {len(report)} bytes"
     written = records[1]["versions_written"]
     assert set(written) == set(TABLES)
-    last = lake.open_table(Root.at(root), "orders", written["orders"]).history(1)[0]
+    last = Lake(Root.at(root)).table("orders", written["orders"]).history(1)[0]
     assert (last["run_id"], last["stage"]) == (records[1]["run_id"], "preprocess")
     assert records[3]["versions_read"]["lineitem"] >= written["lineitem"]
 
 
 def test_the_lakes_eight_tables_are_tpch_row_by_row(full, canonical):
-    snapshot = lake.snapshot(full[0])
+    snapshot = Lake(full[0]).snapshot()
     for name, table in TABLES.items():
         expected = pl.read_parquet(canonical / f"{name}.parquet")
         got = snapshot.frame(name, expected.columns).collect()
@@ -64,11 +63,11 @@ def test_the_lakes_eight_tables_are_tpch_row_by_row(full, canonical):
 
 
 def test_the_questions_have_the_answers_of_another_engine(full, canonical):
-    snapshot = lake.snapshot(full[0])
+    snapshot = Lake(full[0]).snapshot()
     origin = datetime.fromisoformat(json.loads(Root.at(full[0]).read("landing/stream.json"))["origin"])
     connection = connect(canonical, placed=origin - timedelta(seconds=30))
     for name, expected in QUESTIONS.items():
-        pointer, answer = queries.current(full[0], name)
+        pointer, answer = queries.current(Root.at(full[0]), name)
         assert not (found := unlike(answer, expected(connection, snapshot.as_of))), f"{name}: {found}"
         assert pointer["batch"] == snapshot.batch
 
@@ -87,7 +86,7 @@ def test_questions_that_fail_are_told_and_keep_no_other_from_its_answer(full, tm
     """A table's file is gone: who reads that table has no answer, everybody else has."""
     root = str(tmp_path / "root")
     shutil.copytree(f"{full[0]}/lake", f"{root}/lake")
-    for url in lake.snapshot(root).files("partsupp"):
+    for url in Lake(root).snapshot().files("partsupp"):
         Path(url).unlink()
     asked = ("-p", "questions=[q01, q11, q22, recommended_suppliers]")
     done = orchestrate(PROJECT, "run", "query", "--root", root, "--at", AT, *asked, "--json")
@@ -97,7 +96,7 @@ def test_questions_that_fail_are_told_and_keep_no_other_from_its_answer(full, tm
     assert set(failed) == {"q11 has an answer", "recommended_suppliers has an answer"}
     assert all("No such file" in why for why in failed.values())
     assert Root.at(root).list("results") == ["q01", "q22"]
-    assert queries.current(root, "q01")[1].height == 4
+    assert queries.current(Root.at(root), "q01")[1].height == 4
     assert record["metrics"]["questions"] == 2
 
 
@@ -114,10 +113,10 @@ def test_generate_again_gives_the_same_bytes_and_preprocess_again_changes_nothin
 
     ingest = ("run", "preprocess", "--root", root, "--at", AT, "--json")
     (first,) = json.loads(orchestrate(PROJECT, *ingest).stdout)
-    versions = {t: lake.open_table(Root.at(root), t).version() for t in lake.COLUMNS}
+    versions = {t: Lake(Root.at(root)).table(t).version() for t in Lake(root).columns}
     (second,) = json.loads(orchestrate(PROJECT, *ingest).stdout)
     assert (first["state"], second["state"]) == ("ok", "noop")
-    assert {t: lake.open_table(Root.at(root), t).version() for t in lake.COLUMNS} == versions
+    assert {t: Lake(Root.at(root)).table(t).version() for t in Lake(root).columns} == versions
 
 
 def test_bad_input_stops_the_run_before_anything_is_written(root, made):
@@ -128,12 +127,26 @@ def test_bad_input_stops_the_run_before_anything_is_written(root, made):
     assert done.returncode == 1
     assert (record["state"], record["attempt"]) == ("check_failed", 1)
     assert Root.at(root).list("landing/orders") == ["orders-00000000.json"]
-    assert not lake.is_published(root)
+    assert not Lake(root).published()
+
+
+def test_a_run_that_could_take_no_file_says_so_and_stands_in_the_way_of_none(root, stream, made):
+    Root.at(root).write("landing/orders/orders-00000009.json", b"{oops\n")
+    asked = ("run", "preprocess", "--root", root, "--at", AT, "--json")
+    done = orchestrate(PROJECT, *asked)
+    (record,) = json.loads(done.stdout)
+    failed = [(check["name"], check["detail"]) for check in record["checks"] if not check["ok"]]
+    assert (done.returncode, record["state"]) == (1, "check_failed")
+    assert failed == [("not every file was refused", "0 taken, 1 refused")]
+    assert [row["file"] for row in Lake(root).refused_files()] == ["orders-00000009.json"]
+    source.land(Root.at(root), stream, {1: made[1]})
+    (record,) = json.loads(orchestrate(PROJECT, *asked).stdout)
+    assert record["state"] == "ok" and Lake(root).snapshot().batch == 1
 
 
 def test_compact_deletes_nothing_by_the_time_it_is_given_and_tells_of_a_table_that_fails(scattered):
     """One table's file is not what it was: all others are compacted and published, and the archive is whole."""
-    place, before = Root.at(scattered), lake.snapshot(scattered)
+    place, before = Root.at(scattered), Lake(scattered).snapshot()
     archived = place.files("archive")
     Path(before.files("lineitem")[0]).write_bytes(b"x")
     asked = ("run", "compact", "--root", scattered, "--at", "2100-01-01T00:00:00", "-p", "min_small_files=2", "--json")
@@ -143,7 +156,7 @@ def test_compact_deletes_nothing_by_the_time_it_is_given_and_tells_of_a_table_th
     failed = {check["name"]: check["detail"] for check in record["checks"] if not check["ok"]}
     assert list(failed) == ["every table could be compacted"]
     assert failed["every table could be compacted"].startswith("lineitem: ArrowInvalid: ")
-    after = lake.snapshot(scattered)
+    after = Lake(scattered).snapshot()
     assert (len(after.files("orders")), after.versions["lineitem"]) == (1, before.versions["lineitem"])
     assert record["versions_written"] == {"orders": after.versions["orders"]}
     assert archived and place.files("archive") == archived
@@ -151,12 +164,12 @@ def test_compact_deletes_nothing_by_the_time_it_is_given_and_tells_of_a_table_th
 
 def test_the_same_answers_on_a_dask_cluster(full, project):
     (project / "params" / "env" / "dask.yml").write_text(f"root: {full[0]}\nmachine: null\ndask: {{n_workers: 1}}\n")
-    before = {name: queries.current(full[0], name)[1] for name in ("q01", "q05")}
+    before = {name: queries.current(Root.at(full[0]), name)[1] for name in ("q01", "q05")}
     done = orchestrate(project, "run", "query", "--env", "dask", "-p", "questions=[q01, q05]", "--json")
     assert done.returncode == 0, done.stderr
     (record,) = json.loads(done.stdout)
     assert record["parameters"]["dask"].startswith("tcp://127.0.0.1:")
     for name, answer in before.items():
-        pointer, by_dask = queries.current(full[0], name)
+        pointer, by_dask = queries.current(Root.at(full[0]), name)
         assert pointer["run_id"] == record["run_id"]
         assert_frame_equal(by_dask, answer)

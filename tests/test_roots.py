@@ -1,5 +1,6 @@
 """A root means the place it says, whatever characters are in it, or is refused before anything is written."""
 
+import json
 import os
 import pwd
 import shutil
@@ -14,13 +15,13 @@ from polars.testing import assert_frame_equal
 from sqlalchemy import create_engine
 from support import AT, ingest_all, orchestrate
 
-from etl.lake import doctor, quarantine, rebuild
-from etl.lake import snapshot as lake
+from etl.lake import Snapshot, commit
+from etl.lake.table import QUARANTINE
 from etl.questions import engines, results
 from etl.runs import index, provenance, retention
 from etl.serve import services
 from etl.storage import PROJECT, BadRoot, Root, root_url
-from pipeline import queries, source
+from pipeline import Lake, queries, source
 
 WORKS = [
     *(" ", "é", "e\u0301", "日本", "👾", "\u200b", "#", "%", "%zz", "?", "[", "]", "[a]", "[!b]", "{", "}", "{a,b}"),
@@ -120,22 +121,23 @@ def test_check_and_run_refuse_a_root_before_anything_is_written(project):
 @pytest.mark.parametrize("characters", WORKS, ids=ascii)
 def test_any_character_may_be_in_the_path_of_a_root(tmp_path, characters):
     root = tmp_path / f"x{characters}y"
-    place = Root.at(root)
+    lake = Lake(root)
+    place = lake.root
     line = {"batch": 1, "table": "orders", "file": "f", "line": 7, "reason": "r", "raw": "{}"}
-    rows = lake.encode("quarantine", pl.DataFrame([line], schema=lake.COLUMNS["quarantine"]))
-    lake.create_tables(place, "r", there={*lake.COLUMNS} - {"quarantine"})
-    version = lake.append(place, "quarantine", rows, batch=1, run_id="r", after=0)
+    rows = commit.encode(lake, "quarantine", pl.DataFrame([line], schema=QUARANTINE))
+    commit.create_tables(lake, "r", known={*lake.tables})
+    version = commit.append(lake, "quarantine", rows, batch=1, run_id="r", after=0)
     for record in synthetic.month(1, days=1)[:2]:
         index.append(place, record)
     for sibling in ("xay", "xby", "xy"):  # what a pattern would find as well
         shutil.copytree(root, tmp_path / sibling)
 
-    snapshot = lake.Snapshot(place.url, 1, datetime.now(UTC), {"quarantine": version}, "r")
+    snapshot = Snapshot(lake, 1, datetime.now(UTC), {"quarantine": version}, "r")
     assert snapshot.frame("quarantine", ["line"]).filter(pl.col("line") > 6).collect().rows() == [(7,)]
     (piece,) = engines.pieces(snapshot, "quarantine")
     assert snapshot.files("quarantine") == [piece.url] and Path(piece.url).is_relative_to(root)
     assert len(engines._read(*piece, columns=["line"], since=None)) == 1
-    assert len(index.list(place)) == 2
+    assert len(index.newest(place)) == 2
 
 
 def test_one_pass_on_a_root_with_every_character(tmp_path, stream, made, monkeypatch):
@@ -143,29 +145,29 @@ def test_one_pass_on_a_root_with_every_character(tmp_path, stream, made, monkeyp
     plain, root = str(tmp_path / "plain"), str(tmp_path / ALL)
     answers = {}
     for url in (plain, root):
-        source.land(url, stream, made)
+        source.land(Root.at(url), stream, made)
         Root.at(url).write("landing/orders/orders-00000009.json", b"{}\n")
         ingest_all(url)
         if url == root:
             done = orchestrate(PROJECT, "run", "compact", "--root", root, "--at", AT)
             assert done.returncode == 0 and f"{ALL}/reports/compact/" in done.stdout, done.stdout + done.stderr
-        snapshot = lake.snapshot(url)
+        snapshot = Lake(url).snapshot()
         answers[url] = queries.ask_all(queries.questions(), snapshot)
         for answer in answers[url]:
-            queries.save(url, answer.frame, answer.question, snapshot, "query-1")
+            queries.save(Root.at(url), answer.frame, answer.question, snapshot, "query-1")
     assert len(answers[root]) == 27 and not [answer.problem for answer in answers[root] if answer.problem]
     for here, there in zip(answers[root], answers[plain], strict=True):
         assert_frame_equal(here.frame, there.frame)
 
     place = Root.at(root)
-    (record,) = index.list(place)
+    (record,) = index.newest(place)
     assert record["state"] == "ok" and record["kept"] and index.get(place, record["run_id"])["root"] == root
     assert retention.sweep(place)["kept"] == 1
-    assert provenance.whence(place, "runs")["run_id"] == record["run_id"]
-    assert {row["file"] for row in quarantine.overview(root)} == {"orders-00000009.json"}
-    examined = [*doctor.examine(root), *results.examine(place)]
+    assert provenance.whence(place, "orders")["operation"] == "WRITE"
+    assert {row["file"] for row in Lake(root).refused()} == {"orders-00000009.json"}
+    examined = [*Lake(root).examine(), *index.examine(place), *results.examine(place)]
     assert [finding for finding in examined if finding.problem] == []
-    assert rebuild.rebuild(root, run_id="rebuild-1")["equal"].all()
+    assert Lake(root).rebuild(run_id="rebuild-1")["equal"].all()
 
     monkeypatch.setenv("ETL_ROOT", root)
     from app.api import app, settings
@@ -181,7 +183,8 @@ def test_one_pass_on_a_root_with_every_character(tmp_path, stream, made, monkeyp
     settings.cache_clear()
     listed = orchestrate(PROJECT, "runs", "list", "--root", root)
     assert record["run_id"] in listed.stdout and listed.returncode == 0, listed.stderr
-    assert root in orchestrate(PROJECT, "whence", "runs", "--root", root).stdout.replace("\n", "")
+    shown = orchestrate(PROJECT, "runs", "show", record["run_id"], "--root", root, "--json")
+    assert json.loads(shown.stdout)["root"] == root
     url = services.database_url(Path(root)).replace("+aiosqlite", "")
     with create_engine(url).connect():
         assert Path(root, "prefect.db").exists() and len(os.listdir(tmp_path)) == 2
@@ -189,9 +192,9 @@ def test_one_pass_on_a_root_with_every_character(tmp_path, stream, made, monkeyp
 
 def test_a_root_in_an_object_store_may_have_spaces_and_letters_of_any_language(s3_root, stream, made):
     root = f"{s3_root}/a b é 日本"
-    source.land(root, stream, made)
+    source.land(Root.at(root), stream, made)
     ingest_all(root)
-    snapshot = lake.snapshot(root)
+    snapshot = Lake(root).snapshot()
     assert snapshot.frame("orders").collect().height == sum(frames["orders"].height for frames in made.values())
     q01 = next(question for question in queries.questions() if question.name == "q01")
     assert queries.ask(q01, snapshot).height > 0

@@ -4,8 +4,8 @@ from fastapi.testclient import TestClient
 from streamlit.testing.v1 import AppTest
 from support import SMALL, orchestrate, s3_variables
 
-from etl.lake import snapshot as lake
 from etl.storage import PROJECT
+from pipeline import Lake
 
 
 def test_one_pass_on_s3_and_the_api_and_dashboard_read_it(s3_root, s3_server, monkeypatch):
@@ -14,7 +14,7 @@ def test_one_pass_on_s3_and_the_api_and_dashboard_read_it(s3_root, s3_server, mo
     for stage in ("generate", "preprocess", "compact", "query", "train"):
         assert any(line.split()[1:4:2] == [stage, "ok"] for line in done.stdout.splitlines()), done.stdout
     assert f"{s3_root}/reports/train/" in done.stdout.replace("\n", "")
-    snapshot = lake.snapshot(s3_root)
+    snapshot = Lake(s3_root).snapshot()
     assert snapshot.frame("orders").collect().height == 3 * 375  # three slices of 15,000 orders in 40
 
     monkeypatch.setenv("ETL_ROOT", s3_root)

@@ -9,10 +9,10 @@ import polars as pl
 import streamlit as st
 
 from app import shown
-from etl.lake import snapshot as lake
+from etl.lake import NothingPublished, Snapshot
 from etl.runs import journal
 from etl.storage import Root
-from pipeline import model, queries
+from pipeline import Lake, model, queries
 
 FOLLOW_S = 2  # between two looks at the runs under way
 LINES = 12  # of a run's output, the last
@@ -61,8 +61,8 @@ def published() -> None:
 def freshness(root: Root) -> None:
     """A row of figures: how new, how much, how good."""
     try:
-        snapshot = lake.snapshot(root)
-    except lake.NothingPublished:
+        snapshot = Lake(root).snapshot()
+    except NothingPublished:
         st.info(
             f"Nothing is published yet under {root.url}. `python orchestrate.py run all` makes one pass over all "
             "stages, `make up` keeps them running. This page fills by itself."
@@ -82,7 +82,7 @@ def freshness(root: Root) -> None:
         figure("Batch", f"{snapshot.batch:,}", "in every table")
     for column, (table, label) in zip(columns[2:5], GROWING.items(), strict=True):
         with column, shown.panel(label, [f"table {table}"]):
-            rows = row_count(snapshot.root, table, snapshot.versions[table], snapshot)
+            rows = row_count(snapshot.root.url, table, snapshot.versions[table], snapshot)
             note, colour = ("in quarantine", "orange") if table == "quarantine" else ("in the lake", "gray")
             figure(label, f"{rows:,}", note, colour if rows else "gray")
     with columns[5], shown.panel("The model", ["the model"]):
@@ -187,12 +187,12 @@ def last_runs(latest: list[dict[str, Any]]) -> None:
 
 
 @st.cache_data(max_entries=32, show_spinner=False)
-def row_count(root_url: str, table: str, version: int, _snapshot: lake.Snapshot) -> int:
+def row_count(root_url: str, table: str, version: int, _snapshot: Snapshot) -> int:
     """A table's rows, from its log; its root and version are the snapshot's, by which the cache knows it.
 
     Raises storage.Damaged when the log is not what was written.
     """
-    return lake.file_stats(_snapshot.table(table))[1]
+    return _snapshot.row_count(table)
 
 
 def _last_lines(run_id: str) -> str:

@@ -59,7 +59,7 @@ def over_time(root: Root, question: queries.Question, label: str) -> None:
 
     `label`: what the figure is called.
     """
-    history = queries.history(root.url, question.name)
+    history = queries.history(root, question.name)
     alike = history.filter(pl.col("parameters") == history["parameters"][-1]) if history.height else history
     if alike.height > 1:
         line = alike.select("as_of", pl.col("figure").alias(label))

@@ -39,4 +39,4 @@ def newest(root_url: str, stage: str, state: str) -> list[dict]:
     """The newest runs, or those that were not ok."""
     states = [name for name in STATES if name not in ("ok", "noop")] if state == BAD else state
     wanted = {"stage": stage, "state": states}
-    return index.list(Root.at(root_url), **{k: v for k, v in wanted.items() if v != ALL}, limit=RUNS)
+    return index.newest(Root.at(root_url), **{k: v for k, v in wanted.items() if v != ALL}, limit=RUNS)

@@ -1,6 +1,7 @@
 """What the commands share: their options, the project as they were asked to see it, and how they refuse."""
 
 import contextlib
+import importlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from etl import params
 from etl.storage import PROJECT, BadRoot, Root, root_url
 
 if TYPE_CHECKING:
+    from etl.lake import Lake
     from etl.serve.services import Service
 
 out, err = Console(emoji=False), Console(stderr=True, emoji=False)
@@ -38,13 +40,20 @@ class Timetable:
     `services`: what `up` keeps alive beside the schedules, for a root's URL, the ports by name and the folder of their
     logs; first of them Prefect's server. `report_url`: under which URL reports are served. `ports`: name -> number,
     each an option of `up` and `doctor`. `model`: the module whose `examine(root)` says what is wrong with the
-    published model; imported by `doctor` alone.
+    published model; imported by `doctor` alone. `lake`: where the project's own Lake is, as module:name.
     """
 
     services: Callable[[str, Mapping[str, int], Path], "Sequence[Service]"]
     report_url: Callable[[Mapping[str, int]], str]
     ports: Mapping[str, int]
+    lake: str
     model: str | None = None
+
+    def lake_at(self, root: Root) -> "Lake":
+        """The project's lake under a root; imports what it needs."""
+        module, _, name = self.lake.partition(":")
+        lake: Lake = getattr(importlib.import_module(module), name)(root)
+        return lake
 
 
 def load(
@@ -104,7 +113,7 @@ def has_runs(root: Root) -> bool:
     """Whether the root has an index of runs."""
     from etl.runs import index
 
-    return bool(root.list(f"{index.TABLE}/_delta_log"))
+    return index.is_there(root)
 
 
 def roots_with_runs(besides: Root) -> list[str]:

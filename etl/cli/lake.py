@@ -32,7 +32,8 @@ from etl.cli.printing import styled
 from etl.storage import LeaseHeld, Root
 
 if TYPE_CHECKING:
-    from etl.lake.doctor import Finding
+    from etl.findings import Finding
+    from etl.lake import Lake
 
 refused = typer.Typer(no_args_is_help=True, help="The lines and files that did not fit.")
 FileName = Annotated[str, typer.Argument(help="A file's name, as `quarantine list` has it.")]
@@ -86,7 +87,7 @@ def doctor(
 
     Exit status 1 when something is.
     """
-    from etl.lake.doctor import Finding
+    from etl.findings import Finding
     from etl.serve import health
 
     timetable: Timetable = context.obj
@@ -116,15 +117,16 @@ def doctor(
 
 
 def _data(root: Root, timetable: Timetable) -> "list[Finding]":
-    """What is wrong with what is stored under a root: the lake, the model, the answers."""
-    from etl.lake import doctor
+    """What is wrong with what is stored under a root: the lake, the index, the model, the answers."""
     from etl.questions import results
+    from etl.runs import index
 
     model = importlib.import_module(timetable.model).examine(root) if timetable.model else []
-    return [*doctor.examine(root.url), *model, *results.examine(root)]
+    return [*timetable.lake_at(root).examine(), *index.examine(root), *model, *results.examine(root)]
 
 
 def rebuild_lake(
+    context: typer.Context,
     env: Env = "local",
     root: RootOption = None,
     accept_quarantine: Annotated[
@@ -138,12 +140,15 @@ def rebuild_lake(
     Refused when the archive no longer has every file that is in the lake: it keeps `archive_days` of compact. Refused
     too when rows that are in the lake would go to quarantine, which `--accept-quarantine` allows.
     """
-    from etl.lake.rebuild import NotWhole, RowsWouldGo, rebuild
+    from etl.lake.rebuild import NotWhole, RowsWouldGo
+    from etl.runs import index
 
     asked = existing_root(env, root)
+    timetable: Timetable = context.obj
+    index.move_from_lake(asked)  # of an older release: it would be swapped out with the lake
     run_id = f"rebuild-{datetime.now(UTC):%Y%m%dT%H%M%S}"
     try:
-        tables = rebuild(asked.url, run_id, accept_quarantine=accept_quarantine)
+        tables = timetable.lake_at(asked).rebuild(run_id, accept_quarantine=accept_quarantine)
     except RowsWouldGo as error:
         refuse(f"{error}. `rebuild --accept-quarantine` goes on all the same")
     except (NotWhole, LeaseHeld) as error:
@@ -159,12 +164,16 @@ def rebuild_lake(
     out.print(table)
 
 
-@refused.command("list")
-def list_refused(env: Env = "local", root: RootOption = None, as_json: AsJson = False) -> None:
-    """What did not fit: files with refused lines, and files that were refused whole, the newest first."""
-    from etl.lake import quarantine
+def _lake(context: typer.Context, env: str, root: str | None) -> "Lake":
+    """The project's lake under the root that was asked for."""
+    timetable: Timetable = context.obj
+    return timetable.lake_at(existing_root(env, root))
 
-    rows = quarantine.overview(existing_root(env, root).url)
+
+@refused.command("list")
+def list_refused(context: typer.Context, env: Env = "local", root: RootOption = None, as_json: AsJson = False) -> None:
+    """What did not fit: files with refused lines, and files that were refused whole, the newest first."""
+    rows = _lake(context, env, root).refused()
     if as_json:
         print_json(rows)
         return
@@ -175,32 +184,30 @@ def list_refused(env: Env = "local", root: RootOption = None, as_json: AsJson = 
 
 
 @refused.command("show")
-def show_refused(file: FileName, env: Env = "local", root: RootOption = None, as_json: AsJson = False) -> None:
+def show_refused(
+    context: typer.Context, file: FileName, env: Env = "local", root: RootOption = None, as_json: AsJson = False
+) -> None:
     """The refused lines of a file with their reasons, or why it was refused whole."""
-    from etl.lake import quarantine
-
-    asked = existing_root(env, root)
-    whole = [row for row in quarantine.refused_files(asked.url) if row["file"] == file]
-    lines = quarantine.refused_lines(asked.url, file).to_dicts()
+    lake = _lake(context, env, root)
+    whole = [row for row in lake.refused_files() if row["file"] == file]
+    lines = lake.refused_lines(file).to_dicts()
     if not whole and not lines:
         refuse(f"nothing of {file} was refused; `quarantine list` names what was")
     if as_json:
         print_json({"file": whole, "lines": lines})
         return
     for row in whole:
-        say(f"{row['place']} {row['why']}")
+        say(f"{row['path']} {row['why']}")
     for line in lines:
         say(f"{file}:{line['line']}: {line['reason']}", style="bold")
         say(line["raw"])
 
 
 @refused.command("retry")
-def retry_refused(file: FileName, env: Env = "local", root: RootOption = None) -> None:
+def retry_refused(context: typer.Context, file: FileName, env: Env = "local", root: RootOption = None) -> None:
     """Put a refused file, or those of its refused lines that fit by now, into landing again."""
-    from etl.lake import quarantine
-
     try:
-        made = quarantine.retry(existing_root(env, root).url, file)
+        made = _lake(context, env, root).retry(file)
     except (LookupError, FileExistsError) as error:
         refuse(str(error.args[0]))
     told = f"waits for the next run of preprocess: {', '.join(made)}"

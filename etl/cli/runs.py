@@ -49,7 +49,7 @@ def list_runs(
 
     asked = existing_root(env, root, may_be_empty=True)
     between = {"since": since and moment(since), "until": until and moment(until)}
-    rows: Sequence[dict[str, Any]] = index.list(asked, stage=stage, state=state, limit=limit, **between)
+    rows: Sequence[dict[str, Any]] = index.newest(asked, stage=stage, state=state, limit=limit, **between)
     if as_json:
         print_json(rows)
         return

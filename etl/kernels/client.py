@@ -76,15 +76,15 @@ def read_at_start(env: dict[str, str]) -> dict[str, str]:
 class Forked:
     """A forked kernel that is ours, with what of subprocess.Popen its users need.
 
-    `lifeline` leads to its black box and `orders` to the kernel itself; when this process ends, so do both.
+    `lifeline` leads to its black box and `commands` to the kernel itself; when this process ends, so do both.
     """
 
     stdin = stdout = stderr = None
 
-    def __init__(self, folder: Path, lifeline: socket.socket, orders: socket.socket):
+    def __init__(self, folder: Path, lifeline: socket.socket, commands: socket.socket):
         self.folder, self.lifeline = folder, lifeline
         self.returncode: int | None = None
-        self._orders, self._said = orders, b""
+        self._commands, self._said = commands, b""
 
     @property
     def pid(self) -> int | None:
@@ -96,11 +96,11 @@ class Forked:
     async def begin(self, env: dict[str, str], cwd: str, journal: Path | None, memory_mb: float | None) -> bool:
         """Have it serve a run; whether it is ready for the first cell. When it is not, nothing of it is left."""
         loop = asyncio.get_running_loop()
-        self._orders.setblocking(False)
+        self._commands.setblocking(False)
         try:
             self.lifeline.sendall(run_line(journal, memory_mb))
-            await loop.sock_sendall(self._orders, json.dumps({"env": env, "cwd": cwd}).encode() + b"\n")
-            said = await asyncio.wait_for(loop.sock_recv(self._orders, 1), FOLLOW_S)
+            await loop.sock_sendall(self._commands, json.dumps({"env": env, "cwd": cwd}).encode() + b"\n")
+            said = await asyncio.wait_for(loop.sock_recv(self._commands, 1), FOLLOW_S)
             if said == in_kernel.BEGINS:
                 return True
             if said == in_kernel.STALE:
@@ -113,7 +113,7 @@ class Forked:
             self.close()
             raise
         finally:
-            self._orders.close()
+            self._commands.close()
         self.close()
         return False
 
@@ -189,8 +189,8 @@ def take(env: dict[str, str]) -> Forked | None:
     if len(fds) != 2:
         log.info("a cold kernel: %s", json.loads(answer)["refused"] if answer else "the fork server ended")
         return None
-    lifeline, orders = (socket.socket(fileno=fd) for fd in fds)
-    return Forked(Path(json.loads(answer)["folder"]), lifeline, orders)
+    lifeline, commands = (socket.socket(fileno=fd) for fd in fds)
+    return Forked(Path(json.loads(answer)["folder"]), lifeline, commands)
 
 
 @functools.cache

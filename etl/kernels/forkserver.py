@@ -52,7 +52,7 @@ FREE_SHARE = 0.1  # of the machine's memory has to be free for a kernel to be fo
 class Waiting:
     folder: Path
     lifeline: socket.socket
-    orders: socket.socket
+    commands: socket.socket
     marks: dict[str, sources.Mark | None] | None = None  # of the own files it has imported, once it has
 
     def changed(self) -> bool:
@@ -64,7 +64,7 @@ class Waiting:
 
     def close(self) -> None:
         self.lifeline.close()
-        self.orders.close()
+        self.commands.close()
 
 
 class Server:
@@ -165,7 +165,7 @@ class Server:
                 kernel = self.waiting.pop(0)
                 self.fork_at = time.monotonic() + PAUSE_S
                 with contextlib.closing(kernel):
-                    fds = [kernel.lifeline.fileno(), kernel.orders.fileno()]
+                    fds = [kernel.lifeline.fileno(), kernel.commands.fileno()]
                     socket.send_fds(asking, [json.dumps({"folder": str(kernel.folder)}).encode()], fds)
             except (OSError, ValueError) as error:  # it is gone, or no friend
                 print(f"no answer given: {error!r}", file=sys.stderr, flush=True)
@@ -183,20 +183,20 @@ class Server:
         """Fork one more. In the forked process: what that has to do, with nothing of this one's left open."""
         folder = launch.new_folder()
         lifeline, boxs_end = socket.socketpair()
-        orders, kernels_end = socket.socketpair()
+        commands, kernels_end = socket.socketpair()
         if os.fork():
             boxs_end.close()
             kernels_end.close()
-            self.waiting.append(Waiting(folder, lifeline, orders))
+            self.waiting.append(Waiting(folder, lifeline, commands))
             return None
-        for ours in (self.listening, lifeline, orders, asking, *self.waiting):
+        for ours in (self.listening, lifeline, commands, asking, *self.waiting):
             if ours is not None:
                 ours.close()
         return lambda: _box(folder, boxs_end, kernels_end, self.late, self.imported)
 
 
 def _box(
-    folder: Path, lifeline: socket.socket, orders: socket.socket, late: list[str], imported: sources.Imported
+    folder: Path, lifeline: socket.socket, commands: socket.socket, late: list[str], imported: sources.Imported
 ) -> None:
     """The black box's side of the fork; it forks the kernel, and ends with it."""
     for number in (signal.SIGCHLD, signal.SIGTERM):
@@ -217,9 +217,9 @@ def _box(
     if kernel == 0:
         lifeline.close()
         watcher.become_kernel(str(folder / "pid"))
-        in_kernel.serve(folder, orders, late, imported)
+        in_kernel.serve(folder, commands, late, imported)
         return
-    orders.close()
+    commands.close()
     status, begun = watcher.watch(kernel, str(folder / "pid"), lifeline.fileno())
     if not begun:  # nobody else will
         shutil.rmtree(folder, ignore_errors=True)

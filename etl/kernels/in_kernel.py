@@ -104,12 +104,12 @@ def mark(folder: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 1)
 
 
-def serve(folder: Path, orders: socket.socket, modules: list[str], imported: sources.Imported) -> None:
-    """In a process forked from one that has the imports: be the kernel of the one run that `orders` will tell of.
+def serve(folder: Path, commands: socket.socket, modules: list[str], imported: sources.Imported) -> None:
+    """In a process forked from one that has the imports: be the kernel of the one run that `commands` will tell of.
 
     Comes up as far as a kernel can, notes in `folder` which own files it has imported, and waits. An order is one line
     of JSON: `env`, the whole environment, and `cwd`. It is answered by BEGINS once it is followed, or by STALE when one
-    of those files has changed; the end of `orders` ends the process.
+    of those files has changed; the end of `commands` ends the process.
     """
     began = time.time()
     os.environ[FOLDER] = str(folder)
@@ -145,9 +145,9 @@ def serve(folder: Path, orders: socket.socket, modules: list[str], imported: sou
     loop = IOLoop.current()
 
     def obey(*_: object) -> None:
-        loop.remove_handler(orders)
-        orders.setblocking(True)
-        with orders, orders.makefile("rwb") as talk:
+        loop.remove_handler(commands)
+        commands.setblocking(True)
+        with commands, commands.makefile("rwb") as talk:
             line = talk.readline()
             if not line:
                 os._exit(0)
@@ -158,7 +158,7 @@ def serve(folder: Path, orders: socket.socket, modules: list[str], imported: sou
             follow(json.loads(line), kept)
             talk.write(BEGINS)
 
-    loop.add_handler(orders, obey, loop.READ)
+    loop.add_handler(commands, obey, loop.READ)
     app.start()  # the kernel is at work while it waits
     leave()
 

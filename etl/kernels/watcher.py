@@ -34,7 +34,7 @@ LOOK_S = 0.2  # between two looks at the memory; a process takes about a gigabyt
 SAMPLE_S = 1  # between two samples in the journal
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 PF_EXITING = 0x4  # of the flags in /proc/<pid>/stat
-SC_PAGE, SC_TICK = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_CLK_TCK")
+PAGE_BYTES, CLOCK_HZ = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_CLK_TCK")
 MB = 1e6
 _LIBC = ctypes.CDLL(None)
 
@@ -178,16 +178,16 @@ def _tree() -> list[int]:
 
 def _used() -> tuple[float, float]:
     """(resident MB, CPU seconds) of the whole tree."""
-    pages = ticks = 0
+    pages = clock = 0
     for pid in _tree():
         try:
             with open(f"/proc/{pid}/statm") as file:
                 pages += int(file.read().split()[1])
             with open(f"/proc/{pid}/stat") as file:
-                ticks += sum(map(int, file.read().rpartition(")")[2].split()[11:15]))  # its own, its children's
+                clock += sum(map(int, file.read().rpartition(")")[2].split()[11:15]))  # its own, its children's
         except (OSError, IndexError):
             continue
-    return pages * SC_PAGE / MB, ticks / SC_TICK
+    return pages * PAGE_BYTES / MB, clock / CLOCK_HZ
 
 
 def is_ending(pid: int) -> bool:

@@ -1,1 +1,13 @@
-"""Delta tables that hold each row of the input exactly once, and one published snapshot of them."""
+"""Delta tables that are written exactly once: files come in, tables and a snapshot of them come out.
+
+A project declares its tables and hands them over:
+
+    class Lake(etl.lake.Lake):
+        tables = {table.name: table for table in (...)}
+"""
+
+from etl.lake.lake import Lake
+from etl.lake.snapshot import NothingPublished, Snapshot
+from etl.lake.table import Table
+
+__all__ = ["Lake", "NothingPublished", "Snapshot", "Table"]

@@ -2,8 +2,8 @@
 
 A table that grows by a file a minute costs its readers a request a file. Compaction rewrites the small files of what is
 published, sorted by key so that a file's and a row group's statistics tell which keys it can hold, and swaps them in
-one commit that changes no row. It does not stand in preprocess's way: its commit says itself which files it replaces,
-so a batch may be committed meanwhile, and the writer's lease is held only to publish.
+one commit that changes no row. It does not stand in the way of new rows: its commit says itself which files it
+replaces, so a batch may be committed meanwhile, and the writer's lease is held only to publish.
 """
 
 import io
@@ -22,16 +22,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from etl import delta
-from etl.lake import snapshot as lake
+from etl.lake import commit, snapshot
 from etl.storage import Damaged, LeaseHeld, Root, crash_point
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
 
+    from etl.lake.lake import Lake
+
 VACUUM_HOURS = 24  # at least: a reader may still be on a version this old
 ARCHIVE_DAYS = 7
 WRITTEN = ("lake", "landing", "refused", "results", "models")  # where a killed run may leave a file half written
-INDEX = "runs"  # the index of runs is a table of the lake too, though no snapshot names it
 LEASE_S = 1800  # of one table; longer than any of them takes
 CLOCK = "lake/clock.json"
 KEPT_LOG = "lake/kept_log"
@@ -60,22 +61,21 @@ class Rewrite:
     stats: dict
 
 
-def tables(root: str) -> list[str]:
+def tables(lake: "Lake") -> list[str]:
     """The tables that there are, by name."""
-    place = Root.at(root)
-    return [name for name in (*lake.COLUMNS, INDEX) if place.list(f"lake/{name}/_delta_log")]
+    return [name for name in lake.columns if lake.root.list(f"lake/{name}/_delta_log")]
 
 
-def survey(root: str, small_mb: float) -> pl.DataFrame:
+def survey(lake: "Lake", small_mb: float) -> pl.DataFrame:
     """One row a table: table, rows, files, small_files (below `small_mb` megabytes), mb, mean_mb, failed.
 
     `failed`: why the table has no figures; null when it has.
     """
     lines = []
-    for name in tables(root):
+    for name in tables(lake):
         line = {"table": name}
         with _told(line):
-            sizes, rows = lake.file_stats(lake.open_table(Root.at(root), name))
+            sizes, rows = delta.file_stats(lake.table(name))
             line |= {"rows": rows, "files": len(sizes), "small_files": sum(size < small_mb * 1e6 for size in sizes)}
             line |= {"mb": sum(sizes) / 1e6, "mean_mb": sum(sizes) / 1e6 / max(len(sizes), 1)}
         lines.append(line)
@@ -84,7 +84,7 @@ def survey(root: str, small_mb: float) -> pl.DataFrame:
 
 
 def compact(
-    root: str,
+    lake: "Lake",
     *,
     target_mb: int,
     min_small_files: int,
@@ -102,32 +102,32 @@ def compact(
     """
     if vacuum_hours < VACUUM_HOURS:
         raise ValueError(f"vacuum_hours is {vacuum_hours}: readers may be on versions up to {VACUUM_HOURS} hours old")
-    place, now = Root.at(root), now or datetime.now(UTC)
-    suspicion = clock_problem(place, now, vacuum_hours)
-    published = lake.read_published(place)
+    root, now = lake.root, now or datetime.now(UTC)
+    suspicion = clock_problem(root, now, vacuum_hours)
+    published = snapshot.read_pointer(root)
     versions = published["tables"] if published else {}
-    lines = {table: {"table": table, "note": ""} for table in tables(root)}
+    lines = {table: {"table": table, "note": ""} for table in tables(lake)}
     began, handles = {}, {}
     for table, line in lines.items():
-        with _told(line), place.lease(f"lake/leases/{table}", run_id, ttl_s=LEASE_S, wait_s=0):
+        with _told(line), root.lease(f"lake/leases/{table}", run_id, ttl_s=LEASE_S, wait_s=0):
             crash_point(f"compaction holds: {table}")
-            handle = lake.open_table(place, table, versions.get(table))
+            handle = lake.table(table, versions.get(table))
             began[table] = _names(handle)
-            line |= _compact_table(place, table, handle, target_mb, min_small_files, run_id)
-    _forget(place)
+            line |= _compact_table(lake, table, handle, target_mb, min_small_files, run_id)
+    _forget(root)
     if published:
-        versions, handles = _publish(place, [*lines.values()], run_id)
+        versions, handles = _publish(lake, [*lines.values()], run_id)
     for table, names in began.items():
         line = lines[table]
         with _told(line):
-            handle = handles.get(table) or lake.open_table(place, table)
+            handle = handles.get(table) or lake.table(table)
             line["version"] = handle.version()
-            line["removed"] = _sweep(place, table, handle, versions.get(table), names, vacuum_hours, now, suspicion)
+            line["removed"] = _sweep(lake, table, handle, versions.get(table), names, vacuum_hours, now, suspicion)
         if suspicion and not line["note"]:
             line["note"] = f"nothing removed: {suspicion}"
     if not suspicion:
         for folder in WRITTEN:
-            place.remove_unfinished(folder, before=now - timedelta(hours=vacuum_hours))
+            root.remove_unfinished(folder, before=now - timedelta(hours=vacuum_hours))
     schema = {"table": pl.String, "version": pl.Int64} | {
         f"{what}_{when}": kind
         for what, kind in (("rows", pl.Int64), ("files", pl.Int64), ("mb", pl.Float64))
@@ -151,20 +151,20 @@ def _told(line: dict) -> Iterator[None]:
 
 
 def _compact_table(
-    place: Root, table: str, handle: "DeltaTable", target_mb: int, min_small_files: int, run_id: str
+    lake: "Lake", table: str, handle: "DeltaTable", target_mb: int, min_small_files: int, run_id: str
 ) -> dict:
     """Rewrite what is small among the files of a version: the published one, or the newest where none is."""
-    sizes, rows = lake.file_stats(handle)
-    groups = _worth_it(handle, table, target_mb * 1_000_000, min_small_files)
+    sizes, rows = delta.file_stats(handle)
+    groups = _worth_it(lake, handle, table, target_mb * 1_000_000, min_small_files)
     if groups:
-        _require_live(lake.open_table(place, table), table, {path for group in groups for path, _ in group})
+        _require_live(lake.table(table), table, {path for group in groups for path, _ in group})
     declared = pa.schema(handle.schema().to_arrow())
-    rewrites = [_rewrite(place, table, files, declared) for files in groups]
+    rewrites = [_rewrite(lake, table, files, declared) for files in groups]
     crash_point(f"rewritten: {table}")
     if rewrites:
-        version = _swap(place, table, rewrites, run_id)
+        version = _swap(lake, table, rewrites, run_id)
         crash_point(f"swapped: {table}")
-        _assert_same(place, table, version, rewrites, run_id)
+        _assert_same(lake, table, version, rewrites, run_id)
     moved = [size for rewrite in rewrites for _, size in rewrite.removed]
     made = [rewrite.bytes for rewrite in rewrites]
     return {
@@ -184,13 +184,17 @@ def _rows(handle, rewrite: Rewrite) -> int:
     return sum(action["num_records"] for action in actions if action["path"] in gone)
 
 
-def _worth_it(handle, table: str, target: int, min_small_files: int) -> list[list[tuple[str, int]]]:
+def _worth_it(
+    lake: "Lake", handle: "DeltaTable", table: str, target: int, min_small_files: int
+) -> list[list[tuple[str, int]]]:
     """The small files of a table, in order of their keys, in groups that make one file of about `target` bytes."""
     actions = pa.table(handle.get_add_actions(flatten=True))
-    first = f"min.{lake.KEYS[table][0]}" if table in lake.KEYS else None
+    first = f"min.{lake.keys[table][0]}" if table in lake.keys else None
     keys = actions[first].to_pylist() if first in actions.schema.names else [None] * len(actions)
-    found = zip(keys, actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True)
-    small = sorted((one for one in found if one[2] < target / 2), key=lambda one: (one[0] is None, one[0] or 0, one[1]))
+    files = zip(keys, actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True)
+    small = sorted(
+        (file for file in files if file[2] < target / 2), key=lambda file: (file[0] is None, file[0] or 0, file[1])
+    )
     if len(small) < min_small_files:
         return []
     groups: list[list[tuple[str, int]]] = [[]]
@@ -201,25 +205,25 @@ def _worth_it(handle, table: str, target: int, min_small_files: int) -> list[lis
     return [group for group in groups if len(group) > 1]
 
 
-def _rewrite(place: Root, table: str, files: list[tuple[str, int]], declared: pa.Schema) -> Rewrite:
+def _rewrite(lake: "Lake", table: str, files: list[tuple[str, int]], declared: pa.Schema) -> Rewrite:
     """Write the rows of `files` into one, sorted by key, and read it again. Raises RowsDiffer.
 
     `declared`: the table's own schema, which every file's rows are given.
     """
-    parts = [pq.read_table(io.BytesIO(place.read(f"lake/{table}/{path}"))) for path, _ in files]
+    parts = [pq.read_table(io.BytesIO(lake.root.read(f"lake/{table}/{path}"))) for path, _ in files]
     before = pa.concat_tables([_as_declared(part, declared) for part in parts])
     frame = pl.from_arrow(before)
-    keys = [key for key in lake.KEYS.get(table, ()) if key in frame.columns]
+    keys = [key for key in lake.keys.get(table, ()) if key in frame.columns]
     buffer = io.BytesIO()
     ordered = frame.sort(keys) if keys else frame
     as_before = ordered.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(before.schema)
     pq.write_table(as_before, buffer, row_group_size=ROW_GROUP)
     path = f"compacted-{uuid.uuid4()}.snappy.parquet"
-    place.write(f"lake/{table}/{path}", buffer.getvalue())
+    lake.root.write(f"lake/{table}/{path}", buffer.getvalue())
     crash_point(f"written, not swapped: {table}")
-    after = pl.from_arrow(pq.read_table(io.BytesIO(place.read(f"lake/{table}/{path}"))))
+    after = pl.from_arrow(pq.read_table(io.BytesIO(lake.root.read(f"lake/{table}/{path}"))))
     if (frame.height, checksum(frame)) != (after.height, checksum(after)):
-        place.remove(f"lake/{table}/{path}")
+        lake.root.remove(f"lake/{table}/{path}")
         raise RowsDiffer(
             f"{table}: {frame.height} rows of {len(files)} files do not come back from one: left as it was"
         )
@@ -243,7 +247,7 @@ def checksum(frame: pl.DataFrame) -> int:
     return int(frame.select(sorted(frame.columns)).hash_rows(seed=0).cast(pl.Int128).sum())
 
 
-def _swap(place: Root, table: str, rewrites: list[Rewrite], run_id: str) -> int:
+def _swap(lake: "Lake", table: str, rewrites: list[Rewrite], run_id: str) -> int:
     """Commit to the table's log that these files take the place of those; returns the version.
 
     By hand, because delta-rs's own compaction neither sorts nor chooses its files. A commit is a file that must not be
@@ -252,10 +256,10 @@ def _swap(place: Root, table: str, rewrites: list[Rewrite], run_id: str) -> int:
     """
     gone = {path for rewrite in rewrites for path, _ in rewrite.removed}
     while True:
-        handle = lake.open_table(place, table)
+        handle = lake.table(table)
         _require_live(handle, table, gone)
         version = handle.version() + 1
-        if delta.commit(place, f"lake/{table}", version, _actions(rewrites, handle.version(), run_id)):
+        if delta.commit(lake.root, f"lake/{table}", version, _actions(lake, rewrites, handle.version(), run_id)):
             return version
 
 
@@ -269,7 +273,7 @@ def _live(handle) -> set[str]:
     return set(pa.table(handle.get_add_actions(flatten=True))["path"].to_pylist())
 
 
-def _actions(rewrites: list[Rewrite], read_version: int, run_id: str) -> list[dict]:
+def _actions(lake: "Lake", rewrites: list[Rewrite], read_version: int, run_id: str) -> list[dict]:
     removed = [file for rewrite in rewrites for file in rewrite.removed]
     about = {
         "operationParameters": {"predicate": "[]"},
@@ -277,7 +281,7 @@ def _actions(rewrites: list[Rewrite], read_version: int, run_id: str) -> list[di
         "isBlindAppend": False,
         "operationMetrics": {"numFilesAdded": len(rewrites), "numFilesRemoved": len(removed)},
         "run_id": run_id,
-        "stage": "compact",
+        "stage": lake.compacted_by,
         "checksum": str(sum(rewrite.checksum for rewrite in rewrites)),
     }
     info = delta.commit_info("OPTIMIZE", about)
@@ -300,25 +304,25 @@ def _actions(rewrites: list[Rewrite], read_version: int, run_id: str) -> list[di
     ]
 
 
-def _assert_same(place: Root, table: str, version: int, rewrites: list[Rewrite], run_id: str) -> None:
+def _assert_same(lake: "Lake", table: str, version: int, rewrites: list[Rewrite], run_id: str) -> None:
     """The version before the swap and the one it made have the same rows, as the log counts them.
 
     Raises RowsDiffer when they have not; then the table is put back, and what came after the swap is kept out by that.
     """
-    before, after = (lake.open_table(place, table, number) for number in (version - 1, version))
+    before, after = (lake.table(table, number) for number in (version - 1, version))
     gone = {path for rewrite in rewrites for path, _ in rewrite.removed}
     same_files = _live(after) == _live(before) - gone | {rewrite.path for rewrite in rewrites}
-    rows = lake.file_stats(before)[1], lake.file_stats(after)[1]
+    rows = delta.file_stats(before)[1], delta.file_stats(after)[1]
     if same_files and rows[0] == rows[1]:
         return
     from deltalake import CommitProperties
 
     what = f"{table} had {rows[0]} rows before its compaction and {rows[1]} after"
     try:
-        with lake.writing(place, run_id):
-            handle = lake.open_table(place, table)
+        with commit.writing(lake.root, run_id):
+            handle = lake.table(table)
             if handle.version() == version:
-                properties = CommitProperties(custom_metadata={"run_id": run_id, "stage": "compact"})
+                properties = CommitProperties(custom_metadata={"run_id": run_id, "stage": lake.compacted_by})
                 handle.restore(version - 1, commit_properties=properties)
     except LeaseHeld as error:
         raise RowsDiffer(f"{what}, and it could not be put back: {error}") from error
@@ -326,7 +330,7 @@ def _assert_same(place: Root, table: str, version: int, rewrites: list[Rewrite],
 
 
 def _sweep(
-    place: Root,
+    lake: "Lake",
     table: str,
     newest: "DeltaTable",
     published: int | None,
@@ -342,22 +346,23 @@ def _sweep(
     Nor can a file's own time, which is when it was written. So a file that is about to be committed has a day as well.
     `began`: the files that were published when the run began; what it superseded was needed until now.
     """
-    files = {name for name in place.list(f"lake/{table}") if name.endswith(".parquet")}
+    root = lake.root
+    files = {name for name in root.list(f"lake/{table}") if name.endswith(".parquet")}
     needed = _names(newest)
     if published not in (None, newest.version()):
-        needed |= _names(lake.open_table(place, table, published))
+        needed |= _names(lake.table(table, published))
     memory = f"lake/unneeded/{table}.json"
-    before = _unneeded(place, memory)
+    before = _unneeded(root, memory)
     since = {name: now if name in began else min(before.get(name, now), now) for name in files - needed}
     old = set() if suspicion else {name for name, seen in since.items() if now - seen >= timedelta(hours=hours)}
-    place.remove_all(f"lake/{table}/{name}" for name in sorted(old))
+    root.remove_all(f"lake/{table}/{name}" for name in sorted(old))
     crash_point(f"swept: {table}")
     left = {name: seen for name, seen in since.items() if name not in old}
     if left != before:
         by_time: dict[str, list[str]] = {}
         for name in sorted(left):
             by_time.setdefault(left[name].isoformat(), []).append(name)
-        place.write(memory, json.dumps({"since": by_time}).encode())
+        root.write(memory, json.dumps({"since": by_time}).encode())
     if not suspicion and published in (None, newest.version()):  # readers open the published one by its log
         newest.cleanup_metadata()  # what the log's retention allows; a checkpoint alone was not seen to do it
     return len(old)
@@ -369,34 +374,34 @@ def _names(handle) -> set[str]:
     return names | {unquote(name) for name in names}
 
 
-def _unneeded(place: Root, memory: str) -> dict[str, datetime]:
+def _unneeded(root: Root, memory: str) -> dict[str, datetime]:
     """Name -> since when; nothing is known when it is damaged, and everything has another day."""
     try:
-        by_time = (place.read_json(memory) or {"since": {}})["since"]
+        by_time = (root.read_json(memory) or {"since": {}})["since"]
     except Damaged:
         return {}
     return {name: datetime.fromisoformat(time) for time, names in by_time.items() for name in names}
 
 
-def _forget(place: Root) -> None:
+def _forget(root: Root) -> None:
     """Remove the second copies that releases until November 2026 kept of commits and documents."""
-    if place.list(KEPT_LOG):
-        for rel in place.files("lake"):
+    if root.list(KEPT_LOG):
+        for rel in root.files("lake"):
             if rel.endswith(".copy.json"):
-                place.remove(rel)
-        place.remove_tree(KEPT_LOG)
+                root.remove(rel)
+        root.remove_tree(KEPT_LOG)
 
 
-def clock_problem(place: Root, now: datetime, hours: int) -> str | None:
+def clock_problem(root: Root, now: datetime, hours: int) -> str | None:
     """Why the clock is not believed enough to delete by it; None when it has been steady for `hours`.
 
     A clock that jumped ahead makes yesterday of what is a minute old. So the times of runs are remembered, and after a
     jump, or a pause that looks the same, nothing is deleted until the clock has been steady for that long.
     """
-    published = lake.read_published(place)
+    published = snapshot.read_pointer(root)
     newest = datetime.fromisoformat(published["published_at"]) if published else now
     try:
-        seen = place.read_json(CLOCK)
+        seen = root.read_json(CLOCK)
     except Damaged:
         seen = None
     seen = seen or {"steady_since": now.isoformat(), "seen": now.isoformat()}
@@ -404,7 +409,7 @@ def clock_problem(place: Root, now: datetime, hours: int) -> str | None:
     jumped = now < last - SLACK or now > last + GAP
     if jumped:
         since = now
-    place.write(CLOCK, json.dumps({"steady_since": since.isoformat(), "seen": now.isoformat()}).encode())
+    root.write(CLOCK, json.dumps({"steady_since": since.isoformat(), "seen": now.isoformat()}).encode())
     if now < newest - SLACK:
         return f"the clock says {now:%Y-%m-%d %H:%M}, before the newest snapshot, of {newest:%Y-%m-%d %H:%M}"
     if jumped:
@@ -414,26 +419,27 @@ def clock_problem(place: Root, now: datetime, hours: int) -> str | None:
     return None
 
 
-def _publish(place: Root, lines: list[dict], run_id: str) -> tuple[dict[str, int], dict[str, "DeltaTable"]]:
+def _publish(lake: "Lake", lines: list[dict], run_id: str) -> tuple[dict[str, int], dict[str, "DeltaTable"]]:
     """Move the snapshot to the newest versions, but not of a table that holds rows of a batch that is not published.
 
     `lines`: as in `compact`; a table that failed, or was left to another, stays where it is. Returns table -> version,
     as it is published then, and table -> a handle on the newest one.
     """
     handles = {}
-    with lake.writing(place, run_id):
-        published = lake.read_published(place)
+    with commit.writing(lake.root, run_id):
+        published = snapshot.read_pointer(lake.root)
         versions = dict(published["tables"])
         for line in lines:
             table = line["table"]
             if table in versions and not line["note"] and "failed" not in line:
                 with _told(line):
-                    handles[table] = lake.open_table(place, table)
-                    versions[table] = _publishable(place, table, handles[table], versions[table], published["batch"])
+                    handles[table] = lake.table(table)
+                    versions[table] = _publishable(lake, table, handles[table], versions[table], published["batch"])
         if versions != published["tables"]:
             crash_point("before the compaction is published")
-            lake.publish(
-                place,
+            snapshot.swap_pointer(
+                lake.root,
+                published,
                 batch=published["batch"],
                 as_of=published["as_of"],
                 versions=versions,
@@ -443,29 +449,29 @@ def _publish(place: Root, lines: list[dict], run_id: str) -> tuple[dict[str, int
     return versions, handles
 
 
-def _publishable(place: Root, table: str, newest: "DeltaTable", version: int, batch: int) -> int:
+def _publishable(lake: "Lake", table: str, newest: "DeltaTable", version: int, batch: int) -> int:
     """The newest version of a table, made durable; the published `version` when it holds a batch after `batch`."""
-    if newest.version() == version or (newest.transaction_version(lake.APP_ID) or 0) > batch:
+    if newest.version() == version or (newest.transaction_version(commit.APP_ID) or 0) > batch:
         return version
-    delta.sync(place, f"lake/{table}", after=version, until=newest.version())
+    delta.sync(lake.root, f"lake/{table}", after=version, until=newest.version())
     crash_point(f"compaction synced: {table}")
     return newest.version()
 
 
-def prune_archive(root: str, days: int = ARCHIVE_DAYS, now: datetime | None = None) -> list[str]:
+def prune_archive(lake: "Lake", days: int = ARCHIVE_DAYS, now: datetime | None = None) -> list[str]:
     """Remove the oldest day of the archive that nothing was put into for more than `days`. Returns it, if there is one.
 
     What is removed cannot be made again from the archive, so it is a day at a time, nothing while the clock looks
     wrong, and by when files really came: a day's name may be one that somebody asked for. With 0 days nothing goes.
     """
-    place, now = Root.at(root), now or datetime.now(UTC)
-    if not days or clock_problem(place, now, VACUUM_HOURS):
+    root, now = lake.root, now or datetime.now(UTC)
+    if not days or clock_problem(root, now, VACUUM_HOURS):
         return []
     oldest = (now - timedelta(days=days)).date()
-    for day in place.list("archive"):
-        newest = None if _is_recent(day, oldest, now.date()) else place.newest(f"archive/{day}")
+    for day in root.list("archive"):
+        newest = None if _is_recent(day, oldest, now.date()) else root.newest(f"archive/{day}")
         if newest and newest.date() < oldest:
-            place.remove_tree(f"archive/{day}")
+            root.remove_tree(f"archive/{day}")
             return [day]
     return []
 

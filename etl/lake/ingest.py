@@ -15,20 +15,23 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
 
-from etl.lake import landing, ledger, parse
-from etl.lake import snapshot as lake
+from etl.lake import commit as commits
+from etl.lake import landing, ledger, parse, schemas, snapshot
 from etl.lake.landing import File
+from etl.lake.table import QUARANTINE, RESCUED, Table
 from etl.storage import Damaged, Root, Unreadable, crash_point
-from pipeline.tables import RESCUED, TABLES, Table
+
+if TYPE_CHECKING:
+    from etl.lake.lake import Lake
 
 MAX_BYTES = 256_000_000  # of JSON in a batch: about four times that in memory
 GROUP_BYTES = 16_000_000  # of files that are parsed at once
 AHEAD = timedelta(days=1)  # of its batch that a row may be: `as_of` never goes back, so one far ahead would stay it
-EARLIEST = "1970-01-01T00:00:00+00:00"  # of `as_of`: a day before an order of the year 1 cannot be asked for
+EARLIEST = "1970-01-01T00:00:00+00:00"  # of `as_of`: what is asked for goes back from it, and time begins with year 1
 FILES = {
     "table": pl.String,
     "file": pl.String,
@@ -62,21 +65,21 @@ class Batch:
     `repeated`: files in landing that were ingested before; they are set aside, not read. `refused`: those that cannot
     be read, each with its reason."""
 
-    root: str
+    lake: "Lake"
     number: int
     date: str  # of the archive: the day on which the files are really moved, UTC
     at: str  # ISO 8601: the run's own time or the clock's, whichever is later; when it was written down, if it was
     files: tuple[File, ...]
     repeated: tuple[File, ...] = ()
     refused: tuple[File, ...] = ()
-    manifest: dict | None = None
+    manifest: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Parsed:
     """A batch read and checked, nothing written yet.
 
-    `frames`: table -> typed rows. `refused`: rows for quarantine (columns of `lake.QUARANTINE`).
+    `frames`: table -> typed rows. `refused`: rows for quarantine (columns of `table.QUARANTINE`).
     `files`: one row a file: table, file, bytes, sha256, lines, good, bad. `batch.refused`: all files that are refused.
     """
 
@@ -110,38 +113,38 @@ class Parsed:
 
 
 def next_batch(
-    root: str,
+    lake: "Lake",
     *,
     max_files: int,
     scheduled_for: str | None,
     max_bytes: int = MAX_BYTES,
     now: datetime | None = None,
 ) -> Batch | None:
-    """The unfinished batch when there is one, else the files that wait, oldest tick first.
+    """The unfinished batch when there is one, else the files that wait, lowest sequence first.
 
     At most `max_files`, and at most `max_bytes` of JSON; a larger file is refused before it is read. None when nothing
     waits. `scheduled_for`: what the run says of its time, ISO 8601; `now`: what the clock says, if not the machine's.
-    Raises storage.Damaged when it cannot be known what was ingested, lake.SchemasDiffer when the lake's tables are
+    Raises storage.Damaged when it cannot be known what was ingested, schemas.SchemasDiffer when the lake's tables are
     not those that are declared.
     """
-    place, now = Root.at(root), now or datetime.now(UTC)
-    published = lake.read_published(place)
-    if published is None and place.exists(ledger.done(1)):
-        raise Damaged(f"{lake.PUBLISHED} is gone, though batches were published: see `orchestrate.py rebuild`")
-    lake.check_schemas(place, published)
+    root, now = lake.root, now or datetime.now(UTC)
+    pointer = snapshot.read_pointer(root)
+    if pointer is None and root.exists(ledger.done(1)):
+        raise Damaged(f"{snapshot.POINTER} is gone, though batches were published: see `orchestrate.py rebuild`")
+    schemas.check(lake, pointer)
     date = f"{now:%Y-%m-%d}"
-    number = published["batch"] if published else 0
+    number = pointer["batch"] if pointer else 0
     for unfinished in (number + 1, number):
-        manifest = ledger.read(place, unfinished)
-        if manifest and not place.exists(ledger.done(unfinished)):
-            files = tuple(File(f["name"], f["table"], f["tick"], f["bytes"]) for f in manifest["files"])
-            return Batch(place.url, unfinished, date, ledger.time_of(manifest, now), files, manifest=manifest)
-    waiting = landing.look(place, number, ledger.ingested_until(place, number), max_bytes)
+        manifest = ledger.read(root, unfinished)
+        if manifest and not root.exists(ledger.done(unfinished)):
+            files = tuple(File(file["name"], file["table"], file["bytes"]) for file in manifest["files"])
+            return Batch(lake, unfinished, date, ledger.time_of(manifest, now), files, manifest=manifest)
+    waiting = landing.look(lake, number, ledger.ingested_until(root, number), max_bytes)
     files = landing.cut(waiting.files, max_files, max_bytes)
     if not files and not waiting.repeated and not waiting.refused:
         return None
     at = max(now, _utc(scheduled_for) if scheduled_for else now).isoformat(timespec="seconds")
-    return Batch(place.url, number + 1, date, at, files, waiting.repeated, waiting.refused)
+    return Batch(lake, number + 1, date, at, files, waiting.repeated, waiting.refused)
 
 
 def _utc(moment: str) -> datetime:
@@ -150,10 +153,10 @@ def _utc(moment: str) -> datetime:
     return given.astimezone(UTC) if given.tzinfo else given.replace(tzinfo=UTC)
 
 
-def rules(table: str, at: str) -> Table:
+def rules(table: Table, at: str) -> Table:
     """A table as a batch of the time `at` (ISO 8601) takes its rows: none is more than a day ahead of it."""
     moment = _utc(at)
-    return TABLES[table].until(moment + min(AHEAD, parse.LAST - moment))
+    return table.until(moment + min(AHEAD, parse.LAST - moment))
 
 
 def read(batch: Batch) -> Parsed:
@@ -162,12 +165,12 @@ def read(batch: Batch) -> Parsed:
     A file that cannot be read or has no line that fits is refused, and one that is no longer what the manifest of an
     unfinished batch says.
     """
-    place = Root.at(batch.root)
+    lake = batch.lake
     expected = {f["name"]: f["sha256"] for f in batch.manifest["files"]} if batch.manifest else {}
     good: dict[str, list[pl.DataFrame]] = {}
     quarantined, files, kept, refused = [], [], [], list(batch.refused)
     with ThreadPoolExecutor(os.cpu_count() + 1) as pool:  # one reads and hashes while Polars has the cores
-        for looked in pool.map(lambda group: _look(place, batch, group, expected), _groups(batch.files)):
+        for looked in pool.map(lambda group: _look(batch, group, expected), _groups(batch)):
             for file, why in looked.refused:
                 refused.append(file.refused(why))
             for (file, sha256, size), lines, bad in zip(looked.files, looked.lines, looked.bad, strict=True):
@@ -179,12 +182,12 @@ def read(batch: Batch) -> Parsed:
             if looked.files:
                 good.setdefault(looked.files[0][0].table, []).append(looked.rows)
     frames = {table: pl.concat(parts) for table, parts in good.items()}
-    times = [frame[time].max() for table, frame in frames.items() if frame.height and (time := TABLES[table].time)]
+    times = [frame[time].max() for table, frame in frames.items() if frame.height and (time := lake.tables[table].time)]
     newest = max(times, default=None)
     return Parsed(
         replace(batch, files=tuple(kept), refused=tuple(refused)),
         frames,
-        pl.concat([pl.DataFrame(schema=lake.QUARANTINE), *quarantined]),
+        pl.concat([pl.DataFrame(schema=QUARANTINE), *quarantined]),
         pl.DataFrame(files, schema=FILES, orient="row"),
         newest.isoformat() if newest else None,
     )
@@ -200,10 +203,11 @@ class _Looked(NamedTuple):
     refused: list[tuple[File, str]]
 
 
-def _groups(files: tuple[File, ...]) -> list[list[File]]:
+def _groups(batch: Batch) -> list[list[File]]:
     """Files of the same table, a few megabytes together: what is read at once, so that a small file costs little."""
     groups: list[list[File]] = []
-    for file in sorted(files, key=lambda file: list(TABLES).index(file.table)):  # stable: a table's oldest first
+    order = list(batch.lake.tables)
+    for file in sorted(batch.files, key=lambda file: order.index(file.table)):  # stable: a table's oldest first
         last = groups[-1] if groups else []
         if last and last[0].table == file.table and sum(f.bytes for f in last) + file.bytes <= GROUP_BYTES:
             last.append(file)
@@ -212,12 +216,12 @@ def _groups(files: tuple[File, ...]) -> list[list[File]]:
     return groups
 
 
-def _look(place: Root, batch: Batch, group: list[File], expected: dict[str, str]) -> _Looked:
+def _look(batch: Batch, group: list[File], expected: dict[str, str]) -> _Looked:
     """Read the files of one group. Raises AssertionError when a line is neither a row nor refused."""
     files, pieces, refused = [], [], []
     for file in group:
         try:
-            data, sha256 = _read(place, file, expected.get(file.name))
+            data, sha256 = _read(batch.lake.root, file, expected.get(file.name))
             if expected.get(file.name, sha256) != sha256:
                 raise Unreadable(f"changed since batch {batch.number} was written down")
             if why := parse.refusal(data):
@@ -227,7 +231,7 @@ def _look(place: Root, batch: Batch, group: list[File], expected: dict[str, str]
             continue
         files.append((file, sha256, len(data)))
         pieces.append(data)
-    rows, bad, lines = parse.parse_all(pieces, rules(group[0].table, batch.at))
+    rows, bad, lines = parse.parse_all(pieces, rules(batch.lake.tables[group[0].table], batch.at))
     if sum(lines) != rows.height + sum(frame.height for frame in bad):
         raise AssertionError(f"{group[0].landing} and others: {sum(lines)} lines, but {rows.height} rows fit")
     kept = [number for number, frame in enumerate(bad) if frame.height < lines[number]]
@@ -242,50 +246,53 @@ def commit(parsed: Parsed, *, run_id: str) -> dict[str, int]:
     another writer is at work, Overtaken when one took this number.
     """
     batch = parsed.batch
-    place = Root.at(batch.root)
+    root = batch.lake.root
     versions = {}
     if batch.files or batch.manifest:
-        with lake.writing(place, run_id):
+        with commits.writing(root, run_id):
             if batch.manifest:  # who began it may have died before its names were on the disk
-                place.sync(["lake", "lake/batches"])
-            _write_down(place, parsed, run_id)
-            versions = _commit_tables(place, parsed, run_id)
+                root.sync(["lake", "lake/batches"])
+            _write_down(parsed, run_id)
+            versions = _commit_tables(parsed, run_id)
         sha256s = dict(parsed.files.select("file", "sha256").rows())
-        landing.archive(place, [(file, sha256s[file.name]) for file in batch.files], batch.date, run_id)
-    landing.set_aside(place, batch.repeated, batch.date)
-    landing.refuse(place, batch.refused, batch.date, run_id)
+        landing.archive(root, [(file, sha256s[file.name]) for file in batch.files], batch.date, run_id)
+    landing.set_aside(root, batch.repeated, batch.date)
+    landing.refuse(root, batch.refused, batch.date, run_id)
     if batch.files or batch.manifest:
         crash_point("before it is marked done")
-        place.write(ledger.done(batch.number), b"")
+        root.write(ledger.done(batch.number), b"")
     crash_point("after all")
     return versions
 
 
-def _commit_tables(place: Root, parsed: Parsed, run_id: str) -> dict[str, int]:
+def _commit_tables(parsed: Parsed, run_id: str) -> dict[str, int]:
     """Append to each table, publish. Returns table -> version."""
-    number = parsed.batch.number
-    published = lake.read_published(place) or {"batch": 0, "tables": {}, "as_of": None}
-    versions = {table: published["tables"].get(table, 0) for table in lake.COLUMNS}
-    if published["batch"] >= number:
+    number, lake = parsed.batch.number, parsed.batch.lake
+    pointer = snapshot.read_pointer(lake.root)
+    before = pointer or {"batch": 0, "tables": {}, "as_of": None}
+    versions = {table: before["tables"].get(table, 0) for table in lake.columns}
+    if before["batch"] >= number:
         return versions
     frames = {t: frame for t, frame in (parsed.frames | {"quarantine": parsed.refused}).items() if frame.height}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        encoded = pool.map(lake.encode, frames, frames.values())
-        lake.create_tables(place, run_id, there=published["tables"])
+        encoded = pool.map(lambda table: commits.encode(lake, table, frames[table]), frames)
+        commits.create_tables(lake, run_id, known=before["tables"])
         for table, rows in zip(frames, encoded, strict=True):
             crash_point(f"before the commit: {table}")
-            after = published["tables"].get(table, -1)
-            versions[table] = lake.append(place, table, rows, batch=number, run_id=run_id, after=after)
+            after = before["tables"].get(table, -1)
+            versions[table] = commits.append(lake, table, rows, batch=number, run_id=run_id, after=after)
             crash_point(f"after the commit: {table}")
-    as_of = max(filter(None, (published["as_of"], parsed.as_of, EARLIEST)))
+    as_of = max(filter(None, (before["as_of"], parsed.as_of, EARLIEST)))
     crash_point("before it is published")
-    lake.publish(place, batch=number, as_of=as_of, versions=versions, run_id=run_id, schemas=lake.declared())
+    snapshot.swap_pointer(
+        lake.root, pointer, batch=number, as_of=as_of, versions=versions, run_id=run_id, schemas=lake.fingerprints
+    )
     crash_point("published")
     return versions
 
 
 def drain(
-    root: str,
+    lake: "Lake",
     *,
     max_files: int,
     max_bytes: int,
@@ -303,7 +310,7 @@ def drain(
     done = [pl.DataFrame(schema=SUMMARY)]
     began, slowest = time.monotonic(), 0.0
     while (started := time.monotonic()) - began + slowest < for_s:
-        batch = next_batch(root, max_files=max_files, max_bytes=max_bytes, scheduled_for=scheduled_for, now=now)
+        batch = next_batch(lake, max_files=max_files, max_bytes=max_bytes, scheduled_for=scheduled_for, now=now)
         if batch is None:
             break
         parsed = read(batch)
@@ -328,14 +335,14 @@ def summary(parsed: Parsed, committed: bool = True) -> pl.DataFrame:
     return pl.DataFrame([(*row, sorted(parsed.frames), committed, parsed.worst)], schema=SUMMARY, orient="row")
 
 
-def _read(place: Root, file: File, expected: str | None) -> tuple[bytes, str]:
+def _read(root: Root, file: File, expected: str | None) -> tuple[bytes, str]:
     """A file's bytes and their sha256. `expected`: what that was when the batch was written down."""
     with contextlib.suppress(FileNotFoundError):
-        data = place.read_at_most(file.landing, file.bytes)
+        data = root.read_at_most(file.landing, file.bytes)
         return data, hashlib.sha256(data).hexdigest()
-    for date in reversed(place.list("archive")):  # a replay after some of its files were archived
+    for date in reversed(root.list("archive")):  # a replay after some of its files were archived
         with contextlib.suppress(FileNotFoundError, Unreadable):
-            data = place.read_at_most(file.archived(date), file.bytes)
+            data = root.read_at_most(file.archived(date), file.bytes)
             sha256 = hashlib.sha256(data).hexdigest()
             if expected in (sha256, None):
                 return data, sha256
@@ -351,45 +358,44 @@ def _for_quarantine(bad: pl.DataFrame, batch: Batch, file: File) -> pl.DataFrame
     return bad.select(*name, "line", "reason", "raw")
 
 
-def _write_down(place: Root, parsed: Parsed, run_id: str) -> None:
+def _write_down(parsed: Parsed, run_id: str) -> None:
     """The manifest is there, with these files. Raises Overtaken when it is there with others."""
-    batch = parsed.batch
-    ticks = {file.name: file.tick for file in batch.files}
-    files = [
-        {"name": f["file"], "table": f["table"], "tick": ticks[f["file"]], "bytes": f["bytes"], "sha256": f["sha256"]}
-        for f in parsed.files.iter_rows(named=True)
-    ]
-    there = ledger.read(place, batch.number)
-    if there is None:
+    batch, root = parsed.batch, parsed.batch.lake.root
+    columns = parsed.files.select("table", "bytes", "sha256", name="file").select("name", "table", "bytes", "sha256")
+    files = columns.to_dicts()
+    known = ledger.read(root, batch.number)
+    if known is None:
         manifest = {"batch": batch.number, "run_id": run_id, "date": batch.date, "at": batch.at, "files": files}
-        manifest["ingested"] = _ingested(place, batch.number, files)
+        manifest["ingested"] = _ingested(root, batch.number, files)
         crash_point("before it is written down")
-        if place.create(ledger.manifest(batch.number), _json(manifest)):
+        if root.create(ledger.manifest(batch.number), _json(manifest)):
             crash_point("written down")
             return
-        there = ledger.read(place, batch.number)
-    if batch.manifest is None or there["files"] != batch.manifest["files"]:
-        if there["files"] != files:
+        known = ledger.read(root, batch.number) or {"files": []}
+    if batch.manifest is None or known["files"] != batch.manifest["files"]:
+        if known["files"] != files:
             raise Overtaken(f"another run wrote down batch {batch.number} with other files; run this one again")
-    elif lost := [file for file in there["files"] if file not in files and not _is_in(place, file, batch.number)]:
+        return
+    of_now = {(file["name"], file["sha256"]) for file in files}
+    missing = [file for file in known["files"] if (file["name"], file["sha256"]) not in of_now]
+    if lost := [file for file in missing if commits.last_batch(batch.lake, file["table"]) < batch.number]:
         # files that changed or vanished before their rows were committed: the batch goes on without them
-        left = [file for file in there["files"] if file not in lost]
-        there |= {"files": left, "ingested": _ingested(place, batch.number, left)}
-        place.write(ledger.manifest(batch.number), _json(there))
+        left = [file for file in known["files"] if file not in lost]
+        root.write(
+            ledger.manifest(batch.number),
+            _json(known | {"files": left, "ingested": _ingested(root, batch.number, left)}),
+        )
 
 
-def _json(document: dict) -> bytes:
+def _json(document: dict[str, Any]) -> bytes:
     return json.dumps(document, indent=1).encode()
 
 
-def _is_in(place: Root, file: dict, number: int) -> bool:
-    return lake.last_batch(place, file["table"]) >= number
-
-
-def _ingested(place: Root, number: int, files: list[dict]) -> dict[str, list[list[int]]]:
-    after = ledger.ingested_until(place, number - 1)
+def _ingested(root: Root, number: int, files: list[dict[str, Any]]) -> ledger.Ingested:
+    after = ledger.ingested_until(root, number - 1)
     for file in files:
-        after[file["table"]] = ledger.with_tick(after.get(file["table"], []), file["tick"])
+        table = file["table"]
+        after[table] = ledger.with_sequence(after.get(table, []), landing.sequence_of(file["name"]))
     return after
 
 

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 import numpy as np
 import polars as pl
 
-from pipeline.tables import COUNT, DAY, KEY, MONEY, RESCUED, TEXT, TIME, Table
+from etl.lake.table import DAY, INT, INT32, RESCUED, TEXT, TIME, DataType, Table
 
 RAW_CHARS = 4000  # of a refused line that quarantine keeps
 VALUE_CHARS = 80  # of a value that a reason shows
@@ -24,7 +24,7 @@ NOT_UTF8 = "not UTF-8"  # begins a reason: what quarantine keeps of the line is 
 SHOWN_REASONS = 3  # why a whole file is refused
 LINE_BYTES = 1 << 20  # a longer line is refused unread
 PIECE_BYTES = 64 << 10  # a piece that is not plain is cut down to this before it is read line by line
-REFUSED = {"line": KEY, "reason": TEXT, "raw": TEXT}
+REFUSED: dict[str, DataType] = {"line": INT, "reason": TEXT, "raw": TEXT}
 NOT_JSON_LINES = {
     b"\x1f\x8b": "is compressed with gzip: JSON lines are wanted as they are",
     b"\x28\xb5\x2f\xfd": "is compressed with zstd: JSON lines are wanted as they are",
@@ -38,25 +38,22 @@ NOT_JSON_LINES = {
 }
 YEAR = "([1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"  # those that Python, JSON and Delta's statistics can say
 FIRST, LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
-FORMS = {
-    MONEY: r"^-?[0-9]{1,13}(\.[0-9]{1,2})?$",  # more decimals are not rounded: they do not fit
-    DAY: rf"^{YEAR}-[0-9]{{2}}-[0-9]{{2}}$",  # beside the format, which alone takes year 6, year -1996 and blanks
-}
+DAY_TEXT = rf"^{YEAR}-[0-9]{{2}}-[0-9]{{2}}$"  # beside the format, which alone takes year 6, year -1996 and blanks
 # the seconds end at 59: of a 60th Polars would make the next minute
 TIME_TEXT = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-5][0-9](\.[0-9]{1,6})?(Z|[+-][0-9]{2}:[0-9]{2})$"
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%.f%:z"
-# the form of nearly all of the stream, which Polars reads in a third of the time: milliseconds, UTC
+# the form that the standard library writes, which Polars reads in a third of the time: milliseconds, UTC
 UTC_TEXT = rf"^{YEAR}-[0-9]{{2}}-[0-9]{{2}}T[0-9]{{2}}:[0-9]{{2}}:[0-5][0-9]\.[0-9]{{3}}\+00:00$"
 UTC_FORMAT, UTC_CHARS = "%Y-%m-%dT%H:%M:%S.%3f", 23
 COUNTED_BYTES = 1 << 18  # at once: they stay in the core's cache
-KINDS = {
-    KEY: "a whole number",
-    COUNT: "a whole number",
-    MONEY: "an amount",
+KINDS: dict[DataType, str] = {
+    INT: "a whole number",
+    INT32: "a whole number",
+    TEXT: "a text",
     DAY: "a date of the years 1 to 9999",
     TIME: "a time with zone of the years 1 to 9999 in UTC",
 }
-BOUNDS = {KEY: 2**63, COUNT: 2**31}
+BOUNDS: dict[DataType, int] = {INT: 2**63, INT32: 2**31}
 
 
 def refusal(data: bytes) -> str | None:
@@ -168,7 +165,7 @@ def _plain(data: bytes, table: Table, lines: int) -> pl.DataFrame | None:
 
 def _all_typed(text: pl.DataFrame, table: Table) -> pl.DataFrame | None:
     """As `_typed` of each column, but faster where every amount and day has its form; None where one has not."""
-    formed = [_formed(name, dtype) for name, dtype in table.columns.items() if dtype in FORMS]
+    formed = [_formed(name, dtype) for name, dtype in table.columns.items() if _has_form(dtype)]
     if formed and not text.select(pl.all_horizontal(like.all() for like in formed)).item():
         return None
     typed = text.select(_parsed(name, dtype) for name, dtype in table.columns.items())
@@ -280,12 +277,12 @@ def _value(value, dtype):
         if not -BOUNDS[dtype] <= value < BOUNDS[dtype]:
             raise ValueError(f"{_shown(value)} is out of range")
         return value
-    if dtype == MONEY and isinstance(value, _Number):
+    if _is_decimal(dtype) and isinstance(value, _Number):
         return value.text
-    if dtype == MONEY and type(value) is int:
+    if _is_decimal(dtype) and type(value) is int:
         return str(value)
     if not isinstance(value, str):
-        raise ValueError(f"{_shown(value)} is not {KINDS.get(dtype, 'a text')}")
+        raise ValueError(f"{_shown(value)} is not {_kind(dtype)}")
     if re.search("[\ud800-\udfff]", value):
         raise ValueError("a lone surrogate, which no text has")
     return value
@@ -325,7 +322,7 @@ def _typed(name: str, dtype) -> pl.Expr:
     if dtype == TIME:
         text = pl.when(pl.col(name).str.contains(TIME_TEXT)).then(name)
         return _time(text.str.replace("Z$", "+00:00"), TIME_FORMAT).alias(name)
-    if dtype in FORMS:
+    if _has_form(dtype):
         return pl.when(_formed(name, dtype)).then(_parsed(name, dtype)).alias(name)
     return pl.col(name)
 
@@ -336,17 +333,39 @@ def _sayable(name: str) -> pl.Expr:
 
 
 def _formed(name: str, dtype) -> pl.Expr:
-    return pl.col(name).str.contains(FORMS[dtype])
+    return pl.col(name).str.contains(_form(dtype))
 
 
-def _parsed(name: str, dtype) -> pl.Expr:
-    """Text of the right form to `dtype`, and a time of the stream's own form; any other time becomes null."""
+def _has_form(dtype: DataType) -> bool:
+    return dtype == DAY or _is_decimal(dtype)
+
+
+def _form(dtype: DataType) -> str:
+    """What the text of a day or a decimal is like, as a regular expression."""
+    if not isinstance(dtype, pl.Decimal):
+        return DAY_TEXT
+    whole, parts = dtype.precision - dtype.scale, dtype.scale  # more decimals are not rounded: they do not fit
+    before = f"[0-9]{{1,{whole}}}" if whole else "0?"
+    return rf"^-?{before}(\.[0-9]{{1,{parts}}})?$" if parts else rf"^-?{before}$"
+
+
+def _is_decimal(dtype: DataType) -> bool:
+    return isinstance(dtype, pl.Decimal)
+
+
+def _kind(dtype: DataType) -> str:
+    """What a value of the type is, in words."""
+    return "an amount" if _is_decimal(dtype) else KINDS.get(dtype, "a text")
+
+
+def _parsed(name: str, dtype: DataType) -> pl.Expr:
+    """Text of the right form to `dtype`, and a time in milliseconds and UTC; any other time becomes null."""
     text = pl.col(name)
     if dtype == DAY:
         return text.str.to_date("%Y-%m-%d", strict=False, cache=False)
     if dtype == TIME:
         return _time(pl.when(text.str.contains(UTC_TEXT)).then(text.str.head(UTC_CHARS)), UTC_FORMAT).alias(name)
-    return text.cast(dtype, strict=False) if dtype == MONEY else text
+    return text.cast(dtype, strict=False) if _is_decimal(dtype) else text
 
 
 def _time(text: pl.Expr, form: str) -> pl.Expr:
@@ -357,7 +376,7 @@ def _rules(table: Table) -> Iterator[tuple[str, pl.Expr, str]]:
     """The rules of a row: (column, whether the row keeps it, what a value has to be). Null keeps all but the first."""
     for name, dtype in table.columns.items():
         column, (lowest, highest) = pl.col(name), table.ranges.get(name, (None, None))
-        yield name, column.is_not_null(), KINDS.get(dtype, "a text")
+        yield name, column.is_not_null(), _kind(dtype)
         if lowest is not None:
             yield name, column >= lowest, f"at least {lowest}"
         if highest is not None:

@@ -11,14 +11,15 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from etl.lake import compaction, ingest, ledger, quarantine
-from etl.lake import snapshot as lake
-from etl.lake.landing import NAME
+from etl.lake import commit, compaction, ingest, landing, ledger, quarantine, snapshot
 from etl.storage import Damaged, Root
-from pipeline.tables import TABLES
+
+if TYPE_CHECKING:
+    from etl.lake.lake import Lake
 
 SCRATCH = "rebuilding"
 NO_LIMIT = 1 << 40
@@ -35,151 +36,156 @@ class RowsWouldGo(RuntimeError):
 
 @dataclass(frozen=True)
 class Part:
-    """A batch as it was: places of its files, by name. `date`: of its archive. `at`: its time, ISO 8601."""
+    """A batch as it was. `paths`: of its files, by name. `date`: of its archive. `at`: its time, ISO 8601."""
 
     date: str
     at: str
-    places: dict[str, str]
+    paths: dict[str, str]
 
 
-def rebuild(root: str, run_id: str = "rebuild", accept_quarantine: bool = False) -> pl.DataFrame:
+def rebuild(lake: "Lake", run_id: str = "rebuild", accept_quarantine: bool = False) -> pl.DataFrame:
     """Make the lake again and put it in the place of the present one, which stays as `lake-before-<time>`.
 
     Returns one row a table: table, rows, rows_before, equal (null where the present one cannot be read). Files in
-    landing wait meanwhile, and the index of runs moves over as it is. Files of which no line fits by now go to
-    `refused/` too; they stay in the archive. Raises NotWhole, storage.LeaseHeld, and unless `accept_quarantine`
-    RowsWouldGo when rows that are in the present one would be set apart; nothing is changed then.
+    landing wait meanwhile. Files of which no line fits by now go to `refused/` too; they stay in the archive. Raises
+    NotWhole, storage.LeaseHeld, and unless `accept_quarantine` RowsWouldGo when rows that are in the present one would
+    be set apart; nothing is changed then.
     """
-    place = Root.at(root)
-    scratch = Root.at(place.url_of(SCRATCH))
-    with lake.writing(place, run_id):
-        place.remove_tree(SCRATCH)
-        for part in _parts(place):
-            _again(place, scratch, part, run_id)
-        if not lake.is_published(scratch.url):
-            place.remove_tree(SCRATCH)
+    root, scratch = lake.root, lake.at(lake.root.url_of(SCRATCH))
+    with commit.writing(root, run_id):
+        root.remove_tree(SCRATCH)
+        for part in _parts(lake):
+            _again(lake, scratch, part, run_id)
+        if not snapshot.published(scratch):
+            root.remove_tree(SCRATCH)
             raise NotWhole("no line of the archive's files fits, or there are none: nothing was changed")
-        if not accept_quarantine and (gone := list(_gone(place, scratch))):
-            place.remove_tree(SCRATCH)
+        if not accept_quarantine and (gone := list(_gone(lake, scratch))):
+            root.remove_tree(SCRATCH)
             raise RowsWouldGo(f"{'; '.join(gone)}. Nothing was changed")
-        compared = _compare(place, scratch)
+        compared = _compare(lake, scratch)
         before = f"lake-before-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
-        if place.list(f"lake/{compaction.INDEX}"):
-            place.move_tree(f"lake/{compaction.INDEX}", f"{SCRATCH}/lake/{compaction.INDEX}")
-        place.move_tree("lake", before)
-        place.move_tree(f"{SCRATCH}/lake", "lake")
-        for rel in place.files(f"{SCRATCH}/refused"):
-            place.move(rel, rel.removeprefix(f"{SCRATCH}/"))
-        place.remove_tree(SCRATCH)
+        root.move_tree("lake", before)
+        root.move_tree(f"{SCRATCH}/lake", "lake")
+        for rel in root.files(f"{SCRATCH}/refused"):
+            root.move(rel, rel.removeprefix(f"{SCRATCH}/"))
+        root.remove_tree(SCRATCH)
     return compared
 
 
-def _parts(place: Root) -> list[Part]:
+def _parts(lake: "Lake") -> list[Part]:
     """The batches, from their manifests; what none of them names comes last. Raises NotWhole."""
-    there, now = _archived(place), datetime.now(UTC)
-    manifests = list(_manifests(place))
+    archived, now = _archived(lake), datetime.now(UTC)
+    manifests = list(_manifests(lake.root))
     parts, lost, used = [], [], set()
     for manifest in manifests:
-        found = {}
+        paths = {}
         for file in manifest["files"]:
-            match = next((rel for rel in there.get(file["name"], []) if _sha256(place, rel) == file["sha256"]), None)
+            copies = archived.get(file["name"], [])
+            match = next((rel for rel in copies if _sha256(lake.root, rel) == file["sha256"]), None)
             if match is None:
                 lost.append(file["name"])
             else:
-                found[file["name"]] = match
-        used |= found.keys()
-        parts.append(Part(manifest["date"], ledger.time_of(manifest, now), found))
+                paths[file["name"]] = match
+        used |= paths.keys()
+        parts.append(Part(manifest["date"], ledger.time_of(manifest, now), paths))
     known = {file["name"] for manifest in manifests for file in manifest["files"]}
     for table, ranges in (manifests[-1]["ingested"] if manifests else {}).items():
-        names = (f"{table}-{tick:08d}.json" for low, high in ranges for tick in range(low, high + 1))
-        lost += [name for name in names if name not in known and name not in there]
+        names = (landing.name_of(table, number) for low, high in ranges for number in range(low, high + 1))
+        lost += [name for name in names if name not in known and name not in archived]
     if lost:
         raise NotWhole(
             f"the archive lacks {len(lost)} files that are in the lake, {min(lost)} among them: its days are kept for "
-            f"a time only (archive_days of compact). Put them back into archive/<date>/<table>/ and try again. "
-            "Nothing was changed"
+            f"a time only (archive_days of {lake.compacted_by}). Put them back into archive/<date>/<table>/ and try "
+            "again. Nothing was changed"
         )
-    rest = {name: rels[-1] for name, rels in there.items() if name not in used}
+    rest = {name: rels[-1] for name, rels in archived.items() if name not in used}
     if rest or not parts:
         parts.append(Part(f"{now:%Y-%m-%d}", now.isoformat(timespec="seconds"), rest))
     return parts
 
 
-def _manifests(place: Root):
+def _manifests(root: Root) -> Iterator[dict[str, Any]]:
     """Those that can be read, in order of their numbers."""
-    names = (re.fullmatch(r"(\d{8})\.json", name) for name in place.list("lake/batches"))
+    names = (re.fullmatch(r"(\d{8})\.json", name) for name in root.list("lake/batches"))
     for number in sorted(int(match[1]) for match in names if match):
-        try:
-            yield ledger.read(place, number)
-        except Damaged:  # its files are found by their names
-            continue
+        if manifest := _readable(root, number):  # the files of others are found by their names
+            yield manifest
 
 
-def _archived(place: Root) -> dict[str, list[str]]:
-    """Name -> its places in the archive, the oldest day first, or in landing, of a batch that was not archived yet."""
-    found: dict[str, list[str]] = {}
-    folders = [f"archive/{date}" for date in place.list("archive")]
+def _archived(lake: "Lake") -> dict[str, list[str]]:
+    """Name -> its paths in the archive, the oldest day first, or in landing, of a batch that was not archived yet."""
+    root = lake.root
+    paths: dict[str, list[str]] = {}
+    folders = [f"archive/{date}" for date in root.list("archive")]
     for folder in folders:
-        for table in TABLES:
-            for name in place.list(f"{folder}/{table}"):
-                if NAME.fullmatch(name):
-                    found.setdefault(name, []).append(f"{folder}/{table}/{name}")
-    published = _published_batch(place)
+        for table in lake.tables:
+            for name in root.list(f"{folder}/{table}"):
+                if landing.table_of(name):
+                    paths.setdefault(name, []).append(f"{folder}/{table}/{name}")
+    published = _published_batch(root)
     for number in (published, published + 1):
-        for file in (_readable(place, number) or {"files": []})["files"]:
+        for file in (_readable(root, number) or {"files": []})["files"]:
             rel = f"landing/{file['table']}/{file['name']}"
-            if place.entry(rel):
-                found.setdefault(file["name"], []).append(rel)
-    return found
+            if root.entry(rel):
+                paths.setdefault(file["name"], []).append(rel)
+    return paths
 
 
-def _published_batch(place: Root) -> int:
+def _published_batch(root: Root) -> int:
     """The newest batch that may have been published."""
     with contextlib.suppress(Damaged):
-        if published := lake.read_published(place):
-            return published["batch"]
-    return max((manifest["batch"] for manifest in _manifests(place)), default=0)
+        if pointer := snapshot.read_pointer(root):
+            return int(pointer["batch"])
+    return max((manifest["batch"] for manifest in _manifests(root)), default=0)
 
 
-def _readable(place: Root, number: int) -> dict | None:
+def _readable(root: Root, number: int) -> dict[str, Any] | None:
     try:
-        return ledger.read(place, number)
+        return ledger.read(root, number)
     except Damaged:
         return None
 
 
-def _sha256(place: Root, rel: str) -> str:
-    return hashlib.sha256(place.read(rel)).hexdigest()
+def _sha256(root: Root, rel: str) -> str:
+    return hashlib.sha256(root.read(rel)).hexdigest()
 
 
-def _again(place: Root, scratch: Root, part: Part, run_id: str) -> None:
+def _again(lake: "Lake", scratch: "Lake", part: Part, run_id: str) -> None:
     """Land the files of one batch in the scratch root, and ingest them."""
-    for name, rel in part.places.items():
-        scratch.write(f"landing/{NAME.fullmatch(name)['table']}/{name}", place.read(rel))
-    limits = {"max_files": max(len(part.places), 1), "max_bytes": NO_LIMIT, "max_bad_share": 1.0, "for_s": float("inf")}
+    for name, rel in part.paths.items():
+        scratch.root.write(f"landing/{landing.table_of(name)}/{name}", lake.root.read(rel))
     day = datetime.fromisoformat(part.date).replace(tzinfo=UTC)
-    ingest.drain(scratch.url, **limits, scheduled_for=part.at, now=day, run_id=run_id)
-    scratch.remove_tree("archive")
+    ingest.drain(
+        scratch,
+        max_files=max(len(part.paths), 1),
+        max_bytes=NO_LIMIT,
+        max_bad_share=1.0,
+        for_s=float("inf"),
+        scheduled_for=part.at,
+        now=day,
+        run_id=run_id,
+    )
+    scratch.root.remove_tree("archive")
 
 
-def _compare(place: Root, scratch: Root) -> pl.DataFrame:
+def _compare(lake: "Lake", scratch: "Lake") -> pl.DataFrame:
     """Each table as it was made again, beside the one that is published."""
-    rows = []
-    for table in lake.COLUMNS:
+    rows: list[tuple[str, int, int | None, bool | None]] = []
+    for table in lake.columns:
         new = _content(scratch, table)
         try:
-            old = _content(place, table)
+            old = _content(lake, table)
+            rows.append((table, new[0], old[0], old == new))
         except UNREADABLE:  # the reason to make it again
-            old = None
-        rows.append((table, new[0], old and old[0], old and old == new))
+            rows.append((table, new[0], None, None))
     schema = {"table": pl.String, "rows": pl.Int64, "rows_before": pl.Int64, "equal": pl.Boolean}
     return pl.DataFrame(rows, schema=schema, orient="row")
 
 
-def _gone(place: Root, scratch: Root) -> Iterator[str]:
+def _gone(lake: "Lake", scratch: "Lake") -> Iterator[str]:
     """A sentence for each table of which rows would go: those whose keys are not there again."""
-    for table in TABLES:
-        before, after = (_keys(one, table) for one in (place, scratch))
+    for table in lake.tables:
+        before, after = _keys(lake, table), _keys(scratch, table)
         if before is None:
             continue
         lost = before.height if after is None else before.join(after, on=before.columns, how="anti").height
@@ -188,29 +194,29 @@ def _gone(place: Root, scratch: Root) -> Iterator[str]:
             yield f"{lost:,} of {before.height:,} rows of {table} would go: {why}"
 
 
-def _keys(place: Root, table: str) -> pl.DataFrame | None:
+def _keys(lake: "Lake", table: str) -> pl.DataFrame | None:
     """The keys of a table's rows; None where it is not there or cannot be read."""
     try:
-        return lake.snapshot(place.url).frame(table, list(lake.KEYS[table])).collect()
+        return snapshot.snapshot(lake).frame(table, list(lake.keys[table])).collect()
     except UNREADABLE:
         return None
 
 
-def _set_apart(scratch: Root, table: str) -> list[str]:
+def _set_apart(scratch: "Lake", table: str) -> list[str]:
     """Why lines and files of a table are not in the lake that was made again; the most frequent reason of each."""
-    found = []
-    lines = lake.snapshot(scratch.url).frame("quarantine").filter(pl.col("table") == table).collect()
+    reasons = []
+    lines = quarantine.refused_lines(scratch).filter(pl.col("table") == table)
     if lines.height:
-        found.append(f"{lines.height:,} lines to quarantine, as {_most(lines['reason'].to_list())}")
-    files = [one["why"] for one in quarantine.refused_files(scratch.url) if one["table"] == table]
-    return [*found, f"{len(files):,} files to refused/, as {_most(files)}"] if files else found
+        reasons.append(f"{lines.height:,} lines to quarantine, as {_most(lines['reason'].to_list())}")
+    files = [file["why"] for file in quarantine.refused_files(scratch) if file["table"] == table]
+    return [*reasons, f"{len(files):,} files to refused/, as {_most(files)}"] if files else reasons
 
 
 def _most(reasons: list[str]) -> str:
     return Counter(reasons).most_common(1)[0][0]
 
 
-def _content(place: Root, table: str) -> tuple[int, int]:
+def _content(lake: "Lake", table: str) -> tuple[int, int]:
     """Rows, and a checksum of them in any order."""
-    frame = lake.snapshot(place.url).frame(table, list(lake.COLUMNS[table])).collect()
+    frame = snapshot.snapshot(lake).frame(table, list(lake.columns[table])).collect()
     return frame.height, compaction.checksum(frame)

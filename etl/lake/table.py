@@ -11,6 +11,8 @@ DataType: TypeAlias = pl.DataType | type[pl.DataType]
 
 INT, INT32, TEXT, DAY = pl.Int64, pl.Int32, pl.String, pl.Date
 TIME = pl.Datetime("us", "UTC")
+QUARANTINE: dict[str, DataType] = {"batch": INT, "table": TEXT, "file": TEXT, "line": INT, "reason": TEXT, "raw": TEXT}
+QUARANTINE_KEY = ("batch", "table", "file", "line")
 RESCUED = "_rescued"  # in the lake, beside a table's own columns: the fields of a line that no column takes, as JSON
 
 

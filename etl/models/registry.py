@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     import xgboost
 
-    from etl.lake.doctor import Finding
+    from etl.findings import Finding
 
 log = logging.getLogger(__name__)
 
@@ -144,9 +144,9 @@ def given(root: Root, spec: Spec) -> dict[str, Any]:
 
 def examine(root: Root, spec: Spec) -> "list[Finding]":
     """Whether the published model can be used, as a reader would load it, and what to do when it cannot."""
-    from etl.lake import doctor
+    from etl import findings
 
-    return doctor.inspect("the model", lambda: _problems(root, spec))
+    return findings.inspect("the model", lambda: _problems(root, spec))
 
 
 def _problems(root: Root, spec: Spec) -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 import polars as pl
 
-from etl.storage import Root, object_store_options
+from etl.storage import object_store_options
 
 if TYPE_CHECKING:
     import distributed
@@ -87,7 +87,7 @@ def pieces(snapshot: "Snapshot", table: str, since: tuple[str, datetime] | None 
         column, oldest = since
         newest = pl.col(f"max.{column}").dt.offset_by("1ms")  # the log cuts times to whole milliseconds
         files = files.filter((newest >= oldest).fill_null(True))
-    folder = Root.at(snapshot.root).url_of(f"lake/{table}")
+    folder = snapshot.root.url_of(f"lake/{table}")
     return [
         Piece(f"{folder}/{unquote(path)}", first, PIECE_ROWS)  # the log has it percent-encoded
         for path, rows in files.select("path", "num_records").iter_rows()

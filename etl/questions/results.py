@@ -17,7 +17,7 @@ import polars as pl
 from etl.storage import Root
 
 if TYPE_CHECKING:
-    from etl.lake.doctor import Finding
+    from etl.findings import Finding
     from etl.lake.snapshot import Snapshot
     from etl.questions.question import Question
 
@@ -32,7 +32,7 @@ HISTORY = {
 
 
 def save(
-    root: str,
+    root: Root,
     result: pl.DataFrame,
     question: "Question",
     snapshot: "Snapshot",
@@ -44,7 +44,7 @@ def save(
 
     `parameters`: those that `ask` was given. What made the answer stands in the Parquet file as well.
     """
-    place, folder = Root.at(root), f"results/{question.name}"
+    folder = f"results/{question.name}"
     pointer = {
         "question": question.name,
         "title": question.title,
@@ -60,39 +60,38 @@ def save(
         key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in pointer.items()
     }
     result.write_parquet(buffer, metadata=metadata)
-    place.write(pointer["file"], buffer.getvalue())
+    root.write(pointer["file"], buffer.getvalue())
     line = {name: pointer[name] for name in ("as_of", "batch", "run_id", "rows")}
     line |= {"figure": figure(question, result), "parameters": metadata["parameters"]}
     try:
-        before = _lines(place, question.name)
+        before = _lines(root, question.name)
     except ValueError:
-        before = _lines_again(place, question)
+        before = _lines_again(root, question)
     lines = [*(old for old in before if old["run_id"] != run_id), line]
-    place.write(f"{folder}/history.json", json.dumps(lines[-keep:], indent=1).encode())
-    place.write(f"{folder}/current.json", json.dumps(pointer, default=str, indent=1).encode())
+    root.write(f"{folder}/history.json", json.dumps(lines[-keep:], indent=1).encode())
+    root.write(f"{folder}/current.json", json.dumps(pointer, default=str, indent=1).encode())
     listed = [f"{line['run_id']}.parquet" for line in lines]
     kept, dropped, yesterday = set(listed[-keep:]), set(listed[:-keep]), datetime.now(UTC) - timedelta(days=1)
-    for entry in place.entries(folder):
+    for entry in root.entries(folder):
         # one that is not listed and fresh is another run's, which is about to list it
         gone = entry.name not in kept and (entry.name in dropped or entry.modified < yesterday)
         if gone and entry.name.endswith(".parquet"):
-            place.remove(f"{folder}/{entry.name}")
+            root.remove(f"{folder}/{entry.name}")
     return pointer
 
 
-def current(root: str, question: str) -> tuple[dict[str, Any], pl.DataFrame]:
+def current(root: Root, question: str) -> tuple[dict[str, Any], pl.DataFrame]:
     """The pointer to a question's current answer, and the answer. Raises FileNotFoundError before the first."""
-    place = Root.at(root)
-    pointer = json.loads(place.read(f"results/{question}/current.json"))
-    return pointer, pl.read_parquet(place.read(pointer["file"]))
+    pointer = json.loads(root.read(f"results/{question}/current.json"))
+    return pointer, pl.read_parquet(root.read(pointer["file"]))
 
 
-def history(root: str, question: str) -> pl.DataFrame:
+def history(root: Root, question: str) -> pl.DataFrame:
     """The answers that are kept, oldest first, with the columns of HISTORY; no rows before the first answer.
 
     Raises ValueError when the list of them is damaged; `save` makes it again.
     """
-    lines = pl.DataFrame(_lines(Root.at(root), question), schema=HISTORY | {"as_of": pl.String}, orient="row")
+    lines = pl.DataFrame(_lines(root, question), schema=HISTORY | {"as_of": pl.String}, orient="row")
     return lines.with_columns(pl.col("as_of").str.to_datetime(time_unit="us", time_zone="UTC"))
 
 
@@ -105,7 +104,7 @@ def figure(question: "Question", result: pl.DataFrame) -> float | None:
     return None if value is None else float(value)
 
 
-def changes(root: str, question: "Question", result: pl.DataFrame) -> str:
+def changes(root: Root, question: "Question", result: pl.DataFrame) -> str:
     """A sentence: what is different from the answer that is the current one under `root`."""
     try:
         pointer, before = current(root, question.name)
@@ -132,19 +131,19 @@ def changes(root: str, question: "Question", result: pl.DataFrame) -> str:
 
 def examine(root: Root) -> "list[Finding]":
     """Whether the current answers and the histories can be read, as readers do, and what to do when they cannot."""
-    from etl.lake import doctor
+    from etl import findings
 
-    return doctor.inspect("the answers", lambda: _problems(root))
+    return findings.inspect("the answers", lambda: _problems(root))
 
 
 def _problems(root: Root) -> Iterator[tuple[str, str]]:
-    from etl.lake.doctor import may_be_damage, sentence
+    from etl.findings import may_be_damage, sentence
 
     for question in root.list("results"):
         rel = f"results/{question}"
         for what, read in ((f"{rel}/current.json or its file", current), (f"{rel}/history.json", history)):
             try:
-                read(root.url, question)
+                read(root, question)
             except BaseException as error:
                 if not may_be_damage(error):
                     raise
@@ -165,11 +164,11 @@ def _names(column: str, dtype: pl.DataType) -> bool:
     return dtype == pl.String or dtype.is_temporal() or column.endswith("_key") or column == "year"
 
 
-def _lines(place: Root, question: str) -> list[dict[str, Any]]:
+def _lines(root: Root, question: str) -> list[dict[str, Any]]:
     """The history as it is kept. Raises ValueError when it is damaged."""
     rel = f"results/{question}/history.json"
     try:
-        lines = json.loads(place.read(rel))
+        lines = json.loads(root.read(rel))
     except FileNotFoundError:
         return []
     if not isinstance(lines, list) or not all(
@@ -179,13 +178,13 @@ def _lines(place: Root, question: str) -> list[dict[str, Any]]:
     return lines
 
 
-def _lines_again(place: Root, question: "Question") -> list[dict[str, Any]]:
+def _lines_again(root: Root, question: "Question") -> list[dict[str, Any]]:
     """The history from the answers themselves, but for those that are damaged too."""
     lines = []
-    for name in place.list(f"results/{question.name}"):
+    for name in root.list(f"results/{question.name}"):
         if not name.endswith(".parquet"):
             continue
-        data = place.read(f"results/{question.name}/{name}")
+        data = root.read(f"results/{question.name}/{name}")
         with contextlib.suppress(Exception, pl.exceptions.PanicException):
             about, frame = pl.read_parquet_metadata(data), pl.read_parquet(data)
             line = {key: about[key] for key in ("as_of", "run_id", "parameters")}

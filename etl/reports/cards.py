@@ -98,7 +98,7 @@ def _short(text: str) -> str:
 
 
 def _fence(text: str, shortest: int = 1) -> str:
-    """Backticks that are more than any that stand together in `text`."""
+    """A fence for a block of code, longer than any in `text`."""
     return "`" * max(shortest, max(map(len, re.findall("`+", text)), default=0) + 1)
 
 

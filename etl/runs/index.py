@@ -1,4 +1,4 @@
-"""The index of runs: the Delta table lake/runs, one row a run, appended when the run has ended and never removed.
+"""The index of runs: the Delta table runs, one row a run, appended when the run has ended and never removed.
 
 A row does not know whether its report is still there: the report's folder does, and `kept` is read from it.
 """
@@ -8,20 +8,22 @@ import datetime
 import io
 import json
 import logging
+import os
 import re
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from etl import delta
+from etl import delta, findings
 from etl.storage import Root
 
 if TYPE_CHECKING:
     from etl.runs.record import RunRecord
 
 log = logging.getLogger(__name__)
-TABLE = "lake/runs"
+TABLE = "runs"
+OLDER = "lake/runs"  # where releases until November 2026 had it
 INDEXED = ("run_id", "stage", "state", "started_at", "ended_at")
 PROPERTIES = {  # 4,400 runs a day, each a commit; opening the table takes longer with every commit kept
     "delta.checkpointInterval": str(delta.CHECKPOINT_INTERVAL),
@@ -85,23 +87,87 @@ def frame(records: Iterable["RunRecord"]) -> Any:
 def append(root: Root, record: "RunRecord") -> None:
     """Add the row of a RunRecord; on the disk when this returns. Several processes may append at once, also the first
     time."""
+    move_from_lake(root)
     row, about, path = frame([record]), {"run_id": record.run_id, "stage": record.stage}, f"{uuid.uuid4()}.parquet"
     buffer = io.BytesIO()
     row.write_parquet(buffer)
     root.write(f"{TABLE}/{path}", buffer.getvalue())
     version = _with_all_columns(root, about) + 1
     info = delta.commit_info("WRITE", {"operationParameters": {"mode": "Append"}, **about})
-    lines = [info, delta.add(path, len(buffer.getvalue()), _statistics(row), changes=True)]
+    lines = [info, delta.add(path, len(buffer.getvalue()), statistics(row), changes=True)]
     while not delta.commit(root, TABLE, version, lines):
         version += 1
     if (version + 1) % delta.CHECKPOINT_INTERVAL == 0:
         root.table(TABLE).cleanup_metadata()
 
 
+_moved: set[str] = set()  # roots of which this process has seen that nothing is to be moved
 _up_to_date: set[str] = set()  # roots whose index this process has seen with all columns
 
 
-def _with_all_columns(root: Root, about: dict) -> int:
+def move_from_lake(root: Root) -> None:
+    """Bring the index of an older release to where it is now. Safe to race, and to kill: the next call ends it.
+
+    It has been moved once its newest commit is here, which comes last.
+    """
+    if root.url in _moved:
+        return
+    if root.list(delta.log_of(OLDER)):
+        with root.lease("services/index.lease", f"process {os.getpid()}", wait_s=120):
+            newest, here = _newest_name(root, OLDER), _newest_name(root, TABLE)
+            if newest > here:
+                root.move_tree(OLDER, TABLE, last=f"_delta_log/{newest}")
+            elif newest == here and _is_copy(root, newest):  # whoever moved it died before the old one was gone
+                root.remove_tree(OLDER)
+    _moved.add(root.url)
+
+
+def _newest_name(root: Root, table: str) -> str:
+    """The last name in a table's log, of the newest version; empty when there is none."""
+    return max((name for name in root.list(delta.log_of(table)) if name[:20].isdigit()), default="")
+
+
+def _is_copy(root: Root, name: str) -> bool:
+    """Whether a file of the older log is in the one here, byte for byte."""
+    old, new = (f"{delta.log_of(table)}/{name}" for table in (OLDER, TABLE))
+    return root.exists(new) and root.read(old) == root.read(new)
+
+
+def _is_to_be_moved(root: Root) -> bool:
+    return root.url not in _moved and _newest_name(root, OLDER) > _newest_name(root, TABLE)
+
+
+def _readable(root: Root) -> str:
+    """Where the table can be read: in a root that may not be written to perhaps where an older release had it."""
+    try:
+        move_from_lake(root)
+    except OSError:
+        if not _is_to_be_moved(root):
+            raise
+        return OLDER
+    return TABLE
+
+
+def is_there(root: Root) -> bool:
+    """Whether the root has an index, be it of an older release. Changes nothing."""
+    return any(root.list(delta.log_of(table)) for table in (TABLE, OLDER))
+
+
+def examine(root: Root) -> list[findings.Finding]:
+    """Whether the index can be read, all of it, and what to do when it cannot. Changes nothing."""
+    return findings.inspect("the index of runs", lambda: _problems(root))
+
+
+def _problems(root: Root) -> Iterator[tuple[str, str]]:
+    table = OLDER if _is_to_be_moved(root) else TABLE
+    for problem in findings.damages(root, table):
+        yield problem, f"restore it, or remove {table}: rows are lost, reports stay"
+    if table == TABLE and root.list(delta.log_of(OLDER)):
+        problem = f"{OLDER} is there as well: its rows are in no list"
+        yield problem, f"end what still runs of an older release, and remove {OLDER}"
+
+
+def _with_all_columns(root: Root, about: dict[str, Any]) -> int:
     """Make the table, or give one of an older release the newer columns; the newest version."""
     version = delta.newest_version(root, TABLE)
     if version is None:
@@ -112,7 +178,7 @@ def _with_all_columns(root: Root, about: dict) -> int:
         fields = json.loads(table.schema().to_json())["fields"]
         known = {field["name"] for field in fields}
         newer = [delta.field(name, dtype, nullable=True) for name, dtype in schema().items() if name not in known]
-        what = delta.meta_data("runs", fields + newer, PROPERTIES, table_id=table.metadata().id)
+        what = delta.meta_data("runs", fields + newer, PROPERTIES, table_id=str(table.metadata().id))
         lines = [delta.commit_info("ADD COLUMNS", about), what]
         if newer and delta.commit(root, TABLE, table.version() + 1, lines):
             version = table.version() + 1
@@ -120,40 +186,47 @@ def _with_all_columns(root: Root, about: dict) -> int:
     return version
 
 
-def _statistics(row: Any) -> str:
-    """What the Delta log says of a file that holds one row, as JSON."""
-    values = row.row(0, named=True)
-    indexed = {name: values[name] for name in INDEXED}
-    for name in TIME_COLUMNS:
-        if name in indexed:
-            indexed[name] = indexed[name].isoformat(timespec="microseconds").replace("+00:00", "Z")
-    nulls = dict.fromkeys(INDEXED, 0)
-    return json.dumps({"numRecords": 1, "minValues": indexed, "maxValues": indexed, "nullCount": nulls})
+def statistics(rows: Any) -> str:
+    """What the Delta log says of a file that holds these rows, as JSON."""
+    ranged = rows.select(INDEXED)
+    lowest, highest = (side.row(0, named=True) for side in (ranged.min(), ranged.max()))
+    nulls = ranged.null_count().row(0, named=True)
+    about = {"minValues": _as_json(lowest), "maxValues": _as_json(highest), "nullCount": nulls}
+    return json.dumps({"numRecords": rows.height, **about})
 
 
-def list(
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """Values as the Delta log has them, those that are null left out."""
+    times = {name: values[name] for name in TIME_COLUMNS if values.get(name)}
+    texts = {name: time.isoformat(timespec="microseconds").replace("+00:00", "Z") for name, time in times.items()}
+    return {name: value for name, value in (values | texts).items() if value is not None}
+
+
+def newest(
     root: Root,
     stage: str | None = None,
     state: str | Sequence[str] | None = None,
     since: datetime.datetime | str | None = None,
     until: datetime.datetime | str | None = None,
     limit: int = 50,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """The last runs that started at `since` or later and before `until` (ISO text or times; UTC unless they say).
 
     `state`: one, or any of several.
     Newest first: run_id, stage, state, reason, times, seconds, attempt, report, and `kept`: whether it is there.
     """
-    return _newest(root, LISTED, limit, stage, state, since, until)
+    return _last(root, LISTED, limit, stage, state, since, until)
 
 
-def find_last(root: Root, stage: str, state: str = "ok", before: datetime.datetime | str | None = None) -> dict | None:
-    """The last run of a stage in a state that started before a time: as in `list`, and its parameters, provenance."""
-    found = _newest(root, (*LISTED, "parameters", "provenance"), 1, stage, state, None, before)
-    return found[0] if found else None
+def find_last(
+    root: Root, stage: str, state: str = "ok", before: datetime.datetime | str | None = None
+) -> dict[str, Any] | None:
+    """The last run of a stage in a state that started before a time: as in `newest`, and its parameters, provenance."""
+    rows = _last(root, (*LISTED, "parameters", "provenance"), 1, stage, state, None, before)
+    return rows[0] if rows else None
 
 
-def last_ok(record: "RunRecord") -> dict | None:
+def last_ok(record: "RunRecord") -> dict[str, Any] | None:
     """The record of the stage's last run that was ok before this one; None, too, when the index cannot be read."""
     try:
         root = Root.at(record.root)
@@ -164,7 +237,7 @@ def last_ok(record: "RunRecord") -> dict | None:
         return None
 
 
-def find_writer(root: Root, table: str, version: int) -> dict | None:
+def find_writer(root: Root, table: str, version: int) -> dict[str, Any] | None:
     """The run that recorded that it wrote this version of a table: run_id, stage, ended_at; None when none did."""
     import polars as pl
 
@@ -180,7 +253,7 @@ def indexed(root: Root, run_id: str) -> bool:
     return not scan(root).filter(pl.col("run_id") == run_id).select("run_id").head(1).collect().is_empty()
 
 
-def get(root: Root, run_id: str) -> dict:
+def get(root: Root, run_id: str) -> dict[str, Any]:
     """All that is known of a run, by its id or the beginning of it; `kept`: whether its report is there.
 
     Raises KeyError when there is no such run, or several.
@@ -210,15 +283,15 @@ def scan(root: Root) -> Any:
     from deltalake.exceptions import TableNotFoundError
 
     try:
-        table = root.table(TABLE)
+        table = root.table(_readable(root))
     except TableNotFoundError:
         return pl.LazyFrame(schema=schema())
     return pl.scan_delta(table, storage_options=root.storage_options or None)
 
 
-def _newest(
-    root: Root, columns: tuple, limit: int, stage: str | None, state: Any, since: Any, until: Any
-) -> Sequence[dict]:
+def _last(
+    root: Root, columns: tuple[str, ...], limit: int, stage: str | None, state: Any, since: Any, until: Any
+) -> list[dict[str, Any]]:
     import polars as pl
 
     index, started = scan(root), pl.col("started_at")
@@ -237,8 +310,9 @@ def _newest(
         return [row | {"kept": kept} for row, kept in zip(rows, there, strict=True)]
 
 
-def _read(root: Root, report: str) -> dict:
-    return json.loads(root.read(f"{report}/{COMPLETE}")) | {"kept": True}
+def _read(root: Root, report: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(root.read(f"{report}/{COMPLETE}"))
+    return record | {"kept": True}
 
 
 def _moment(time: datetime.datetime | str) -> datetime.datetime:
@@ -246,7 +320,7 @@ def _moment(time: datetime.datetime | str) -> datetime.datetime:
     return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
 
 
-def _as_record(row: dict) -> dict:
+def _as_record(row: dict[str, Any]) -> dict[str, Any]:
     """A row with its JSON read and its times as in run.json."""
     for name, value in row.items():
         if name in JSON_COLUMNS and value is not None:

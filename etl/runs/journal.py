@@ -281,5 +281,5 @@ def _follow(folder: Path, file: IO[bytes]) -> Iterator[dict[str, Any]]:
 
 
 def _started(pid: int) -> int:
-    """When the process started, in ticks since the machine did; with the pid it names a process for good."""
+    """When the process started, counted since the machine did; with the pid it names a process for good."""
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])

@@ -69,7 +69,7 @@ def _sha256(*parts: bytes) -> str:
 
 
 def whence(root: Root, table: str, version: int | None = None) -> dict[str, Any]:
-    """Who wrote a version of a table of the lake, the newest when `version` is None.
+    """Who wrote a version of a table of the lake, or of the index `runs`, the newest when `version` is None.
 
     table, version, operation, at (ISO, UTC), run_id and stage (null when no run wrote it, as with a commit by hand).
     Of a version whose commit was cleaned up the index of runs tells, if a run recorded it: `operation` is null then,
@@ -77,14 +77,14 @@ def whence(root: Root, table: str, version: int | None = None) -> dict[str, Any]
     """
     # not by DeltaTable.history(): it numbers the newest commits downwards from the version that it was opened at, so it
     # is wrong for an older version, and for the newest while others commit (deltalake 1.6.3)
-    log = f"lake/{table}/_delta_log"
+    folder = table if table == index.TABLE else f"lake/{table}"
     if version is None:
-        there = [int(match[1]) for name in root.list(log) if (match := COMMIT.fullmatch(name))]
+        there = [int(match[1]) for name in root.list(delta.log_of(folder)) if (match := COMMIT.fullmatch(name))]
         if not there:
             raise LookupError(f"there is no table {table} under {root.url}")
         version = max(there)
     try:
-        lines = delta.actions(root, f"lake/{table}", version)
+        lines = delta.actions(root, folder, version)
     except FileNotFoundError:
         return _whence_by_index(root, table, version)
     info = next((line["commitInfo"] for line in lines if "commitInfo" in line), {})

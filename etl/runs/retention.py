@@ -16,7 +16,8 @@ from typing import Any
 from etl.params.retention import Rules
 from etl.reports import page as report_page
 from etl.runs import index as run_index
-from etl.storage import Root
+from etl.runs import upkeep
+from etl.storage import Root, no_panic
 
 log = logging.getLogger(__name__)
 PLACE = "reports"
@@ -60,7 +61,8 @@ def _first_of(span: str) -> Any:
 def sweep(
     root: Root, rules: Rules | None = None, now: datetime.datetime | None = None, dry_run: bool = False
 ) -> dict[str, int]:
-    """Remove the reports that the rules do not keep; safe to kill, to repeat and to run twice at once.
+    """Remove the reports that the rules do not keep, and tidy the index's files; safe to kill, to repeat and to run
+    twice at once.
 
     Returns counts: runs (rows in the index), kept and removed (reports there), missing (wanted, not there: not
     delivered yet), unknown (folders of no run in the index: a run under way, perhaps; left alone) and pages (removed
@@ -83,6 +85,7 @@ def sweep(
     if not dry_run:
         for page in pages:
             root.remove(page)
+        upkeep.tidy(root)
     return {
         "runs": len(index),
         "kept": len(there & keep),
@@ -99,7 +102,8 @@ def sweep_regularly(root: Root, rules: Rules, every_s: float = EVERY_S) -> threa
     def sweeping() -> None:
         while not end.is_set():
             try:
-                sweep(root, rules)
+                with no_panic():
+                    sweep(root, rules)
             except Exception as error:  # the root is down, perhaps: the next sweep does what this one left
                 log.warning("the reports under %s could not be swept: %s", root.url, error)
             end.wait(every_s)

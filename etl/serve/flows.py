@@ -18,7 +18,7 @@ from uuid import UUID
 
 import httpx
 
-os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", "1")  # 10 by default: too coarse for a tick of 30 seconds
+os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", "1")  # 10 by default: too coarse for every 30 seconds
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false")  # without an API: an error, not a new server
 os.environ.setdefault("DO_NOT_TRACK", "1")

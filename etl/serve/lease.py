@@ -134,7 +134,7 @@ def machine() -> str:
 
 
 def started(pid: int) -> int | None:
-    """When the process started, in ticks since the machine did; None when there is none. With the pid it names one."""
+    """When the process started, counted since the machine did; None when there is none. With the pid it names one."""
     try:
         found = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -145,7 +145,7 @@ async def reconcile(client: PrefectClient, deployment_ids: list[UUID]) -> tuple[
     """Close what an earlier process left: (runs that were under way, runs that are overdue).
 
     The first are Crashed, as nobody runs them any more. The second are Cancelled: otherwise Prefect would run every
-    missed tick, oldest first (Prefect #15886); the schedule goes on from here instead.
+    missed one, oldest first (Prefect #15886); the schedule goes on from here instead.
     """
     ours = DeploymentFilter(id=DeploymentFilterId(any_=deployment_ids))
     under_way = FlowRunFilterState(

@@ -3,12 +3,11 @@
 import nbformat
 
 from etl.lake import ingest
-from etl.lake import snapshot as lake
 from etl.reports import page
 from etl.runs import index
 from etl.runs.record import RunRecord
 from etl.storage import Root
-from pipeline import model, queries, source
+from pipeline import Lake, model, queries, source
 
 AT = "2026-11-22T12:00:00+00:00"
 DAY = AT[:10]
@@ -18,21 +17,21 @@ TRAIN_RUN = "train-20261122T120000-0123ab"
 
 def fill(url: str) -> None:
     """Three ticks of scale 0.01 in the lake, every question answered, a small model published."""
-    stream, due = source.due_ticks(url, scale=0.01, slices=24, history=2, max_ticks=8, scheduled_for=AT)
-    source.land(url, stream, source.make_ticks(stream, due))
-    batch = ingest.next_batch(url, max_files=500, scheduled_for=AT)
+    stream, due = source.due_ticks(Root.at(url), scale=0.01, slices=24, history=2, max_ticks=8, scheduled_for=AT)
+    source.land(Root.at(url), stream, source.make_ticks(stream, due))
+    batch = Lake(url).next_batch(max_files=500, scheduled_for=AT)
     ingest.commit(ingest.read(batch), run_id="preprocess-20261122T120000-aaaaaa")
-    snapshot = lake.snapshot(url)
+    snapshot = Lake(url).snapshot()
     for question in queries.questions():
-        queries.save(url, queries.ask(question, snapshot), question, snapshot, QUERY_RUN)
+        queries.save(Root.at(url), queries.ask(question, snapshot), question, snapshot, QUERY_RUN)
     publish_model(url, max_trees=20)
 
 
 def publish_model(url: str, max_trees: int) -> str:
     """Train on what is in the lake and publish; returns the model_id."""
-    training, validation, held_out = model.split(lake.snapshot(url).frame("lineitem", model.COLUMNS).collect())
+    training, validation, held_out = model.split(Lake(url).snapshot().frame("lineitem", model.COLUMNS).collect())
     booster = model.train(training, validation, max_trees=max_trees)
-    return model.publish(url, booster, model.judge(booster, held_out), held_out, TRAIN_RUN)
+    return model.publish(Root.at(url), booster, model.judge(booster, held_out), held_out, TRAIN_RUN)
 
 
 def add_run(url: str, run_id: str, state: str = "ok", reason: str = "", minute: int = 0) -> None:

@@ -20,8 +20,8 @@ import uvicorn
 from published import QUERY_RUN, TRAIN_RUN, publish_model
 
 from app.api import BODY_LIMIT, LineItem, app, known_hosts, settings
-from etl.lake import snapshot as lake
-from pipeline import model, queries
+from etl.storage import Root
+from pipeline import Lake, model, queries
 
 ITEM = LineItem.model_config["json_schema_extra"]["example"]
 
@@ -69,7 +69,7 @@ class TestBeforeTheFirstRun:
         assert ready.status_code == 503
         said = ready.json()
         assert said["ready"] is False and said["batch"] is None
-        assert "nothing is published" in said["detail"] and "run generate" in said["detail"]
+        assert "nothing is published" in said["detail"] and "run all stages" in said["detail"]
         for question in queries.questions():
             assert any(line.startswith(question.name) for line in said["missing"])
         assert any("run train" in line for line in said["missing"])
@@ -101,7 +101,7 @@ class TestBeforeTheFirstRun:
 
 
 def test_ready_gives_the_snapshot_and_its_age(api, root):
-    ready, snapshot = api.get("/ready"), lake.snapshot(root)
+    ready, snapshot = api.get("/ready"), Lake(root).snapshot()
     assert ready.status_code == 200
     assert ready.json()["batch"] == snapshot.batch == 1
     assert datetime.fromisoformat(ready.json()["as_of"]) == snapshot.as_of
@@ -196,7 +196,7 @@ class TestHost:
 
 class TestPredict:
     def test_the_answers_are_the_models(self, api, root):
-        published = model.load_current(root)
+        published = model.load_current(Root.at(root))
         line_items = [ITEM | {"l_commitdate": f"1996-{month}-20"} for month in ("02", "03", "04", "05")]
         answers = api.post("/predict", json=line_items).json()
         numbers = [item | {"l_extendedprice": float(item["l_extendedprice"])} for item in line_items]
@@ -279,7 +279,7 @@ class TestPredict:
 
 class TestModel:
     def test_it_is_the_published_one(self, api, root):
-        published, said = model.load_current(root), api.get("/model").json()
+        published, said = model.load_current(Root.at(root)), api.get("/model").json()
         assert (said["model_id"], said["run_id"]) == (published.model_id, TRAIN_RUN)
         assert said["metrics"] == published.metrics
         assert said["features"] == model.FEATURES
@@ -341,14 +341,14 @@ class TestResults:
         assert {info["current"]["batch"] for info in listed} == {1}
 
     def test_money_is_exact(self, api, root):
-        _, expected = queries.current(root, "q01")
+        _, expected = queries.current(Root.at(root), "q01")
         answer = api.get("/results/q01").json()
         assert [column["name"] for column in answer["columns"]] == expected.columns
         assert [row["charge"] for row in answer["rows"]] == [format(value, "f") for value in expected["charge"]]
         assert [row["line_items"] for row in answer["rows"]] == expected["line_items"].to_list()
 
     def test_times_are_iso(self, api, root):
-        _, expected = queries.current(root, "revenue_per_minute")
+        _, expected = queries.current(Root.at(root), "revenue_per_minute")
         rows = api.get("/results/revenue_per_minute").json()["rows"]
         assert [datetime.fromisoformat(row["minute"]) for row in rows] == expected["minute"].to_list()
 

@@ -5,6 +5,7 @@ import re
 from browser import Dashboard
 from playwright.sync_api import expect
 
+from etl.storage import Root
 from pipeline import queries
 
 ASKED = {question.name: question for question in queries.questions()}
@@ -42,7 +43,7 @@ def test_every_choice_of_a_question_is_kept_and_the_address_follows(dashboard):
 def test_a_chart_shows_the_names_of_the_answer(dashboard, filled):
     """Streamlit's page takes # and six digits for a colour of its theme: Customer#000001462 was Customer#636efa462."""
     dashboard.open("questions", question="top_customers")
-    customers = queries.current(filled, "top_customers")[1]["customer"].to_list()
+    customers = queries.current(Root.at(filled), "top_customers")[1]["customer"].to_list()
     chart = dashboard.charts().first
     labels = [label.replace(WORD_JOINER, "") for label in chart.locator(".ytick text").all_text_contents()]
     assert len(labels) > 5 and labels[::-1] == customers[: len(labels)]

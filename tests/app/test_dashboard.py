@@ -12,11 +12,10 @@ from published import QUERY_RUN, add_run
 from streamlit.testing.v1 import AppTest
 
 from app.shown import column
-from etl.lake import snapshot as lake
 from etl.runs import engine
 from etl.runs.record import RunRequest
 from etl.storage import PROJECT, Root
-from pipeline import queries
+from pipeline import Lake, queries
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
 WORK = """import pathlib, time
@@ -103,12 +102,17 @@ def test_every_live_question_is_shown_with_its_chart_its_table_and_its_run(root,
 
 
 def test_each_question_has_its_answer_whole_and_its_figure_over_time(root):
-    asked, snapshot = next(q for q in queries.questions() if q.name == "q05"), lake.snapshot(root)
-    queries.save(root, queries.ask(asked, snapshot), asked, snapshot, "query-20261122T130000-bbbbbb")
+    asked, snapshot = next(q for q in queries.questions() if q.name == "q05"), Lake(root).snapshot()
+    queries.save(Root.at(root), queries.ask(asked, snapshot), asked, snapshot, "query-20261122T130000-bbbbbb")
     queries.save(
-        root, queries.ask(asked, snapshot, region_name="EUROPE"), asked, snapshot, "other", {"region_name": "EUROPE"}
+        Root.at(root),
+        queries.ask(asked, snapshot, region_name="EUROPE"),
+        asked,
+        snapshot,
+        "other",
+        {"region_name": "EUROPE"},
     )
-    queries.save(root, queries.ask(asked, snapshot), asked, snapshot, "query-20261122T140000-cccccc")
+    queries.save(Root.at(root), queries.ask(asked, snapshot), asked, snapshot, "query-20261122T140000-cccccc")
     shown = drawn(AppTest.from_function(questions_page, default_timeout=60))
     assert shown.selectbox[0].value == LIVE[0].name
     assert len(shown.selectbox[0].options) == len(queries.questions())
@@ -140,7 +144,7 @@ def test_runs_are_chosen_by_stage_and_state(root):
 
 
 def test_the_figures_are_the_lakes(root):
-    shown, snapshot = metrics(page()), lake.snapshot(root)
+    shown, snapshot = metrics(page()), Lake(root).snapshot()
     rows = dict(snapshot.rows().select("table", "rows").iter_rows())
     assert rows["lineitem"] > 5000
     assert shown["Line items"] == f"{rows['lineitem']:,}"
@@ -200,12 +204,12 @@ DAMAGES = {  # page, damage, panels that cannot be shown, what is to be done, ch
     "an answer": (questions_page, of(f"{ANSWER}/*.parquet", CUT), ["The answer"], "run query", 0, 1),
     "a history": (questions_page, of(f"{ANSWER}/history.json", CUT), ["The history"], "run query", 1, 1),
     "the log of the index of runs": (
-        *(live_page, of("lake/runs/_delta_log/00000000000000000001.json", b"{")),
-        *(["The state of the stages", "The last runs"], "restore it, or remove lake/runs", 5, 5),
+        *(live_page, of("runs/_delta_log/00000000000000000001.json", b"{")),
+        *(["The state of the stages", "The last runs"], "restore it, or remove runs", 5, 5),
     ),
     "the index of runs": (  # Polars panics, with what is no Exception
-        *(runs_page, of("lake/runs/*.parquet", CUT)),
-        *(["The list of runs"], "restore it, or remove lake/runs", 0, 0),
+        *(runs_page, of("runs/*.parquet", CUT)),
+        *(["The list of runs"], "restore it, or remove runs", 0, 0),
     ),
     "the records of runs": (runs_page, of("reports/*/*/*/run.json", b"{"), [], "", 0, 1),
 }

@@ -11,10 +11,9 @@ from deltalake import DeltaTable, Schema, write_deltalake
 from support import AT, ingest_all
 
 from etl import delta
-from etl.lake import ingest
-from etl.lake import snapshot as lake
+from etl.lake import commit as commits
 from etl.storage import Damaged, Root
-from pipeline import source
+from pipeline import Lake, source
 from pipeline.tables import TABLES
 
 
@@ -32,31 +31,32 @@ def synced(monkeypatch) -> list[str]:
 
 
 def test_a_table_is_as_delta_rs_would_make_it(root, tmp_path):
-    place = Root.at(root)
-    lake.create_tables(place, "x")
-    lake.create_tables(place, "y")
-    for name, columns in lake.COLUMNS.items():
+    lake = Lake(root)
+    commits.create_tables(lake, "x")
+    commits.create_tables(lake, "y")
+    for name, columns in lake.columns.items():
         arrow = pl.DataFrame(schema=columns).to_arrow().schema
         for at, field in enumerate(arrow):
-            arrow = arrow.set(at, field.with_nullable(field.name not in lake.KEYS[name]))
+            arrow = arrow.set(at, field.with_nullable(field.name not in lake.keys[name]))
         theirs = DeltaTable.create(
-            str(tmp_path / name), Schema.from_arrow(arrow), name=name, configuration=lake.PROPERTIES
+            str(tmp_path / name), Schema.from_arrow(arrow), name=name, configuration=commits.PROPERTIES
         )
-        ours = lake.open_table(place, name)
+        ours = lake.table(name)
         assert ours.schema() == theirs.schema()
         assert (ours.protocol(), ours.version()) == (theirs.protocol(), 0)
-        assert ours.metadata().configuration == theirs.metadata().configuration == lake.PROPERTIES
+        assert ours.metadata().configuration == theirs.metadata().configuration == commits.PROPERTIES
         assert ours.history()[0]["run_id"] == "x"
 
 
 def test_a_checkpoint_goes_on_from_the_one_before(filled):
     """Also where the log is cut off before that; what it says is what delta-rs reads, and what its own would say."""
-    place, before = Root.at(filled), lake.snapshot(filled)
-    one = before.frame("orders", list(lake.COLUMNS["orders"])).collect().head(1)
-    rows, height = lake.encode("orders", one), before.frame("orders").collect().height
+    lake = Lake(filled)
+    before = lake.snapshot()
+    one = before.frame("orders", list(lake.columns["orders"])).collect().head(1)
+    rows, height = commits.encode(lake, "orders", one), before.frame("orders").collect().height
     log = Path(filled, "lake/orders/_delta_log")
     for batch in range(2, 41):
-        lake.append(place, "orders", rows, batch=batch, run_id="x", after=max(batch - 2, 1))
+        commits.append(lake, "orders", rows, batch=batch, run_id="x", after=max(batch - 2, 1))
         if batch == 30:
             for commit in log.glob("*[0-9].json"):
                 if int(commit.stem) < 19:
@@ -64,7 +64,7 @@ def test_a_checkpoint_goes_on_from_the_one_before(filled):
     assert sorted(path.name[:20] for path in log.glob("*.parquet")) == [f"{19:020d}", f"{39:020d}"]
     assert json.loads((log / "_last_checkpoint").read_text())["version"] == 39
     data = (log / f"{39:020d}.checkpoint.parquet").read_bytes()
-    lake.open_table(place, "orders", 39).create_checkpoint()
+    lake.table("orders", 39).create_checkpoint()
     ours, theirs = (
         pl.read_parquet(io.BytesIO(d)) for d in (data, (log / f"{39:020d}.checkpoint.parquet").read_bytes())
     )
@@ -73,18 +73,18 @@ def test_a_checkpoint_goes_on_from_the_one_before(filled):
     for commit in log.glob("*[0-9].json"):
         if int(commit.stem) < 39:
             commit.unlink()
-    handle = lake.open_table(place, "orders")
-    assert (handle.version(), handle.transaction_version(lake.APP_ID)) == (40, 40)
-    assert lake.file_stats(handle)[1] == height + 39
+    handle = lake.table("orders")
+    assert (handle.version(), handle.transaction_version(commits.APP_ID)) == (40, 40)
+    assert delta.file_stats(handle)[1] == height + 39
 
 
 def test_what_a_batch_wrote_is_synced_before_its_files_are_archived(landed, synced, monkeypatch):
     """Every data file, its commit and both folders, on the disk before the first file leaves landing."""
     archived = []
     monkeypatch.setattr("etl.lake.landing.archive", lambda *_: archived.append(len(synced)))
-    parsed = ingest.read(ingest.next_batch(landed, max_files=500, scheduled_for=AT))
-    ingest.commit(parsed, run_id="one")
-    snapshot, before = lake.snapshot(landed), set(synced[: archived[0]])
+    parsed = Lake.read(Lake(landed).next_batch(max_files=500, scheduled_for=AT))
+    Lake.commit(parsed, run_id="one")
+    snapshot, before = Lake(landed).snapshot(), set(synced[: archived[0]])
     for table in TABLES:
         folder = f"{landed}/lake/{table}"
         names = {os.path.basename(path): path for path in snapshot.files(table)}
@@ -95,11 +95,11 @@ def test_what_a_batch_wrote_is_synced_before_its_files_are_archived(landed, sync
 
 
 def test_what_others_committed_is_synced_before_it_is_published(filled, stream, synced):
-    before = lake.snapshot(filled)
-    rows = before.frame("orders", list(lake.COLUMNS["orders"])).collect().head(1)
+    before = Lake(filled).snapshot()
+    rows = before.frame("orders", list(Lake(filled).columns["orders"])).collect().head(1)
     write_deltalake(f"{filled}/lake/orders", rows, mode="append")
-    (theirs,) = {*lake.open_table(Root.at(filled), "orders").file_uris()} - {*before.files("orders")}
-    source.land(filled, stream, source.make_ticks(stream, range(3, 4)))
+    (theirs,) = {*Lake(filled).table("orders").file_uris()} - {*before.files("orders")}
+    source.land(Root.at(filled), stream, source.make_ticks(stream, range(3, 4)))
     ingest_all(filled)
     commit = f"{filled}/lake/orders/_delta_log/{before.versions['orders'] + 1:020d}.json"
     assert {theirs, commit} <= set(synced)

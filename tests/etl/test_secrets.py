@@ -220,7 +220,7 @@ def test_the_report_of_a_killed_runner_is_where_the_run_was(words, tmp_path, spo
     runner.kill()
     runner.wait()
     assert delivery.reconcile() == [asked.run_id]
-    [row] = index.list(Root.at(root))
+    [row] = index.newest(Root.at(root))
     assert (row["run_id"], row["state"], row["reason"]) == (asked.run_id, "killed", "the runner was killed in 'Ask'")
     assert "postgres" not in json.dumps([cell.get("outputs") for cell in toy.report(root, row)[0].cells])
 

@@ -231,3 +231,14 @@ def test_a_reader_never_sees_half_a_file(root):
     done.set()
     reader.join()
     assert not torn
+
+
+@pytest.mark.parametrize("last", [None, "_delta_log/1.json"])
+def test_a_tree_is_moved_with_all_that_is_in_it(place, last):
+    for name in ("a.parquet", "_delta_log/0.json", "_delta_log/1.json"):
+        place.write(f"from/here/{name}", name.encode())
+    place.move_tree("from/here", "to", last=last)
+    assert place.files("to") == ["to/_delta_log/0.json", "to/_delta_log/1.json", "to/a.parquet"]
+    assert place.files("from") == [] and place.read("to/a.parquet") == b"a.parquet"
+    with pytest.raises(FileNotFoundError):
+        place.move_tree("from/here", "again", last=last)

@@ -21,12 +21,11 @@ from support import AT
 from tpch_sql import PARAMETERS, QUESTIONS, connect, tpch, unlike
 
 from etl import params
-from etl.lake import ingest
-from etl.lake import snapshot as lake
+from etl.lake import Snapshot, ingest
 from etl.questions import engines
 from etl.runs import dispatch
 from etl.storage import PROJECT, Root
-from pipeline import queries, source
+from pipeline import Lake, queries, source
 
 # TPC-H specification 3.0.1, clause 2.4: what the validation output begins with at scale 1
 VALIDATION = {
@@ -83,9 +82,9 @@ def _at_scale(scale: float) -> str:
         run("generate")
         while run("preprocess") == "ok":  # until nothing waits
             pass
-        files = len(lake.snapshot(environment.root).files("lineitem"))
+        files = len(Lake(environment.root).snapshot().files("lineitem"))
         run("compact")
-        compacted = len(lake.snapshot(environment.root).files("lineitem"))
+        compacted = len(Lake(environment.root).snapshot().files("lineitem"))
         assert compacted < files
         run("query")
         connection = connect(generated(Path(folder), scale))
@@ -114,13 +113,13 @@ def in_pieces(hundredths: int, seed: int) -> str:
     return f"{len(QUESTIONS)} answers by Dask equal SQL's, line items in {count} pieces"
 
 
-def one_tick(folder: Path, scale: float) -> tuple[lake.Snapshot, duckdb.DuckDBPyConnection]:
+def one_tick(folder: Path, scale: float) -> tuple[Snapshot, duckdb.DuckDBPyConnection]:
     """A lake that one tick filled, and DuckDB over the Parquet files of the same data."""
     stream = source.Stream(scale, 1, "2026-03-01T12:00:00+00:00")
-    source.land(f"{folder}/root", stream, source.make_ticks(stream, range(1)))
-    while batch := ingest.next_batch(f"{folder}/root", max_files=500, scheduled_for=AT):
+    source.land(Root.at(f"{folder}/root"), stream, source.make_ticks(stream, range(1)))
+    while batch := Lake(f"{folder}/root").next_batch(max_files=500, scheduled_for=AT):
         ingest.commit(ingest.read(batch), run_id="preprocess-test")
-    return lake.snapshot(f"{folder}/root"), connect(generated(folder, scale), placed=_origin(f"{folder}/root"))
+    return Lake(f"{folder}/root").snapshot(), connect(generated(folder, scale), placed=_origin(f"{folder}/root"))
 
 
 def generated(folder: Path, scale: float) -> Path:
@@ -138,14 +137,14 @@ def _origin(root: str) -> datetime:
 def _compare(root: str, connection: duckdb.DuckDBPyConnection) -> int:
     """How many of TPC-H's questions there are; the current answer to each is what SQL says."""
     for number in PARAMETERS:
-        _, answer = queries.current(root, f"q{number:02}")
+        _, answer = queries.current(Root.at(root), f"q{number:02}")
         assert not (found := unlike(answer, tpch(connection, number))), f"q{number:02}: {found}"
     return len(PARAMETERS)
 
 
 def _validate(root: str) -> None:
     for name, rows in VALIDATION.items():
-        _, answer = queries.current(root, name)
+        _, answer = queries.current(Root.at(root), name)
         for wanted, row in zip(rows, answer.to_dicts(), strict=False):
             for column, value in wanted.items():
                 got = row[column] if isinstance(value, str | int) else round(row[column], 2)

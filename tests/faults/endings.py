@@ -44,7 +44,7 @@ def deaths(n: int, seed: int) -> str:
             status = process.wait(90)
             if name == "SIGTERM of the runner":
                 _next_start(Path(folder) / "spool")
-            [row] = index.list(Root.at(str(root)))
+            [row] = index.newest(Root.at(str(root)))
             nb, record = toy.report(root, row)
             assert status != 0, f"{name}: exit status 0"
             assert row["state"] == record["state"] == nb.metadata.runner["state"], name
@@ -117,7 +117,9 @@ def killed(n: int, seed: int, number: int = signal.SIGKILL) -> str:
             process.wait(30)  # one that ends in order may have begun a process after the signal
             toy.until(lambda: not toy.marked(f"ETL_SPOOL={spool}"), 5, f"turn {turn}: every process gone")
             closed = _next_start(spool)
-            row = next((row for row in index.list(Root.at(str(root)), limit=n) if row["run_id"] == asked.run_id), None)
+            row = next(
+                (row for row in index.newest(Root.at(str(root)), limit=n) if row["run_id"] == asked.run_id), None
+            )
             if row is None:  # killed before the run had begun: then nothing says that it has
                 assert asked.run_id not in closed and not (spool / asked.run_id).exists(), f"turn {turn}: no row"
                 continue
@@ -125,7 +127,7 @@ def killed(n: int, seed: int, number: int = signal.SIGKILL) -> str:
             nb, record = toy.report(root, row)
             assert record["state"] == row["state"] and "report-card" in nb.cells[0].metadata["tags"], f"turn {turn}"
             assert "never_ran" in toy.cell_states(nb), f"turn {turn}: {toy.cell_states(nb)}"
-        rows = index.list(Root.at(str(root)), limit=n + 1)
+        rows = index.newest(Root.at(str(root)), limit=n + 1)
     return (
         f"{n} x {signal.Signals(number).name}: {found} descendants gone within {slowest:.1f} s, {len(rows)} runs closed"
     )

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from faults.lake_world import NotHeld, World, stage, was_killed
 
-from etl.lake import doctor, rebuild
+from etl.lake import doctor
 from etl.storage import Root
+from pipeline import Lake
 
 ERRORS = ["ENOSPC", "EIO"]
 CALLS = "write,ftruncate,fsync,fdatasync,rename,link,linkat"
@@ -218,11 +219,11 @@ def _damage_once(world: World, what: str, how: str, pick: random.Random) -> None
         )
     try:
         named = [
-            finding for finding in doctor.examine(world.root) if finding.problem and finding.remedy == doctor.REBUILD
+            finding for finding in Lake(world.root).examine() if finding.problem and finding.remedy == doctor.REBUILD
         ]
         if not any(rel.rpartition("/")[2] in finding.problem or how == "gone" for finding in named):
             raise NotHeld(f"doctor does not name it: {named}")
-        rebuild.rebuild(world.root)
+        Lake(world.root).rebuild()
         world.run_well("preprocess")
         world.verify()
     except Exception as error:

@@ -9,13 +9,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import duckdb
-from faults import synthetic
 from faults.lake_world import NotHeld, World, stage
 
-from etl.lake import compaction
-from etl.lake import snapshot as lake
-from etl.runs import index
+from etl.lake import Snapshot, compaction
 from etl.storage import Root
+from pipeline import Lake
 
 EVERY_H = 3  # between two compactions
 KEEP_H = 24
@@ -27,7 +25,7 @@ SUMS = "select count(*), sum(hash(columns(*)))"
 class Reader:
     """Somebody who opened a snapshot. `left_at_h`: when another one was published; None while it is the newest."""
 
-    snapshot: lake.Snapshot
+    snapshot: Snapshot
     saw: dict[str, tuple]
     left_at_h: int | None = None
 
@@ -41,7 +39,7 @@ def superseded(n: int, seed: int) -> str:
     with tempfile.TemporaryDirectory(prefix="lake-") as folder:
         world = World(Path(folder), seed)
         place, began = Root.at(world.root), datetime.now(UTC)
-        records, readers = iter(synthetic.month(seed, days=1)), []
+        readers: list[Reader] = []
         needed: dict[str, int] = {}  # file -> the last hour at which it was
         removed = most = 0
         for hour in range(0, 24 * n + 1, EVERY_H):
@@ -49,11 +47,9 @@ def superseded(n: int, seed: int) -> str:
                 world.land(1, small_tables=True)
                 stage("preprocess", world.root)
                 _open(world.root, readers, hour)
-                index.append(place, next(records))
             needed |= dict.fromkeys(_leave(place, pick, began + timedelta(hours=hour)), hour)
             needed |= dict.fromkeys(_named_by(place, readers), hour)
-            done = compaction.compact(
-                world.root,
+            done = Lake(world.root).compact(
                 target_mb=64,
                 min_small_files=2,
                 vacuum_hours=KEEP_H,
@@ -86,11 +82,11 @@ def _open(root: str, readers: list[Reader], hour: int) -> None:
     """A reader of what is published now; whoever had read the one before is on an old one from now on."""
     if readers:
         readers[-1].left_at_h = hour
-    snapshot = lake.snapshot(root)
+    snapshot = Lake(root).snapshot()
     readers.append(Reader(snapshot, _read(snapshot)))
 
 
-def _read(snapshot: lake.Snapshot) -> dict[str, tuple]:
+def _read(snapshot: Snapshot) -> dict[str, tuple]:
     """What DuckDB reads in the very files."""
     with duckdb.connect() as db:
         return {t: db.sql(f"{SUMS} from read_parquet({snapshot.files(t)})").fetchone() for t in ("orders", "lineitem")}
@@ -99,7 +95,7 @@ def _read(snapshot: lake.Snapshot) -> dict[str, tuple]:
 def _leave(place: Root, pick: random.Random, now: datetime) -> list[str]:
     """What runs that were killed now have left; their names."""
     names = {f"lake/orders/batch-{pick.randrange(10**8):08d}-x.zstd.parquet", f"lake/orders/.{pick.random()}.part"}
-    names |= {f"lake/runs/compacted-{pick.random()}.snappy.parquet", f"lake/lineitem/_delta_log/.{pick.random()}.part"}
+    names |= {f"lake/part/compacted-{pick.random()}.snappy.parquet", f"lake/lineitem/_delta_log/.{pick.random()}.part"}
     for name in names:
         place.write(name, b"x")
         os.utime(f"{place.url}/{name}", (int(now.timestamp()),) * 2)
@@ -111,7 +107,7 @@ def _named_by(place: Root, readers: list[Reader]) -> set[str]:
     newest = readers[-1].snapshot
     published = itertools.chain.from_iterable(newest.files(table) for table in newest.versions)
     ahead = itertools.chain.from_iterable(
-        lake.open_table(place, table).file_uris() for table in compaction.tables(place.url)
+        Lake(place).table(table).file_uris() for table in compaction.tables(Lake(place.url))
     )
     return {os.path.relpath(url, place.url) for url in (*published, *ahead)}
 
@@ -119,7 +115,9 @@ def _named_by(place: Root, readers: list[Reader]) -> set[str]:
 def _left(place: Root) -> list[str]:
     """Every data file that is there, and what is half written."""
     tables = [
-        path for table in compaction.tables(place.url) for path in Path(place.url, "lake", table).glob("*.parquet")
+        path
+        for table in compaction.tables(Lake(place.url))
+        for path in Path(place.url, "lake", table).glob("*.parquet")
     ]
     return [os.path.relpath(path, place.url) for path in (*tables, *Path(place.url).rglob(".*.part"))]
 

@@ -11,9 +11,9 @@ import tempfile
 import polars as pl
 from faults.lake_world import AT, NotHeld
 
-from etl.lake import ingest, parse, quarantine
-from etl.lake import snapshot as lake
+from etl.lake import commit, ingest, parse
 from etl.storage import Root
+from pipeline import Lake
 from pipeline.tables import RESCUED, TABLES
 
 GOOD = json.loads(
@@ -129,11 +129,11 @@ def by_hand(n: int, seed: int) -> str:
                 content(f"{root}/landing/orders/{name}")
             if why is None:
                 want[name] = (parse.line_count(content) - parse.blank_lines(content), None)
-        batch = ingest.next_batch(root, max_files=500, max_bytes=5_000_000, scheduled_for=AT)
+        batch = Lake(root).next_batch(max_files=500, max_bytes=5_000_000, scheduled_for=AT)
         parsed = ingest.read(batch)
         ingest.commit(parsed, run_id="by-hand")
         _all_accounted(root, want)
-        whys = {one["file"]: one["why"] for one in quarantine.refused_files(root)}
+        whys = {one["file"]: one["why"] for one in Lake(root).refused_files()}
         for tick, (what, _, why) in enumerate(cases, start=1):
             if why and why not in whys.get(
                 f"orders-{tick:08d}.json", f"nothing; {what} was not made" * (what != "device")
@@ -147,7 +147,7 @@ def by_hand(n: int, seed: int) -> str:
 
 def _all_accounted(root: str, want: dict[str, tuple[int, int | None]]) -> None:
     """Of each file as many lines in quarantine, each once, as did not become rows."""
-    snapshot, place = lake.snapshot(root), Root.at(root)
+    snapshot, place = Lake(root).snapshot(), Root.at(root)
     number = snapshot.batch
     lines = snapshot.frame("quarantine").filter(pl.col("batch") == number).collect()
     if lines.select("file", "line").is_duplicated().any():
@@ -221,7 +221,7 @@ def both_ways(n: int, seed: int) -> str:
         if not all(map(pl.DataFrame.equals, parse.parse(data, table), (good, bad))):
             raise NotHeld(f"from line {at}: not the same in pieces as line by line: {data!r}")
         _assert_strict(f"from line {at}", data, good)
-        lake.encode("orders", good)
+        commit.encode(Lake("."), "orders", good)
         json.dumps([bad.to_dicts(), good["o_order_time"].max().isoformat()])
         kept, apart, rescued = kept + good.height, apart + bad.height, rescued + good[RESCUED].count()
     return f"{n} lines: {kept} rows, {quick} of them read quickly, {rescued} with unknown fields, {apart} lines apart"

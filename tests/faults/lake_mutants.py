@@ -14,25 +14,27 @@ DOUBLING = "1.6.6"  # of deltalake: lets two overlapping compactions both commit
 
 
 def _no_transaction_check() -> None:
-    from etl.lake import snapshot as lake
+    from etl.lake import commit
 
-    head = lake.head
-    lake.head = lambda place, table, after: (head(place, table, after)[0], 0)
+    head = commit.head
+    commit.head = lambda lake, table, after: (head(lake, table, after)[0], 0)
 
 
 def _published_early() -> None:
-    from etl.lake import snapshot as lake
+    from etl.lake import commit
+    from etl.lake.snapshot import read_pointer, swap_pointer
 
-    append = lake.append
+    append = commit.append
 
-    def early(place, table, rows, *, batch, run_id, after):
+    def early(lake, table, rows, *, batch, run_id, after):
         if table == "lineitem":
-            published = lake.read_published(place) or {"as_of": "1970-01-01T00:00:00+00:00", "tables": {}}
-            versions = {name: lake.open_table(place, name).version() for name in lake.COLUMNS}
-            lake.publish(place, batch=batch, as_of=published["as_of"], versions=versions, run_id=run_id)
-        return append(place, table, rows, batch=batch, run_id=run_id, after=after)
+            pointer = read_pointer(lake.root)
+            as_of = pointer["as_of"] if pointer else "1970-01-01T00:00:00+00:00"
+            versions = {name: lake.table(name).version() for name in lake.columns}
+            swap_pointer(lake.root, pointer, batch=batch, as_of=as_of, versions=versions, run_id=run_id)
+        return append(lake, table, rows, batch=batch, run_id=run_id, after=after)
 
-    lake.append = early
+    commit.append = early
 
 
 def _no_lease() -> None:
@@ -46,10 +48,9 @@ def _librarys_compaction() -> None:
     from deltalake.exceptions import CommitFailedError
 
     from etl.lake import compaction
-    from etl.lake import snapshot as lake
 
-    def compact_table(place, table, published, target_mb, min_small_files, run_id):
-        handle = lake.open_table(place, table)
+    def compact_table(lake, table, published, target_mb, min_small_files, run_id):
+        handle = lake.table(table)
         time.sleep(0.3)
         with contextlib.suppress(CommitFailedError):
             handle.optimize.compact()

@@ -10,8 +10,8 @@ from faults.lake_world import NotHeld, World, stage
 from s3_faults import faulty_s3
 from support import s3, s3_variables
 
-from etl.lake import snapshot as lake
 from etl.storage import Root
+from pipeline import Lake
 
 SHARE = 0.2  # of the answers to PUT and DELETE
 
@@ -68,7 +68,7 @@ def _run(name: str, world: World) -> bool:
 def _require_files(root: str) -> None:
     """Every file that the newest version of a table names is there."""
     place = Root.at(root)
-    for table in lake.COLUMNS:
-        named = {url.rpartition("/")[2] for url in lake.open_table(place, table).file_uris()}
+    for table in Lake(place).columns:
+        named = {url.rpartition("/")[2] for url in Lake(place).table(table).file_uris()}
         if gone := named - set(place.list(f"lake/{table}")):
             raise NotHeld(f"{table}: {len(gone)} files that its log names are gone")

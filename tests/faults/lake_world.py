@@ -20,10 +20,9 @@ from pathlib import Path
 import duckdb
 import polars as pl
 
-from etl.lake import compaction, ingest, ledger
-from etl.lake import snapshot as lake
+from etl.lake import Snapshot, ingest, ledger
 from etl.storage import LeaseHeld, Root
-from pipeline import source
+from pipeline import Lake, source
 from pipeline.tables import TABLES
 
 AT = "2026-03-01T12:00:10+00:00"
@@ -148,7 +147,7 @@ class World:
             raise NotHeld(wrong)
         if not everything:
             return
-        snapshot = lake.snapshot(self.root)
+        snapshot = Lake(self.root).snapshot()
         for table, key in KEYS.items():
             sums = ", ".join(f"sum({name}::decimal(15,2))" for name in MONEY[table])
             ask = f"select count(*), count(distinct ({key})), {sums} from "
@@ -164,7 +163,7 @@ class World:
         if waiting:
             raise NotHeld(f"{len(waiting)} files still wait")
 
-    def _files(self, snapshot: lake.Snapshot, table: str) -> list[str]:
+    def _files(self, snapshot: Snapshot, table: str) -> list[str]:
         """A table's files on this machine: of an object store's lake, copies."""
         urls = snapshot.files(table)
         if "://" not in self.root:
@@ -181,9 +180,9 @@ class World:
 
 def mixed(root: str) -> str | None:
     """What is wrong with the published snapshot: rows of another batch than the one it names; None when nothing is."""
-    if not lake.is_published(root):
+    if not Lake(root).published():
         return None
-    snapshot = lake.snapshot(root)
+    snapshot = Lake(root).snapshot()
     ingested = ledger.ingested_until(Root.at(root), snapshot.batch)
     for table, key in (("orders", "o_orderkey"), ("lineitem", "l_orderkey")):
         ticks = snapshot.frame(table, [key]).collect()[key] // 1000
@@ -198,10 +197,10 @@ def mixed(root: str) -> str | None:
 def stage(name: str, root: str) -> None:
     """What the notebook does, without the notebook."""
     if name == "preprocess":
-        ingest.drain(root, **LIMITS, scheduled_for=AT, run_id=f"preprocess-{os.getpid()}")
+        Lake(root).drain(**LIMITS, scheduled_for=AT, run_id=f"preprocess-{os.getpid()}")
     elif name == "compact":
         ask = {"target_mb": 64, "min_small_files": 2, "vacuum_hours": 24, "run_id": f"compact-{os.getpid()}"}
-        failed = compaction.compact(root, **ask).drop_nulls("failed")
+        failed = Lake(root).compact(**ask).drop_nulls("failed")
         if failed.height:
             raise NotHeld(f"{failed['table'][0]} could not be compacted: {failed['failed'][0]}")
 

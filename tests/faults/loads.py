@@ -113,7 +113,7 @@ def printed(n: int, seed: int) -> str:
             time.sleep(0.1)
         seconds = time.monotonic() - began
         assert process.returncode == 0, f"exit status {process.returncode}"
-        [row] = index.list(Root.at(str(root)))
+        [row] = index.newest(Root.at(str(root)))
         files = {path.name: path for path in (root / row["report"]).iterdir()}
         for name in ("report.ipynb", "report.html", "run.json"):
             assert files[name].stat().st_size < MB, f"{name}: {files[name].stat().st_size / MB:.1f} MB"
@@ -162,7 +162,7 @@ def at_once(n: int, seed: int, width: int = 8) -> str:
         for i, record in enumerate(records):
             nb, _ = toy.report(root, record)
             assert f"{i}\n" in json.dumps(nb.cells).encode().decode("unicode_escape"), f"run {i}"
-        rows = {row["run_id"] for row in index.list(Root.at(str(root)), limit=n + 1)}
+        rows = {row["run_id"] for row in index.newest(Root.at(str(root)), limit=n + 1)}
         assert rows == {one.run_id for one in asked}, f"{len(rows)} rows"
     assert not ports, f"listening: {sorted(ports)[:3]}"
     return f"{n} of {n} reports and rows, {width} at a time, {seconds / n:.2f} s a run; no TCP port in {looks} looks"

@@ -29,7 +29,7 @@ def swept(n: int, seed: int) -> str:
         made = [record for record in records if record.state != "noop"]
         synthetic.write_reports(root, made, templates)
         slowest = max(
-            _seconds(lambda asked=asked: index.list(root, **asked))
+            _seconds(lambda asked=asked: index.newest(root, **asked))
             for asked in ({}, {"stage": "query"}, {"state": "failed"}, {"since": synthetic.END}, {"limit": 200})
         )
         assert slowest < 0.5, f"a list took {slowest:.2f} s"
@@ -45,7 +45,7 @@ def swept(n: int, seed: int) -> str:
         share = (len(made) - len(there)) // (kills + 1)  # so that the last one has something to remove, too
         for _ in range(kills):
             _sweep_and_kill(root, rng.choice(("os.remove", "os.rmdir")), rng.randrange(1, share))
-            listed = index.list(root, limit=1000)
+            listed = index.newest(root, limit=1000)
             assert all(row["kept"] == (row["report"] in _reports_of(root, row)) for row in listed)
             assert bad <= (still := _reports(root)) and there <= still, "a sweep that was killed removed too much"
         retention.sweep(root, now=synthetic.END)

@@ -19,11 +19,10 @@ from typing import NamedTuple
 from faults import disk, lake_world, toy
 from faults.lake_world import AT, MONEY, NotHeld, World, processes
 
-from etl.lake import compaction, doctor, ingest
-from etl.lake import snapshot as lake
-from etl.runs import delivery, index
+from etl.lake import ingest
+from etl.runs import delivery, index, upkeep
 from etl.storage import PROJECT, Root
-from pipeline import model
+from pipeline import Lake, model
 
 POINTER = "lake/published.json"
 AGE = timedelta(hours=30)  # of what compaction removes
@@ -35,12 +34,12 @@ DIES_AT = [
 
 def tick(root: str, files: int = 2) -> None:
     """One run of preprocess for one tick: a batch is a tick here, so its number tells which rows must be there."""
-    batch = ingest.next_batch(root, max_files=files, scheduled_for=AT)
+    batch = Lake(root).next_batch(max_files=files, scheduled_for=AT)
     ingest.commit(ingest.read(batch), run_id=f"preprocess-{os.getpid()}")
 
 
 def compact(root: str, now: datetime | None = None) -> None:
-    done = compaction.compact(root, target_mb=64, min_small_files=2, vacuum_hours=24, run_id="compact-1", now=now)
+    done = Lake(root).compact(target_mb=64, min_small_files=2, vacuum_hours=24, run_id="compact-1", now=now)
     if failed := done["failed"].drop_nulls().to_list():
         raise NotHeld(f"compact: {failed}")
 
@@ -135,11 +134,14 @@ CELLS = ("# A run", "print('some text')", "for _ in range(30_000): print('some m
 
 
 def _live_report(folder: Path) -> None:
-    """Runs of a notebook, with a file beside the report; a mark when all of a run is where it belongs."""
+    """Runs of a notebook, with a file beside the report, and a compaction of the index; a mark when all of a run is
+    where it belongs."""
     os.environ["ETL_SPOOL"] = f"{folder}/root/spool"
-    for _ in range(3):
+    for number in range(3):
         record = toy.run(folder / "root", *CELLS)
         delivery.settle()
+        if number == 1:
+            upkeep.tidy(Root.at(folder / "root"))
         Path(folder, "root", "marks", record.run_id).touch()
 
 
@@ -151,7 +153,7 @@ def _live_model(folder: Path) -> None:
     rows = lake_world.real()[0]["lineitem"]
     for trees in (2, 3):
         booster = model.train(rows, rows, max_trees=trees)
-        model.publish(f"{folder}/root", booster, {"trees": trees}, rows, f"train-{trees}")
+        model.publish(Root.at(f"{folder}/root"), booster, {"trees": trees}, rows, f"train-{trees}")
 
 
 # --- what must hold then ---
@@ -206,7 +208,7 @@ def _lake_holds(cut: Cut) -> None:
     given = {path.name for path in Path(now.folder, "given").iterdir()}
     if lost := given - {path.name for path in Path(cut.root, "archive").rglob("*.json")}:
         raise NotHeld(f"{len(lost)} files are not in the archive: {min(lost)}")
-    if cut.pick.random() < 0.2 and (wrong := [finding for finding in doctor.examine(cut.root) if finding.problem]):
+    if cut.pick.random() < 0.2 and (wrong := [finding for finding in Lake(cut.root).examine() if finding.problem]):
         raise NotHeld(f"doctor finds {wrong[:2]}")
 
 
@@ -232,7 +234,7 @@ def _by_tick(table: str, rows: str) -> dict[int, tuple]:
 
 def _assert_whole(cut: Cut, table: str, version: int | None, batches: Iterable[int]) -> None:
     """A version of a table has the rows of that many batches, read by another engine. The newest when it is None."""
-    found = _by_tick(table, f"read_parquet({lake.open_table(Root.at(cut.root), table, version).file_uris()})")
+    found = _by_tick(table, f"read_parquet({Lake(Root.at(cut.root)).table(table, version).file_uris()})")
     if found not in [{t: rows for t, rows in cut.given[table].items() if t < batch} for batch in batches]:
         raise NotHeld(f"{table}@{version} has the ticks {sorted(found)}, not those of batches 1 to {batches}")
 
@@ -247,14 +249,14 @@ def _index_holds(cut: Cut) -> None:
         raise NotHeld(f"not delivered: {waiting}")
     _assert_index(cut, root)
     index.append(root, _ended()[17])
-    compact(cut.root)
+    upkeep.tidy(root)
     _assert_index(cut, root)
     if not index.indexed(root, _ended()[17].run_id):
         raise NotHeld("the next run has no row")
 
 
 def _assert_index(cut: Cut, root: Root) -> None:
-    rows = index.list(root, limit=1000)
+    rows = index.newest(root, limit=1000)
     ids = [row["run_id"] for row in rows]
     if len(ids) != len(set(ids)):
         raise NotHeld(f"runs twice in the index: {sorted(ids)}")
@@ -285,7 +287,7 @@ def _model_holds(cut: Cut) -> None:
     synced, pointers = cut.versions_of(model.CURRENT)
     ids = [json.loads(data)["model_id"] if data else None for data in pointers]
     try:
-        found = model.load_current(cut.root).model_id
+        found = model.load_current(Root.at(cut.root)).model_id
     except model.NoModel:
         found = None
     if found not in ids[synced:]:

@@ -66,10 +66,11 @@ def check_whence(root: str) -> str:
     """Every version of every table under `root`: its run is in the index, was at work at the time, and what runs
     recorded as written is theirs. A row of the index is from the run whose row it is."""
     place, versions = Root.at(root), 0
-    index = {row["run_id"]: run_index.get(place, row["run_id"]) for row in run_index.list(place, limit=10**6)}
-    tables = [name for name in place.list("lake") if place.exists(f"lake/{name}/_delta_log/{0:020d}.json")]
-    for table in tables:
-        numbers = [int(m[1]) for name in place.list(f"lake/{table}/_delta_log") if (m := provenance.COMMIT.match(name))]
+    index = {row["run_id"]: run_index.get(place, row["run_id"]) for row in run_index.newest(place, limit=10**6)}
+    tables = {name: f"lake/{name}" for name in place.list("lake")} | {"runs": run_index.TABLE}
+    tables = {name: folder for name, folder in tables.items() if place.exists(f"{folder}/_delta_log/{0:020d}.json")}
+    for table, folder in tables.items():
+        numbers = [int(m[1]) for name in place.list(f"{folder}/_delta_log") if (m := provenance.COMMIT.match(name))]
         for version in numbers:
             found = provenance.whence(place, table, version)
             where = f"{table}@{version}"
@@ -98,7 +99,7 @@ def check_whence(root: str) -> str:
 def _grow(root: str, rng: random.Random, made: int) -> int:
     """Six ticks, then one to three more, ingested by a run of preprocess; how many there are now."""
     more = rng.randint(1, 3) if made else 6  # two whole minutes, so that each question has an answer
-    source.land(root, replace(STREAM, next_tick=made), source.make_ticks(STREAM, range(made, made + more)))
+    source.land(Root.at(root), replace(STREAM, next_tick=made), source.make_ticks(STREAM, range(made, made + more)))
     _run("preprocess", root, made)
     return made + more
 
@@ -113,8 +114,6 @@ def _run(stage: str, root: str, minute: int, **values) -> dict:
 
 def _rows_of(place: Root, table: str, version: int) -> set[str]:
     """The run_ids in the files that a version added."""
-    actions = map(json.loads, place.read(f"lake/{table}/_delta_log/{version:020d}.json").splitlines())
+    actions = map(json.loads, place.read(f"{table}/_delta_log/{version:020d}.json").splitlines())
     files = [action["add"]["path"] for action in actions if "add" in action]
-    return {
-        name for file in files for name in pl.read_parquet(io.BytesIO(place.read(f"lake/{table}/{file}")))["run_id"]
-    }
+    return {name for file in files for name in pl.read_parquet(io.BytesIO(place.read(f"{table}/{file}")))["run_id"]}

@@ -84,7 +84,7 @@ def _quietly(condition):
 
 
 def _state(root: Path, run_id: str) -> str | None:
-    return next((row["state"] for row in index.list(Root.at(str(root))) if row["run_id"] == run_id), None)
+    return next((row["state"] for row in index.newest(Root.at(str(root))) if row["run_id"] == run_id), None)
 
 
 def whence_after_up(n: int, seed: int) -> str:

@@ -58,7 +58,7 @@ def memory(lineitem):
 def root(booster, parts, tmp_path):
     """A root with a published champion."""
     url = str(tmp_path / "root")
-    model.publish(url, booster, model.judge(booster, parts[2]), parts[2], "train-1")
+    model.publish(Root.at(url), booster, model.judge(booster, parts[2]), parts[2], "train-1")
     return url
 
 
@@ -146,8 +146,8 @@ def test_more_epochs_of_the_same_rows_publish_no_worse_model(epochs, tmp_path):
         if champion:
             assert verdict.better == (far < divergence(champion.booster, epochs[0]))
         if verdict.better:
-            model.publish(str(tmp_path), challenger, metrics, held_out, f"train-{rows.height}")
-            champion = model.load_current(str(tmp_path))
+            model.publish(Root.at(str(tmp_path)), challenger, metrics, held_out, f"train-{rows.height}")
+            champion = model.load_current(Root.at(str(tmp_path)))
 
 
 def test_a_leak_is_named(memory, booster, parts):
@@ -170,7 +170,7 @@ def test_a_leak_fails_the_run_by_name_and_the_champion_stays(project, filled):
     (record,) = (json.loads(path.read_text()) for path in Path(filled).glob("reports/train/*/*/run.json"))
     assert record["state"] == "check_failed"
     assert "no leak: held-out rows" in record["reason"] and "there is a leak" in record["reason"]
-    assert model.load_current(filled).run_id == "train-1"
+    assert model.load_current(Root.at(filled)).run_id == "train-1"
 
 
 def test_a_champion_that_has_seen_the_held_out_rows_does_not_stay(memory, booster, parts):
@@ -255,7 +255,7 @@ def test_too_little_to_learn_from_says_why(lineitem, keep, minimum, reason):
 
 
 def test_what_is_published_is_what_is_loaded(root, booster, parts):
-    loaded = model.load_current(root)
+    loaded = model.load_current(Root.at(root))
     held_out = parts[2]
     assert loaded.run_id == "train-1"
     assert loaded.model_id == f"train-1-{loaded.sha256[:8]}"
@@ -283,20 +283,20 @@ def test_what_is_stored_of_a_model_has_the_names_of_this_domain(root, booster, p
 def test_a_damaged_model_is_told_with_what_to_do(root):
     assert not [finding for finding in model.examine(Root.at(root)) if finding.problem]
     Path(root, model.CURRENT).write_text("{}")
-    assert model.champion(root) is None and model.given(root) == {}
+    assert model.champion(Root.at(root)) is None and model.given(Root.at(root)) == {}
     (finding,) = model.examine(Root.at(root))
     assert (finding.what, finding.remedy) == ("the model", "run train: it publishes another")
 
 
 def test_no_model_yet(tmp_path):
     with pytest.raises(model.NoModel, match="run train"):
-        model.load_current(str(tmp_path))
-    assert model.champion(str(tmp_path)) is None
+        model.load_current(Root.at(str(tmp_path)))
+    assert model.champion(Root.at(str(tmp_path))) is None
 
 
 def test_the_champion_stays_unless_the_challenger_is_better_on_the_same_rows(root, booster, parts):
     training, validation, held_out = parts
-    champion = model.champion(root)
+    champion = model.champion(Root.at(root))
     weak = model.train(training.head(500), validation.head(200), max_trees=3)
     verdict = model.is_better(weak, champion, held_out)
     assert not verdict.better
@@ -304,6 +304,6 @@ def test_the_champion_stays_unless_the_challenger_is_better_on_the_same_rows(roo
     assert f"{champion_loss:.6f} on the same {held_out.height:,} rows" in verdict.reason
     assert not model.is_better(booster, champion, held_out).better  # no better than itself
 
-    model.publish(root, weak, {}, held_out, "train-2")
-    assert model.is_better(booster, model.champion(root), held_out).better
+    model.publish(Root.at(root), weak, {}, held_out, "train-2")
+    assert model.is_better(booster, model.champion(Root.at(root)), held_out).better
     assert model.is_better(weak, None, held_out).better

@@ -17,9 +17,9 @@ from faults.answers import one_tick
 from support import ingest_all
 from tpch_sql import QUESTIONS, per_minute, rows_of, tpch, unlike
 
-from etl.lake import snapshot as lake
 from etl.questions import engines
-from pipeline import queries, source
+from etl.storage import Root
+from pipeline import Lake, queries, source
 from pipeline.queries import ask, questions
 from pipeline.queries._dates import months_later
 
@@ -252,14 +252,14 @@ def two_days(root) -> str:
     """A lake of two batches: a tick, and another two days later."""
     stream = source.Stream(0.01, 40, "2026-03-01T12:00:00+00:00")
     for tick in (0, 2 * 24 * 120):
-        source.land(root, stream, source.make_ticks(stream, range(tick, tick + 1)))
+        source.land(Root.at(root), stream, source.make_ticks(stream, range(tick, tick + 1)))
         ingest_all(root)
     return root
 
 
 def test_files_older_than_a_questions_window_are_not_read(two_days, cluster):
     """They are gone, and only those who ask for longer miss them."""
-    snapshot, hour = lake.snapshot(two_days), timedelta(hours=1)
+    snapshot, hour = Lake(two_days).snapshot(), timedelta(hours=1)
     assert len(engines.pieces(snapshot, "orders")) == 2
     (recent,) = engines.pieces(snapshot, "orders", ("o_order_time", snapshot.as_of - hour))
     assert engines.pieces(snapshot, "orders", ("o_order_time", snapshot.as_of + hour)) == []
@@ -307,14 +307,14 @@ def test_no_cluster_at_the_address_is_an_error_at_once_and_not_one_for_each_ques
 def test_a_saved_answer_is_current_and_says_where_it_came_from(asked, root, tmp_path):
     snapshot, question = asked[0], named("q05")
     with pytest.raises(FileNotFoundError):
-        queries.current(root, "q05")
-    assert queries.history(root, "q05").rows() == []
+        queries.current(Root.at(root), "q05")
+    assert queries.history(Root.at(root), "q05").rows() == []
     first = ask(question, snapshot)
-    queries.save(root, first, question, snapshot, "query-1")
+    queries.save(Root.at(root), first, question, snapshot, "query-1")
     result = ask(question, snapshot, region_name="EUROPE")
-    queries.save(root, result, question, snapshot, "query-2", {"region_name": "EUROPE"})
+    queries.save(Root.at(root), result, question, snapshot, "query-2", {"region_name": "EUROPE"})
 
-    pointer, frame = queries.current(root, "q05")
+    pointer, frame = queries.current(Root.at(root), "q05")
     assert frame.equals(result)
     assert frame.schema["revenue"].scale == 4
     assert pointer == {
@@ -331,7 +331,7 @@ def test_a_saved_answer_is_current_and_says_where_it_came_from(asked, root, tmp_
     assert metadata["run_id"] == "query-1"
     assert json.loads(metadata["parameters"]) == {"region_name": "ASIA", "first_day": "1994-01-01"}
     assert (metadata["batch"], metadata["as_of"]) == ("1", AS_OF.isoformat())
-    history = queries.history(root, "q05")
+    history = queries.history(Root.at(root), "q05")
     assert history.select("as_of", "batch", "run_id", "rows").rows() == [
         (AS_OF, 1, "query-1", 5),
         (AS_OF, 1, "query-2", 5),
@@ -344,7 +344,7 @@ def test_only_the_newest_answers_are_kept(asked, root, tmp_path):
     snapshot, question, folder = asked[0], named("q04"), tmp_path / "root/results/q04"
     answer = ask(question, snapshot)
     for run_id in ("query-1999", "query-2100", "query-3", "query-4"):
-        queries.save(root, answer, question, snapshot, run_id, keep=2)
+        queries.save(Root.at(root), answer, question, snapshot, run_id, keep=2)
         if run_id == "query-2100":
             (folder / "query-0.parquet").touch()  # of a run that was killed before it listed it
             os.utime(folder / "query-0.parquet", (0, 0))
@@ -353,9 +353,9 @@ def test_only_the_newest_answers_are_kept(asked, root, tmp_path):
             assert {path.name for path in folder.glob("*.parquet")} == {f"query-{n}.parquet" for n in (2, 2100, 3)}
     files = sorted(path.name for path in folder.iterdir())
     assert files == ["current.json", "history.json", "query-2.parquet", "query-3.parquet", "query-4.parquet"]
-    assert queries.history(root, "q04")["run_id"].to_list() == ["query-3", "query-4"]
-    queries.save(root, answer, question, snapshot, "query-4", keep=2)  # a run by hand, again under its name
-    assert queries.history(root, "q04")["run_id"].to_list() == ["query-3", "query-4"]
+    assert queries.history(Root.at(root), "q04")["run_id"].to_list() == ["query-3", "query-4"]
+    queries.save(Root.at(root), answer, question, snapshot, "query-4", keep=2)  # a run by hand, again under its name
+    assert queries.history(Root.at(root), "q04")["run_id"].to_list() == ["query-3", "query-4"]
 
 
 @pytest.mark.parametrize("damaged", ["current.json", "query-2.parquet", "history.json"])
@@ -365,30 +365,32 @@ def test_a_damaged_answer_gives_way_to_the_next(asked, root, tmp_path, damaged, 
     snapshot, question, folder = asked[0], named("q04"), tmp_path / "root/results/q04"
     answer = ask(question, snapshot)
     for run_id in ("query-1", "query-2"):
-        queries.save(root, answer, question, snapshot, run_id)
-    before = queries.history(root, "q04")
+        queries.save(Root.at(root), answer, question, snapshot, run_id)
+    before = queries.history(Root.at(root), "q04")
     (folder / damaged).write_bytes(change((folder / damaged).read_bytes()))
-    assert ("cannot be read" in queries.changes(root, question, answer)) == (damaged != "history.json")
-    queries.save(root, answer, question, snapshot, "query-3")
-    assert queries.current(root, "q04")[1].equals(answer)
-    assert queries.history(root, "q04").head(2).equals(before)
+    assert ("cannot be read" in queries.changes(Root.at(root), question, answer)) == (damaged != "history.json")
+    queries.save(Root.at(root), answer, question, snapshot, "query-3")
+    assert queries.current(Root.at(root), "q04")[1].equals(answer)
+    assert queries.history(Root.at(root), "q04").head(2).equals(before)
 
 
 def test_what_changed_is_a_sentence_in_numbers(asked, root):
     snapshot, question = asked[0], named("q05")
     before = pl.DataFrame({"nation": ["CHINA", "INDIA", "JAPAN"], "revenue": [Decimal("10.0000")] * 3})
-    assert queries.changes(root, question, before) == "This is the first answer."
-    queries.save(root, before, question, snapshot, "query-1")
+    assert queries.changes(Root.at(root), question, before) == "This is the first answer."
+    queries.save(Root.at(root), before, question, snapshot, "query-1")
     since = "batch 1, up to 2026-03-02 07:59:55 UTC"
-    assert queries.changes(root, question, before) == f"The same as for {since}."
+    assert queries.changes(Root.at(root), question, before) == f"The same as for {since}."
     after = pl.DataFrame(
         {"nation": ["INDIA", "JAPAN", "KENYA"], "revenue": [Decimal("10.0000"), *[Decimal("20.0000")] * 2]}
     )
-    assert queries.changes(root, question, after) == (
+    assert queries.changes(Root.at(root), question, after) == (
         f"Since {since}: revenue 30 → 50 (+66.7%); of 3 rows 1 new, 1 changed, 1 gone."
     )
-    assert queries.changes(root, question, after.drop("revenue")) == f"The answer to {since} had other columns."
-    assert queries.changes(root, question, before.clear()).endswith("(-100.0%); of 0 rows 3 gone.")
+    assert (
+        queries.changes(Root.at(root), question, after.drop("revenue")) == f"The answer to {since} had other columns."
+    )
+    assert queries.changes(Root.at(root), question, before.clear()).endswith("(-100.0%); of 0 rows 3 gone.")
 
 
 @pytest.mark.parametrize(

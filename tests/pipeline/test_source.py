@@ -44,8 +44,8 @@ def test_many_ticks_at_once_are_the_ticks_one_by_one(stream, made):
 
 def test_a_tick_made_twice_is_the_same_bytes(stream, made, tmp_path):
     again = source.make_ticks(stream, range(1, 3))
-    source.land(str(tmp_path / "a"), stream, made)
-    source.land(str(tmp_path / "b"), stream, again)
+    source.land(Root.at(str(tmp_path / "a")), stream, made)
+    source.land(Root.at(str(tmp_path / "b")), stream, again)
     for tick in (1, 2):
         for table in STREAMED:
             name = source.file_name(table, tick)
@@ -80,42 +80,42 @@ def test_orders_are_placed_in_the_30_seconds_before_their_tick(stream, made):
 def test_a_new_stream_brings_history_and_then_catches_up(root):
     ask = {"scale": 0.001, "slices": 10, "history": 2, "max_ticks": 3}
     at = datetime.fromisoformat("2026-03-01T12:00:10+00:00")
-    stream, ticks = source.due_ticks(root, **ask, scheduled_for=at.isoformat())
+    stream, ticks = source.due_ticks(Root.at(root), **ask, scheduled_for=at.isoformat())
     assert (ticks, stream.time_of(2)) == (range(3), datetime.fromisoformat("2026-03-01T12:00:00+00:00"))
-    source.land(root, stream, source.make_ticks(stream, ticks))
+    source.land(Root.at(root), stream, source.make_ticks(stream, ticks))
 
     def due(seconds: int) -> range:
-        return source.due_ticks(root, **ask, scheduled_for=(at + timedelta(seconds=seconds)).isoformat())[1]
+        return source.due_ticks(Root.at(root), **ask, scheduled_for=(at + timedelta(seconds=seconds)).isoformat())[1]
 
     assert list(due(0)) == []
     assert list(due(20)) == [3]
     assert list(due(3600)) == [3, 4, 5]
-    assert list(source.due_ticks(root, **ask, scheduled_for=None)[1]) == [3]
-    assert list(source.due_ticks(root, **ask, scheduled_for=None, tick=1)[1]) == [1]
+    assert list(source.due_ticks(Root.at(root), **ask, scheduled_for=None)[1]) == [3]
+    assert list(source.due_ticks(Root.at(root), **ask, scheduled_for=None, tick=1)[1]) == [1]
 
 
 def test_making_an_old_tick_again_does_not_move_the_stream(root, stream, made):
-    source.land(root, stream, made)
+    source.land(Root.at(root), stream, made)
     before = Root.at(root).read(source.DESCRIPTION)
     begun, ticks = source.due_ticks(
-        root, scale=stream.scale, slices=stream.slices, history=0, max_ticks=1, scheduled_for=None, tick=1
+        Root.at(root), scale=stream.scale, slices=stream.slices, history=0, max_ticks=1, scheduled_for=None, tick=1
     )
-    source.land(root, begun, {1: made[1]})
+    source.land(Root.at(root), begun, {1: made[1]})
     assert list(ticks) == [1]
     assert Root.at(root).read(source.DESCRIPTION) == before
 
 
 def test_a_stream_keeps_its_scale(root, stream, made):
-    source.land(root, stream, {0: made[0]})
+    source.land(Root.at(root), stream, {0: made[0]})
     with pytest.raises(ValueError, match="keeps its scale"):
-        source.due_ticks(root, scale=1.0, slices=10, history=0, max_ticks=1, scheduled_for=None)
+        source.due_ticks(Root.at(root), scale=1.0, slices=10, history=0, max_ticks=1, scheduled_for=None)
 
 
 def test_two_beginnings_of_one_stream_are_told(root, stream, made):
-    source.land(root, stream, {0: made[0]})
+    source.land(Root.at(root), stream, {0: made[0]})
     other = source.Stream(stream.scale, stream.slices, "2026-03-01T10:00:00+00:00")
     with pytest.raises(RuntimeError, match="another run began"):
-        source.land(root, other, {0: made[0]})
+        source.land(Root.at(root), other, {0: made[0]})
 
 
 def test_the_generators_own_words_are_passed_on():

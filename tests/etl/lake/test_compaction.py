@@ -17,20 +17,21 @@ from deltalake.exceptions import CommitFailedError
 from polars.testing import assert_frame_equal
 from support import AT, ingest_all
 
-from etl.lake import compaction, doctor, ingest
-from etl.lake import snapshot as lake
+from etl import delta
+from etl.lake import compaction
+from etl.lake import snapshot as snapshots
 from etl.storage import Root
-from pipeline import source
+from pipeline import Lake, source
 from pipeline.tables import TABLES
 
 ASK = {"target_mb": 64, "min_small_files": 2, "vacuum_hours": 24}
 
 
 def test_rows_stay_and_files_become_one(scattered):
-    before = lake.snapshot(scattered)
+    before = Lake(scattered).snapshot()
     rows = {t: before.frame(t).collect().sort(TABLES[t].key) for t in TABLES}
-    done = compaction.compact(scattered, **ASK, run_id="compact-1")
-    after = lake.snapshot(scattered)
+    done = Lake(scattered).compact(**ASK, run_id="compact-1")
+    after = Lake(scattered).snapshot()
     assert done.filter(table="lineitem").select("files_before", "files_after").row(0) == (3, 1)
     assert done["rows_before"].equals(done["rows_after"])
     assert (after.batch, after.as_of) == (before.batch, before.as_of)
@@ -38,52 +39,52 @@ def test_rows_stay_and_files_become_one(scattered):
     assert len(after.files("lineitem")) == 1
     for table, expected in rows.items():
         assert_frame_equal(after.frame(table).collect().sort(TABLES[table].key), expected)
-    assert lake.open_table(Root.at(scattered), "orders").history(1)[0]["run_id"] == "compact-1"
+    assert Lake(scattered).table("orders").history(1)[0]["run_id"] == "compact-1"
 
 
 def test_a_second_compaction_changes_nothing(scattered):
-    compaction.compact(scattered, **ASK, run_id="compact-1")
-    before = lake.snapshot(scattered)
-    compaction.compact(scattered, **ASK, run_id="compact-2")
-    assert lake.snapshot(scattered).versions == before.versions
+    Lake(scattered).compact(**ASK, run_id="compact-1")
+    before = Lake(scattered).snapshot()
+    Lake(scattered).compact(**ASK, run_id="compact-2")
+    assert Lake(scattered).snapshot().versions == before.versions
 
 
 def test_readers_of_the_old_snapshot_are_not_disturbed(scattered):
-    before = lake.snapshot(scattered)
-    compaction.compact(scattered, **ASK, run_id="compact-1")
+    before = Lake(scattered).snapshot()
+    Lake(scattered).compact(**ASK, run_id="compact-1")
     assert before.frame("lineitem").collect().height > 0
 
 
 def test_the_batches_go_on_after_a_compaction(scattered, stream):
-    compaction.compact(scattered, **ASK, run_id="compact-1")
-    before = lake.snapshot(scattered).frame("orders").collect().height
+    Lake(scattered).compact(**ASK, run_id="compact-1")
+    before = Lake(scattered).snapshot().frame("orders").collect().height
     more = source.make_tick(stream, 3)
-    source.land(scattered, stream, {3: more})
+    source.land(Root.at(scattered), stream, {3: more})
     ingest_all(scattered)
-    assert lake.snapshot(scattered).frame("orders").collect().height == before + more["orders"].height
-    assert ingest.next_batch(scattered, max_files=500, scheduled_for=AT) is None
+    assert Lake(scattered).snapshot().frame("orders").collect().height == before + more["orders"].height
+    assert Lake(scattered).next_batch(max_files=500, scheduled_for=AT) is None
 
 
 def test_an_unfinished_batch_is_never_published_by_a_compaction(scattered, stream, monkeypatch):
-    source.land(scattered, stream, {3: source.make_tick(stream, 3)})
+    source.land(Root.at(scattered), stream, {3: source.make_tick(stream, 3)})
     with monkeypatch.context() as patched:
-        patched.setattr(lake, "publish", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(snapshots, "swap_pointer", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             ingest_all(scattered)
-    before = lake.snapshot(scattered)
+    before = Lake(scattered).snapshot()
     rows = before.frame("lineitem").collect().height
-    done = compaction.compact(scattered, **ASK, run_id="compact-1")
+    done = Lake(scattered).compact(**ASK, run_id="compact-1")
     assert done.filter(table="lineitem").select("files_before", "files_after").row(0) == (3, 1)
-    assert lake.snapshot(scattered) == before  # three files in one, and one of a batch that readers must not see yet
+    assert Lake(scattered).snapshot() == before  # three files in one, and one of a batch that readers must not see yet
     ingest_all(scattered)
-    after = lake.snapshot(scattered)
+    after = Lake(scattered).snapshot()
     assert (after.batch, len(after.files("lineitem"))) == (4, 2)
     assert after.frame("lineitem").collect().height > rows
 
 
 def test_rows_are_sorted_by_key_so_that_statistics_prune(scattered):
-    compaction.compact(scattered, **ASK, run_id="compact-1")
-    snapshot = lake.snapshot(scattered)
+    Lake(scattered).compact(**ASK, run_id="compact-1")
+    snapshot = Lake(scattered).snapshot()
     for table, key in (("orders", "o_orderkey"), ("lineitem", "l_orderkey")):
         (file,) = snapshot.files(table)
         rows = pl.read_parquet(file)
@@ -99,21 +100,22 @@ def test_rows_are_sorted_by_key_so_that_statistics_prune(scattered):
 
 
 def test_two_compactions_that_read_the_same_files_change_no_row(scattered):
-    place, before = Root.at(scattered), lake.snapshot(scattered)
+    lake = Lake(scattered)
+    before = lake.snapshot()
     handle = before.table("lineitem")
-    ((group,),) = [compaction._worth_it(handle, "lineitem", 64_000_000, 2)]
+    ((group,),) = [compaction._worth_it(lake, handle, "lineitem", 64_000_000, 2)]
     declared = pa.schema(handle.schema().to_arrow())
-    first, second = (compaction._rewrite(place, "lineitem", group, declared) for _ in range(2))
-    compaction._swap(place, "lineitem", [first], "one")
+    first, second = (compaction._rewrite(lake, "lineitem", group, declared) for _ in range(2))
+    compaction._swap(lake, "lineitem", [first], "one")
     with pytest.raises(compaction.Overlapped):
-        compaction._swap(place, "lineitem", [second], "two")
-    assert lake.file_stats(lake.open_table(place, "lineitem"))[1] == before.rows().filter(table="lineitem")["rows"][0]
-    assert len(lake.open_table(place, "lineitem").file_uris()) == 1
+        compaction._swap(lake, "lineitem", [second], "two")
+    assert delta.file_stats(lake.table("lineitem"))[1] == before.rows().filter(table="lineitem")["rows"][0]
+    assert len(lake.table("lineitem").file_uris()) == 1
 
 
 def test_a_table_has_one_compaction_at_a_time(scattered):
     with Root.at(scattered).lease("lake/leases/lineitem", "another"):
-        done = compaction.compact(scattered, **ASK, run_id="compact-1")
+        done = Lake(scattered).compact(**ASK, run_id="compact-1")
     assert "left to another compaction" in done.filter(table="lineitem")["note"][0]
     assert done.filter(table="orders")["files_after"][0] == 1
 
@@ -126,11 +128,11 @@ def test_a_file_that_does_not_come_back_as_it_went_is_not_taken(scattered, monke
         return real(frame) + (len(asked) == 2)
 
     monkeypatch.setattr(compaction, "checksum", once_wrong)
-    before = lake.snapshot(scattered)
-    done = compaction.compact(scattered, **ASK, run_id="compact-1")
+    before = Lake(scattered).snapshot()
+    done = Lake(scattered).compact(**ASK, run_id="compact-1")
     ((table, why),) = done.filter(pl.col("failed").is_not_null()).select("table", "failed").rows()
     assert why.startswith("RowsDiffer: ") and why.endswith("left as it was")
-    after = lake.snapshot(scattered)
+    after = Lake(scattered).snapshot()
     assert after.versions[table] == before.versions[table]
     assert not [name for name in Root.at(scattered).list(f"lake/{table}") if name.startswith("compacted")]
     (other,) = {"orders", "lineitem"} - {table}
@@ -160,14 +162,15 @@ def test_nothing_is_vacuumed_while_the_clock_looks_wrong(scattered):
 
 
 def test_what_nothing_needs_any_more_goes_a_day_later_once_the_clock_is_known(scattered):
-    compaction.compact(scattered, **ASK, run_id="compact-1")
-    place, before, started = Root.at(scattered), lake.snapshot(scattered), datetime.now(UTC)
+    Lake(scattered).compact(**ASK, run_id="compact-1")
+    place, before, started = Root.at(scattered), Lake(scattered).snapshot(), datetime.now(UTC)
     files = place.list("lake/lineitem")
     assert len(files) == 1 + 3 + 1  # the log, three small files, one large
     for name in files:  # how old a file is says nothing: the large one is needed, the small ones were until now
         os.utime(f"{scattered}/lake/lineitem/{name}", (0, 0))
     removed = [
-        compaction.compact(scattered, **ASK, run_id=f"at {hours}", now=started + timedelta(hours=hours))
+        Lake(scattered)
+        .compact(**ASK, run_id=f"at {hours}", now=started + timedelta(hours=hours))
         .filter(table="lineitem")
         .select("removed", "note")
         .row(0)
@@ -176,7 +179,7 @@ def test_what_nothing_needs_any_more_goes_a_day_later_once_the_clock_is_known(sc
     assert removed[0][0] == 0 and "nothing removed: the clock is known to be steady only since" in removed[0][1]
     assert removed[1][0] == 0 and removed[2] == (3, "")
     assert len(place.list("lake/lineitem")) == 1 + 1
-    assert lake.snapshot(scattered).frame("lineitem").collect().height == before.frame("lineitem").collect().height
+    assert Lake(scattered).snapshot().frame("lineitem").collect().height == before.frame("lineitem").collect().height
 
 
 def test_what_a_killed_run_left_goes_a_day_later(scattered):
@@ -190,7 +193,7 @@ def test_what_a_killed_run_left_goes_a_day_later(scattered):
     for hours, there in ((0, left + hidden), (20, left + hidden), (25, [])):
         place.write(fresh, b"x")
         os.utime(f"{scattered}/{fresh}", (started.timestamp() + hours * 3_600,) * 2)
-        compaction.compact(scattered, **ASK, run_id=f"at {hours}", now=started + timedelta(hours=hours))
+        Lake(scattered).compact(**ASK, run_id=f"at {hours}", now=started + timedelta(hours=hours))
         assert [rel for rel in left + hidden if place.exists(rel)] == there
         assert place.exists(fresh)
 
@@ -198,40 +201,41 @@ def test_what_a_killed_run_left_goes_a_day_later(scattered):
 def test_what_an_unfinished_batch_needs_stays_however_long_it_takes(scattered, stream, monkeypatch):
     """Published is what was there before the compaction and the batch: three days, until the batch ends."""
     started = datetime.now(UTC)
-    source.land(scattered, stream, {3: source.make_tick(stream, 3)})
+    source.land(Root.at(scattered), stream, {3: source.make_tick(stream, 3)})
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(lake, "publish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(snapshots, "swap_pointer", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         ingest_all(scattered)
-    before = lake.snapshot(scattered)
+    before = Lake(scattered).snapshot()
     rows = before.frame("lineitem").collect().height
     for hours in (0, 24, 48, 72):
-        done = compaction.compact(scattered, **ASK, run_id=f"at {hours}", now=started + timedelta(hours=hours))
-        assert lake.snapshot(scattered) == before
+        done = Lake(scattered).compact(**ASK, run_id=f"at {hours}", now=started + timedelta(hours=hours))
+        assert Lake(scattered).snapshot() == before
         assert before.frame("lineitem").collect().height == rows
     assert done["removed"].sum() == 0
     ingest_all(scattered)
-    assert lake.snapshot(scattered).frame("lineitem").collect().height > rows
+    assert Lake(scattered).snapshot().frame("lineitem").collect().height > rows
 
 
 def test_a_file_that_was_not_committed_yet_when_it_was_seen_has_a_day_from_its_end(scattered):
     """A sweep met a batch's file before its commit; the next one, a day later, is the one that supersedes it."""
-    place, started, before = Root.at(scattered), datetime.now(UTC), lake.snapshot(scattered)
+    place, started, before = Root.at(scattered), datetime.now(UTC), Lake(scattered).snapshot()
     compaction.clock_problem(place, started, hours=24)
     rows, files = before.frame("orders").collect().height, [Path(url).name for url in before.files("orders")]
     place.write("lake/unneeded/orders.json", json.dumps({"since": {started.isoformat(): files}}).encode())
     for hours, removed in ((24, 0), (47, 0), (48, 3)):
         assert before.frame("orders").collect().height == rows
-        done = compaction.compact(scattered, **ASK, run_id=f"at {hours}", now=started + timedelta(hours=hours))
+        done = Lake(scattered).compact(**ASK, run_id=f"at {hours}", now=started + timedelta(hours=hours))
         assert done.filter(table="orders").select("files_after", "removed").row(0) == (1, removed)
 
 
 def test_a_memory_that_is_damaged_gives_every_file_another_day(scattered):
     started, place = datetime.now(UTC), Root.at(scattered)
-    compaction.compact(scattered, **ASK, run_id="compact-1", now=started)
+    Lake(scattered).compact(**ASK, run_id="compact-1", now=started)
     for name in ("unneeded/lineitem", "unneeded/lineitem.copy", "clock", "clock.copy"):
         place.write(f"lake/{name}.json", b"{oops")
     removed = [
-        compaction.compact(scattered, **ASK, run_id=f"at {hours}", now=started + timedelta(hours=hours))
+        Lake(scattered)
+        .compact(**ASK, run_id=f"at {hours}", now=started + timedelta(hours=hours))
         .filter(table="lineitem")
         .select("removed", "failed")
         .row(0)
@@ -243,54 +247,54 @@ def test_a_memory_that_is_damaged_gives_every_file_another_day(scattered):
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()])
 def test_a_table_with_several_kinds_of_string_is_compacted(scattered, stream, made, kind):
     """As an earlier release of ours wrote them, or plain deltalake and Polars."""
-    place, before = Root.at(scattered), lake.snapshot(scattered)
+    before = Lake(scattered).snapshot()
     added = made[1]["lineitem"].with_columns(l_orderkey=pl.col("l_orderkey") + 10**9, _rescued=pl.lit(None, pl.String))
-    schema = pa.schema(lake.open_table(place, "lineitem").schema().to_arrow())
+    schema = pa.schema(Lake(scattered).table("lineitem").schema().to_arrow())
     other = pa.schema([field.with_type(kind) if field.type == pa.string() else field for field in schema])
     foreign = added.select(schema.names).to_arrow().cast(other)
     for rows in (foreign.slice(0, 100), foreign.slice(100)):
         write_deltalake(before.table("lineitem").table_uri, rows, mode="append")
-    source.land(scattered, stream, {9: {"lineitem": made[2]["lineitem"].head(5)}})
+    source.land(Root.at(scattered), stream, {9: {"lineitem": made[2]["lineitem"].head(5)}})
     ingest_all(scattered)  # publishes them
-    files = lake.snapshot(scattered).files("lineitem")
+    files = Lake(scattered).snapshot().files("lineitem")
     assert {str(pq.read_schema(file).field("l_comment").type) for file in files} >= {str(kind), "large_string"}
     sql = "select count(*), sum(l_orderkey), sum(l_extendedprice), sum(hash(l_comment)) from read_parquet({})"
     expected = duckdb.sql(sql.format(files)).fetchall()
-    done = compaction.compact(scattered, **ASK, run_id="compact-1")
+    done = Lake(scattered).compact(**ASK, run_id="compact-1")
     assert done.filter(table="lineitem").select("files_before", "files_after", "failed").row(0) == (6, 1, None)
-    (file,) = lake.snapshot(scattered).files("lineitem")
+    (file,) = Lake(scattered).snapshot().files("lineitem")
     assert duckdb.sql(sql.format([file])).fetchall() == expected
     assert pq.read_schema(file).equals(schema)
 
 
-def test_an_index_that_does_not_open_keeps_no_table_from_its_turn(scattered):
-    """The index of runs is written by others; nobody repairs it."""
+def test_a_table_that_does_not_open_keeps_no_other_from_its_turn(scattered):
+    """Readers of the lake do not need it to have been compacted."""
     place = Root.at(scattered)
-    place.write(f"lake/runs/_delta_log/{0:020d}.json", b"{torn")
-    surveyed = compaction.survey(scattered, small_mb=32).filter(table="runs")
+    place.write(f"lake/quarantine/_delta_log/{0:020d}.json", b"{torn")
+    surveyed = Lake(scattered).survey(small_mb=32).filter(table="quarantine")
     assert surveyed["files"][0] is None and surveyed["failed"][0]
-    done = compaction.compact(scattered, **ASK, run_id="compact-1")
-    assert done.filter(pl.col("failed").is_not_null())["table"].to_list() == ["runs"]
-    assert len(lake.snapshot(scattered).files("lineitem")) == 1
+    done = Lake(scattered).compact(**ASK, run_id="compact-1")
+    assert done.filter(pl.col("failed").is_not_null())["table"].to_list() == ["quarantine"]
+    assert len(Lake(scattered).snapshot().files("lineitem")) == 1
 
 
 def test_vacuum_keeps_a_day(scattered):
     with pytest.raises(ValueError, match="24 hours"):
-        compaction.compact(scattered, target_mb=64, min_small_files=2, vacuum_hours=1, run_id="x")
+        Lake(scattered).compact(target_mb=64, min_small_files=2, vacuum_hours=1, run_id="x")
 
 
 def test_of_two_overlapping_compactions_one_is_rejected(scattered):
     """The reason for the pin of deltalake: 1.6.4 to 1.6.6 commit both and double every row."""
-    handles = [lake.open_table(Root.at(scattered), "lineitem") for _ in range(2)]
-    _, rows = lake.file_stats(handles[0])
+    handles = [Lake(scattered).table("lineitem") for _ in range(2)]
+    _, rows = delta.file_stats(handles[0])
     handles[0].optimize.compact()
     with pytest.raises(CommitFailedError):
         handles[1].optimize.compact()
-    assert lake.file_stats(lake.open_table(Root.at(scattered), "lineitem"))[1] == rows
+    assert delta.file_stats(Lake(scattered).table("lineitem"))[1] == rows
 
 
 def test_a_table_that_changed_its_rows_is_put_back(scattered, monkeypatch):
-    real = lake.file_stats
+    real = delta.file_stats
     answers = iter([0])
 
     def miscount(handle):
@@ -300,19 +304,19 @@ def test_a_table_that_changed_its_rows_is_put_back(scattered, monkeypatch):
             return sizes, rows - 1
         return sizes, rows
 
-    before = lake.snapshot(scattered)
-    monkeypatch.setattr(lake, "file_stats", miscount)
-    done = compaction.compact(scattered, **ASK, run_id="compact-1")
+    before = Lake(scattered).snapshot()
+    monkeypatch.setattr(delta, "file_stats", miscount)
+    done = Lake(scattered).compact(**ASK, run_id="compact-1")
     ((table, why),) = done.filter(pl.col("failed").is_not_null()).select("table", "failed").rows()
     assert why.endswith("put back")
-    after = lake.snapshot(scattered)
+    after = Lake(scattered).snapshot()
     assert after.files(table) == before.files(table)
-    assert sorted(lake.open_table(Root.at(scattered), table).file_uris()) == sorted(before.files(table))
+    assert sorted(Lake(scattered).table(table).file_uris()) == sorted(before.files(table))
 
 
 def test_a_log_that_is_old_is_cut_and_the_lake_stays_whole(root, stream, made, monkeypatch):
     for tick in range(45):
-        source.land(root, stream, {tick: {"orders": made[1]["orders"].head(1)}})
+        source.land(Root.at(root), stream, {tick: {"orders": made[1]["orders"].head(1)}})
         ingest_all(root)
     log, days_ago = Path(root, "lake/orders/_delta_log"), time.time() - 3 * 86_400
     for path in [*log.glob("*[0-9].json"), *log.glob("*.parquet")]:
@@ -320,11 +324,11 @@ def test_a_log_that_is_old_is_cut_and_the_lake_stays_whole(root, stream, made, m
             path.write_text(re.sub(r'"timestamp":\d+', f'"timestamp":{days_ago * 1000:.0f}', path.read_text(), count=1))
         os.utime(path, (days_ago, days_ago))
     monkeypatch.setattr(compaction, "clock_problem", lambda *_: None)
-    compaction.compact(root, **ASK, run_id="compact-1")
+    Lake(root).compact(**ASK, run_id="compact-1")
     left = sorted(path.name for path in log.glob("*[0-9].json"))
     assert left[0] == f"{39:020d}.json"  # from the newest checkpoint on
-    assert not [finding for finding in doctor.examine(root) if finding.problem]
-    assert lake.snapshot(root).frame("orders").collect().height == 45
+    assert not [finding for finding in Lake(root).examine() if finding.problem]
+    assert Lake(root).snapshot().frame("orders").collect().height == 45
 
 
 def days_ago(days: float) -> float:
@@ -354,51 +358,51 @@ def steady(root) -> str:
 def test_old_days_of_the_archive_go_one_a_run(steady):
     for age in (20, 9, 8, 7, 1, 0):
         archived(steady, day(age), age)
-    assert [compaction.prune_archive(steady) for _ in range(4)] == [[day(20)], [day(9)], [day(8)], []]
+    assert [Lake(steady).prune_archive() for _ in range(4)] == [[day(20)], [day(9)], [day(8)], []]
     assert Root.at(steady).list("archive") == [day(7), day(1), day(0)]
-    assert compaction.prune_archive(steady, days=0) == []
+    assert Lake(steady).prune_archive(days=0) == []
 
 
 def test_the_archive_is_pruned_by_when_files_came_and_not_by_what_a_day_is_called(steady):
     archived(steady, "1999-01-01", 2)
     archived(steady, "2100-01-01", 3)
     archived(steady, "notes", 300)
-    assert compaction.prune_archive(steady) == []
+    assert Lake(steady).prune_archive() == []
     archived(steady, "2100-01-01", 9)
-    assert [compaction.prune_archive(steady) for _ in range(2)] == [["2100-01-01"], []]
+    assert [Lake(steady).prune_archive() for _ in range(2)] == [["2100-01-01"], []]
     assert Root.at(steady).list("archive") == ["1999-01-01", "notes"]
 
 
 def test_nothing_of_the_archive_goes_while_the_clock_looks_wrong(root):
     old, started = archived(root, day(20), 20), datetime.now(UTC)
-    assert compaction.prune_archive(root, now=started) == []
-    assert compaction.prune_archive(root, now=started + timedelta(hours=23)) == []
-    assert compaction.prune_archive(root, now=started + timedelta(days=3, hours=1)) == []  # a pause, or a jump
-    assert compaction.prune_archive(root, now=datetime(2100, 1, 1, tzinfo=UTC)) == []
-    assert compaction.prune_archive(root, now=started + timedelta(days=3, hours=2)) == []
+    assert Lake(root).prune_archive(now=started) == []
+    assert Lake(root).prune_archive(now=started + timedelta(hours=23)) == []
+    assert Lake(root).prune_archive(now=started + timedelta(days=3, hours=1)) == []  # a pause, or a jump
+    assert Lake(root).prune_archive(now=datetime(2100, 1, 1, tzinfo=UTC)) == []
+    assert Lake(root).prune_archive(now=started + timedelta(days=3, hours=2)) == []
     assert Root.at(root).exists(old)
-    assert compaction.prune_archive(root, now=started + timedelta(days=4, hours=3)) == [day(20)]
+    assert Lake(root).prune_archive(now=started + timedelta(days=4, hours=3)) == [day(20)]
 
 
 def test_old_days_of_an_archive_in_an_object_store_go(s3_root):
     place, started = Root.at(s3_root), datetime.now(UTC)
     place.write("landing/orders/orders-00000000.json", b"x")
     place.move("landing/orders/orders-00000000.json", "archive/2020-01-01/orders/orders-00000000.json")
-    pruned = [compaction.prune_archive(s3_root, now=started + timedelta(days=days)) for days in range(10)]
+    pruned = [Lake(s3_root).prune_archive(now=started + timedelta(days=days)) for days in range(10)]
     assert pruned == [[]] * 8 + [["2020-01-01"], []]
     assert place.list("archive") == []
 
 
 def test_what_earlier_releases_kept_twice_is_believed_no_more_and_removed(scattered):
     """Their documents have a sha256 beside their own fields."""
-    place, before = Root.at(scattered), lake.snapshot(scattered)
-    for rel in (lake.PUBLISHED, "lake/batches/00000003.json"):
+    place, before = Root.at(scattered), Lake(scattered).snapshot()
+    for rel in (snapshots.POINTER, "lake/batches/00000003.json"):
         document = place.read_json(rel)
         place.write(rel, json.dumps({"sha256": "0" * 64} | document).encode())
         place.write(rel.replace(".json", ".copy.json"), b"{oops")
     place.write(f"lake/kept_log/orders/{1:020d}-{'0' * 64}.json", b"{oops")
-    assert lake.snapshot(scattered) == before
-    assert not [finding for finding in doctor.examine(scattered) if finding.problem]
-    compaction.compact(scattered, **ASK, run_id="compact-1")
+    assert Lake(scattered).snapshot() == before
+    assert not [finding for finding in Lake(scattered).examine() if finding.problem]
+    Lake(scattered).compact(**ASK, run_id="compact-1")
     assert not place.list("lake/kept_log") and not [rel for rel in place.files("lake") if "copy" in rel]
-    assert lake.snapshot(scattered).rows().select("table", "rows").equals(before.rows().select("table", "rows"))
+    assert Lake(scattered).snapshot().rows().select("table", "rows").equals(before.rows().select("table", "rows"))

@@ -14,15 +14,16 @@ from polars.testing import assert_frame_equal
 from support import AT, ingest_all
 
 from etl import charts
-from etl.lake import ingest, landing, ledger, quarantine, rebuild
-from etl.lake import snapshot as lake
+from etl.lake import commit as commits
+from etl.lake import landing, ledger
+from etl.lake import snapshot as snapshots
 from etl.storage import PROJECT, Root
-from pipeline import queries, source
+from pipeline import Lake, queries, source
 from pipeline.tables import TABLES
 
 
 def rows(root: str, table: str) -> pl.DataFrame:
-    return lake.snapshot(root).frame(table).collect().sort(TABLES[table].key)
+    return Lake(root).snapshot().frame(table).collect().sort(TABLES[table].key)
 
 
 def expected(made: dict, table: str) -> pl.DataFrame:
@@ -50,30 +51,30 @@ def test_the_lake_equals_what_another_engine_reads_from_the_archive(filled):
 
 
 def test_a_second_run_finds_nothing_and_changes_no_version(filled):
-    before = lake.snapshot(filled)
-    assert ingest.next_batch(filled, max_files=500, scheduled_for=AT) is None
-    assert lake.snapshot(filled) == before
-    assert all(lake.open_table(Root.at(filled), t).version() == v for t, v in before.versions.items())
+    before = Lake(filled).snapshot()
+    assert Lake(filled).next_batch(max_files=500, scheduled_for=AT) is None
+    assert Lake(filled).snapshot() == before
+    assert all(Lake(filled).table(t).version() == v for t, v in before.versions.items())
 
 
 def test_a_batch_committed_again_changes_nothing(landed, made):
-    parsed = ingest.read(ingest.next_batch(landed, max_files=500, scheduled_for=AT))
-    first = ingest.commit(parsed, run_id="one")
-    assert ingest.commit(parsed, run_id="two") == first
+    parsed = Lake.read(Lake(landed).next_batch(max_files=500, scheduled_for=AT))
+    first = Lake.commit(parsed, run_id="one")
+    assert Lake.commit(parsed, run_id="two") == first
     assert_exactly(landed, made)
 
 
 def test_files_are_taken_oldest_first_and_no_more_than_asked(landed):
-    batch = ingest.next_batch(landed, max_files=9, scheduled_for=AT)
-    assert [f.tick for f in batch.files] == [0] * 8  # the ninth is not parted from the tenth
-    ingest.commit(ingest.read(batch), run_id="one")
-    assert len(ingest.next_batch(landed, max_files=500, scheduled_for=AT).files) == 4
+    batch = Lake(landed).next_batch(max_files=9, scheduled_for=AT)
+    assert [f.sequence for f in batch.files] == [0] * 8  # the ninth is not parted from the tenth
+    Lake.commit(Lake.read(batch), run_id="one")
+    assert len(Lake(landed).next_batch(max_files=500, scheduled_for=AT).files) == 4
 
 
 def _commit(root: str, run_id: str, start) -> None:
-    parsed = ingest.read(ingest.next_batch(root, max_files=500, scheduled_for=AT))
+    parsed = Lake.read(Lake(root).next_batch(max_files=500, scheduled_for=AT))
     start.wait()
-    ingest.commit(parsed, run_id=run_id)
+    Lake.commit(parsed, run_id=run_id)
 
 
 def test_two_processes_with_the_same_batch_commit_it_once(landed, made):
@@ -89,15 +90,15 @@ def test_two_processes_with_the_same_batch_commit_it_once(landed, made):
 
 
 def test_an_ingested_file_that_appears_again_is_set_aside(filled, stream, made):
-    source.land(filled, stream, {2: made[2]})
-    batch = ingest.next_batch(filled, max_files=500, scheduled_for=AT)
-    assert ([f.tick for f in batch.repeated], batch.files) == ([2, 2], ())
-    ingest.commit(ingest.read(batch), run_id="again")
-    assert lake.snapshot(filled).batch == 1
+    source.land(Root.at(filled), stream, {2: made[2]})
+    batch = Lake(filled).next_batch(max_files=500, scheduled_for=AT)
+    assert ([f.sequence for f in batch.repeated], batch.files) == ([2, 2], ())
+    Lake.commit(Lake.read(batch), run_id="again")
+    assert Lake(filled).snapshot().batch == 1
     assert_exactly(filled, made)
     assert Root.at(filled).list("landing/orders") == []
     assert sum(len(Root.at(filled).list(f"archive/{day}/repeated")) for day in Root.at(filled).list("archive")) == 2
-    assert ingest.next_batch(filled, max_files=500, scheduled_for=AT) is None
+    assert Lake(filled).next_batch(max_files=500, scheduled_for=AT) is None
 
 
 def test_bad_rows_reach_quarantine_with_file_and_line(landed, made):
@@ -105,11 +106,11 @@ def test_bad_rows_reach_quarantine_with_file_and_line(landed, made):
     lines = place.read(name).splitlines()
     lines[3] = b"{oops"
     place.write(name, b"\n".join(lines) + b"\n")
-    batch = ingest.next_batch(landed, max_files=500, scheduled_for=AT)
-    parsed = ingest.read(batch)
+    batch = Lake(landed).next_batch(max_files=500, scheduled_for=AT)
+    parsed = Lake.read(batch)
     assert parsed.bad_share == pytest.approx(1 / parsed.rows)
-    ingest.commit(parsed, run_id="one")
-    quarantine = lake.snapshot(landed).frame("quarantine").collect()
+    Lake.commit(parsed, run_id="one")
+    quarantine = Lake(landed).snapshot().frame("quarantine").collect()
     assert quarantine.select("batch", "table", "file", "line", "raw").rows() == [
         (1, "orders", "orders-00000001.json", 4, "{oops")
     ]
@@ -136,11 +137,11 @@ def test_a_row_that_nothing_can_say_is_set_apart_and_stops_nothing(landed, made,
     lines = place.read(name).splitlines()
     odd = json.dumps(json.loads(lines[3]) | UNSAYABLE[what]).encode()
     place.write(name, b"\n".join([*lines[:3], odd, *lines[4:]]))
-    done = ingest.drain(landed, **LIMITS | {"max_files": 8}, for_s=60)
+    done = Lake(landed).drain(**LIMITS | {"max_files": 8}, for_s=60)
     assert done["committed"].to_list() == [True, True]
     assert [Root.at(landed).list(f"landing/{table}") for table in TABLES] == [[]] * len(TABLES)
     whole = pl.concat([frames["orders"] for frames in made.values()])
-    snapshot = lake.snapshot(landed)
+    snapshot = Lake(landed).snapshot()
     assert rows(landed, "orders").height == whole.height - 1
     assert snapshot.as_of == whole["o_order_time"].max()
     apart = snapshot.frame("quarantine").collect()
@@ -173,15 +174,15 @@ def test_a_row_is_at_most_a_day_ahead(root, made, scheduled_for, hours_ahead, fi
         .with_columns(o_order_time=pl.Series([CLOCK, CLOCK + timedelta(hours=hours_ahead)]).dt.cast_time_unit("us"))
     )
     Root.at(root).write("landing/orders/orders-00000001.json", source.to_json_lines(ahead))
-    batch = ingest.next_batch(root, max_files=9, scheduled_for=scheduled_for, now=CLOCK)
+    batch = Lake(root).next_batch(max_files=9, scheduled_for=scheduled_for, now=CLOCK)
     with pytest.MonkeyPatch.context() as patched:  # a crash after it was written down; the next run is days later
         stop_before(patched, "append")
         with pytest.raises(KeyboardInterrupt):
-            ingest.commit(ingest.read(batch), run_id="one")
-    later = ingest.next_batch(root, max_files=9, scheduled_for=None, now=CLOCK + timedelta(days=3))
+            Lake.commit(Lake.read(batch), run_id="one")
+    later = Lake(root).next_batch(max_files=9, scheduled_for=None, now=CLOCK + timedelta(days=3))
     assert (later.at, later.date) == (batch.at, "2026-03-04")
-    ingest.commit(ingest.read(later), run_id="two")
-    snapshot = lake.snapshot(root)
+    Lake.commit(Lake.read(later), run_id="two")
+    snapshot = Lake(root).snapshot()
     assert rows(root, "orders").height == 1 + fits
     assert snapshot.as_of == CLOCK + fits * timedelta(hours=hours_ahead)
     assert snapshot.frame("quarantine").collect().height == 1 - fits
@@ -191,9 +192,9 @@ def test_as_of_leaves_room_to_look_back(root, made):
     old = made[1]["orders"].head(1).with_columns(o_order_time=pl.datetime(1, 1, 1, time_zone="UTC"))
     Root.at(root).write("landing/orders/orders-00000001.json", source.to_json_lines(old))
     ingest_all(root)
-    assert lake.snapshot(root).as_of == datetime(1970, 1, 1, tzinfo=UTC)
+    assert Lake(root).snapshot().as_of == datetime(1970, 1, 1, tzinfo=UTC)
     for question in queries.questions():
-        queries.ask(question, lake.snapshot(root))
+        queries.ask(question, Lake(root).snapshot())
 
 
 def test_a_batch_that_an_earlier_release_wrote_down_is_of_today():
@@ -207,7 +208,7 @@ def test_files_are_archived_under_the_day_of_the_clock(landed, made, monkeypatch
     """`scheduled_for` is what a run says of itself: what it archives today must not be deleted as that day's."""
     place = Root.at(landed)
     place.write("landing/orders/orders-00000007.json", b"")
-    batch = ingest.next_batch(landed, max_files=8, scheduled_for="2025-01-01T00:00:00+00:00", now=CLOCK)
+    batch = Lake(landed).next_batch(max_files=8, scheduled_for="2025-01-01T00:00:00+00:00", now=CLOCK)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
 
         def end(name):
@@ -215,18 +216,18 @@ def test_files_are_archived_under_the_day_of_the_clock(landed, made, monkeypatch
                 raise KeyboardInterrupt
 
         patched.setattr(landing, "crash_point", end)
-        ingest.commit(ingest.read(batch), run_id="one")
+        Lake.commit(Lake.read(batch), run_id="one")
     assert place.list("archive") == [ledger.read(place, 1)["date"]] == ["2026-03-01"]
-    batch = ingest.next_batch(landed, max_files=8, scheduled_for=AT, now=CLOCK + timedelta(days=1))
-    parsed = ingest.read(batch)
+    batch = Lake(landed).next_batch(max_files=8, scheduled_for=AT, now=CLOCK + timedelta(days=1))
+    parsed = Lake.read(batch)
     assert (len(parsed.batch.files), parsed.batch.refused) == (8, ())
-    ingest.commit(parsed, run_id="two")
+    Lake.commit(parsed, run_id="two")
     names = [{path.name for path in Path(landed, "archive").glob(f"2026-03-0{day}/*/*")} for day in (1, 2)]
     assert [len(day) for day in names] == [3, 5]
     assert names[0] | names[1] == {file.name for file in batch.files}
     ingest_all(landed)
     assert place.list("refused") == [max(place.list("archive"))]  # today's
-    compared = rebuild.rebuild(landed)
+    compared = Lake(landed).rebuild()
     assert compared["equal"].all()
     assert_exactly(landed, made)
 
@@ -239,7 +240,7 @@ def test_a_file_of_which_no_line_fits_is_refused_and_stops_nothing(landed, made)
     place.write("landing/orders/orders-00000009.json", b"\n \n")
     first = place.read("landing/orders/orders-00000002.json")
     place.write("landing/orders/orders-00000002.json", b"\n" * 9000 + first + b"\n")
-    done = ingest.drain(landed, **LIMITS, for_s=60)
+    done = Lake(landed).drain(**LIMITS, for_s=60)
     assert done.select("files", "files_refused", "refused", "committed").rows() == [(12, 3, 0, True)]
     assert_exactly(landed, made)
     assert why_refused(landed) == {
@@ -260,10 +261,10 @@ def test_files_that_are_no_tables_are_left_alone(landed):
     assert place.list("landing/secrets") == ["secrets-00000001.json"]
 
 
-def test_ranges_of_ticks_stay_small():
+def test_ranges_of_sequences_stay_small():
     ranges = []
-    for tick in (0, 1, 2, 5, 4, 3, 9):
-        ranges = ledger.with_tick(ranges, tick)
+    for sequence in (0, 1, 2, 5, 4, 3, 9):
+        ranges = ledger.with_sequence(ranges, sequence)
     assert ranges == [[0, 5], [9, 9]]
     assert ledger.contains(ranges, 4)
     assert not ledger.contains(ranges, 7)
@@ -271,46 +272,73 @@ def test_ranges_of_ticks_stay_small():
 
 def why_refused(root: str) -> dict[str, str]:
     """File -> why, of all that was refused."""
-    return {one["file"]: one["why"] for one in quarantine.refused_files(root)}
+    return {one["file"]: one["why"] for one in Lake(root).refused_files()}
+
+
+STEPS = {"append": commits, "swap_pointer": snapshots}
 
 
 def stop_before(monkeypatch, name: str) -> None:
-    """The next commit ends where `name` of `lake` would be called."""
+    """The next commit ends where the function `name` would be called."""
 
     def end(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lake, name, end)
+    monkeypatch.setattr(STEPS[name], name, end)
 
 
-@pytest.mark.parametrize("step", ["append", "publish"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_batch_that_an_earlier_release_left_unfinished_is_finished(landed, made, monkeypatch, step):
+    """Its manifest has the number of each file's name as "tick"."""
+    place = Root.at(landed)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_before(patched, step)
+        ingest_all(landed)
+    manifest = ledger.read(place, 1)
+    assert not any("tick" in file for file in manifest["files"])
+    files = [file | {"tick": int(file["name"][-13:-5])} for file in manifest["files"]]
+    place.write(ledger.manifest(1), json.dumps(manifest | {"files": files}, indent=1).encode())
+    batch = Lake(landed).next_batch(max_files=1, scheduled_for=AT)
+    assert [file.name for file in batch.files] == [file["name"] for file in files]
+    parsed = Lake.read(batch)
+    assert parsed.batch.refused == ()
+    Lake.commit(parsed, run_id="again")
+    assert_exactly(landed, made)
+    assert all(place.list(f"landing/{table}") == [] for table in TABLES)
+    assert place.exists(ledger.done(1)) and ledger.ingested_until(place, 1)["orders"] == [[0, 2]]
+    assert Lake(landed).next_batch(max_files=9, scheduled_for=AT) is None
+    assert Lake(landed).rebuild()["equal"].all()
+    assert_exactly(landed, made)
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_a_file_that_changes_after_it_was_written_down_is_refused(landed, made, monkeypatch, step):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         stop_before(patched, step)
         ingest_all(landed)
     name = "landing/orders/orders-00000001.json"
     Root.at(landed).write(name, Root.at(landed).read(name).replace(b"Clerk", b"Clark"))
-    parsed = ingest.read(ingest.next_batch(landed, max_files=500, scheduled_for=AT))
+    parsed = Lake.read(Lake(landed).next_batch(max_files=500, scheduled_for=AT))
     assert [(file.name, file.why) for file in parsed.batch.refused] == [
         ("orders-00000001.json", "changed since batch 1 was written down")
     ]
-    ingest.commit(parsed, run_id="again")
+    Lake.commit(parsed, run_id="again")
     clerks = rows(landed, "orders")["o_clerk"]
     assert not clerks.str.starts_with("Clark").any()
     # what was committed before the change stays; what was not is not half there
     whole = sum(frames["orders"].height for frames in made.values())
-    assert clerks.len() == (whole if step == "publish" else whole - made[1]["orders"].height)
+    assert clerks.len() == (whole if step == "swap_pointer" else whole - made[1]["orders"].height)
     assert why_refused(landed) == {"orders-00000001.json": "changed since batch 1 was written down"}
     # brought back, it is ingested only where its name never was
-    assert quarantine.retry(landed, "orders-00000001.json") == ["landing/orders/orders-00000001.json"]
-    batch = ingest.next_batch(landed, max_files=500, scheduled_for=AT)
-    assert len(batch.files) == (0 if step == "publish" else 1)
+    assert Lake(landed).retry("orders-00000001.json") == ["landing/orders/orders-00000001.json"]
+    batch = Lake(landed).next_batch(max_files=500, scheduled_for=AT)
+    assert len(batch.files) == (0 if step == "swap_pointer" else 1)
 
 
 def test_a_file_that_changes_while_it_is_ingested_does_not_reach_the_archive(landed):
-    parsed = ingest.read(ingest.next_batch(landed, max_files=500, scheduled_for=AT))
+    parsed = Lake.read(Lake(landed).next_batch(max_files=500, scheduled_for=AT))
     Root.at(landed).write("landing/orders/orders-00000001.json", b"{}\n")
-    ingest.commit(parsed, run_id="one")
+    Lake.commit(parsed, run_id="one")
     assert "changed while it was ingested" in why_refused(landed)["orders-00000001.json"]
     (day,) = Root.at(landed).list("archive")
     assert Root.at(landed).list(f"archive/{day}/orders") == ["orders-00000000.json", "orders-00000002.json"]
@@ -319,19 +347,19 @@ def test_a_file_that_changes_while_it_is_ingested_does_not_reach_the_archive(lan
 def test_an_ingested_name_with_other_content_is_refused(filled):
     place = Root.at(filled)
     place.write("landing/orders/orders-00000001.json", b"{}\n")
-    batch = ingest.next_batch(filled, max_files=500, scheduled_for=AT)
+    batch = Lake(filled).next_batch(max_files=500, scheduled_for=AT)
     assert (batch.files, batch.repeated) == ((), ())
-    ingest.commit(ingest.read(batch), run_id="again")
+    Lake.commit(Lake.read(batch), run_id="again")
     assert why_refused(filled) == {"orders-00000001.json": "was ingested in batch 1 with other content"}
-    assert ingest.next_batch(filled, max_files=500, scheduled_for=AT) is None
+    assert Lake(filled).next_batch(max_files=500, scheduled_for=AT) is None
 
 
 def test_a_batch_has_at_most_so_many_bytes(landed):
-    batch = ingest.next_batch(landed, max_files=500, max_bytes=2_000_000, scheduled_for=AT)
+    batch = Lake(landed).next_batch(max_files=500, max_bytes=2_000_000, scheduled_for=AT)
     assert 0 < sum(file.bytes for file in batch.files) <= 2_000_000
     assert not batch.refused
-    small = ingest.next_batch(landed, max_files=500, max_bytes=400_000, scheduled_for=AT)
-    assert {(file.table, file.tick, file.why) for file in small.refused} >= {
+    small = Lake(landed).next_batch(max_files=500, max_bytes=400_000, scheduled_for=AT)
+    assert {(file.table, file.sequence, file.why) for file in small.refused} >= {
         ("lineitem", 1, f"has {Root.at(landed).size('landing/lineitem/lineitem-00000001.json'):,} bytes: "
          "more than the 400,000 of a batch")
     }  # fmt: skip
@@ -341,7 +369,7 @@ LIMITS = {"max_files": 500, "max_bytes": 10**9, "max_bad_share": 0.01, "schedule
 
 
 def test_what_waits_is_drained_in_batches(landed, made):
-    done = ingest.drain(landed, **LIMITS | {"max_files": 3}, for_s=60)
+    done = Lake(landed).drain(**LIMITS | {"max_files": 3}, for_s=60)
     assert done["files"].to_list() == [3, 3, 2, 2, 2]  # a tick's files together where a batch can hold them
     assert_exactly(landed, made)
 
@@ -362,26 +390,26 @@ def test_500_waiting_files_are_in_after_at_most_three_runs(root, made):
     while any(Root.at(root).list(f"landing/{table}") for table in TABLES):
         runs += 1
         assert runs <= 3
-        ingest.drain(root, **limits, for_s=for_s, scheduled_for=AT, run_id=f"preprocess-{runs}")
+        Lake(root).drain(**limits, for_s=for_s, scheduled_for=AT, run_id=f"preprocess-{runs}")
     assert rows(root, "orders")["o_orderkey"].to_list() == [*range(1, 251)]
     assert rows(root, "lineitem")["l_orderkey"].to_list() == [*range(1, 251)]
 
 
 def test_nothing_is_begun_when_the_time_is_over(landed):
-    assert ingest.drain(landed, **LIMITS, for_s=0).is_empty()
-    assert len(ingest.drain(landed, **LIMITS | {"max_files": 1}, for_s=0.001)) == 1
+    assert Lake(landed).drain(**LIMITS, for_s=0).is_empty()
+    assert len(Lake(landed).drain(**LIMITS | {"max_files": 1}, for_s=0.001)) == 1
 
 
 def test_a_batch_of_bad_lines_ends_the_draining(landed):
     place, name = Root.at(landed), "landing/orders/orders-00000001.json"
     place.write(name, place.read(name) + b"{}\n" * 500)
     lines = place.read(name).count(b"\n")
-    done = ingest.drain(landed, **LIMITS | {"max_files": 8}, for_s=60)
+    done = Lake(landed).drain(**LIMITS | {"max_files": 8}, for_s=60)
     assert done.select("batch", "committed", "worst").rows() == [
         (1, True, "every line fits"),
         (2, False, f"orders-00000001.json has 500 of {lines}"),
     ]
-    assert lake.snapshot(landed).batch == 1
+    assert Lake(landed).snapshot().batch == 1
 
 
 def test_unknown_fields_are_kept(landed):
@@ -389,8 +417,8 @@ def test_unknown_fields_are_kept(landed):
     lines = place.read(name).splitlines()
     lines[0] = lines[0][:-1] + b',"channel":"web","score":[1,2.5]}'
     place.write(name, b"\n".join(lines) + b"\n")
-    parsed = ingest.read(ingest.next_batch(landed, max_files=500, scheduled_for=AT))
+    parsed = Lake.read(Lake(landed).next_batch(max_files=500, scheduled_for=AT))
     assert (parsed.rescued, parsed.refused.height) == (1, 0)
-    ingest.commit(parsed, run_id="one")
-    rescued = lake.snapshot(landed).frame("orders", ["_rescued"]).collect()["_rescued"].drop_nulls()
+    Lake.commit(parsed, run_id="one")
+    rescued = Lake(landed).snapshot().frame("orders", ["_rescued"]).collect()["_rescued"].drop_nulls()
     assert [json.loads(value) for value in rescued] == [{"channel": "web", "score": [1, 2.5]}]

@@ -14,13 +14,14 @@ from etl.storage import PROJECT, Root, Unreadable
 UNREADABLE = """
 import os, sys
 from deltalake import DeltaTable, write_deltalake
-from etl.lake import ingest, quarantine
+from pipeline import Lake
 root = sys.argv[1]
+lake = Lake(root)
 if os.geteuid() == 0:
     os.setuid(65534)
-batch = ingest.next_batch(root, max_files=9, scheduled_for="2026-03-01")
-ingest.commit(ingest.read(batch), run_id="x")
-print(quarantine.refused_files(root)[0]["why"], os.listdir(f"{root}/landing/orders"))
+batch = lake.next_batch(max_files=9, scheduled_for="2026-03-01")
+lake.commit(lake.read(batch), run_id="x")
+print(lake.refused_files()[0]["why"], os.listdir(f"{root}/landing/orders"))
 """
 
 
@@ -64,10 +65,10 @@ def test_what_is_no_file_is_refused_when_it_is_opened_too(root):
     ("most_files", "most_bytes", "taken"),
     [(9, 999, 6), (5, 999, 4), (4, 999, 4), (3, 999, 2), (1, 999, 1), (9, 40, 4), (9, 25, 2), (9, 15, 1)],
 )
-def test_a_ticks_files_stay_together_where_a_batch_can_hold_them(most_files, most_bytes, taken):
+def test_files_of_one_sequence_stay_together_where_a_batch_can_hold_them(most_files, most_bytes, taken):
     files = tuple(
-        landing.File(f"{table}-{tick:08d}.json", table, tick, 10)
-        for tick in range(3)
+        landing.File(landing.name_of(table, sequence), table, 10)
+        for sequence in range(3)
         for table in ("orders", "lineitem")
     )
     assert landing.cut(files, most_files, most_bytes) == files[:taken]

@@ -7,10 +7,8 @@ import polars as pl
 import pytest
 from support import ingest_all
 
-from etl.lake import compaction
-from etl.lake import snapshot as lake
 from etl.storage import Root
-from pipeline import source
+from pipeline import Lake, source
 
 ASK = {"target_mb": 64, "min_small_files": 2, "vacuum_hours": 24}
 
@@ -19,7 +17,7 @@ def rows(root: str, tmp_path, table: str = "orders") -> tuple:
     """Rows, keys and money of what is published, by DuckDB on the very files."""
     place, folder = Root.at(root), tmp_path / "read"
     folder.mkdir(exist_ok=True)
-    for url in lake.snapshot(root).files(table):
+    for url in Lake(root).snapshot().files(table):
         name = url.rsplit("/", 1)[-1]
         (folder / name).write_bytes(place.read(f"lake/{table}/{name}"))
     sql = f"select count(*), count(distinct o_orderkey), sum(o_totalprice) from read_parquet('{folder}/*.parquet')"
@@ -37,9 +35,9 @@ def given(made: dict, ticks) -> tuple:
 @pytest.mark.parametrize("says", [True, False])
 def test_a_batch_whose_commit_was_not_answered_has_its_rows(s3_root, faulty, stream, made, tmp_path, says):
     faulty.says_which_condition = says
-    source.land(s3_root, stream, {0: made[0]})
+    source.land(Root.at(s3_root), stream, {0: made[0]})
     ingest_all(s3_root)
-    source.land(s3_root, stream, {1: made[1]})
+    source.land(Root.at(s3_root), stream, {1: made[1]})
     commit = f"lake/orders/_delta_log/{2:020d}.json"
     faulty.lose_reply("PUT", commit)
     ingest_all(s3_root)
@@ -49,19 +47,19 @@ def test_a_batch_whose_commit_was_not_answered_has_its_rows(s3_root, faulty, str
 
 def test_a_compaction_whose_commit_was_not_answered_has_its_rows(s3_root, faulty, stream, made, tmp_path):
     for tick in (0, 1):
-        source.land(s3_root, stream, {tick: made[tick]})
+        source.land(Root.at(s3_root), stream, {tick: made[tick]})
         ingest_all(s3_root)
     commit, started = f"lake/orders/_delta_log/{3:020d}.json", datetime.now(UTC)
     faulty.lose_reply("PUT", commit)
-    done = compaction.compact(s3_root, **ASK, run_id="compact-1", now=started)
+    done = Lake(s3_root).compact(**ASK, run_id="compact-1", now=started)
     assert (faulty.count("PUT", commit, None), faulty.count("PUT", commit, 412)) == (1, 1)
     assert done.filter(table="orders").select("files_before", "files_after", "failed").row(0) == (2, 1, None)
-    assert len(lake.snapshot(s3_root).files("orders")) == 1
+    assert len(Lake(s3_root).snapshot().files("orders")) == 1
     faulty.lose_reply("DELETE", "lake/orders/batch-00000001")
-    done = compaction.compact(s3_root, **ASK, run_id="compact-2", now=started + timedelta(days=1))
+    done = Lake(s3_root).compact(**ASK, run_id="compact-2", now=started + timedelta(days=1))
     assert done.filter(table="orders").select("removed", "failed").row(0) == (2, None)
     assert Root.at(s3_root).list("lake/orders") == [
         "_delta_log",
-        lake.snapshot(s3_root).files("orders")[0].split("/")[-1],
+        Lake(s3_root).snapshot().files("orders")[0].split("/")[-1],
     ]
     assert rows(s3_root, tmp_path) == given(made, (0, 1))

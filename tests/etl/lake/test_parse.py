@@ -2,6 +2,7 @@
 
 import json
 from datetime import UTC, datetime
+from decimal import Decimal
 
 import polars as pl
 import pytest
@@ -9,6 +10,7 @@ from faults.lake_malformed import GOOD, LINES, line
 from polars.testing import assert_frame_equal
 
 from etl.lake import parse
+from etl.lake.table import TEXT, Table, decimal
 from pipeline.tables import RESCUED, TABLES
 
 ORDERS = TABLES["orders"]
@@ -222,3 +224,69 @@ def test_types_are_exact():
     assert [str(value) for value in kept["o_totalprice"]] == ["12.50", "0.01", "1234567890123.45"]
     assert kept.schema == pl.Schema(ORDERS.columns | {RESCUED: pl.String})
     assert str(kept["o_order_time"][0]) == "2026-03-01 11:59:37.919000+00:00"
+
+
+MEASURED = Table(
+    "measured",
+    {"sensor": TEXT, "level": decimal(9, 3), "people": decimal(5, 0), "share": decimal(4, 4)},
+    ("sensor",),
+    ranges={"people": (-99_998, None)},
+)
+EXACT = {
+    "level": ["0", "-0", "-0.001", "7.5", "007.250", "999999.999", "-999999.999"],
+    "people": ["0", "-1", "00012", "99999", "-99998"],
+    "share": ["0", "-0", "0.0", "0.5", "-0.25", "0.0001", "0.9999", "-0.9999", ".5"],
+}
+INEXACT = {
+    "level": ["1000000", "0.0001", "-1234567.5", "1.", ".5", "1e3", "+1", " 1", "1,5", "", "-", "nan", "٣"],
+    "people": ["100000", "-100000", "1.0", "0.", "1e3", "", "-", "1 "],
+    "share": ["1", "-1", "1.0", "0.00001", "00.5", "10", "", "-", ".", "5e-1", "+.5", "inf"],
+}
+
+
+def measured(**changed) -> str:
+    whole = {"sensor": "a", "level": "1.250", "people": "3", "share": "0.5"} | changed
+    return json.dumps(whole, separators=(",", ":")) + "\n"
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in EXACT.items() for text in texts])
+def test_a_decimal_of_any_size_is_exact_either_way(name, text):
+    data = measured(**{name: text}).encode()
+    plain, (rows, refused) = parse._plain(data, MEASURED, 1), parse._line_by_line(data, MEASURED, 1)
+    assert refused.is_empty() and rows.schema == pl.Schema(MEASURED.stored)
+    assert rows[name].to_list() == [Decimal(text)]
+    assert_frame_equal(plain, rows)
+    if not text.startswith((".", "00")):  # as a number, whose text is what counts
+        as_number = data.replace(f'"{text}"'.encode(), text.encode())
+        assert parse._plain(as_number, MEASURED, 1) is None
+        assert_frame_equal(parse.parse(as_number, MEASURED)[0], rows)
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in INEXACT.items() for text in texts])
+def test_a_decimal_that_its_column_does_not_hold_is_refused_and_not_rounded(name, text):
+    data = measured(**{name: text}).encode()
+    assert parse._plain(data, MEASURED, 1) is None
+    rows, refused = parse._line_by_line(data, MEASURED, 1)
+    assert rows.is_empty()
+    assert refused["reason"].to_list() == [f"{name}: {text!r} is not an amount"]
+
+
+def test_decimals_of_any_size_are_the_same_either_way_through_a_long_file():
+    """Some of its pieces are plain, some are not: the rows and the refusals are those of line by line."""
+    lines = [measured(sensor=f"s{n}", level=f"{n}.{n % 1000:03}").encode() for n in range(6000)]
+    odd = [(name, text) for name, texts in INEXACT.items() for text in texts]
+    for number, (name, text) in enumerate(odd):
+        lines[2000 + number] = measured(sensor="odd", **{name: text}).encode()
+    lines[4000] = measured(sensor="low", people="-99999").encode()
+    data = b"".join(lines)
+    pieces = [parse._plain(piece, MEASURED, parse.line_count(piece)) is None for piece in parse._pieces(data)]
+    assert {*pieces} == {True, False}
+    (kept, refused), (rows, reasons) = parse.parse(data, MEASURED), parse._line_by_line(data, MEASURED, 1)
+    assert_frame_equal(kept, rows)
+    assert_frame_equal(refused, reasons)
+    assert kept.height == len(lines) - len(odd) - 1
+    assert refused["line"].to_list() == [*range(2001, 2001 + len(odd)), 4001]
+    assert refused["reason"][-1] == "people: -99999 is not at least -99998"
+    together, bad, counts = parse.parse_all([data, data], MEASURED)
+    assert_frame_equal(together, pl.concat([kept, kept]))
+    assert [one.equals(refused) for one in bad] == [True, True] and counts == [len(lines)] * 2

@@ -4,17 +4,17 @@ import json
 import shutil
 from pathlib import Path
 
-import polars as pl
 import pytest
-from deltalake import write_deltalake
+from faults import synthetic
 from polars.testing import assert_frame_equal
 from support import AT, ingest_all
 
-from etl.lake import compaction, doctor, ingest, quarantine, rebuild
-from etl.lake import snapshot as lake
+from etl.findings import Finding
+from etl.lake import rebuild
 from etl.questions import results
+from etl.runs import index
 from etl.storage import Root
-from pipeline import model, queries, source
+from pipeline import Lake, model, queries, source
 from pipeline.tables import TABLES
 
 
@@ -23,14 +23,14 @@ def lived_once(tmp_path_factory, stream, made) -> str:
     """A lake of three batches with a bad line and an unknown field, compacted."""
     root = str(tmp_path_factory.mktemp("lived") / "root")
     for tick, frames in made.items():
-        source.land(root, stream, {tick: frames})
+        source.land(Root.at(root), stream, {tick: frames})
         if tick == 1:
             name = "landing/orders/orders-00000001.json"
             lines = Root.at(root).read(name).splitlines()
             lines[3], lines[5] = b"{oops", lines[5][:-1] + b',"extra":1}'
             Root.at(root).write(name, b"\n".join(lines))
         ingest_all(root)
-    compaction.compact(root, target_mb=64, min_small_files=2, vacuum_hours=24, run_id="compact-1")
+    Lake(root).compact(target_mb=64, min_small_files=2, vacuum_hours=24, run_id="compact-1")
     return root
 
 
@@ -41,57 +41,62 @@ def lived(root, lived_once) -> str:
     return root
 
 
-def examine(root: str) -> list[doctor.Finding]:
+def examine(root: str) -> list[Finding]:
     """All that the command looks at of what is under a root."""
-    return [*doctor.examine(root), *model.examine(Root.at(root)), *results.examine(Root.at(root))]
+    return [
+        *Lake(root).examine(),
+        *index.examine(Root.at(root)),
+        *model.examine(Root.at(root)),
+        *results.examine(Root.at(root)),
+    ]
 
 
 def tables(root: str) -> dict:
-    snapshot = lake.snapshot(root)
+    snapshot = Lake(root).snapshot()
     return {
-        table: snapshot.frame(table, list(lake.COLUMNS[table])).collect().sort(lake.KEYS[table])
-        for table in lake.COLUMNS
+        table: snapshot.frame(table, list(columns)).collect().sort(snapshot.lake.keys[table])
+        for table, columns in snapshot.lake.columns.items()
     }
 
 
 def test_a_rebuilt_lake_has_the_same_tables(lived, stream):
     before = tables(lived)
-    source.land(lived, stream, source.make_ticks(stream, range(3, 4)))
+    source.land(Root.at(lived), stream, source.make_ticks(stream, range(3, 4)))
     Path(lived, "lake/orders/_delta_log", f"{0:020d}.json").write_bytes(b"gone")
-    compared = rebuild.rebuild(lived)
+    compared = Lake(lived).rebuild()
     after = tables(lived)
     for table, frame in before.items():
         assert_frame_equal(after[table], frame)
-    assert dict(compared.select("table", "equal").rows()) == {t: None if t == "orders" else True for t in lake.COLUMNS}
-    assert lake.snapshot(lived).batch == 3
+    assert dict(compared.select("table", "equal").rows()) == {t: None if t == "orders" else True for t in before}
+    assert Lake(lived).snapshot().batch == 3
     assert [name for name in Root.at(lived).list("") if name.startswith("lake")][0] == "lake"
     ingest_all(lived)
-    assert lake.snapshot(lived).batch == 4
-    assert examine(lived) == [doctor.Finding(finding.what) for finding in examine(lived)]
+    assert Lake(lived).snapshot().batch == 4
+    assert examine(lived) == [Finding(finding.what) for finding in examine(lived)]
 
 
 def test_without_pointer_and_manifests_it_is_made_from_what_is_there(lived):
     before = tables(lived)
     shutil.rmtree(Path(lived, "lake"))
-    rebuild.rebuild(lived)
+    Lake(lived).rebuild()
     for table, frame in tables(lived).items():
         columns = [name for name in frame.columns if name != "batch"]  # one batch now
         assert_frame_equal(frame.select(columns), before[table].select(columns))
 
 
 def test_an_archive_that_is_not_whole_is_refused_and_nothing_touched(lived):
-    before = lake.snapshot(lived)
+    before = Lake(lived).snapshot()
     next(Path(lived, "archive").glob("*/orders/orders-00000001.json")).unlink()
     with pytest.raises(rebuild.NotWhole, match="lacks 1 files .* orders-00000001.json"):
-        rebuild.rebuild(lived)
-    assert lake.snapshot(lived) == before
+        Lake(lived).rebuild()
+    assert Lake(lived).snapshot() == before
 
 
 def test_what_was_refused_is_listed_and_tried_again(lived, monkeypatch):
     place = Root.at(lived)
     place.write("landing/orders/orders-00000009.json", b"")
-    ingest.commit(ingest.read(ingest.next_batch(lived, max_files=9, scheduled_for=AT)), run_id="x")
-    assert quarantine.overview(lived) == [
+    Lake.commit(Lake.read(Lake(lived).next_batch(max_files=9, scheduled_for=AT)), run_id="x")
+    assert Lake(lived).refused() == [
         {"file": "orders-00000009.json", "when": place.list("refused")[0], "lines": None, "why": "is empty"},
         {
             "file": "orders-00000001.json",
@@ -100,46 +105,46 @@ def test_what_was_refused_is_listed_and_tried_again(lived, monkeypatch):
             "why": "not JSON: Expecting property name enclosed in double quotes at character 2",
         },
     ]
-    assert quarantine.retry(lived, "orders-00000009.json") == ["landing/orders/orders-00000009.json"]
+    assert Lake(lived).retry("orders-00000009.json") == ["landing/orders/orders-00000009.json"]
     with pytest.raises(LookupError):
-        quarantine.retry(lived, "orders-00000009.json")
+        Lake(lived).retry("orders-00000009.json")
     with pytest.raises(LookupError, match="nothing of orders-00000001.json fits"):
-        quarantine.retry(lived, "orders-00000001.json")
+        Lake(lived).retry("orders-00000001.json")
 
 
 def test_lines_that_fit_by_now_are_ingested_once(root, stream, made):
     place = Root.at(root)
-    source.land(root, stream, {1: made[1]})
+    source.land(Root.at(root), stream, {1: made[1]})
     name = "landing/orders/orders-00000001.json"
     place.write(name, place.read(name).replace(b'"O"', b'"Q"', 1))
     ingest_all(root)
     whole = made[1]["orders"].height
-    assert lake.snapshot(root).frame("orders").collect().height == whole - 1
+    assert Lake(root).snapshot().frame("orders").collect().height == whole - 1
     rules = TABLES["orders"].choices
     rules["o_orderstatus"] = (*rules["o_orderstatus"], "Q")  # a new release takes it
     try:
-        (made_again,) = quarantine.retry(root, "orders-00000001.json")
+        (made_again,) = Lake(root).retry("orders-00000001.json")
         ingest_all(root)
-        assert lake.snapshot(root).frame("orders").collect().height == whole
-        assert quarantine.retry(root, "orders-00000001.json") == [made_again]
+        assert Lake(root).snapshot().frame("orders").collect().height == whole
+        assert Lake(root).retry("orders-00000001.json") == [made_again]
         ingest_all(root)
-        assert lake.snapshot(root).frame("orders").collect().height == whole
+        assert Lake(root).snapshot().frame("orders").collect().height == whole
     finally:
         rules["o_orderstatus"] = rules["o_orderstatus"][:-1]
 
 
 def test_a_line_that_was_not_kept_as_it_came_is_not_tried_again(root, stream, made):
     """Quarantine keeps text: bytes that are none are not in it, nor is the end of a long line."""
-    source.land(root, stream, {1: made[1]})
+    source.land(Root.at(root), stream, {1: made[1]})
     place, name = Root.at(root), "landing/orders/orders-00000001.json"
     lines = place.read(name).splitlines()
     lines[0] = lines[0].replace(b"Clerk", b"Clerk\xff")
     lines[1] = lines[1].replace(b"Clerk", "Clérk".encode()) + b" " * 4000 + b"x"
     place.write(name, b"\n".join(lines))
     ingest_all(root)
-    assert quarantine.refused_lines(root)["line"].to_list() == [1, 2]
+    assert Lake(root).refused_lines()["line"].to_list() == [1, 2]
     with pytest.raises(LookupError, match="nothing of orders-00000001.json fits"):
-        quarantine.retry(root, "orders-00000001.json")
+        Lake(root).retry("orders-00000001.json")
     assert place.list("landing/orders") == []
 
 
@@ -193,7 +198,7 @@ PLANTED = {
         "table part",
         lambda root: _edit(next((root / "lake/part").glob("batch-*")), overwritten),
     ),
-    "a run's row gone": ("the index of runs", lambda root: next((root / "lake/runs").glob("*.parquet")).unlink()),
+    "a run's row gone": ("the index of runs", lambda root: next((root / "runs").glob("*.parquet")).unlink()),
     "an answer gone": (
         "the answers",
         lambda root: (root / "results/q01/current.json").write_text('{"file": "results/q01/gone"}'),
@@ -223,9 +228,9 @@ PLANTED = {
 def test_doctor_names_what_is_planted_and_what_to_do(lived, what):
     root, (named, plant) = Path(lived), PLANTED[what]
     place = Root.at(lived)
-    question, snapshot = next(q for q in queries.questions() if q.name == "q01"), lake.snapshot(lived)
-    queries.save(lived, queries.ask(question, snapshot), question, snapshot, "query-1")
-    write_deltalake(place.url_of("lake/runs"), pl.DataFrame({"run_id": ["query-1"]}))
+    question, snapshot = next(q for q in queries.questions() if q.name == "q01"), Lake(lived).snapshot()
+    queries.save(Root.at(lived), queries.ask(question, snapshot), question, snapshot, "query-1")
+    index.append(place, synthetic.month(1, days=1)[0])
     if named == "the model":
         pointer = {"model_id": "m", "sha256": "0" * 64, "run_id": "train-1", "metrics": {}}
         place.write("models/current.json", json.dumps(pointer).encode())

@@ -9,11 +9,11 @@ import pytest
 from deltalake import Field, Schema
 from support import AT, ingest_all, orchestrate
 
-from etl.lake import compaction, doctor, ingest, quarantine, rebuild
-from etl.lake import snapshot as lake
+from etl.lake import commit, ingest, rebuild, schemas
+from etl.lake import snapshot as snapshots
 from etl.storage import Root
-from pipeline import queries, source
-from pipeline.tables import DAY, KEY, RESCUED, TABLES, TEXT
+from pipeline import Lake, queries, source
+from pipeline.tables import DAY, KEY, TABLES, TEXT
 
 
 @pytest.fixture
@@ -23,8 +23,7 @@ def declare(monkeypatch):
     def change(column: str, dtype) -> None:
         kept = {name: dtype for name, dtype in TABLES["orders"].columns.items() if name != column}
         columns = kept if dtype is None else kept | {column: dtype}
-        monkeypatch.setitem(TABLES, "orders", replace(TABLES["orders"], columns=columns))
-        monkeypatch.setitem(lake.COLUMNS, "orders", columns | {RESCUED: TEXT})
+        monkeypatch.setattr(Lake, "tables", TABLES | {"orders": replace(TABLES["orders"], columns=columns)})
 
     return change
 
@@ -37,10 +36,11 @@ def files(root: str) -> dict[str, bytes]:
 
 
 def test_what_is_declared_is_said_as_delta_says_it():
-    for table in lake.COLUMNS:
-        arrow = pl.DataFrame(schema=lake.COLUMNS[table]).to_arrow().schema
+    lake = Lake("anywhere")
+    for table, columns in lake.columns.items():
+        arrow = pl.DataFrame(schema=columns).to_arrow().schema
         delta = json.loads(Schema.from_arrow(arrow).to_json())["fields"]
-        assert lake.declared_columns(table) == {field["name"]: field["type"] for field in delta}
+        assert schemas.declared(lake)[table] == {field["name"]: field["type"] for field in delta}
 
 
 @pytest.mark.parametrize(
@@ -53,18 +53,18 @@ def test_what_is_declared_is_said_as_delta_says_it():
     ],
 )
 def test_a_table_that_is_declared_otherwise_is_not_written(filled, stream, declare, column, dtype, words):
-    source.land(filled, stream, source.make_ticks(stream, range(3, 4)))
-    heights = {table: lake.snapshot(filled).frame(table).collect().height for table in lake.COLUMNS}
+    source.land(Root.at(filled), stream, source.make_ticks(stream, range(3, 4)))
+    heights = {table: Lake(filled).snapshot().frame(table).collect().height for table in Lake(filled).columns}
     question = next(one for one in queries.questions() if one.name == "q03")
-    answer, before = queries.ask(question, lake.snapshot(filled)), files(filled)
+    answer, before = queries.ask(question, Lake(filled).snapshot()), files(filled)
     declare(column, dtype)
-    with pytest.raises(lake.SchemasDiffer) as error:
-        ingest.next_batch(filled, max_files=9, scheduled_for=AT)
+    with pytest.raises(schemas.SchemasDiffer) as error:
+        Lake(filled).next_batch(max_files=9, scheduled_for=AT)
     assert words in str(error.value)
-    assert "take the change of pipeline/tables.py back" in str(error.value)
-    assert {table: lake.snapshot(filled).frame(table).collect().height for table in lake.COLUMNS} == heights
-    assert queries.ask(question, lake.snapshot(filled)).equals(answer)
-    (wrong,) = (one for one in doctor.examine(filled) if one.problem)
+    assert "take the change of its declaration back" in str(error.value)
+    assert {table: Lake(filled).snapshot().frame(table).collect().height for table in Lake(filled).columns} == heights
+    assert queries.ask(question, Lake(filled).snapshot()).equals(answer)
+    (wrong,) = (one for one in Lake(filled).examine() if one.problem)
     assert words in wrong.problem
     assert "rebuild" not in wrong.remedy
     assert files(filled) == before
@@ -72,78 +72,74 @@ def test_a_table_that_is_declared_otherwise_is_not_written(filled, stream, decla
 
 def test_columns_in_another_order_are_the_same(filled, stream, declare):
     declare("o_custkey", KEY)
-    source.land(filled, stream, source.make_ticks(stream, range(3, 4)))
-    rows = lake.snapshot(filled).rows().filter(table="orders")["rows"][0]
+    source.land(Root.at(filled), stream, source.make_ticks(stream, range(3, 4)))
+    rows = Lake(filled).snapshot().rows().filter(table="orders")["rows"][0]
     ingest_all(filled)
-    assert lake.snapshot(filled).rows().filter(table="orders")["rows"][0] > rows
-    assert not [one for one in doctor.examine(filled) if one.problem]
+    assert Lake(filled).snapshot().rows().filter(table="orders")["rows"][0] > rows
+    assert not [one for one in Lake(filled).examine() if one.problem]
 
 
 def test_no_table_is_opened_to_know_its_columns(filled, stream, monkeypatch):
     """Where the pointer knows them: not of what was compacted since, and nothing where an earlier release wrote it."""
     place, opened = Root.at(filled), []
-    real = lake.open_table
-    assert lake.read_published(place)["schemas"] == lake.declared()
-    source.land(filled, stream, source.make_ticks(stream, range(3, 4)))
+    real = Lake.table
+    assert snapshots.read_pointer(place)["schemas"] == Lake(filled).fingerprints
+    source.land(Root.at(filled), stream, source.make_ticks(stream, range(3, 4)))
     ingest_all(filled)
-    compaction.compact(filled, target_mb=64, min_small_files=2, vacuum_hours=24, run_id="compact-1")
-    monkeypatch.setattr(
-        lake, "open_table", lambda place, table, *rest: opened.append(table) or real(place, table, *rest)
-    )
-    assert ingest.next_batch(filled, max_files=9, scheduled_for=AT) is None
+    Lake(filled).compact(target_mb=64, min_small_files=2, vacuum_hours=24, run_id="compact-1")
+    monkeypatch.setattr(Lake, "table", lambda lake, table, *rest: opened.append(table) or real(lake, table, *rest))
+    assert Lake(filled).next_batch(max_files=9, scheduled_for=AT) is None
     assert sorted(opened) == ["lineitem", "orders"]
     opened.clear()
-    pointer = lake.read_published(place)
-    place.write(lake.PUBLISHED, json.dumps({k: v for k, v in pointer.items() if k != "schemas"}).encode())
-    assert ingest.next_batch(filled, max_files=9, scheduled_for=AT) is None
-    assert sorted(opened) == sorted(lake.COLUMNS)
-    source.land(filled, stream, source.make_ticks(stream, range(4, 5)))
+    pointer = snapshots.read_pointer(place)
+    place.write(snapshots.POINTER, json.dumps({k: v for k, v in pointer.items() if k != "schemas"}).encode())
+    assert Lake(filled).next_batch(max_files=9, scheduled_for=AT) is None
+    assert sorted(opened) == sorted(Lake(filled).columns)
+    source.land(Root.at(filled), stream, source.make_ticks(stream, range(4, 5)))
     ingest_all(filled)
-    assert lake.read_published(place)["schemas"] == lake.declared()
+    assert snapshots.read_pointer(place)["schemas"] == Lake(filled).fingerprints
     opened.clear()
-    assert ingest.next_batch(filled, max_files=9, scheduled_for=AT) is None
+    assert Lake(filled).next_batch(max_files=9, scheduled_for=AT) is None
     assert opened == []
 
 
 @pytest.mark.parametrize("compacted", [False, True])
 def test_a_column_that_somebody_else_added_is_met(filled, stream, compacted):
-    lake.open_table(Root.at(filled), "orders").alter.add_columns([Field("o_extra", "string")])
-    before = lake.snapshot(filled).frame("orders").collect().height
+    Lake(filled).table("orders").alter.add_columns([Field("o_extra", "string")])
+    before = Lake(filled).snapshot().frame("orders").collect().height
     if compacted:
-        compaction.compact(filled, target_mb=64, min_small_files=2, vacuum_hours=24, run_id="compact-1")
-    source.land(filled, stream, source.make_ticks(stream, range(3, 4)))
-    with pytest.raises(lake.SchemasDiffer, match="orders: o_extra is not declared and string in the table"):
+        Lake(filled).compact(target_mb=64, min_small_files=2, vacuum_hours=24, run_id="compact-1")
+    source.land(Root.at(filled), stream, source.make_ticks(stream, range(3, 4)))
+    with pytest.raises(schemas.SchemasDiffer, match="orders: o_extra is not declared and string in the table"):
         ingest_all(filled)
-    assert lake.snapshot(filled).frame("orders").collect().height == before
+    assert Lake(filled).snapshot().frame("orders").collect().height == before
     assert len(Root.at(filled).list("landing/orders")) == 1
 
 
 def test_tables_that_were_made_and_never_published_are_compared_too(landed, declare):
-    lake.create_tables(Root.at(landed), "preprocess-1")
+    commit.create_tables(Lake(landed), "preprocess-1")
     declare("o_orderdate", TEXT)
-    with pytest.raises(lake.SchemasDiffer, match="o_orderdate is declared as string and date in the table"):
-        ingest.next_batch(landed, max_files=9, scheduled_for=AT)
+    with pytest.raises(schemas.SchemasDiffer, match="o_orderdate is declared as string and date in the table"):
+        Lake(landed).next_batch(max_files=9, scheduled_for=AT)
     declare("o_orderdate", DAY)
     ingest_all(landed)
 
 
 def test_rebuild_asks_before_rows_would_go(filled, declare):
-    kept = {table: lake.snapshot(filled).frame(table).collect().height for table in lake.COLUMNS}
+    kept = {table: Lake(filled).snapshot().frame(table).collect().height for table in Lake(filled).columns}
     before = files(filled)
     declare("o_channel", TEXT)
     with pytest.raises(rebuild.RowsWouldGo) as error:
-        rebuild.rebuild(filled)
+        Lake(filled).rebuild()
     assert str(error.value) == (
         f"{kept['orders']:,} of {kept['orders']:,} rows of orders would go: 3 files to refused/, as has no line that "
         f"fits: o_channel: missing (line 1 and 374 more). Nothing was changed"
     )
     assert files(filled) == before
-    compared = rebuild.rebuild(filled, accept_quarantine=True)
+    compared = Lake(filled).rebuild(accept_quarantine=True)
     assert dict(compared.select("table", "rows").rows()) == kept | {"orders": 0}
-    assert [one["file"] for one in quarantine.refused_files(filled)] == [f"orders-{tick:08d}.json" for tick in range(3)]
-    assert (
-        rebuild.rebuild(filled).select("rows").equals(compared.select("rows"))
-    )  # nothing is in the lake that would go
+    assert [one["file"] for one in Lake(filled).refused_files()] == [f"orders-{tick:08d}.json" for tick in range(3)]
+    assert Lake(filled).rebuild().select("rows").equals(compared.select("rows"))  # nothing is in the lake that would go
 
 
 def test_rebuild_asks_for_single_rows_too(root, stream, made, monkeypatch):
@@ -159,22 +155,22 @@ def test_rebuild_asks_for_single_rows_too(root, stream, made, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(ingest, "AHEAD", ingest.timedelta(days=365 * 7980))
         ingest_all(root)
-    assert lake.snapshot(root).as_of.year == 9998
+    assert Lake(root).snapshot().as_of.year == 9998
     with pytest.raises(
         rebuild.RowsWouldGo, match="1 of 2 rows of orders would go: 1 lines to quarantine, as o_order_time"
     ):
-        rebuild.rebuild(root)
-    rebuild.rebuild(root, accept_quarantine=True)
-    assert (lake.snapshot(root).as_of.year, lake.snapshot(root).frame("orders").collect().height) == (2026, 1)
+        Lake(root).rebuild()
+    Lake(root).rebuild(accept_quarantine=True)
+    assert (Lake(root).snapshot().as_of.year, Lake(root).snapshot().frame("orders").collect().height) == (2026, 1)
 
 
 def test_on_the_command_line(project, filled, stream):
     """A column more in tables.py: preprocess fails with the sentence, rebuild asks."""
-    source.land(filled, stream, source.make_ticks(stream, range(3, 4)))
+    source.land(Root.at(filled), stream, source.make_ticks(stream, range(3, 4)))
     tables, yml = project / "pipeline/tables.py", project / "params/preprocess.yml"
     yml.write_text(yml.read_text().replace("retries: 2", "retries: 0"))
     tables.write_text(tables.read_text().replace('"o_order_time": TIME,', '"o_order_time": TIME, "o_channel": TEXT,'))
-    before = lake.snapshot(filled)
+    before = Lake(filled).snapshot()
     done = orchestrate(project, "run", "preprocess", "--root", filled, "--json")
     (record,) = json.loads(done.stdout)
     assert (done.returncode, record["state"]) == (1, "failed")
@@ -183,6 +179,6 @@ def test_on_the_command_line(project, filled, stream):
     assert refused.returncode == 1
     assert "rows of orders would go" in refused.stderr
     assert "rebuild --accept-quarantine" in refused.stderr
-    assert lake.snapshot(filled) == before
+    assert Lake(filled).snapshot() == before
     assert orchestrate(project, "rebuild", "--root", filled, "--accept-quarantine").returncode == 0
-    assert lake.snapshot(filled).rows().filter(table="orders")["rows"][0] == 0
+    assert Lake(filled).snapshot().rows().filter(table="orders")["rows"][0] == 0

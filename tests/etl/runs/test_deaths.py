@@ -187,7 +187,7 @@ def test_nothing_outlives_a_runner_that_is_killed(tmp_path, spool, number):
         assert time.monotonic() < until
         time.sleep(0.05)
     assert delivery.reconcile() == ([RUN_ID % 0] if number == signal.SIGKILL else [])
-    [row] = index.list(Root.at(tmp_path))
+    [row] = index.newest(Root.at(tmp_path))
     nb = nbformat.reads(Root.at(tmp_path).read(f"{row['report']}/report.ipynb").decode(), as_version=4)
     who = {signal.SIGTERM: "the runner got SIGTERM", signal.SIGKILL: "the runner was killed"}
     assert (row["state"], row["reason"]) == ("killed", f"{who[number]} in 'Work'")

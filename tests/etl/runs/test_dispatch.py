@@ -13,10 +13,9 @@ import pytest
 import yaml
 
 from etl import params
-from etl.lake import snapshot as lake
 from etl.runs import dispatch, index
 from etl.storage import PROJECT, Root
-from pipeline import queries
+from pipeline import Lake, queries
 
 AT = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 
@@ -110,9 +109,9 @@ def test_the_questions_are_answered_on_a_cluster_of_coileds(filled):
     assert told["parameters"]["dask"].startswith("tls://127.0.0.1:")
     for question in queries.questions():
         if question.name in told["parameters"]["questions"]:
-            pointer, answer = queries.current(filled, question.name)
+            pointer, answer = queries.current(Root.at(filled), question.name)
             assert pointer["run_id"] == told["run_id"]
-            assert answer.equals(queries.ask(question, lake.snapshot(filled)))
+            assert answer.equals(queries.ask(question, Lake(filled).snapshot()))
     a_line = told["key"].splitlines()[5].encode()
     written = [path for path in Path(filled).rglob("*") if path.is_file()]
     assert Path(filled, told["report"], "report.html") in written
@@ -158,4 +157,4 @@ def test_a_notebook_that_breaks_while_up_is_at_work_is_a_failed_run_with_a_repor
     record = dispatch.run_stage(stage, dataclasses.replace(local.environment, root=str(tmp_path)), scheduled_for=AT)
     assert (record.state, record.reason) == ("failed", f"notebooks/query.ipynb: {why}")
     assert why in (tmp_path / record.report / "report.html").read_text()
-    assert [row["run_id"] for row in index.list(Root.at(tmp_path), state="failed")] == [record.run_id]
+    assert [row["run_id"] for row in index.newest(Root.at(tmp_path), state="failed")] == [record.run_id]

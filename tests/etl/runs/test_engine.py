@@ -93,7 +93,7 @@ def test_a_run_that_ends_well_leaves_report_record_and_row(tmp_path):
     assert seen[0] == (0, 6, "Count rows") and seen[3] == (3, 6, "Check") and seen[-1][:2] == (6, 6)
     assert record.report == f"reports/toy/2026-11-03/{record.run_id}"
     assert Root.at(tmp_path).list(record.report) == ["report.html", "report.ipynb", "run.json"]
-    [row] = index.list(Root.at(tmp_path))
+    [row] = index.newest(Root.at(tmp_path))
     assert (row["run_id"], row["state"], row["seconds"]) == (record.run_id, "ok", record.seconds)
 
 
@@ -128,7 +128,7 @@ def test_a_run_that_ends_early_says_how_and_later_cells_never_ran(tmp_path, endi
         assert len(nb.cells[0].source.splitlines()) <= 12
         assert nb.cells[run_json["error"]["cell"]].source == code
         assert run_json["error"]["heading"] == "Write"
-    assert [row["state"] for row in index.list(Root.at(tmp_path))] == [state]
+    assert [row["state"] for row in index.newest(Root.at(tmp_path))] == [state]
 
 
 STUCK = {  # the code, and the line that the report shows
@@ -246,7 +246,7 @@ def test_four_runs_at_once_in_threads_do_not_mix(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         records = list(pool.map(one, range(4)))
     assert [(r.state, r.metrics) for r in records] == [("ok", {"got": n}) for n in range(4)]
-    assert {row["run_id"] for row in index.list(Root.at(tmp_path))} == {RUN_ID % n for n in range(4)}
+    assert {row["run_id"] for row in index.newest(Root.at(tmp_path))} == {RUN_ID % n for n in range(4)}
     assert os.getcwd() == before
 
 

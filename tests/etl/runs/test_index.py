@@ -1,7 +1,10 @@
 """The index of runs: rows are never lost, whoever appends at the same time, and a run is found again."""
 
+import json
 import multiprocessing
 import os
+import shutil
+import signal
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -11,10 +14,11 @@ from deltalake import DeltaTable, write_deltalake
 from faults import synthetic
 from nbformat.v4 import new_notebook
 
+from etl.findings import Finding
 from etl.reports import page
 from etl.runs import index
 from etl.runs.record import RunRecord
-from etl.storage import Root
+from etl.storage import LocalRoot, Root
 
 FIRST = RunRecord(
     stage="toy",
@@ -60,7 +64,7 @@ def test_two_processes_may_make_the_table_at_once(tmp_path):
     for worker in workers:
         worker.join(timeout=60)
     assert [worker.exitcode for worker in workers] == [0, 0]
-    assert sorted(row["run_id"] for row in index.list(Root.at(tmp_path))) == [later(n).run_id for n in range(12)]
+    assert sorted(row["run_id"] for row in index.newest(Root.at(tmp_path))) == [later(n).run_id for n in range(12)]
 
 
 def test_a_row_carries_its_run_in_the_commit_too(tmp_path):
@@ -78,17 +82,17 @@ def test_a_row_carries_its_run_in_the_commit_too(tmp_path):
 
 def test_list_gives_the_last_runs_newest_first(tmp_path):
     root = Root.at(tmp_path)
-    assert index.list(root) == []
+    assert index.newest(root) == []
     index.append(root, replace(later(3), stage="other"))
     for number, state in enumerate(("ok", "failed", "ok")):
         index.append(root, later(number, state=state, reason="" if state == "ok" else "ValueError: no"))
-    assert [row["run_id"] for row in index.list(root)] == [later(n).run_id for n in (3, 2, 1, 0)]
-    assert [row["run_id"] for row in index.list(root, limit=2)] == [later(3).run_id, later(2).run_id]
-    assert [row["run_id"] for row in index.list(root, stage="toy", state="ok")] == [
+    assert [row["run_id"] for row in index.newest(root)] == [later(n).run_id for n in (3, 2, 1, 0)]
+    assert [row["run_id"] for row in index.newest(root, limit=2)] == [later(3).run_id, later(2).run_id]
+    assert [row["run_id"] for row in index.newest(root, stage="toy", state="ok")] == [
         later(2).run_id,
         later(0).run_id,
     ]
-    [failed] = index.list(root, state="failed")
+    [failed] = index.newest(root, state="failed")
     assert failed["reason"] == "ValueError: no" and failed["seconds"] == 2.0 and failed["attempt"] == 1
     assert failed["started_at"] == "2026-11-03T10:01:01.000+00:00"
 
@@ -122,21 +126,23 @@ def test_a_list_between_two_times(tmp_path):
     root = Root.at(tmp_path)
     for number in range(4):
         index.append(root, later(number))
-    found = index.list(root, since="2026-11-03T10:01:01Z", until=datetime(2026, 11, 3, 10, 3, 1, tzinfo=UTC))
+    found = index.newest(root, since="2026-11-03T10:01:01Z", until=datetime(2026, 11, 3, 10, 3, 1, tzinfo=UTC))
     assert [row["run_id"] for row in found] == [later(2).run_id, later(1).run_id]
     # a time without a zone is UTC
-    assert index.list(root, until="2026-11-03T10:00:02") == index.list(root, until="2026-11-03T12:00:02+02:00") != []
-    assert index.list(root, since="2026-11-03T10:03:02") == []
+    assert (
+        index.newest(root, until="2026-11-03T10:00:02") == index.newest(root, until="2026-11-03T12:00:02+02:00") != []
+    )
+    assert index.newest(root, since="2026-11-03T10:03:02") == []
 
 
 def test_a_row_knows_whether_its_report_is_there(tmp_path):
     root = Root.at(tmp_path)
     index.append(root, FIRST)
-    assert [row["kept"] for row in index.list(root)] == [index.get(root, FIRST.run_id)["kept"]] == [False]
+    assert [row["kept"] for row in index.newest(root)] == [index.get(root, FIRST.run_id)["kept"]] == [False]
     root.write(f"{FIRST.report}/report.ipynb", b"half of it")
-    assert not index.list(root)[0]["kept"]
+    assert not index.newest(root)[0]["kept"]
     page.write(root, FIRST, new_notebook())
-    assert [row["kept"] for row in index.list(root)] == [index.get(root, FIRST.run_id)["kept"]] == [True]
+    assert [row["kept"] for row in index.newest(root)] == [index.get(root, FIRST.run_id)["kept"]] == [True]
 
 
 def test_the_last_run_in_a_state(tmp_path):
@@ -157,10 +163,12 @@ def test_a_table_of_an_older_release_gains_the_newer_columns(tmp_path):
     root = Root.at(tmp_path)
     newer = ["parent", "provenance", "cells", "receipt"]
     write_deltalake(root.url_of(index.TABLE), index.frame([later(1)]).drop(newer))
-    assert index.list(root)[0]["run_id"] == later(1).run_id and index.get(root, "toy")["metrics"] == {"rows_written": 3}
+    assert index.newest(root)[0]["run_id"] == later(1).run_id and index.get(root, "toy")["metrics"] == {
+        "rows_written": 3
+    }
     index.append(root, FIRST)
     assert index.get(root, FIRST.run_id)["cells"] == FIRST.cells
-    assert index.get(root, later(1).run_id)["cells"] is None and len(index.list(root)) == 2
+    assert index.get(root, later(1).run_id)["cells"] is None and len(index.newest(root)) == 2
 
 
 def test_old_commits_do_not_pile_up(tmp_path):
@@ -174,7 +182,7 @@ def test_old_commits_do_not_pile_up(tmp_path):
         os.utime(file, (three_hours_ago, three_hours_ago))
     for number in range(25, 45):
         index.append(root, later(number))
-    assert len(list(log.glob("*.json"))) < 30 and len(index.list(root)) == 45
+    assert len(list(log.glob("*.json"))) < 30 and len(index.newest(root)) == 45
 
 
 def test_a_compacted_index_answers_as_before(tmp_path):
@@ -184,4 +192,90 @@ def test_a_compacted_index_answers_as_before(tmp_path):
     for asked in ({}, {"stage": "query"}, {"state": "failed", "stage": "generate"}, {"limit": 200}):
         limit = asked.pop("limit", 50)
         expected = [r.run_id for r in newest if asked.items() <= vars(r).items()][:limit]
-        assert [row["run_id"] for row in index.list(root, **asked, limit=limit)] == expected
+        assert [row["run_id"] for row in index.newest(root, **asked, limit=limit)] == expected
+
+
+def as_an_older_release_left_it(root, numbers):
+    for number in numbers:
+        index.append(root, later(number))
+    root.move_tree(index.TABLE, index.OLDER)
+    index._moved.clear()
+
+
+def append_and_move_slowly(url, numbers, together):
+    move_tree = LocalRoot.move_tree
+
+    def slowly(*asked, **named):
+        time.sleep(1)  # the other process comes to the same point
+        move_tree(*asked, **named)
+
+    LocalRoot.move_tree = slowly
+    append_many(url, numbers, together)
+
+
+def test_the_index_of_an_older_release_is_found_and_moved_once(tmp_path):
+    root = Root.at(tmp_path)
+    as_an_older_release_left_it(root, range(25))  # with a checkpoint
+    assert index.is_there(root) and index.examine(root) == [Finding("the index of runs")]
+    assert root.list(index.OLDER) and not root.list(index.TABLE), "whoever only looks moves nothing"
+    spawn = multiprocessing.get_context("spawn")
+    together = spawn.Barrier(2)
+    asked = [(root.url, range(25 + k, 37, 2), together) for k in range(2)]
+    workers = [spawn.Process(target=append_and_move_slowly, args=args) for args in asked]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert {row["run_id"] for row in index.newest(root)} == {later(n).run_id for n in range(37)}
+    assert not tmp_path.joinpath(index.OLDER).exists() and index.examine(root) == [Finding("the index of runs")]
+
+
+def may_not_write(*_, **__):
+    raise PermissionError("this root may only be read")
+
+
+def test_whoever_reads_first_moves_it_or_reads_it_where_it_is(tmp_path, monkeypatch):
+    root = Root.at(tmp_path)
+    as_an_older_release_left_it(root, range(2))
+    with monkeypatch.context() as patched:
+        patched.setattr(type(root), "lease", may_not_write)
+        assert len(index.newest(root)) == 2 and root.list(index.OLDER)
+    assert len(index.newest(root)) == 2 and not root.list(index.OLDER)
+
+
+def test_rows_that_an_older_release_went_on_to_write_are_named(tmp_path):
+    root = Root.at(tmp_path)
+    as_an_older_release_left_it(root, range(1))
+    shutil.copytree(tmp_path / index.OLDER, tmp_path / "copy")
+    index.append(root, later(1))
+    (tmp_path / "copy").rename(tmp_path / index.OLDER)
+    index._moved.clear()
+    assert len(index.newest(root)) == 2 and root.list(index.OLDER), "it is not taken for the index"
+    [finding] = index.examine(root)
+    assert "lake/runs is there as well" in finding.problem and "older release" in finding.remedy
+
+
+def killed_moving(url, point):
+    os.environ["ETL_CRASH_AT"] = point
+    index.move_from_lake(Root.at(url))
+
+
+@pytest.mark.parametrize("point", ["copied, but for the last: runs", "copied, not removed: lake/runs"])
+def test_a_move_in_an_object_store_that_is_killed_is_ended_by_the_next(s3_root, point):
+    root = Root.at(s3_root)
+    as_an_older_release_left_it(root, range(22))
+    process = multiprocessing.get_context("spawn").Process(target=killed_moving, args=(s3_root, point))
+    process.start()
+    process.join(timeout=60)
+    assert process.exitcode == -signal.SIGKILL
+    assert root.list(index.OLDER) and root.list(index.TABLE)
+    expire(root, "services/index.lease")
+    index.append(root, later(22))
+    assert {row["run_id"] for row in index.newest(root)} == {later(n).run_id for n in range(23)}
+    assert root.files(index.OLDER) == [] and index.examine(root) == [Finding("the index of runs")]
+
+
+def expire(root, lease):
+    """As if the lease of a killed process had run out."""
+    root.write(lease, json.dumps(root.read_json(lease) | {"until": 0}).encode())

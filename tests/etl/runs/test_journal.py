@@ -57,7 +57,7 @@ def test_a_report_whose_place_is_down_waits_and_is_delivered_by_the_next_run(tmp
     down.clear()
     run(tmp_path, "rows: int = 1", number=1)
     assert saved(record)[1] == json.loads(json.dumps(vars(record)))
-    assert sorted(row["run_id"] for row in index.list(Root.at(tmp_path))) == [RUN_ID % 0, RUN_ID % 1]
+    assert sorted(row["run_id"] for row in index.newest(Root.at(tmp_path))) == [RUN_ID % 0, RUN_ID % 1]
     assert list(spool.iterdir()) == []
 
 
@@ -93,7 +93,7 @@ def test_a_run_that_ended_but_was_not_delivered_gets_one_report_and_one_row(tmp_
     shutil.rmtree(tmp_path / record.report)
     assert delivery.reconcile() == []  # it was no longer running
     assert saved(record)[1] == before
-    assert len(index.list(Root.at(tmp_path))) == 1 and list(spool.iterdir()) == []
+    assert len(index.newest(Root.at(tmp_path))) == 1 and list(spool.iterdir()) == []
 
 
 def in_the_request(**changed):
@@ -147,7 +147,7 @@ def test_one_bad_entry_in_the_spool_stops_no_other(tmp_path, spool, monkeypatch,
     shutil.rmtree(tmp_path / "root/lake")
     with caplog.at_level(logging.WARNING):
         assert delivery.deliver(Root.at(tmp_path / "root")) == [whole.name]
-    assert [row["run_id"] for row in index.list(Root.at(tmp_path / "root"))] == [whole.name]
+    assert [row["run_id"] for row in index.newest(Root.at(tmp_path / "root"))] == [whole.name]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert delivery.reconcile() == []
@@ -267,7 +267,7 @@ def test_a_disk_that_fills_up_under_a_run_leaves_it_alone(tmp_path, spool, caplo
     closed, samples, text = seen
     assert closed == [] and samples == [7] and len(text) > 5_000
     assert as_run(saved(record)[0])[-2].outputs[0].text == "x" * 30_000 + "\n"
-    assert [row["state"] for row in index.list(Root.at(tmp_path))] == ["ok"] and list(spool.iterdir()) == []
+    assert [row["state"] for row in index.newest(Root.at(tmp_path))] == ["ok"] and list(spool.iterdir()) == []
 
 
 def test_a_secret_printed_in_pieces_is_nowhere(tmp_path, spool, down, monkeypatch):

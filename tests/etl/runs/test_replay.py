@@ -14,11 +14,10 @@ from support import ingest_all, write_stage
 
 from etl import params
 from etl.kernels import sources
-from etl.lake import snapshot as lake
 from etl.runs import dispatch, index, provenance
 from etl.runs import replay as replays
 from etl.storage import Root
-from pipeline import source
+from pipeline import Lake, source
 
 AT = datetime(2026, 3, 1, 12, 0, 10, tzinfo=UTC)
 SUM = "total = sum(range(n))\nrecord(rows=n, total=total, took_s=__import__('time').time(), place=f'{root}/{run_id}')"
@@ -133,7 +132,7 @@ def test_the_same_comes_out_until_the_notebook_changes(summed, root):
     assert found.compared["metrics"] == 3, "took_s is not compared"
     assert (found.record.parent, found.record.scheduled_for) == (run["run_id"], run["scheduled_for"])
     assert found.record.root != root and found.record.run_id != run["run_id"]
-    assert [row["run_id"] for row in index.list(Root.at(root))] == [run["run_id"]], "nothing is written where it was"
+    assert [row["run_id"] for row in index.newest(Root.at(root))] == [run["run_id"]], "nothing is written where it was"
 
     path = summed / "notebooks" / "summed.ipynb"
     path.write_text(path.read_text().replace("sum(range(n))", "sum(range(n)) + 1"))
@@ -190,9 +189,9 @@ def test_query_is_replayed_on_the_versions_it_read(project, filled, stream):
     run = run_once(project, "query", filled, ["questions=[q01, revenue_per_minute, recommended_suppliers]"])
     assert run["state"] == "ok", run["reason"]
     place = Root.at(filled)
-    source.land(filled, replace(stream, next_tick=3), source.make_ticks(stream, range(3, 4)))
+    source.land(Root.at(filled), replace(stream, next_tick=3), source.make_ticks(stream, range(3, 4)))
     ingest_all(filled, run_id="preprocess-later")
-    assert lake.snapshot(filled).versions["orders"] > run["versions_read"]["orders"]
+    assert Lake(filled).snapshot().versions["orders"] > run["versions_read"]["orders"]
     found = replay(project, run, filled)
     assert found.equal, found.differences
     assert found.compared["results"] == 3 and found.record.metrics["batch"] == 1
@@ -212,7 +211,7 @@ def test_query_is_replayed_on_the_versions_it_read(project, filled, stream):
     assert (differences[1].before, differences[1].after) == ("no file", "a file")
 
     # a table that was vacuumed too early
-    handle = lake.open_table(place, "lineitem", run["versions_read"]["lineitem"])
+    handle = Lake(place).table("lineitem", run["versions_read"]["lineitem"])
     place.remove(f"lake/lineitem/{handle.file_uris()[0].rsplit('/', 1)[-1]}")
     with pytest.raises(replays.NotRepeatable, match="version 1 of lineitem, .* 1 of its files were vacuumed"):
         replay(project, run, filled)

@@ -119,7 +119,7 @@ def test_the_page_of_an_old_report_goes_and_the_report_stays(request, where, day
     for rules, names in ((Rules(page_days=2), synthetic.FILES), (Rules(page_days=0), synthetic.FILES[1:])):
         counts = retention.sweep(root, rules, now=NOW + HOUR)
         assert counts["kept"] > 0 and counts["pages"] == (0 if names == synthetic.FILES else counts["kept"])
-        for row in run_index.list(root):
+        for row in run_index.newest(root):
             assert not row["kept"] or root.list(row["report"]) == sorted(names)
     assert retention.sweep(root, Rules(page_days=0), now=NOW + HOUR)["pages"] == 0
 
@@ -150,10 +150,10 @@ def test_a_sweep_leaves_what_is_wanted_and_finishes_what_was_left(request, where
     root.remove_tree(gone)
     stray = doomed[2] + "0"
     root.write(f"{stray}/report.ipynb", b"{}")  # its row is still to come
-    assert not {row["report"] for row in run_index.list(root, limit=100) if row["kept"]} & {half, gone}
+    assert not {row["report"] for row in run_index.newest(root, limit=100) if row["kept"]} & {half, gone}
     counts = {"runs": 24, "kept": len(wanted), "removed": len(doomed) - 1, "missing": 0, "unknown": 1, "pages": 0}
     assert retention.sweep(root, now=NOW, dry_run=True) == retention.sweep(root, now=NOW) == counts
-    listed = run_index.list(root, limit=100)
+    listed = run_index.newest(root, limit=100)
     assert len(listed) == 24 and {row["report"] for row in listed if row["kept"]} == wanted
     assert not root.exists(half) and root.exists(f"{stray}/report.ipynb")
     assert retention.sweep(root, now=NOW) == counts | {"removed": 0}
@@ -173,12 +173,12 @@ def test_a_sweep_killed_anywhere_leaves_index_and_disk_in_agreement(tmp_path, da
         killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(PROJECT)})
         assert killed.returncode == -signal.SIGKILL
         assert keep <= folders(root)
-        for row in run_index.list(root, limit=1000):
+        for row in run_index.newest(root, limit=1000):
             names = set(root.list(row["report"]))
             assert names == set(synthetic.FILES) if row["kept"] else "run.json" not in names
     assert len(keep) < len(folders(root)) < len(some)
     retention.sweep(root, now=NOW)
-    assert folders(root) == keep and len(run_index.list(root, limit=1000)) == len(some)
+    assert folders(root) == keep and len(run_index.newest(root, limit=1000)) == len(some)
 
 
 def test_it_comes_regularly_also_after_one_that_failed(tmp_path, caplog, day):
@@ -187,8 +187,9 @@ def test_it_comes_regularly_also_after_one_that_failed(tmp_path, caplog, day):
     end = retention.sweep_regularly(root, Rules(), every_s=0.05)
     until(lambda: said in caplog.text)
     Path(root.url).unlink()
-    synthetic.write_index(root, day[:10], recent=0)
+    synthetic.write_index(root, day[:10], recent=9)
     synthetic.write_reports(root, day[:10], tmp_path / "templates")
     doomed = folders(root) - set(retention.wanted(run_index.frame(day[:10]), Rules(), datetime.now(UTC))["report"])
     until(lambda: doomed and not doomed & folders(root))
+    until(lambda: len(root.table(run_index.TABLE).file_uris()) == 1)  # the index is tidied, too
     end.set()

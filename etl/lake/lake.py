@@ -1,0 +1,78 @@
+"""The lake under one root, with the tables that a project declares: what notebooks, commands and readers hold."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from etl.lake import compaction, doctor, ingest, quarantine, schemas
+from etl.lake.rebuild import rebuild
+from etl.lake.snapshot import published, snapshot
+from etl.lake.table import QUARANTINE, QUARANTINE_KEY, DataType, Table
+from etl.storage import Root
+
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
+
+
+class Lake:
+    """Made once, from a root's text. A project says in a subclass which `tables` it has, and which stages write them.
+
+    What can be done with it is a function of the module whose job it is; its first parameter is the lake.
+    """
+
+    tables: ClassVar[Mapping[str, Table]] = {}
+    ingested_by: ClassVar[str] = "preprocess"
+    compacted_by: ClassVar[str] = "compact"
+
+    def __init__(self, root: "str | Root"):
+        self.root = Root.at(root)
+
+    def __eq__(self, other: object) -> bool:
+        """The same tables under the same root: by this snapshots are compared."""
+        return type(other) is type(self) and other.root.url == self.root.url
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.root.url))
+
+    def at(self, root: "str | Root") -> Self:
+        """A lake of the same tables under another root."""
+        return type(self)(root)
+
+    @cached_property
+    def columns(self) -> dict[str, dict[str, DataType]]:
+        """Table -> its columns as they are stored; `quarantine` is one of the tables."""
+        return {name: table.stored for name, table in self.tables.items()} | {"quarantine": QUARANTINE}
+
+    @cached_property
+    def keys(self) -> dict[str, tuple[str, ...]]:
+        """Table -> the columns that name a row."""
+        return {name: table.key for name, table in self.tables.items()} | {"quarantine": QUARANTINE_KEY}
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Table -> what stands for its declared columns and types."""
+        return {table: schemas.fingerprint(columns) for table, columns in schemas.declared(self).items()}
+
+    def table(self, name: str, version: int | None = None) -> "DeltaTable":
+        """A handle on a table, at its newest version when none is given: for its writers. Readers take `snapshot`."""
+        return self.root.table(f"lake/{name}", version)
+
+    snapshot = snapshot
+    published = published
+    next_batch = ingest.next_batch
+    read = staticmethod(ingest.read)
+    commit = staticmethod(ingest.commit)
+    summary = staticmethod(ingest.summary)
+    batch_chart = staticmethod(ingest.chart)
+    drain = ingest.drain
+    survey = compaction.survey
+    compact = compaction.compact
+    compaction_chart = staticmethod(compaction.chart)
+    prune_archive = compaction.prune_archive
+    refused_files = quarantine.refused_files
+    refused_lines = quarantine.refused_lines
+    refused = quarantine.overview
+    retry = quarantine.retry
+    rebuild = rebuild
+    examine = doctor.examine
+    look = doctor.look

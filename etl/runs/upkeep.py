@@ -1,0 +1,101 @@
+"""The files of the index of runs: many small ones become one, and what nothing needs any more is removed.
+
+Runs go on appending meanwhile. delta-rs's own compaction is not used: it syncs nothing, and when the loss of power
+tears its commit, the index does not open, with all that was appended since.
+"""
+
+import datetime
+import io
+import uuid
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from etl import delta
+from etl.runs.index import TABLE, move_from_lake, statistics
+from etl.storage import Damaged, Root, crash_point
+
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
+
+KEPT_HOURS = 24  # from when a file is not needed any more, or was left by somebody who was killed
+FEW = 8  # files that are left as they are
+LARGE = 16_000_000  # bytes of a file that is left as it is
+
+
+def tidy(root: Root) -> None:
+    """Remove what nothing needs, and make one file of the small ones; safe to kill, to repeat and to run twice at once.
+
+    Raises Damaged, and what a library raises for a file that cannot be read: then the index stays as it was.
+    """
+    move_from_lake(root)
+    if delta.newest_version(root, TABLE) is not None:
+        remove_unneeded(root)
+        compact(root)
+
+
+def compact(root: Root) -> None:
+    """Make one file of the small ones, its rows in the order in which the runs started."""
+    import polars as pl
+
+    sizes = _sizes(root.table(TABLE))
+    small = worth_it(sizes)
+    if not small:
+        return
+    with ThreadPoolExecutor(16) as pool:  # in an object store each is a request
+        parts = pool.map(lambda name: pl.read_parquet(io.BytesIO(root.read(f"{TABLE}/{name}"))), small)
+        # an older release's files lack the newer columns
+        rows = pl.concat(parts, how="diagonal").sort("started_at", "run_id")
+    buffer, path = io.BytesIO(), f"compacted-{uuid.uuid4()}.parquet"
+    rows.write_parquet(buffer)
+    root.write(f"{TABLE}/{path}", buffer.getvalue())
+    if not pl.read_parquet(io.BytesIO(root.read(f"{TABLE}/{path}"))).equals(rows):
+        raise Damaged(f"{TABLE}/{path} does not have the rows that were written: the index stays as it was")
+    crash_point("index compacted, not swapped")
+    info = delta.commit_info("OPTIMIZE", {"operationParameters": {"predicate": "[]"}, "stage": "sweep"})
+    gone = [delta.remove(name, sizes[name]) for name in small]
+    lines = [info, *gone, delta.add(path, len(buffer.getvalue()), statistics(rows), changes=False)]
+    while {*small} <= _sizes(table := root.table(TABLE)).keys():
+        if delta.commit(root, TABLE, table.version() + 1, lines):
+            return
+    root.remove(f"{TABLE}/{path}")  # another compaction was there before
+
+
+def worth_it(sizes: Mapping[str, int]) -> list[str]:
+    """The files to make one of: the smallest, as long as one has no more bytes than all before it; none when they are
+    few. So rows are written again only as often as the index doubles, and 2^n rows are in about n files."""
+    ordered = sorted((size, path) for path, size in sizes.items() if size < LARGE)
+    count = total = 0
+    for number, (size, _) in enumerate(ordered, 1):
+        count = number if size <= total else count
+        total += size
+    return [path for _, path in ordered[:count]] if count > FEW else []
+
+
+def remove_unneeded(root: Root) -> None:
+    """Remove the files that the newest version has not named for a day, and what killed processes left, a day old.
+
+    By the machine's clock and by the store's, whichever is behind. A file that the newest version names stays, whatever
+    they say.
+    """
+    # listed before the version is opened, so that what is committed meanwhile is not among them
+    parquet = [entry for entry in root.entries(TABLE) if entry.name.endswith(".parquet")]
+    modified = {entry.name: entry.modified for entry in parquet if entry.modified}
+    table = root.table(TABLE)
+    if not modified:
+        return
+    kept = datetime.timedelta(hours=KEPT_HOURS)
+    before = min(max(modified.values()), datetime.datetime.now(datetime.UTC)) - kept
+    # full: a checkpoint forgets what was removed long ago, and nobody wrote down what a killed process left
+    unneeded = table.vacuum(retention_hours=KEPT_HOURS, dry_run=True, enforce_retention_duration=False, full=True)
+    old = {name for name, time in modified.items() if time < before}
+    root.remove_all(f"{TABLE}/{name}" for name in sorted(old & {*unneeded} - _sizes(table).keys()))
+    root.remove_unfinished(TABLE, before=before)
+
+
+def _sizes(table: "DeltaTable") -> dict[str, int]:
+    """The bytes of each file that a version names."""
+    import pyarrow as pa
+
+    actions = pa.table(table.get_add_actions(flatten=True))
+    return dict(zip(actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True))
