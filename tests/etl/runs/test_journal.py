@@ -144,7 +144,7 @@ def test_one_bad_entry_in_the_spool_stops_no_other(tmp_path, spool, monkeypatch,
     os.utime(whole, (2e9, 2e9))  # looked at last
 
     assert journal.live() == []
-    shutil.rmtree(tmp_path / "root/lake")
+    shutil.rmtree(tmp_path / "root/runs")
     with caplog.at_level(logging.WARNING):
         assert delivery.deliver(Root.at(tmp_path / "root")) == [whole.name]
     assert [row["run_id"] for row in index.newest(Root.at(tmp_path / "root"))] == [whole.name]
