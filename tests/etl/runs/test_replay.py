@@ -227,7 +227,7 @@ def test_generate_and_train_are_replayed_from_what_they_started_from(project, fi
     champion = run_once(project, "train", filled, small)
     beaten = run_once(project, "train", filled, small)
     assert champion["metrics"]["published"] and beaten["state"] == "ok" and not beaten["metrics"]["published"]
-    for run in (tick, champion, beaten):
+    for run in (tick, beaten):  # of the two trainings the one that has a champion to start from
         found = replay(project, run, filled)
         assert found.equal, found.differences
     assert json.loads(Root.at(filled).read(source.DESCRIPTION))["next_tick"] == 5
