@@ -116,7 +116,7 @@ def latest_runs(root_url: str) -> list[dict[str, Any]]:
     """The last runs of all, newest first, and at least one of every stage that has a report."""
     root = Root.at(root_url)
     latest = index.newest(root, limit=200)
-    for stage in set(root.list("reports")) - {run["stage"] for run in latest}:
+    for stage in set(root.names("reports")) - {run["stage"] for run in latest}:
         latest += index.newest(root, stage=stage, limit=1)
     return latest
 

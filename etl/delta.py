@@ -44,7 +44,7 @@ def commit_of(table: str, version: int) -> str:
 
 def newest_version(root: Root, table: str) -> int | None:
     """The newest version of a table, from its log's names; None when there is no table."""
-    return max((int(name[:20]) for name in root.list(log_of(table)) if name[:20].isdigit()), default=None)
+    return max((int(name[:20]) for name in root.names(log_of(table)) if name[:20].isdigit()), default=None)
 
 
 def actions(root: Root, table: str, version: int) -> list[Action]:
@@ -164,7 +164,7 @@ def _checkpoint(root: Root, table: str, version: int) -> None:
         root.table(table, version).create_checkpoint()
         return
     log = log_of(table)
-    names = [name for name in root.list(log) if name[:20].isdigit() and int(name[:20]) <= version]
+    names = [name for name in root.names(log) if name[:20].isdigit() and int(name[:20]) <= version]
     start = max((name[:20] for name in names if ".checkpoint." in name), default="")
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
         copy = Path(log_of(folder))
@@ -182,7 +182,7 @@ def sync(root: Root, table: str, after: int, until: int) -> None:
     if not root.may_tear or until <= after:
         return
     log = log_of(table)
-    rels = [f"{log}/{name}" for name in root.list(log) if name > f"{after:020d}.z"]  # _last_checkpoint, too
+    rels = [f"{log}/{name}" for name in root.names(log) if name > f"{after:020d}.z"]  # _last_checkpoint, too
     for version in range(after + 1, until + 1):
         rels += [f"{table}/{unquote(line['add']['path'])}" for line in actions(root, table, version) if "add" in line]
     root.sync([*filter(root.exists, rels), table, log])

@@ -230,7 +230,7 @@ class Root:
 
     def is_there(self) -> bool:
         """Whether the root is there at all: its folder, or anything in the object store."""
-        return bool(self.list(""))
+        return bool(self.names(""))
 
     def make(self) -> None:
         """Make the folder, where a root is one."""
@@ -329,6 +329,14 @@ class Root:
         """The places of all files under a folder, at any depth; none when there is no such folder."""
         start = len(self._path(""))
         return sorted(path[start:] for path in self._fs.find(self._path(rel)))
+
+    def names(self, rel: str) -> list[str]:
+        """The names directly under a folder, sorted; none when there is no such folder."""
+        try:
+            paths = self._fs.ls(self._path(rel), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(name for path in paths if (name := path.rstrip("/").rsplit("/", 1)[-1]))
 
     def entries(self, rel: str) -> list[Entry]:
         """What is directly under a place, by name; none when there is no such folder."""
@@ -464,15 +472,6 @@ class Root:
         except FileNotFoundError:
             return None
 
-    # last: in the lines below it the name means this, not the builtin
-    def list(self, rel: str) -> list[str]:
-        """The names directly under a place, sorted; none when there is no such folder."""
-        try:
-            found = self._fs.ls(self._path(rel), detail=False)
-        except FileNotFoundError:
-            return []
-        return sorted(name for path in found if (name := path.rstrip("/").rsplit("/", 1)[-1]))
-
 
 def _object(name: str, info: dict[str, Any]) -> Entry:
     mark, modified = str(info.get("ETag", "")), info.get("LastModified")
@@ -589,6 +588,12 @@ class LocalRoot(Root):
     def size(self, rel: str) -> int:
         return os.stat(self._path(rel)).st_size
 
+    def names(self, rel: str) -> list[str]:
+        try:
+            return sorted(name for name in os.listdir(self._path(rel)) if not name.startswith("."))
+        except FileNotFoundError:
+            return []
+
     def entries(self, rel: str) -> list[Entry]:
         try:
             found = sorted(os.scandir(self._path(rel)), key=lambda entry: entry.name)
@@ -669,12 +674,6 @@ class LocalRoot(Root):
             file.write(holder)
             file.flush()
             yield
-
-    def list(self, rel: str) -> list[str]:
-        try:
-            return sorted(name for name in os.listdir(self._path(rel)) if not name.startswith("."))
-        except FileNotFoundError:
-            return []
 
 
 def _remove_folders(paths: list[str], first: str) -> None:

@@ -139,7 +139,7 @@ def examine(root: Root) -> "list[Finding]":
 def _problems(root: Root) -> Iterator[tuple[str, str]]:
     from etl.findings import may_be_damage, sentence
 
-    for question in root.list("results"):
+    for question in root.names("results"):
         rel = f"results/{question}"
         for what, read in ((f"{rel}/current.json or its file", current), (f"{rel}/history.json", history)):
             try:
@@ -181,7 +181,7 @@ def _lines(root: Root, question: str) -> list[dict[str, Any]]:
 def _lines_again(root: Root, question: "Question") -> list[dict[str, Any]]:
     """The history from the answers themselves, but for those that are damaged too."""
     lines = []
-    for name in root.list(f"results/{question.name}"):
+    for name in root.names(f"results/{question.name}"):
         if not name.endswith(".parquet"):
             continue
         data = root.read(f"results/{question.name}/{name}")

@@ -79,7 +79,7 @@ def whence(root: Root, table: str, version: int | None = None) -> dict[str, Any]
     # is wrong for an older version, and for the newest while others commit (deltalake 1.6.3)
     folder = table if table == index.TABLE else f"lake/{table}"
     if version is None:
-        there = [int(match[1]) for name in root.list(delta.log_of(folder)) if (match := COMMIT.fullmatch(name))]
+        there = [int(match[1]) for name in root.names(delta.log_of(folder)) if (match := COMMIT.fullmatch(name))]
         if not there:
             raise LookupError(f"there is no table {table} under {root.url}")
         version = max(there)

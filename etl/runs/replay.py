@@ -126,7 +126,7 @@ def _require_version(source: Root, table: str, version: int) -> None:
         handle = source.table(f"lake/{table}", version)
     except (DeltaError, OSError) as error:
         raise NotRepeatable(f"{gone}: {error}") from None
-    there = set(source.list(f"lake/{table}"))
+    there = set(source.names(f"lake/{table}"))
     missing = [url for url in handle.file_uris() if url.rsplit("/", 1)[-1] not in there]
     if missing:
         raise NotRepeatable(f"{gone}: {len(missing)} of its files were vacuumed")
@@ -178,7 +178,7 @@ def _nameless(record: dict, root: Root) -> dict:
 def _results(root: Root, run_id: str) -> dict[str, bytes]:
     """Question -> the Parquet file of the run's answer."""
     found = {}
-    for question in root.list("results"):
+    for question in root.names("results"):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             found[question] = root.read(f"results/{question}/{run_id}.parquet")
     return found
@@ -186,7 +186,7 @@ def _results(root: Root, run_id: str) -> dict[str, bytes]:
 
 def _models(root: Root, run_id: str) -> dict[str, str]:
     """sha256 of each model the run published; all but one have a number behind their name."""
-    folders = [name for name in root.list("models") if name.startswith(f"{run_id}-")]
+    folders = [name for name in root.names("models") if name.startswith(f"{run_id}-")]
     return _numbered(
         {"model.json": hashlib.sha256(root.read(f"models/{name}/model.json")).hexdigest()} for name in folders
     )

@@ -73,8 +73,8 @@ def sweep(
     kept = wanted(index, rules, now)
     known, keep = set(index["report"]), set(kept["report"])
     expected = set(kept.filter(kept["state"] != "noop")["report"])
-    days = [f"{PLACE}/{stage}/{day}" for stage in root.list(PLACE) for day in root.list(f"{PLACE}/{stage}")]
-    there = {f"{day}/{run_id}" for day in days for run_id in root.list(day)}
+    days = [f"{PLACE}/{stage}/{day}" for stage in root.names(PLACE) for day in root.names(f"{PLACE}/{stage}")]
+    there = {f"{day}/{run_id}" for day in days for run_id in root.names(day)}
     doomed = sorted(there & known - keep)
     if not dry_run:
         root.remove_trees(doomed, first=run_index.COMPLETE)

@@ -105,7 +105,7 @@ class Lease:
         threading.Thread(target=self._renewing, name="lease", daemon=True).start()
 
     def _numbers(self) -> list[int]:
-        return [int(name.removesuffix(".json")) for name in self._root.list(PLACE) if name[:9].isdigit()]
+        return [int(name.removesuffix(".json")) for name in self._root.names(PLACE) if name[:9].isdigit()]
 
     def _read(self, number: int) -> bytes:
         try:
