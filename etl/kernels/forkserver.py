@@ -92,7 +92,7 @@ class Server:
         self.stale = False
 
     def serve(self) -> Callable[[], None] | None:
-        """Until the code changes: None. In a forked process: what that has to do."""
+        """Serve until the code changes, then return None. A forked process returns too: the function it is to call."""
         check_at = 0.0
         while not self.stale:
             now = time.monotonic()
@@ -180,7 +180,7 @@ class Server:
         return f"variables differ from the fork server's: {', '.join(dict.fromkeys(differing))}" if differing else ""
 
     def fork(self, asking: socket.socket | None = None) -> Callable[[], None] | None:
-        """Fork one more. In the forked process: what that has to do, with nothing of this one's left open."""
+        """Fork one more kernel: None. The forked process, with nothing of this one's left open, gets the function to call."""
         folder = launch.new_folder()
         lifeline, boxs_end = socket.socketpair()
         commands, kernels_end = socket.socketpair()
@@ -272,7 +272,7 @@ def _free_share() -> float:
 
 
 def main() -> Callable[[], None] | None:
-    """Preload, then serve. In a forked process: what that has to do."""
+    """Preload, then serve. As `serve`: None, or in a forked process the function it is to call."""
     began = time.time()
     arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     arguments.add_argument("--ready", type=int, default=1, help="kernels that wait")

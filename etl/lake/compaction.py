@@ -213,7 +213,8 @@ def _rewrite(lake: "Lake", table: str, files: list[tuple[str, int]], declared: p
     """
     parts = [pq.read_table(io.BytesIO(lake.root.read(f"lake/{table}/{path}"))) for path, _ in files]
     before = pa.concat_tables([_as_declared(part, declared) for part in parts])
-    frame = pl.DataFrame(before)
+    frame = pl.from_arrow(before)
+    assert isinstance(frame, pl.DataFrame), "a table is no column"
     keys = [key for key in lake.keys.get(table, ()) if key in frame.columns]
     buffer = io.BytesIO()
     ordered = frame.sort(keys) if keys else frame
@@ -222,7 +223,8 @@ def _rewrite(lake: "Lake", table: str, files: list[tuple[str, int]], declared: p
     path = f"compacted-{uuid.uuid4()}.snappy.parquet"
     lake.root.write(f"lake/{table}/{path}", buffer.getvalue())
     crash_point(f"written, not swapped: {table}")
-    after = pl.DataFrame(pq.read_table(io.BytesIO(lake.root.read(f"lake/{table}/{path}"))))
+    after = pl.from_arrow(pq.read_table(io.BytesIO(lake.root.read(f"lake/{table}/{path}"))))
+    assert isinstance(after, pl.DataFrame), "a table is no column"
     if (frame.height, checksum(frame)) != (after.height, checksum(after)):
         lake.root.remove(f"lake/{table}/{path}")
         raise RowsDiffer(

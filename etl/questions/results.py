@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from etl.lake.snapshot import Snapshot
     from etl.questions.question import Question
 
-HISTORY = {
+HISTORY: dict[str, pl.DataType | type[pl.DataType]] = {
     "as_of": pl.Datetime("us", "UTC"),
     "batch": pl.Int64,
     "run_id": pl.String,
@@ -45,10 +45,11 @@ def save(
     `parameters`: those that `ask` was given. What made the answer stands in the Parquet file as well.
     """
     folder = f"results/{question.name}"
+    path = f"{folder}/{run_id}.parquet"
     pointer = {
         "question": question.name,
         "title": question.title,
-        "file": f"{folder}/{run_id}.parquet",
+        "file": path,
         "rows": result.height,
         "batch": snapshot.batch,
         "as_of": snapshot.as_of.isoformat(),
@@ -60,7 +61,7 @@ def save(
         key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in pointer.items()
     }
     result.write_parquet(buffer, metadata=metadata)
-    root.write(pointer["file"], buffer.getvalue())
+    root.write(path, buffer.getvalue())
     line = {name: pointer[name] for name in ("as_of", "batch", "run_id", "rows")}
     line |= {"figure": figure(question, result), "parameters": metadata["parameters"]}
     try:
@@ -74,7 +75,7 @@ def save(
     kept, dropped, yesterday = set(listed[-keep:]), set(listed[:-keep]), datetime.now(UTC) - timedelta(days=1)
     for entry in root.entries(folder):
         # one that is not listed and fresh is another run's, which is about to list it
-        gone = entry.name not in kept and (entry.name in dropped or entry.modified < yesterday)
+        gone = entry.name not in kept and (entry.name in dropped or bool(entry.modified and entry.modified < yesterday))
         if gone and entry.name.endswith(".parquet"):
             root.remove(f"{folder}/{entry.name}")
     return pointer
@@ -100,7 +101,7 @@ def figure(question: "Question", result: pl.DataFrame) -> float | None:
     if question.figure is None:
         return float(result.height)
     values = result[question.figure]
-    value = values.mean() if values.dtype.is_float() else values.sum()
+    value: Any = values.mean() if values.dtype.is_float() else values.sum()
     return None if value is None else float(value)
 
 

@@ -4,10 +4,13 @@ import json
 import re
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etl.notebook import figure
 from etl.storage import PROJECT
+
+if TYPE_CHECKING:
+    from etl.runs.record import RunRecord
 
 LAST_S = 60  # of the table at the end of a run that was ended
 ROWS = 10  # of that table
@@ -20,7 +23,7 @@ FRAME = re.compile(r'  File "(.+)", line (\d+) in (.+)')  # as faulthandler writ
 SHOWN = re.compile(r"^(?:Cell In\[(\d+)\], line (\d+)|File (.+?):(\d+)(?:, in .*)?$)", re.M)  # as IPython writes it
 
 
-def card(record: Any, last_ok: dict[str, Any] | None = None) -> Any:
+def card(record: "RunRecord", last_ok: dict[str, Any] | None = None) -> Any:
     """The first cell of a bad report, at most 12 lines: what went wrong, where, and what is new since it went well.
 
     `last_ok` is the record of the stage's last run that was ok.
@@ -46,7 +49,7 @@ def card(record: Any, last_ok: dict[str, Any] | None = None) -> Any:
     return _cell("\n".join(lines), record, "card")
 
 
-def _changes(record: Any, last_ok: dict[str, Any]) -> list[str]:
+def _changes(record: "RunRecord", last_ok: dict[str, Any]) -> list[str]:
     """What differs from the last run that was ok: the limit this one ran into, parameters, code, packages.
 
     A lower limit that the last ok run would not have kept by far explains the end alone.
@@ -74,11 +77,11 @@ def _changes(record: Any, last_ok: dict[str, Any]) -> list[str]:
     return found[:6]
 
 
-def _limits_met(record: Any, last_ok: dict[str, Any]) -> list[tuple[str, str, str, float]]:
+def _limits_met(record: "RunRecord", last_ok: dict[str, Any]) -> list[tuple[str, str, str, float]]:
     """Of the limit it ended at: (its name in the record, what it is called, its unit, what the last ok run took)."""
     if record.state == "timed_out":
         return [("deadline_s", "deadline", "s", last_ok.get("seconds") or 0)]
-    if record.state == "killed" and record.memory_mb and record.receipt.get("peak_memory_mb", 0) > record.memory_mb:
+    if record.state == "killed" and record.memory_mb and (record.receipt.get("peak_memory_mb") or 0) > record.memory_mb:
         peak_mb = (last_ok.get("receipt") or {}).get("peak_memory_mb") or 0
         return [("memory_mb", "memory limit", "MB", peak_mb)]
     return []
@@ -102,7 +105,7 @@ def _fence(text: str, shortest: int = 1) -> str:
     return "`" * max(shortest, max(map(len, re.findall("`+", text)), default=0) + 1)
 
 
-def last_minute(record: Any, samples: list[dict[str, Any]]) -> Any:
+def last_minute(record: "RunRecord", samples: list[dict[str, Any]]) -> Any:
     """The end of a report whose run was ended from outside: what it took in its last minute."""
     end = datetime.fromisoformat(samples[-1]["t"])
     rows, before = [], None
@@ -123,7 +126,7 @@ def last_minute(record: Any, samples: list[dict[str, Any]]) -> Any:
     return _cell("\n".join(lines), record, "last-minute")
 
 
-def receipt(record: Any) -> Any:
+def receipt(record: "RunRecord") -> Any:
     """The last cell: what the run cost."""
     told = {
         "wall_s": "{:,.1f} s",
@@ -136,8 +139,10 @@ def receipt(record: Any) -> Any:
     parts = []
     for name, text in told.items():
         if (value := record.receipt.get(name)) is not None:
-            value = value / 1e6 if name.startswith("bytes") else figure(value) if name == "rows_per_s" else value
-            parts.append(text.format(value))
+            shown: float | str = (
+                value / 1e6 if name.startswith("bytes") else figure(value) if name == "rows_per_s" else value
+            )
+            parts.append(text.format(shown))
     return _cell(f"*{' · '.join(parts)}*", record, "receipt")
 
 
@@ -148,7 +153,7 @@ def of(taken_mb: float, limit_mb: float) -> str:
     return f"{taken_mb / 1000:.1f} of {limit_mb / 1000:.1f} GB"
 
 
-def _cell(text: str, record: Any, what: str) -> Any:
+def _cell(text: str, record: "RunRecord", what: str) -> Any:
     import nbformat
 
     ran = {"state": record.state, "seconds": None, "report": what}
