@@ -83,7 +83,7 @@ def fork_server(ready: int, folder: Path) -> Iterator[client.Keeper]:
     keeper = client.Keeper(ready, folder / "kernels.log")
     keeper.start()
     try:
-        wait_until((client.place() / "socket").exists)
+        wait_until((client.server_folder() / "socket").exists)
         time.sleep(3)  # its first kernels come up
         yield keeper
     finally:

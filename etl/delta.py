@@ -49,14 +49,14 @@ def newest_version(root: Root, table: str) -> int | None:
 
 def actions(root: Root, table: str, version: int) -> list[Action]:
     """The lines of a version's commit. Raises FileNotFoundError, Damaged."""
-    place = commit_of(table, version)
-    data = root.read(place)
+    path = commit_of(table, version)
+    data = root.read(path)
     try:
         lines = [json.loads(line) for line in data.splitlines()]
     except ValueError as error:
-        raise Damaged(f"{place} is damaged: {error}") from None
+        raise Damaged(f"{path} is damaged: {error}") from None
     if not all(isinstance(line, dict) for line in lines):
-        raise Damaged(f"{place} is damaged: it is no JSON object a line")
+        raise Damaged(f"{path} is damaged: it is no JSON object a line")
     return lines
 
 

@@ -151,15 +151,15 @@ def _store_url(given: str, scheme: str, rest: str) -> str:
     """The URL in the one way it is written; `rest`: what comes after the colon."""
     if not rest.startswith("//"):
         raise BadRoot(f"{given!r}: a URL begins with {scheme}://")
-    place = rest[2:].rstrip("/")
-    if wrong := NOT_IN_A_URL.search(place):
+    path = rest[2:].rstrip("/")
+    if wrong := NOT_IN_A_URL.search(path):
         raise BadRoot(f"{given!r}: {wrong[0]!r} cannot be in the URL of a root")
-    bucket, *folders = place.split("/")
+    bucket, *folders = path.split("/")
     if not bucket:
         raise BadRoot(f"{given!r}: no bucket is named: {scheme}://bucket/prefix")
     if {"", ".", ".."} & {*folders}:
         raise BadRoot(f"{given!r}: an object store has no folders that are called '', '.' or '..'")
-    return f"{scheme}://{place}"
+    return f"{scheme}://{path}"
 
 
 def _folder(given: str, path: str) -> str:
@@ -341,19 +341,19 @@ class Root:
     def entries(self, rel: str) -> list[Entry]:
         """What is directly under a place, by name; none when there is no such folder."""
         try:
-            found = self._fs.ls(self._path(rel), detail=True)
+            infos = self._fs.ls(self._path(rel), detail=True)
         except FileNotFoundError:
             return []
-        files = (one for one in found if one["type"] == "file")  # a folder is only the beginning of a name here
-        return sorted((_object(one["name"], one) for one in files), key=lambda entry: entry.name)
+        files = (info for info in infos if info["type"] == "file")  # a folder is only the beginning of a name here
+        return sorted((_object(info["name"], info) for info in files), key=lambda entry: entry.name)
 
     def entry(self, rel: str) -> Entry | None:
         """What is at a place; None when nothing is."""
         try:
-            there = self._fs.info(self._path(rel))
+            info = self._fs.info(self._path(rel))
         except FileNotFoundError:
             return None
-        return _object(rel, there)
+        return _object(rel, info)
 
     def sync(self, rels: Iterable[str]) -> None:
         """Make sure that these files and folders would survive the loss of power. An object store's always do."""
@@ -387,8 +387,8 @@ class Root:
 
     def newest(self, rel: str) -> datetime | None:
         """When something was last put below a folder, by the store's own clock; None when nothing is there."""
-        found = self._fs.find(self._path(rel), detail=True).values()
-        return max((one["LastModified"] for one in found), default=None)
+        infos = self._fs.find(self._path(rel), detail=True).values()
+        return max((info["LastModified"] for info in infos), default=None)
 
     def move_tree(self, source: str, target: str, last: str | None = None) -> None:
         """Move a folder to where nothing is: at once on this machine, file by file in an object store.
@@ -524,15 +524,15 @@ class LocalRoot(Root):
                 raise Unreadable("is a socket") from None
             raise
         try:
-            there = os.fstat(descriptor)
-            if problem := _no_file(there.st_mode):
+            info = os.fstat(descriptor)
+            if problem := _no_file(info.st_mode):
                 raise Unreadable(problem)
-            _refuse_above(there.st_size, most)
+            _refuse_above(info.st_size, most)
             with open(descriptor, "rb", closefd=False) as file:
-                data = file.read(there.st_size + 1)
+                data = file.read(info.st_size + 1)
         finally:
             os.close(descriptor)
-        if len(data) != there.st_size:
+        if len(data) != info.st_size:
             raise Unreadable("changed while it was read")
         return data
 
@@ -596,10 +596,10 @@ class LocalRoot(Root):
 
     def entries(self, rel: str) -> list[Entry]:
         try:
-            found = sorted(os.scandir(self._path(rel)), key=lambda entry: entry.name)
+            files = sorted(os.scandir(self._path(rel)), key=lambda entry: entry.name)
         except FileNotFoundError:
             return []
-        return [entry for one in found if not one.name.startswith(".") and (entry := _entry(one.path))]
+        return [entry for file in files if not file.name.startswith(".") and (entry := _entry(file.path))]
 
     def entry(self, rel: str) -> Entry | None:
         return _entry(self._path(rel))
@@ -638,7 +638,7 @@ class LocalRoot(Root):
 
     def newest(self, rel: str) -> datetime | None:
         folders = [folder for folder, _, _ in os.walk(self._path(rel))]  # a file's own time is its producer's
-        return max((datetime.fromtimestamp(os.stat(one).st_mtime, UTC) for one in folders), default=None)
+        return max((datetime.fromtimestamp(os.stat(folder).st_mtime, UTC) for folder in folders), default=None)
 
     def move_tree(self, source: str, target: str, last: str | None = None) -> None:
         make_folder(os.path.dirname(self._path(target)))
@@ -712,12 +712,12 @@ def sync(path: str) -> None:
 
 def _entry(path: str) -> Entry | None:
     try:
-        there = os.lstat(path)
+        info = os.lstat(path)
     except FileNotFoundError:
         return None
-    mark = f"{there.st_ino}-{there.st_mtime_ns}-{there.st_size}"
-    modified = datetime.fromtimestamp(there.st_mtime, UTC)
-    return Entry(os.path.basename(path), there.st_size, mark, _no_file(there.st_mode), modified)
+    mark = f"{info.st_ino}-{info.st_mtime_ns}-{info.st_size}"
+    modified = datetime.fromtimestamp(info.st_mtime, UTC)
+    return Entry(os.path.basename(path), info.st_size, mark, _no_file(info.st_mode), modified)
 
 
 def _no_file(mode: int) -> str | None:

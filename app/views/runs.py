@@ -27,9 +27,9 @@ def page() -> None:
 def listed(stage: str, state: str) -> None:
     """The newest runs of a stage in a state; runs again by itself."""
     with shown.panel("The list of runs", ["the index of runs"]):
-        found = newest(shown.published_root().url, stage, state)
-        if found:
-            shown.runs_table(found)
+        rows = newest(shown.published_root().url, stage, state)
+        if rows:
+            shown.runs_table(rows)
         else:
             st.caption("There is no such run.")
 

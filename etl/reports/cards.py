@@ -41,8 +41,8 @@ def card(record: "RunRecord", last_ok: dict[str, Any] | None = None) -> Any:
     )
     lines = [f"#### {record.stage}: {record.state.replace('_', ' ')}{where}", "", f"{fence}text", *message, fence]
     if last_ok:
-        place = "/".join(last_ok["report"].split("/")[2:])
-        link = f"[{last_ok['run_id']}](../../{place}/report.html)"
+        path = "/".join(last_ok["report"].split("/")[2:])
+        link = f"[{last_ok['run_id']}](../../{path}/report.html)"
         took = f" in {last_ok['seconds']:,.1f} s" if record.state == "timed_out" and "seconds" in last_ok else ""
         changes = ", ".join(_changes(record, last_ok)) or "nothing has changed"
         lines += ["", f"Last ok: {link}{took}; since then {changes}."]
@@ -54,27 +54,27 @@ def _changes(record: "RunRecord", last_ok: dict[str, Any]) -> list[str]:
 
     A lower limit that the last ok run would not have kept by far explains the end alone.
     """
-    found = []
+    changes = []
     for name, what, unit, used in _limits_met(record, last_ok):
         old, new = last_ok.get(name), getattr(record, name)
         if name in last_ok and old != new:
-            found.append(f"{what} {_limit(old, unit)} → {_limit(new, unit)}")
+            changes.append(f"{what} {_limit(old, unit)} → {_limit(new, unit)}")
             if (old is None or new < old) and used > new / 2:
-                return found
+                return changes
     given = {name: value for name, value in record.parameters.items() if record.origins.get(name) != "supplied"}
     before = last_ok.get("parameters") or {}
     for name in dict.fromkeys([*given, *before]):
         old, new = (json.dumps(values.get(name), default=str) for values in (before, given))
         if (name in given or record.origins.get(name) != "supplied") and name in record.parameters and old != new:
-            found.append(f"`{name}` {_short(old)} → {_short(new)}")
+            changes.append(f"`{name}` {_short(old)} → {_short(new)}")
     then, now = last_ok.get("provenance") or {}, record.provenance
     for name, what in (("code_sha256", "code"), ("notebook_sha256", "notebook"), ("lock_sha256", "packages")):
         old, new = then.get(name), now.get(name)
         if old and new and old != new:
             if name == "code_sha256" and then.get("git_commit") != now.get("git_commit"):
-                old, new = (str(one.get("git_commit"))[:8] for one in (then, now))
-            found.append(f"{what} {old[:8]} → {new[:8]}")
-    return found[:6]
+                old, new = (str(code.get("git_commit"))[:8] for code in (then, now))
+            changes.append(f"{what} {old[:8]} → {new[:8]}")
+    return changes[:6]
 
 
 def _limits_met(record: "RunRecord", last_ok: dict[str, Any]) -> list[tuple[str, str, str, float]]:
@@ -168,15 +168,15 @@ def stacks(text: str, cells: list[Any]) -> tuple[str, dict[str, Any] | None]:
     names, lines, main = _cell_files(cells), [], None
     for thread in re.split(r"\n(?=(?:Current thread|Thread) 0x)", text):
         frames = [(file, int(line), name) for file, line, name in FRAME.findall(thread)]  # innermost first
-        own = [(place, name) for file, line, name in frames if (place := _place(file, line, names, cells))]
+        own = [(frame, name) for file, line, name in frames if (frame := _place(file, line, names, cells))]
         if not own:
             continue
         is_main = any(file.endswith((KERNEL[0], "ipykernel_launcher.py")) for file, _, _ in frames)
         if is_main or main is None:
             main = own[0][0] if is_main else main
         lines.append("main thread" if is_main else "another thread")
-        for place, name in reversed(own):
-            lines += [f"  {place['where']}, in {name}", f"    {place['code']}"]
+        for frame, name in reversed(own):
+            lines += [f"  {frame['where']}, in {name}", f"    {frame['code']}"]
         file, line, name = frames[0]
         if not _place(file, line, names, cells):
             lines.append(f"  … in {name}, {Path(file).name} line {line}")
@@ -187,14 +187,14 @@ def stacks(text: str, cells: list[Any]) -> tuple[str, dict[str, Any] | None]:
 
 def own_frame(traceback: str, cells: list[Any]) -> dict[str, Any] | None:
     """The innermost frame of the user's own in an IPython traceback in plain text: {where, code}."""
-    found = None
+    frame = None
     for number, line, file, at in SHOWN.findall(traceback):
         if number:
             index = next((i for i, c in enumerate(cells) if c.get("execution_count") == int(number)), None)
-            found = _in_cell(index, int(line), cells) if index is not None else found
+            frame = _in_cell(index, int(line), cells) if index is not None else frame
         else:
-            found = _place(str(Path(file).expanduser()), int(at), {}, cells) or found
-    return found
+            frame = _place(str(Path(file).expanduser()), int(at), {}, cells) or frame
+    return frame
 
 
 def _place(file: str, line: int, names: dict[str, int], cells: list[Any]) -> dict[str, Any] | None:

@@ -306,8 +306,8 @@ def _last(
     newest = index.select(columns).sort("started_at", "run_id", descending=True).head(limit)
     rows = [_as_record(row) for row in newest.collect().to_dicts()]
     with ThreadPoolExecutor(16) as pool:  # in an object store each is a request
-        there = pool.map(lambda row: root.exists(f"{row['report']}/{COMPLETE}"), rows)
-        return [row | {"kept": kept} for row, kept in zip(rows, there, strict=True)]
+        complete = pool.map(lambda row: root.exists(f"{row['report']}/{COMPLETE}"), rows)
+        return [row | {"kept": kept} for row, kept in zip(rows, complete, strict=True)]
 
 
 def _read(root: Root, report: str) -> dict[str, Any]:

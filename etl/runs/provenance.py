@@ -39,7 +39,7 @@ def of(notebook: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _code(project: Path) -> sources.Code:
-    return sources.Code(project, client.place() / client.IMPORTED)
+    return sources.Code(project, client.server_folder() / client.IMPORTED)
 
 
 def git() -> dict[str, Any]:

@@ -136,10 +136,10 @@ def machine() -> str:
 def started(pid: int) -> int | None:
     """When the process started, counted since the machine did; None when there is none. With the pid it names one."""
     try:
-        found = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return None if found[0] in "ZX" else int(found[19])
+    return None if values[0] in "ZX" else int(values[19])
 
 
 def _has_ended(told: dict[str, Any]) -> bool:
