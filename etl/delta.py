@@ -33,12 +33,12 @@ LAST = "_last_checkpoint"
 
 
 def log_of(table: str) -> str:
-    """The place of a table's log. `table`: the place of the table."""
+    """The path of a table's log. `table`: the path of the table."""
     return f"{table}/_delta_log"
 
 
 def commit_of(table: str, version: int) -> str:
-    """The place of a version's commit."""
+    """The path of a version's commit."""
     return f"{log_of(table)}/{version:020d}.json"
 
 

@@ -1,7 +1,7 @@
-"""One root URL and the places under it: written whole or not at all, on this machine or in an object store.
+"""One root URL and the files under it: written whole or not at all, on this machine or in an object store.
 
 The lake and the runs both write under the same root and know nothing of each other; what they share is this file.
-A root is a folder (``outputs``) or an fsspec URL (``s3://bucket/prefix``). Places under it are named by a relative
+A root is a folder (``outputs``) or an fsspec URL (``s3://bucket/prefix``). Files under it are named by a relative
 path with forward slashes. Credentials and endpoints come from the usual ``AWS_*`` variables.
 """
 
@@ -61,7 +61,7 @@ class Unreadable(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """What is at a place, without having opened it. `mark`: changes when the content does."""
+    """What is at a path, without having opened it. `mark`: changes when the content does."""
 
     name: str
     bytes: int
@@ -236,11 +236,11 @@ class Root:
         """Make the folder, where a root is one."""
 
     def url_of(self, rel: str) -> str:
-        """The full path or URL of a place, for deltalake and Polars (with glob=False)."""
+        """The full path or URL of a file or folder, for deltalake and Polars (with glob=False)."""
         return f"{self.url}/{rel}"
 
     def table(self, rel: str, version: int | None = None) -> "DeltaTable":
-        """A handle on the Delta table at a place, at its newest version when `version` is None.
+        """A handle on the Delta table in a folder, at its newest version when `version` is None.
 
         Its `file_uris` can be opened as they are. Raises what deltalake raises.
         """
@@ -255,12 +255,12 @@ class Root:
         return f"{self._prefix}/{rel}"
 
     def read(self, rel: str) -> bytes:
-        """The bytes of a place. Raises FileNotFoundError."""
+        """The bytes of a file. Raises FileNotFoundError."""
         data: bytes = self._fs.cat_file(self._path(rel))
         return data
 
     def read_json(self, rel: str) -> dict[str, Any] | None:
-        """The JSON document at a place; None when there is none. Raises Damaged."""
+        """The JSON document in a file; None when there is no file. Raises Damaged."""
         try:
             document = json.loads(self.read(rel))
         except FileNotFoundError:
@@ -326,7 +326,7 @@ class Root:
         return int(self._fs.info(self._path(rel))["size"])
 
     def files(self, rel: str) -> list[str]:
-        """The places of all files under a folder, at any depth; none when there is no such folder."""
+        """The paths of all files under a folder, at any depth; none when there is no such folder."""
         start = len(self._path(""))
         return sorted(path[start:] for path in self._fs.find(self._path(rel)))
 
@@ -339,7 +339,7 @@ class Root:
         return sorted(name for path in paths if (name := path.rstrip("/").rsplit("/", 1)[-1]))
 
     def entries(self, rel: str) -> list[Entry]:
-        """What is directly under a place, by name; none when there is no such folder."""
+        """What is directly under a folder, by name; none when there is no such folder."""
         try:
             infos = self._fs.ls(self._path(rel), detail=True)
         except FileNotFoundError:
@@ -348,7 +348,7 @@ class Root:
         return sorted((_object(info["name"], info) for info in files), key=lambda entry: entry.name)
 
     def entry(self, rel: str) -> Entry | None:
-        """What is at a place; None when nothing is."""
+        """What is at a path; None when nothing is."""
         try:
             info = self._fs.info(self._path(rel))
         except FileNotFoundError:
