@@ -329,9 +329,9 @@ async def health() -> Health:
 @app.get("/ready", tags=["service"], responses={503: {"model": Ready, "description": "Nothing is published yet"}})
 async def ready(root: PublishedRoot, response: Response) -> Ready:
     """Whether there is something to read: 200 when a snapshot is published. Says what else is missing."""
-    found = await to_thread.run_sync(_ready, root, limiter=LOOKING)
-    response.status_code = 200 if found.ready else 503
-    return found
+    readiness = await to_thread.run_sync(_ready, root, limiter=LOOKING)
+    response.status_code = 200 if readiness.ready else 503
+    return readiness
 
 
 def _ready(root: Root) -> Ready:
@@ -413,8 +413,8 @@ def _line_items(body: bytes, content_type: str) -> list[LineItem]:
     try:
         return LINE_ITEMS.validate_python(json.loads(body))
     except ValidationError as error:
-        found = error.errors(include_url=False)
-        raise RequestValidationError([line | {"loc": ("body", *line["loc"])} for line in found]) from error
+        errors = error.errors(include_url=False)
+        raise RequestValidationError([line | {"loc": ("body", *line["loc"])} for line in errors]) from error
     except json.JSONDecodeError as error:
         raise _refuse("json_invalid", error.msg, where=(error.pos,)) from error
     except (ValueError, RecursionError) as error:
@@ -517,9 +517,9 @@ def notebook(run_id: str, root: PublishedRoot) -> Response:
 @app.exception_handler(RequestValidationError)
 def _refused(_: Request, error: RequestValidationError) -> JSONResponse:
     """Pydantic's list of errors as a sentence, the first five of them."""
-    found = error.errors()
-    more = [f"and {len(found) - 5} more"] if len(found) > 5 else []
-    return JSONResponse({"detail": "; ".join([*map(_sentence, found[:5]), *more])}, 422)
+    errors = error.errors()
+    more = [f"and {len(errors) - 5} more"] if len(errors) > 5 else []
+    return JSONResponse({"detail": "; ".join([*map(_sentence, errors[:5]), *more])}, 422)
 
 
 @app.exception_handler(StarletteHTTPException)
@@ -542,10 +542,10 @@ def _broke(_: Request, error: Exception) -> JSONResponse:
 
 def _sentence(error: dict[str, Any]) -> str:
     """ "body[3].l_tax: Input should be less than or equal to 1, not 7"; whatever was sent is shown in ASCII."""
-    place, *rest = error["loc"]
+    start, *rest = error["loc"]
     if error["type"] == "json_invalid":
-        return f"{place} is not JSON: {error['ctx']['error']} at character {rest[0]}"
-    where = place + "".join(f"[{part}]" if isinstance(part, int) else f".{ascii(part)[1:-1]}" for part in rest)
+        return f"{start} is not JSON: {error['ctx']['error']} at character {rest[0]}"
+    where = start + "".join(f"[{part}]" if isinstance(part, int) else f".{ascii(part)[1:-1]}" for part in rest)
     message, given = error["msg"].removeprefix("Value error, "), ascii(error["input"])
     shown = error["type"] not in ("missing", "too_short", "too_long") and len(given) < 60
     return f"{where}: {message}" + (f", not {given}" if shown else "")

@@ -57,7 +57,9 @@ def panel(what: str, looks: Iterable[str] = (), about: str = "") -> Iterator[Non
         if not findings.may_be_damage(error):  # Streamlit ends and begins the drawing of a page by exceptions too
             raise
         wrong = problems(published_root().url, what, tuple(looks), error)
-        said = [f"{_code(one.problem)}. What to do: {one.remedy}." for one in wrong if about in one.problem]
+        said = [
+            f"{_code(finding.problem)}. What to do: {finding.remedy}." for finding in wrong if about in finding.problem
+        ]
         unknown = f"{_code(findings.sentence(error))}. What to do: see what `python orchestrate.py doctor` says."
         st.warning("\n\n".join([f"**{what} cannot be shown.**", *(said or [unknown])]))
 
@@ -116,7 +118,7 @@ def latest_runs(root_url: str) -> list[dict[str, Any]]:
     """The last runs of all, newest first, and at least one of every stage that has a report."""
     root = Root.at(root_url)
     latest = index.newest(root, limit=200)
-    for stage in set(root.list("reports")) - {run["stage"] for run in latest}:
+    for stage in set(root.names("reports")) - {run["stage"] for run in latest}:
         latest += index.newest(root, stage=stage, limit=1)
     return latest
 

@@ -68,11 +68,11 @@ def _killed(folder: Path, keeper: client.Keeper, kills: int) -> int:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         working = [pool.submit(work, worker) for worker in range(AT_ONCE)]
         for _ in range(kills):
-            measure.wait_until((client.place() / "socket").exists)
+            measure.wait_until((client.server_folder() / "socket").exists)
             time.sleep(1 + os.urandom(1)[0] / 256)
             keeper.process.kill()
             keeper.process.wait()
-            (client.place() / "socket").unlink(missing_ok=True)
+            (client.server_folder() / "socket").unlink(missing_ok=True)
             keeper.start()
         over.set()
         return sum(each.result() for each in working)

@@ -70,11 +70,11 @@ def run(folder: Path, i: int, page_later: bool = True) -> RunRecord:
 @contextlib.contextmanager
 def without_fork_server(folder: Path) -> Iterator[None]:
     """Runs get cold kernels."""
-    place, os.environ["ETL_KERNELS"] = os.environ["ETL_KERNELS"], str(folder / "none")
+    before, os.environ["ETL_KERNELS"] = os.environ["ETL_KERNELS"], str(folder / "none")
     try:
         yield
     finally:
-        os.environ["ETL_KERNELS"] = place
+        os.environ["ETL_KERNELS"] = before
 
 
 @contextlib.contextmanager
@@ -83,7 +83,7 @@ def fork_server(ready: int, folder: Path) -> Iterator[client.Keeper]:
     keeper = client.Keeper(ready, folder / "kernels.log")
     keeper.start()
     try:
-        wait_until((client.place() / "socket").exists)
+        wait_until((client.server_folder() / "socket").exists)
         time.sleep(3)  # its first kernels come up
         yield keeper
     finally:

@@ -32,10 +32,10 @@ def main(pairs: int, seconds: int) -> None:
     with measure.own_state() as folder, measure.prefect_server(folder) as server:
         for pair in range(pairs):
             for system in SYSTEMS:
-                place = folder / f"{system}-{pair}"
-                place.mkdir()
+                path = folder / f"{system}-{pair}"
+                path.mkdir()
                 before = sum(map(measure.cpu_s, measure.family(server.pid)))
-                command = [sys.executable, __file__, "--phase", system, str(seconds), str(place)]
+                command = [sys.executable, __file__, "--phase", system, str(seconds), str(path)]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 result = json.loads(done.stdout.splitlines()[-1])
                 used_s = sum(map(measure.cpu_s, measure.family(server.pid))) - before

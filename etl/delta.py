@@ -33,30 +33,30 @@ LAST = "_last_checkpoint"
 
 
 def log_of(table: str) -> str:
-    """The place of a table's log. `table`: the place of the table."""
+    """The path of a table's log. `table`: the path of the table."""
     return f"{table}/_delta_log"
 
 
 def commit_of(table: str, version: int) -> str:
-    """The place of a version's commit."""
+    """The path of a version's commit."""
     return f"{log_of(table)}/{version:020d}.json"
 
 
 def newest_version(root: Root, table: str) -> int | None:
     """The newest version of a table, from its log's names; None when there is no table."""
-    return max((int(name[:20]) for name in root.list(log_of(table)) if name[:20].isdigit()), default=None)
+    return max((int(name[:20]) for name in root.names(log_of(table)) if name[:20].isdigit()), default=None)
 
 
 def actions(root: Root, table: str, version: int) -> list[Action]:
     """The lines of a version's commit. Raises FileNotFoundError, Damaged."""
-    place = commit_of(table, version)
-    data = root.read(place)
+    path = commit_of(table, version)
+    data = root.read(path)
     try:
         lines = [json.loads(line) for line in data.splitlines()]
     except ValueError as error:
-        raise Damaged(f"{place} is damaged: {error}") from None
+        raise Damaged(f"{path} is damaged: {error}") from None
     if not all(isinstance(line, dict) for line in lines):
-        raise Damaged(f"{place} is damaged: it is no JSON object a line")
+        raise Damaged(f"{path} is damaged: it is no JSON object a line")
     return lines
 
 
@@ -164,7 +164,7 @@ def _checkpoint(root: Root, table: str, version: int) -> None:
         root.table(table, version).create_checkpoint()
         return
     log = log_of(table)
-    names = [name for name in root.list(log) if name[:20].isdigit() and int(name[:20]) <= version]
+    names = [name for name in root.names(log) if name[:20].isdigit() and int(name[:20]) <= version]
     start = max((name[:20] for name in names if ".checkpoint." in name), default="")
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
         copy = Path(log_of(folder))
@@ -182,7 +182,7 @@ def sync(root: Root, table: str, after: int, until: int) -> None:
     if not root.may_tear or until <= after:
         return
     log = log_of(table)
-    rels = [f"{log}/{name}" for name in root.list(log) if name > f"{after:020d}.z"]  # _last_checkpoint, too
+    rels = [f"{log}/{name}" for name in root.names(log) if name > f"{after:020d}.z"]  # _last_checkpoint, too
     for version in range(after + 1, until + 1):
         rels += [f"{table}/{unquote(line['add']['path'])}" for line in actions(root, table, version) if "add" in line]
     root.sync([*filter(root.exists, rels), table, log])

@@ -58,10 +58,10 @@ def damages(root: Root, table: str, version: int | None = None) -> Iterator[str]
     """What of a Delta table is not what was written: its log, each file of it; each data file of a version, the newest
     when it is None, by its size and by reading it."""
     log = delta.log_of(table)
-    for name in root.list(log):
+    for name in root.names(log):
         if problem := _reading(partial(_read_log, root, table, name)):
             yield problem if log in problem else f"{log}/{name} is damaged: {problem}"
-    if not root.list(log):
+    if not root.names(log):
         return
     files: list[tuple[str, int, int]] = []
     if problem := _reading(lambda: files.extend(_files(root.table(table, version)))):

@@ -62,15 +62,15 @@ def record(
     if given:
         rows.append(("given", ", ".join(given)))
         metrics["given"] = given
-    found = {
+    document = {
         "metrics": _plain(metrics),
         "versions_read": _plain(versions_read or {}),
         "versions_written": _plain(versions_written or {}),
     }
     for name in ("versions_read", "versions_written"):
-        if found[name]:
-            rows.append((name.replace("_", " "), ", ".join(f"{t}@{v}" for t, v in found[name].items())))
-    _show(RECORD_MIME, found, rows, "record")
+        if document[name]:
+            rows.append((name.replace("_", " "), ", ".join(f"{t}@{v}" for t, v in document[name].items())))
+    _show(RECORD_MIME, document, rows, "record")
 
 
 _checked: list[dict[str, Any]] = []  # by the cell that is running now
@@ -135,7 +135,7 @@ def figure(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {figure(one)}" for name, one in value.items())
+        return ", ".join(f"{name} {figure(part)}" for name, part in value.items())
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"

@@ -53,14 +53,16 @@ def read(name: str) -> str:
 
 def missing(request: Any) -> list[str]:
     """What is wrong with the secrets a RunRequest names, one sentence each; [] when it can run."""
-    found = []
+    problems = []
     for name in request.secrets:
         try:
             if len(read(name)) < SHORTEST:
-                found.append(f"secret {name} has fewer than {SHORTEST} characters, too few to be kept out of a report")
+                problems.append(
+                    f"secret {name} has fewer than {SHORTEST} characters, too few to be kept out of a report"
+                )
         except (LookupError, ValueError, OSError) as error:
-            found.append(str(error))
-    return found
+            problems.append(str(error))
+    return problems
 
 
 def for_request(request: Any) -> "Redactor":
@@ -75,14 +77,14 @@ def for_request(request: Any) -> "Redactor":
         except (LookupError, ValueError, OSError):
             continue  # `missing` says so
     supplied = {name for name, origin in request.origins.items() if origin == SUPPLIED}
-    return Redactor(values, supplied, lambda place: _is_under(request.root, place))
+    return Redactor(values, supplied, lambda path: _is_under(request.root, path))
 
 
-def _is_under(root: str, place: str) -> bool:
+def _is_under(root: str, path: str) -> bool:
     from etl.storage import Root
 
     try:
-        return ".." not in place.split("/") and Root.at(root).exists(place)
+        return ".." not in path.split("/") and Root.at(root).exists(path)
     except Exception:  # the root is down: nobody knows
         return False
 
@@ -93,14 +95,14 @@ class Redactor:
     Found as they are, and as base64, percent-encoding, hexadecimal, and in the escapes of JSON, Python and HTML.
     Each long line of a value of several lines is a secret, too. False when there is nothing to replace.
 
-    `supplied` are the parameters that are the runner's own; `is_there` says whether the root has a place.
+    `supplied` are the parameters that are the runner's own; `is_there` says whether the root has a file.
     """
 
     def __init__(
         self,
         values: Mapping[str, str],
         supplied: Iterable[str] = (),
-        is_there: Callable[[str], bool] = lambda place: False,
+        is_there: Callable[[str], bool] = lambda path: False,
     ):
         self._supplied, self._is_there = frozenset(supplied), is_there
         forms: dict[str, str] = {}
@@ -118,8 +120,8 @@ class Redactor:
         return bool(self._forms)
 
     def text(self, text: str) -> str:
-        found = self._pattern(text)
-        return found.sub(lambda match: self._forms.get(match[0], match[0]), text) if found else text
+        pattern = self._pattern(text)
+        return pattern.sub(lambda match: self._forms.get(match[0], match[0]), text) if pattern else text
 
     def _pattern(self, text: str) -> re.Pattern[str] | None:
         """Of the forms that are in `text`: to look for each first is far quicker than a pattern of them all."""
@@ -218,28 +220,28 @@ class Redactor:
                 given = {"given": self._named(part["given"], "{}")} if "given" in part else {}
                 told[name] = self.tree({key: part[key] for key in part if key != "given"}) | given
             elif name == "checks" and isinstance(part, list):
-                told[name] = [self._checked(one) for one in part]
+                told[name] = [self._checked(check) for check in part]
             else:
                 told[self.text(name)] = self.tree(part)
         return _like(value, told)
 
-    def _checked(self, one: Any) -> Any:
-        if not isinstance(one, Mapping):
-            return self.tree(one)
+    def _checked(self, check: Any) -> Any:
+        if not isinstance(check, Mapping):
+            return self.tree(check)
         names = ("name", "ok", "detail")
         return {
             name if name in names else self.text(name): value if isinstance(value, bool) else self.tree(value)
-            for name, value in one.items()
+            for name, value in check.items()
         }
 
-    def _named(self, values: Any, place: str) -> Any:
+    def _named(self, values: Any, template: str) -> Any:
         """Values by the names of tables or files. What is under the root goes by its name; a version is a number."""
         if not isinstance(values, Mapping):
             return self.tree(values)
         told = {}
         for name, value in values.items():
             hidden = self.text(name)
-            own = hidden == name or self._is_there(place.format(name))
+            own = hidden == name or self._is_there(template.format(name))
             told[name if own else hidden] = value if isinstance(value, int) else self.tree(value)
         return told
 
@@ -252,8 +254,8 @@ class Redactor:
                 if form.startswith(text[at:]):
                     cut = at
                 at += 1
-        if cut < len(text) and (found := self._pattern(text)):
-            cut = next((m.start() for m in found.finditer(text) if m.start() < cut < m.end()), cut)
+        if cut < len(text) and (pattern := self._pattern(text)):
+            cut = next((m.start() for m in pattern.finditer(text) if m.start() < cut < m.end()), cut)
         return self.text(text[:cut]), text[cut:]
 
 

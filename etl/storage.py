@@ -1,7 +1,7 @@
-"""One root URL and the places under it: written whole or not at all, on this machine or in an object store.
+"""One root URL and the files under it: written whole or not at all, on this machine or in an object store.
 
 The lake and the runs both write under the same root and know nothing of each other; what they share is this file.
-A root is a folder (``outputs``) or an fsspec URL (``s3://bucket/prefix``). Places under it are named by a relative
+A root is a folder (``outputs``) or an fsspec URL (``s3://bucket/prefix``). Files under it are named by a relative
 path with forward slashes. Credentials and endpoints come from the usual ``AWS_*`` variables.
 """
 
@@ -61,7 +61,7 @@ class Unreadable(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """What is at a place, without having opened it. `mark`: changes when the content does."""
+    """What is at a path, without having opened it. `mark`: changes when the content does."""
 
     name: str
     bytes: int
@@ -151,15 +151,15 @@ def _store_url(given: str, scheme: str, rest: str) -> str:
     """The URL in the one way it is written; `rest`: what comes after the colon."""
     if not rest.startswith("//"):
         raise BadRoot(f"{given!r}: a URL begins with {scheme}://")
-    place = rest[2:].rstrip("/")
-    if wrong := NOT_IN_A_URL.search(place):
+    path = rest[2:].rstrip("/")
+    if wrong := NOT_IN_A_URL.search(path):
         raise BadRoot(f"{given!r}: {wrong[0]!r} cannot be in the URL of a root")
-    bucket, *folders = place.split("/")
+    bucket, *folders = path.split("/")
     if not bucket:
         raise BadRoot(f"{given!r}: no bucket is named: {scheme}://bucket/prefix")
     if {"", ".", ".."} & {*folders}:
         raise BadRoot(f"{given!r}: an object store has no folders that are called '', '.' or '..'")
-    return f"{scheme}://{place}"
+    return f"{scheme}://{path}"
 
 
 def _folder(given: str, path: str) -> str:
@@ -230,17 +230,17 @@ class Root:
 
     def is_there(self) -> bool:
         """Whether the root is there at all: its folder, or anything in the object store."""
-        return bool(self.list(""))
+        return bool(self.names(""))
 
     def make(self) -> None:
         """Make the folder, where a root is one."""
 
     def url_of(self, rel: str) -> str:
-        """The full path or URL of a place, for deltalake and Polars (with glob=False)."""
+        """The full path or URL of a file or folder, for deltalake and Polars (with glob=False)."""
         return f"{self.url}/{rel}"
 
     def table(self, rel: str, version: int | None = None) -> "DeltaTable":
-        """A handle on the Delta table at a place, at its newest version when `version` is None.
+        """A handle on the Delta table in a folder, at its newest version when `version` is None.
 
         Its `file_uris` can be opened as they are. Raises what deltalake raises.
         """
@@ -255,12 +255,12 @@ class Root:
         return f"{self._prefix}/{rel}"
 
     def read(self, rel: str) -> bytes:
-        """The bytes of a place. Raises FileNotFoundError."""
+        """The bytes of a file. Raises FileNotFoundError."""
         data: bytes = self._fs.cat_file(self._path(rel))
         return data
 
     def read_json(self, rel: str) -> dict[str, Any] | None:
-        """The JSON document at a place; None when there is none. Raises Damaged."""
+        """The JSON document in a file; None when there is no file. Raises Damaged."""
         try:
             document = json.loads(self.read(rel))
         except FileNotFoundError:
@@ -326,26 +326,34 @@ class Root:
         return int(self._fs.info(self._path(rel))["size"])
 
     def files(self, rel: str) -> list[str]:
-        """The places of all files under a folder, at any depth; none when there is no such folder."""
+        """The paths of all files under a folder, at any depth; none when there is no such folder."""
         start = len(self._path(""))
         return sorted(path[start:] for path in self._fs.find(self._path(rel)))
 
-    def entries(self, rel: str) -> list[Entry]:
-        """What is directly under a place, by name; none when there is no such folder."""
+    def names(self, rel: str) -> list[str]:
+        """The names directly under a folder, sorted; none when there is no such folder."""
         try:
-            found = self._fs.ls(self._path(rel), detail=True)
+            paths = self._fs.ls(self._path(rel), detail=False)
         except FileNotFoundError:
             return []
-        files = (one for one in found if one["type"] == "file")  # a folder is only the beginning of a name here
-        return sorted((_object(one["name"], one) for one in files), key=lambda entry: entry.name)
+        return sorted(name for path in paths if (name := path.rstrip("/").rsplit("/", 1)[-1]))
+
+    def entries(self, rel: str) -> list[Entry]:
+        """What is directly under a folder, by name; none when there is no such folder."""
+        try:
+            infos = self._fs.ls(self._path(rel), detail=True)
+        except FileNotFoundError:
+            return []
+        files = (info for info in infos if info["type"] == "file")  # a folder is only the beginning of a name here
+        return sorted((_object(info["name"], info) for info in files), key=lambda entry: entry.name)
 
     def entry(self, rel: str) -> Entry | None:
-        """What is at a place; None when nothing is."""
+        """What is at a path; None when nothing is."""
         try:
-            there = self._fs.info(self._path(rel))
+            info = self._fs.info(self._path(rel))
         except FileNotFoundError:
             return None
-        return _object(rel, there)
+        return _object(rel, info)
 
     def sync(self, rels: Iterable[str]) -> None:
         """Make sure that these files and folders would survive the loss of power. An object store's always do."""
@@ -379,8 +387,8 @@ class Root:
 
     def newest(self, rel: str) -> datetime | None:
         """When something was last put below a folder, by the store's own clock; None when nothing is there."""
-        found = self._fs.find(self._path(rel), detail=True).values()
-        return max((one["LastModified"] for one in found), default=None)
+        infos = self._fs.find(self._path(rel), detail=True).values()
+        return max((info["LastModified"] for info in infos), default=None)
 
     def move_tree(self, source: str, target: str, last: str | None = None) -> None:
         """Move a folder to where nothing is: at once on this machine, file by file in an object store.
@@ -464,15 +472,6 @@ class Root:
         except FileNotFoundError:
             return None
 
-    # last: in the lines below it the name means this, not the builtin
-    def list(self, rel: str) -> list[str]:
-        """The names directly under a place, sorted; none when there is no such folder."""
-        try:
-            found = self._fs.ls(self._path(rel), detail=False)
-        except FileNotFoundError:
-            return []
-        return sorted(name for path in found if (name := path.rstrip("/").rsplit("/", 1)[-1]))
-
 
 def _object(name: str, info: dict[str, Any]) -> Entry:
     mark, modified = str(info.get("ETag", "")), info.get("LastModified")
@@ -525,15 +524,15 @@ class LocalRoot(Root):
                 raise Unreadable("is a socket") from None
             raise
         try:
-            there = os.fstat(descriptor)
-            if problem := _no_file(there.st_mode):
+            info = os.fstat(descriptor)
+            if problem := _no_file(info.st_mode):
                 raise Unreadable(problem)
-            _refuse_above(there.st_size, most)
+            _refuse_above(info.st_size, most)
             with open(descriptor, "rb", closefd=False) as file:
-                data = file.read(there.st_size + 1)
+                data = file.read(info.st_size + 1)
         finally:
             os.close(descriptor)
-        if len(data) != there.st_size:
+        if len(data) != info.st_size:
             raise Unreadable("changed while it was read")
         return data
 
@@ -589,12 +588,18 @@ class LocalRoot(Root):
     def size(self, rel: str) -> int:
         return os.stat(self._path(rel)).st_size
 
-    def entries(self, rel: str) -> list[Entry]:
+    def names(self, rel: str) -> list[str]:
         try:
-            found = sorted(os.scandir(self._path(rel)), key=lambda entry: entry.name)
+            return sorted(name for name in os.listdir(self._path(rel)) if not name.startswith("."))
         except FileNotFoundError:
             return []
-        return [entry for one in found if not one.name.startswith(".") and (entry := _entry(one.path))]
+
+    def entries(self, rel: str) -> list[Entry]:
+        try:
+            files = sorted(os.scandir(self._path(rel)), key=lambda entry: entry.name)
+        except FileNotFoundError:
+            return []
+        return [entry for file in files if not file.name.startswith(".") and (entry := _entry(file.path))]
 
     def entry(self, rel: str) -> Entry | None:
         return _entry(self._path(rel))
@@ -633,7 +638,7 @@ class LocalRoot(Root):
 
     def newest(self, rel: str) -> datetime | None:
         folders = [folder for folder, _, _ in os.walk(self._path(rel))]  # a file's own time is its producer's
-        return max((datetime.fromtimestamp(os.stat(one).st_mtime, UTC) for one in folders), default=None)
+        return max((datetime.fromtimestamp(os.stat(folder).st_mtime, UTC) for folder in folders), default=None)
 
     def move_tree(self, source: str, target: str, last: str | None = None) -> None:
         make_folder(os.path.dirname(self._path(target)))
@@ -669,12 +674,6 @@ class LocalRoot(Root):
             file.write(holder)
             file.flush()
             yield
-
-    def list(self, rel: str) -> list[str]:
-        try:
-            return sorted(name for name in os.listdir(self._path(rel)) if not name.startswith("."))
-        except FileNotFoundError:
-            return []
 
 
 def _remove_folders(paths: list[str], first: str) -> None:
@@ -713,12 +712,12 @@ def sync(path: str) -> None:
 
 def _entry(path: str) -> Entry | None:
     try:
-        there = os.lstat(path)
+        info = os.lstat(path)
     except FileNotFoundError:
         return None
-    mark = f"{there.st_ino}-{there.st_mtime_ns}-{there.st_size}"
-    modified = datetime.fromtimestamp(there.st_mtime, UTC)
-    return Entry(os.path.basename(path), there.st_size, mark, _no_file(there.st_mode), modified)
+    mark = f"{info.st_ino}-{info.st_mtime_ns}-{info.st_size}"
+    modified = datetime.fromtimestamp(info.st_mtime, UTC)
+    return Entry(os.path.basename(path), info.st_size, mark, _no_file(info.st_mode), modified)
 
 
 def _no_file(mode: int) -> str | None:

@@ -179,7 +179,7 @@ def _slices(stream: Stream, parts: set[int]) -> dict[int, dict[str, pl.DataFrame
         return _tpchgen(stream.scale, STREAMED, stream.slices, parts)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         made = pool.map(lambda part: _tpchgen(stream.scale, STREAMED, stream.slices, {part}), parts)
-        return {part: frames for one in made for part, frames in one.items()}
+        return {part: frames for piece in made for part, frames in piece.items()}
 
 
 def _tpchgen(
@@ -200,9 +200,9 @@ def _tpchgen(
         )
         if done.returncode:
             raise RuntimeError(f"tpchgen-cli failed with status {done.returncode}: {done.stderr.strip()}")
-        place = "{0}/{0}.{1}.parquet" if slices > 1 else "{0}.parquet"
+        file_name = "{0}/{0}.{1}.parquet" if slices > 1 else "{0}.parquet"
         return {
-            part: {table: pl.read_parquet(f"{folder}/{place.format(table, part)}", glob=False) for table in tables}
+            part: {table: pl.read_parquet(f"{folder}/{file_name.format(table, part)}", glob=False) for table in tables}
             for part in parts
         }
 

@@ -95,7 +95,7 @@ def test_questions_that_fail_are_told_and_keep_no_other_from_its_answer(full, tm
     failed = {check["name"]: check["detail"] for check in record["checks"] if not check["ok"]}
     assert set(failed) == {"q11 has an answer", "recommended_suppliers has an answer"}
     assert all("No such file" in why for why in failed.values())
-    assert Root.at(root).list("results") == ["q01", "q22"]
+    assert Root.at(root).names("results") == ["q01", "q22"]
     assert queries.current(Root.at(root), "q01")[1].height == 4
     assert record["metrics"]["questions"] == 2
 
@@ -103,7 +103,7 @@ def test_questions_that_fail_are_told_and_keep_no_other_from_its_answer(full, tm
 def test_generate_again_gives_the_same_bytes_and_preprocess_again_changes_nothing(root):
     make = ("run", "generate", "--root", root, "--at", AT, *SMALL[:6], "--json")
     assert orchestrate(PROJECT, *make).returncode == 0
-    files = [f"landing/{t}/{n}" for t in TABLES for n in Root.at(root).list(f"landing/{t}")]
+    files = [f"landing/{t}/{n}" for t in TABLES for n in Root.at(root).names(f"landing/{t}")]
     before = {name: Root.at(root).read(name) for name in files}
     (again,) = json.loads(orchestrate(PROJECT, *make, "-p", "tick=1").stdout)
     assert (again["state"], again["metrics"]["ticks"]) == ("ok", 1)
@@ -124,7 +124,7 @@ def test_bad_input_stops_the_run_before_anything_is_written(root, made):
     (record,) = json.loads(done.stdout)
     assert done.returncode == 1
     assert (record["state"], record["attempt"]) == ("check_failed", 1)
-    assert Root.at(root).list("landing/orders") == ["orders-00000000.json"]
+    assert Root.at(root).names("landing/orders") == ["orders-00000000.json"]
     assert not Lake(root).published()
 
 

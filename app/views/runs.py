@@ -15,7 +15,7 @@ def page() -> None:
     """The newest runs that the reader asks for."""
     st.title("Runs", anchor=False)
     with shown.panel("The list of runs"):
-        stages = [ALL, *shown.published_root().list("reports")]
+        stages = [ALL, *shown.published_root().names("reports")]
         stage = st.segmented_control("Stage", stages, default=ALL, key="stage", required=True)
         state = st.segmented_control(
             "State", [ALL, BAD, *STATES], default=ALL, format_func=shown.words, key="state", required=True
@@ -27,9 +27,9 @@ def page() -> None:
 def listed(stage: str, state: str) -> None:
     """The newest runs of a stage in a state; runs again by itself."""
     with shown.panel("The list of runs", ["the index of runs"]):
-        found = newest(shown.published_root().url, stage, state)
-        if found:
-            shown.runs_table(found)
+        rows = newest(shown.published_root().url, stage, state)
+        if rows:
+            shown.runs_table(rows)
         else:
             st.caption("There is no such run.")
 

@@ -104,7 +104,7 @@ def announce_new(url: str, console: Console) -> None:
 
 def what_is_missing(root: Root) -> str | None:
     """Why there is nothing that could be examined under a root; None when there is something."""
-    if {"landing", "lake", "reports"} & {*root.list("")}:
+    if {"landing", "lake", "reports"} & {*root.names("")}:
         return None
     return "no stage has run there yet" if root.is_there() else "it is not there"
 

@@ -31,7 +31,7 @@ from etl.storage import PROJECT
 
 log = logging.getLogger(__name__)
 ANSWER_S = 2  # a fork server answers in a millisecond; one that takes longer is no help
-IMPORTED = "imported"  # in `place`: the own files that kernels have imported, as JSON
+IMPORTED = "imported"  # in `server_folder`: the own files that kernels have imported, as JSON
 FOLLOW_S = 60  # a kernel that was forked but now may still be coming up
 END_S = 12  # the black box gives what has to be killed ten
 # A variable that Python or a library reads when it starts or is imported: what was preloaded has read the server's.
@@ -42,11 +42,11 @@ READ_AT_START = (
 )
 
 
-class NoPlace(RuntimeError):
+class NotOurFolder(RuntimeError):
     """The folder for the socket is not ours alone."""
 
 
-def place() -> Path:
+def server_folder() -> Path:
     """The folder of this user's fork server for this project."""
     whose = f"{PROJECT} {sys.prefix}"
     base = tempfile.gettempdir() if len(tempfile.gettempdir()) < 40 else "/tmp"  # of a socket: under 108 characters
@@ -54,12 +54,12 @@ def place() -> Path:
     return Path(os.environ.get("ETL_KERNELS") or default)
 
 
-def checked_place() -> Path:
-    """`place`, if nobody else may enter it. Raises NoPlace, or FileNotFoundError when there has never been one."""
-    folder = place()
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise NoPlace(f"{folder} is not a folder of this user alone")
+def checked_server_folder() -> Path:
+    """`server_folder`, if nobody else may enter it. Raises NotOurFolder, FileNotFoundError before the first server."""
+    folder = server_folder()
+    info = folder.lstat()
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
+        raise NotOurFolder(f"{folder} is not a folder of this user alone")
     return folder
 
 
@@ -175,15 +175,15 @@ def take(env: dict[str, str]) -> Forked | None:
     try:
         with socket.socket(socket.AF_UNIX) as server:
             server.settimeout(ANSWER_S)
-            server.connect(str(checked_place() / "socket"))
+            server.connect(str(checked_server_folder() / "socket"))
             _, uid, _ = struct.unpack("3i", server.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
             if uid != os.getuid():
-                raise NoPlace(f"the fork server belongs to user {uid}")
+                raise NotOurFolder(f"the fork server belongs to user {uid}")
             server.sendall(json.dumps(asked).encode() + b"\n")
             answer, fds, _, _ = socket.recv_fds(server, 65536, 2)
     except (FileNotFoundError, ConnectionRefusedError):  # nobody keeps one
         return None
-    except (OSError, NoPlace) as error:
+    except (OSError, NotOurFolder) as error:
         _warn_once(f"kernels start cold: {error}")
         return None
     if len(fds) != 2:

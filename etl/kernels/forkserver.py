@@ -85,14 +85,16 @@ class Server:
         self.told: set[str] = set()
         with contextlib.suppress(OSError, ValueError):  # by the one before; the code of a run is the same under both
             self.told.update(
-                path for path in json.loads((client.place() / client.IMPORTED).read_text()) if sources.mark(path)
+                path
+                for path in json.loads((client.server_folder() / client.IMPORTED).read_text())
+                if sources.mark(path)
             )
         self.waiting: list[Waiting] = []
         self.fork_at = 0.0  # not before this time
         self.stale = False
 
     def serve(self) -> Callable[[], None] | None:
-        """Until the code changes: None. In a forked process: what that has to do."""
+        """Serve until the code changes, then return None. A forked process returns too: the function it is to call."""
         check_at = 0.0
         while not self.stale:
             now = time.monotonic()
@@ -142,7 +144,7 @@ class Server:
         files = {path for path in known if path.endswith(".py")}
         if not files <= self.told:
             self.told |= files
-            path = client.place() / client.IMPORTED
+            path = client.server_folder() / client.IMPORTED
             path.with_suffix(".part").write_text(json.dumps(sorted(self.told)))
             path.with_suffix(".part").rename(path)
 
@@ -180,7 +182,7 @@ class Server:
         return f"variables differ from the fork server's: {', '.join(dict.fromkeys(differing))}" if differing else ""
 
     def fork(self, asking: socket.socket | None = None) -> Callable[[], None] | None:
-        """Fork one more. In the forked process: what that has to do, with nothing of this one's left open."""
+        """Fork one more kernel: None. The forked process, with nothing of this one open, gets the function to call."""
         folder = launch.new_folder()
         lifeline, boxs_end = socket.socketpair()
         commands, kernels_end = socket.socketpair()
@@ -233,18 +235,18 @@ def preload(modules: list[str], notes: Path) -> list[str]:
 
     Which do so is seen in a forked process each, and kept at `notes` until the packages change.
     """
-    found = {}
+    known = {}
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads(notes.read_text())
-    if found.get("packages") != client.packages():
-        found = {"packages": client.packages()}
+        known = json.loads(notes.read_text())
+    if known.get("packages") != client.packages():
+        known = {"packages": client.packages()}
     for name in modules:
-        if name not in found:
-            found[name] = _tried(name)
-        if found[name] == "fine":
+        if name not in known:
+            known[name] = _tried(name)
+        if known[name] == "fine":
             importlib.import_module(name)
-    notes.write_text(json.dumps(found))
-    return [name for name in modules if found[name] == "threads"]
+    notes.write_text(json.dumps(known))
+    return [name for name in modules if known[name] == "threads"]
 
 
 def _tried(name: str) -> str:
@@ -253,11 +255,11 @@ def _tried(name: str) -> str:
         return "fine"
     pid = os.fork()
     if pid == 0:
-        found = 2
+        status = 2
         with contextlib.suppress(BaseException):
             importlib.import_module(name)
-            found = int(_threads() > 1)
-        os._exit(found)
+            status = int(_threads() > 1)
+        os._exit(status)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return {0: "fine", 1: "threads"}.get(status, "failed")
 
@@ -272,14 +274,14 @@ def _free_share() -> float:
 
 
 def main() -> Callable[[], None] | None:
-    """Preload, then serve. In a forked process: what that has to do."""
+    """Preload, then serve. As `serve`: None, or in a forked process the function it is to call."""
     began = time.time()
     arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     arguments.add_argument("--ready", type=int, default=1, help="kernels that wait")
     ready = arguments.parse_args().ready
     with contextlib.suppress(FileExistsError):
-        client.place().mkdir(mode=0o700)
-    folder = client.checked_place()
+        client.server_folder().mkdir(mode=0o700)
+    folder = client.checked_server_folder()
     lock = os.open(folder / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)  # another one serves: this takes its place when it ends
     before = dict(os.environ)

@@ -13,7 +13,7 @@ def modules_of(project: Path) -> tuple[list[str], list[str]]:
     """
     own: dict[str, None] = {}  # in the order in which they are found
     others: dict[str, None] = {}
-    todo = [found for path in sorted(project.glob("notebooks/*.ipynb")) for found in _imports(path)]
+    todo = [imported for path in sorted(project.glob("notebooks/*.ipynb")) for imported in _imports(path)]
     while todo:
         module, members = todo.pop(0)
         if _path(project, module.split(".")[0]) is None:
@@ -58,5 +58,5 @@ def _imports(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 def _path(project: Path, name: str) -> Path | None:
     """The project's file that holds the module, if it is one of the project's."""
-    place = project.joinpath(*name.split("."))
-    return next((path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), None)
+    stem = project.joinpath(*name.split("."))
+    return next((path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()), None)

@@ -36,10 +36,10 @@ def is_own(path: str) -> bool:
 def mark(path: str) -> Mark:
     """Changes when the file does; empty when there is none. One call of stat."""
     try:
-        there = os.stat(path)
+        info = os.stat(path)
     except OSError:
         return ()
-    return there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns, there.st_ctime_ns
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
 
 class Imported:
@@ -58,8 +58,8 @@ class Imported:
 
     def add(self, path: str, since: float) -> None:
         """One more file, that has been read after `since`; or a folder, or a place where nothing is."""
-        there = mark(path)
-        self.marks[path] = None if there and since < there[-1] / 1e9 <= time.time() else there
+        now = mark(path)
+        self.marks[path] = None if now and since < now[-1] / 1e9 <= time.time() else now
 
     def changed(self) -> str | None:
         """The first file that is not what was imported."""
@@ -73,8 +73,8 @@ def changed(marks: dict[str, Mark | None]) -> str | None:
 
 def noted(folder: Path) -> dict[str, Mark | None]:
     """What a kernel has noted in its folder. Raises OSError before it has."""
-    found = json.loads((folder / NOTED).read_text())
-    return {path: there if there is None else tuple(there) for path, there in found.items()}
+    marks = json.loads((folder / NOTED).read_text())
+    return {path: seen if seen is None else tuple(seen) for path, seen in marks.items()}
 
 
 class Code:
@@ -106,14 +106,14 @@ class Code:
 
     def _files(self) -> list[str]:
         """Every file of own code, in the order of their packages' names."""
-        found: list[str] = []
+        paths: list[str] = []
         for name in sorted(self._tops):
-            if place := self._tops[name]:
-                found += _files_of(place)
+            if path := self._tops[name]:
+                paths += _files_of(path)
         if self._extra:
             with contextlib.suppress(OSError, ValueError):
-                found += sorted(json.loads(self._extra.read_text()))
-        return list(dict.fromkeys(found))
+                paths += sorted(json.loads(self._extra.read_text()))
+        return list(dict.fromkeys(paths))
 
     def _find(self) -> None:
         """Which own packages the notebooks import, and which those import."""
@@ -125,44 +125,44 @@ class Code:
         while todo:
             name = todo.pop()
             if name not in self._tops:
-                self._tops[name] = place = self._place_of(name)
-                for path in _files_of(place) if place else ():
+                self._tops[name] = top = self._path_of(name)
+                for path in _files_of(top) if top else ():
                     todo += _imports(_read(path).decode(errors="replace"))
 
-    def _place_of(self, name: str) -> Path | None:
+    def _path_of(self, name: str) -> Path | None:
         """Where an own top-level package or module is; None for one of a library, and for what is not there."""
         if name in sys.stdlib_module_names:
             return None
         folders = (self._project, self._project / "notebooks")
-        for place in [place for folder in folders for place in (folder / name / "__init__.py", folder / f"{name}.py")]:
-            if place.is_file():
-                return place.parent if place.name == "__init__.py" else place
+        for path in [path for folder in folders for path in (folder / name / "__init__.py", folder / f"{name}.py")]:
+            if path.is_file():
+                return path.parent if path.name == "__init__.py" else path
         try:
             spec = importlib.util.find_spec(name)
         except (ImportError, ValueError):
             spec = None
-        places = [*(spec.submodule_search_locations or []), spec.origin or ""] if spec else []
-        if places and not any(os.path.exists(place) and is_own(f"{place}/") for place in places):
+        paths = [*(spec.submodule_search_locations or []), spec.origin or ""] if spec else []
+        if paths and not any(os.path.exists(path) and is_own(f"{path}/") for path in paths):
             return None
         # a folder without __init__.py is a package where nobody else has one of that name
         namespaces = [folder / name for folder in folders if (folder / name).is_dir()]
-        own = [Path(place) for place in places if os.path.exists(place)]
+        own = [Path(path) for path in paths if os.path.exists(path)]
         return next(iter(namespaces + own), None)
 
 
-def _files_of(place: Path) -> list[str]:
+def _files_of(path: Path) -> list[str]:
     """The modules of a package, or the one file; none where nothing is."""
-    if place.suffix:
-        return [str(place)]
-    found, todo = [], [str(place)]
+    if path.suffix:
+        return [str(path)]
+    paths, todo = [], [str(path)]
     while todo:
         with contextlib.suppress(OSError), os.scandir(todo.pop()) as entries:
             for entry in entries:
                 if entry.name.endswith(".py"):
-                    found.append(entry.path)
+                    paths.append(entry.path)
                 elif not entry.name.startswith((".", "__")) and entry.is_dir():
                     todo.append(entry.path)
-    return sorted(found)
+    return sorted(paths)
 
 
 def _entries(folder: Path) -> list[str]:

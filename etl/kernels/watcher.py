@@ -98,8 +98,8 @@ def watch(kernel: int, pid_path: str, lifeline: int) -> tuple[int | None, bool]:
         status = _reap(kernel)
         if run and status is None and (cause == "memory" or not is_ending(kernel)):
             run.sample(cause)
-    found = _end_all(kernel)
-    status = found if status is None else status
+    last = _end_all(kernel)
+    status = last if status is None else status
     with contextlib.suppress(OSError):
         os.unlink(pid_path)
     if run:
@@ -162,18 +162,18 @@ class _Run:
 
 def _tree() -> list[int]:
     """Every process below this one."""
-    found, todo = [], [os.getpid()]
+    pids, todo = [], [os.getpid()]
     while todo:
         pid = todo.pop()
         try:
             for thread in os.listdir(f"/proc/{pid}/task"):
                 with open(f"/proc/{pid}/task/{thread}/children") as file:
                     children = [int(child) for child in file.read().split()]
-                found += children
+                pids += children
                 todo += children
         except OSError:  # it has just ended
             continue
-    return found
+    return pids
 
 
 def _used() -> tuple[float, float]:
@@ -194,10 +194,10 @@ def is_ending(pid: int) -> bool:
     """Whether the process has begun to exit or has ended: what it still holds by then says nothing of its life."""
     try:
         with open(f"/proc/{pid}/stat") as file:
-            found = file.read().rpartition(")")[2].split()
+            values = file.read().rpartition(")")[2].split()
     except OSError:
         return True
-    return found[0] in "ZX" or bool(int(found[6]) & PF_EXITING)
+    return values[0] in "ZX" or bool(int(values[6]) & PF_EXITING)
 
 
 def _reap(kernel: int) -> int | None:
@@ -223,8 +223,8 @@ def _end_all(kernel: int, within_s: float = 10) -> int | None:
                 os.kill(pid, signal.SIGKILL)
             except OSError:
                 continue
-        found = _reap(kernel)
-        status = found if status is None else status
+        last = _reap(kernel)
+        status = last if status is None else status
         try:
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:  # what had lost its parent would be a child of this process: nothing is left
@@ -239,11 +239,11 @@ def _machine_mb() -> float:
     with open("/proc/self/cgroup") as file:
         for line in file.read().splitlines():
             number, controllers, path = line.split(":", 2)
-            for place in {path.rstrip("/"), ""}:
+            for group in {path.rstrip("/"), ""}:
                 if number == "0":
-                    limits.append(_number(f"/sys/fs/cgroup{place}/memory.max"))
+                    limits.append(_number(f"/sys/fs/cgroup{group}/memory.max"))
                 elif controllers == "memory":
-                    limits.append(_number(f"/sys/fs/cgroup/memory{place}/memory.limit_in_bytes"))
+                    limits.append(_number(f"/sys/fs/cgroup/memory{group}/memory.limit_in_bytes"))
     return min(filter(None, limits)) / MB
 
 

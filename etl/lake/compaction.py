@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import polars as pl
@@ -58,12 +58,12 @@ class Rewrite:
     bytes: int
     rows: int
     checksum: int
-    stats: dict
+    stats: dict[str, Any]
 
 
 def tables(lake: "Lake") -> list[str]:
     """The tables that there are, by name."""
-    return [name for name in lake.columns if lake.root.list(f"lake/{name}/_delta_log")]
+    return [name for name in lake.columns if lake.root.names(f"lake/{name}/_delta_log")]
 
 
 def survey(lake: "Lake", small_mb: float) -> pl.DataFrame:
@@ -73,7 +73,7 @@ def survey(lake: "Lake", small_mb: float) -> pl.DataFrame:
     """
     lines = []
     for name in tables(lake):
-        line = {"table": name}
+        line: dict[str, Any] = {"table": name}
         with _told(line):
             sizes, rows = delta.file_stats(lake.table(name))
             line |= {"rows": rows, "files": len(sizes), "small_files": sum(size < small_mb * 1e6 for size in sizes)}
@@ -106,8 +106,9 @@ def compact(
     suspicion = clock_problem(root, now, vacuum_hours)
     published = snapshot.read_pointer(root)
     versions = published["tables"] if published else {}
-    lines = {table: {"table": table, "note": ""} for table in tables(lake)}
-    began, handles = {}, {}
+    lines: dict[str, dict[str, Any]] = {table: {"table": table, "note": ""} for table in tables(lake)}
+    began: dict[str, set[str]] = {}
+    handles: dict[str, DeltaTable] = {}
     for table, line in lines.items():
         with _told(line), root.lease(f"lake/leases/{table}", run_id, ttl_s=LEASE_S, wait_s=0):
             crash_point(f"compaction holds: {table}")
@@ -139,7 +140,7 @@ def compact(
 
 
 @contextmanager
-def _told(line: dict) -> Iterator[None]:
+def _told(line: dict[str, Any]) -> Iterator[None]:
     """What goes wrong with a table is told in its line, and in full on stderr; the next one has its turn."""
     try:
         yield
@@ -152,7 +153,7 @@ def _told(line: dict) -> Iterator[None]:
 
 def _compact_table(
     lake: "Lake", table: str, handle: "DeltaTable", target_mb: int, min_small_files: int, run_id: str
-) -> dict:
+) -> dict[str, Any]:
     """Rewrite what is small among the files of a version: the published one, or the newest where none is."""
     sizes, rows = delta.file_stats(handle)
     groups = _worth_it(lake, handle, table, target_mb * 1_000_000, min_small_files)
@@ -177,7 +178,7 @@ def _compact_table(
     }
 
 
-def _rows(handle, rewrite: Rewrite) -> int:
+def _rows(handle: "DeltaTable", rewrite: Rewrite) -> int:
     """How many rows the log says that the replaced files have."""
     actions = pa.table(handle.get_add_actions(flatten=True)).select(["path", "num_records"]).to_pylist()
     gone = {path for path, _ in rewrite.removed}
@@ -213,6 +214,7 @@ def _rewrite(lake: "Lake", table: str, files: list[tuple[str, int]], declared: p
     parts = [pq.read_table(io.BytesIO(lake.root.read(f"lake/{table}/{path}"))) for path, _ in files]
     before = pa.concat_tables([_as_declared(part, declared) for part in parts])
     frame = pl.from_arrow(before)
+    assert isinstance(frame, pl.DataFrame), "a table is no column"
     keys = [key for key in lake.keys.get(table, ()) if key in frame.columns]
     buffer = io.BytesIO()
     ordered = frame.sort(keys) if keys else frame
@@ -222,6 +224,7 @@ def _rewrite(lake: "Lake", table: str, files: list[tuple[str, int]], declared: p
     lake.root.write(f"lake/{table}/{path}", buffer.getvalue())
     crash_point(f"written, not swapped: {table}")
     after = pl.from_arrow(pq.read_table(io.BytesIO(lake.root.read(f"lake/{table}/{path}"))))
+    assert isinstance(after, pl.DataFrame), "a table is no column"
     if (frame.height, checksum(frame)) != (after.height, checksum(after)):
         lake.root.remove(f"lake/{table}/{path}")
         raise RowsDiffer(
@@ -263,17 +266,17 @@ def _swap(lake: "Lake", table: str, rewrites: list[Rewrite], run_id: str) -> int
             return version
 
 
-def _require_live(handle, table: str, paths: set[str]) -> None:
+def _require_live(handle: "DeltaTable", table: str, paths: set[str]) -> None:
     """Raises Overlapped when a version does not have all these files."""
     if not paths <= _live(handle):
         raise Overlapped(f"{table}: another writer replaced files that this compaction had read: left as it is")
 
 
-def _live(handle) -> set[str]:
+def _live(handle: "DeltaTable") -> set[str]:
     return set(pa.table(handle.get_add_actions(flatten=True))["path"].to_pylist())
 
 
-def _actions(lake: "Lake", rewrites: list[Rewrite], read_version: int, run_id: str) -> list[dict]:
+def _actions(lake: "Lake", rewrites: list[Rewrite], read_version: int, run_id: str) -> list[delta.Action]:
     removed = [file for rewrite in rewrites for file in rewrite.removed]
     about = {
         "operationParameters": {"predicate": "[]"},
@@ -347,7 +350,7 @@ def _sweep(
     `began`: the files that were published when the run began; what it superseded was needed until now.
     """
     root = lake.root
-    files = {name for name in root.list(f"lake/{table}") if name.endswith(".parquet")}
+    files = {name for name in root.names(f"lake/{table}") if name.endswith(".parquet")}
     needed = _names(newest)
     if published not in (None, newest.version()):
         needed |= _names(lake.table(table, published))
@@ -368,7 +371,7 @@ def _sweep(
     return len(old)
 
 
-def _names(handle) -> set[str]:
+def _names(handle: "DeltaTable") -> set[str]:
     """The names of a version's files, as the log has them and as they are on the disk."""
     names = {path.rsplit("/", 1)[-1] for path in _live(handle)}
     return names | {unquote(name) for name in names}
@@ -385,7 +388,7 @@ def _unneeded(root: Root, memory: str) -> dict[str, datetime]:
 
 def _forget(root: Root) -> None:
     """Remove the second copies that releases until November 2026 kept of commits and documents."""
-    if root.list(KEPT_LOG):
+    if root.names(KEPT_LOG):
         for rel in root.files("lake"):
             if rel.endswith(".copy.json"):
                 root.remove(rel)
@@ -419,7 +422,7 @@ def clock_problem(root: Root, now: datetime, hours: int) -> str | None:
     return None
 
 
-def _publish(lake: "Lake", lines: list[dict], run_id: str) -> tuple[dict[str, int], dict[str, "DeltaTable"]]:
+def _publish(lake: "Lake", lines: list[dict[str, Any]], run_id: str) -> tuple[dict[str, int], dict[str, "DeltaTable"]]:
     """Move the snapshot to the newest versions, but not of a table that holds rows of a batch that is not published.
 
     `lines`: as in `compact`; a table that failed, or was left to another, stays where it is. Returns table -> version,
@@ -428,6 +431,7 @@ def _publish(lake: "Lake", lines: list[dict], run_id: str) -> tuple[dict[str, in
     handles = {}
     with commit.writing(lake.root, run_id):
         published = snapshot.read_pointer(lake.root)
+        assert published is not None, "the caller has seen it, and nothing removes it"
         versions = dict(published["tables"])
         for line in lines:
             table = line["table"]
@@ -468,7 +472,7 @@ def prune_archive(lake: "Lake", days: int = ARCHIVE_DAYS, now: datetime | None =
     if not days or clock_problem(root, now, VACUUM_HOURS):
         return []
     oldest = (now - timedelta(days=days)).date()
-    for day in root.list("archive"):
+    for day in root.names("archive"):
         newest = None if _is_recent(day, oldest, now.date()) else root.newest(f"archive/{day}")
         if newest and newest.date() < oldest:
             root.remove_tree(f"archive/{day}")
@@ -484,7 +488,7 @@ def _is_recent(day: str, oldest: date, today: date) -> bool:
         return True
 
 
-def chart(done: pl.DataFrame):
+def chart(done: pl.DataFrame) -> Any:
     """Files per table before and after, as bars; `done` as from `compact`."""
     from etl.charts import plot
 

@@ -71,7 +71,7 @@ def _published(root: Root) -> dict[str, Any] | None:
 
 
 def _manifests(lake: "Lake") -> Iterator[tuple[str, str]]:
-    for match in filter(None, map(MANIFEST.fullmatch, lake.root.list("lake/batches"))):
+    for match in filter(None, map(MANIFEST.fullmatch, lake.root.names("lake/batches"))):
         try:
             ledger.read(lake.root, int(match[1]))
         except Damaged as error:
@@ -93,7 +93,7 @@ def _landing(lake: "Lake") -> Iterator[tuple[str, str]]:
     pointer = _published(lake.root)
     if pointer and lake.root.exists(ledger.manifest(pointer["batch"] + 1)):
         yield f"batch {pointer['batch'] + 1} is not finished", _run(lake)
-    waiting = sum(len(lake.root.list(f"landing/{table}")) for table in lake.tables)
+    waiting = sum(len(lake.root.names(f"landing/{table}")) for table in lake.tables)
     silent = datetime.now(UTC) - datetime.fromisoformat(pointer["published_at"]) if pointer else timedelta(0)
     if waiting and silent > WAITS:
         silence = f"{waiting} files wait, and nothing was published for {silent}"

@@ -22,7 +22,7 @@ import polars as pl
 from etl.lake import commit as commits
 from etl.lake import landing, ledger, parse, schemas, snapshot
 from etl.lake.landing import File
-from etl.lake.table import QUARANTINE, RESCUED, Table
+from etl.lake.table import QUARANTINE, RESCUED, DataType, Table
 from etl.storage import Damaged, Root, Unreadable, crash_point
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ MAX_BYTES = 256_000_000  # of JSON in a batch: about four times that in memory
 GROUP_BYTES = 16_000_000  # of files that are parsed at once
 AHEAD = timedelta(days=1)  # of its batch that a row may be: `as_of` never goes back, so one far ahead would stay it
 EARLIEST = "1970-01-01T00:00:00+00:00"  # of `as_of`: what is asked for goes back from it, and time begins with year 1
-FILES = {
+FILES: dict[str, DataType] = {
     "table": pl.String,
     "file": pl.String,
     "bytes": pl.Int64,
@@ -41,7 +41,7 @@ FILES = {
     "good": pl.Int64,
     "bad": pl.Int64,
 }
-SUMMARY = {
+SUMMARY: dict[str, DataType] = {
     "batch": pl.Int64,
     "files": pl.Int64,
     "files_refused": pl.Int64,
@@ -169,7 +169,7 @@ def read(batch: Batch) -> Parsed:
     expected = {f["name"]: f["sha256"] for f in batch.manifest["files"]} if batch.manifest else {}
     good: dict[str, list[pl.DataFrame]] = {}
     quarantined, files, kept, refused = [], [], [], list(batch.refused)
-    with ThreadPoolExecutor(os.cpu_count() + 1) as pool:  # one reads and hashes while Polars has the cores
+    with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as pool:  # one reads and hashes while Polars has the cores
         for looked in pool.map(lambda group: _look(batch, group, expected), _groups(batch)):
             for file, why in looked.refused:
                 refused.append(file.refused(why))
@@ -182,7 +182,8 @@ def read(batch: Batch) -> Parsed:
             if looked.files:
                 good.setdefault(looked.files[0][0].table, []).append(looked.rows)
     frames = {table: pl.concat(parts) for table, parts in good.items()}
-    times = [frame[time].max() for table, frame in frames.items() if frame.height and (time := lake.tables[table].time)]
+    columns = ((frame, lake.tables[table].time) for table, frame in frames.items() if frame.height)
+    times: list[Any] = [frame[time].max() for frame, time in columns if time]  # datetimes
     newest = max(times, default=None)
     return Parsed(
         replace(batch, files=tuple(kept), refused=tuple(refused)),
@@ -340,7 +341,7 @@ def _read(root: Root, file: File, expected: str | None) -> tuple[bytes, str]:
     with contextlib.suppress(FileNotFoundError):
         data = root.read_at_most(file.landing, file.bytes)
         return data, hashlib.sha256(data).hexdigest()
-    for date in reversed(root.list("archive")):  # a replay after some of its files were archived
+    for date in reversed(root.names("archive")):  # a replay after some of its files were archived
         with contextlib.suppress(FileNotFoundError, Unreadable):
             data = root.read_at_most(file.archived(date), file.bytes)
             sha256 = hashlib.sha256(data).hexdigest()
@@ -399,7 +400,7 @@ def _ingested(root: Root, number: int, files: list[dict[str, Any]]) -> ledger.In
     return after
 
 
-def chart(files: pl.DataFrame):
+def chart(files: pl.DataFrame) -> Any:
     """Rows kept and refused per table as bars; `files` as in `Parsed`."""
     from etl.charts import plot
 

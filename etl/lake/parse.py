@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from typing import Any, NoReturn, Self
 
 import numpy as np
 import polars as pl
@@ -100,7 +101,7 @@ def parse(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
     plain = _plain(data, table, line_count(data))
     if plain is not None:
         return plain, pl.DataFrame(schema=REFUSED)
-    good = [pl.DataFrame(schema=table.columns | {RESCUED: TEXT})]
+    good = [pl.DataFrame(schema=table.stored)]
     bad, line = [pl.DataFrame(schema=REFUSED)], 1
     for piece in _pieces(data):
         lines = line_count(piece)
@@ -122,7 +123,7 @@ def parse_all(files: list[bytes], table: Table) -> tuple[pl.DataFrame, list[pl.D
         if plain is not None and plain.height == sum(lines):
             return plain, [pl.DataFrame(schema=REFUSED)] * len(files), lines
     parsed = [parse(data, table) for data in files]
-    rows = [pl.DataFrame(schema=table.columns | {RESCUED: TEXT}), *(rows for rows, _ in parsed)]
+    rows = [pl.DataFrame(schema=table.stored), *(rows for rows, _ in parsed)]
     return pl.concat(rows), [bad for _, bad in parsed], [rows.height + bad.height for rows, bad in parsed]
 
 
@@ -189,7 +190,7 @@ def _longest_line(data: bytes) -> int:
     return longest
 
 
-def _pieces(data: bytes):
+def _pieces(data: bytes) -> Iterator[bytes]:
     """Whole lines, together at least PIECE_BYTES where there are so many."""
     start = 0
     while start < len(data):
@@ -224,7 +225,9 @@ def _line_by_line(data: bytes, table: Table, first: int) -> tuple[pl.DataFrame, 
 class _Number(float):
     """A JSON number that is not whole, with its own text: money is never made a float."""
 
-    def __new__(cls, text: str):
+    text: str
+
+    def __new__(cls, text: str) -> Self:
         number = super().__new__(cls, text)
         if math.isinf(number):
             raise ValueError(f"{text} is out of range")
@@ -232,7 +235,7 @@ class _Number(float):
         return number
 
 
-def _row(line: bytes, table: Table) -> list:
+def _row(line: bytes, table: Table) -> list[Any]:
     """The values of a line in the table's order, money and times as text, and its unknown fields as JSON.
 
     Raises ValueError with the reason, or RecursionError.
@@ -265,7 +268,7 @@ def _row(line: bytes, table: Table) -> list:
 _MISSING = object()
 
 
-def _value(value, dtype):
+def _value(value: Any, dtype: DataType) -> int | str:
     """A JSON value as its column takes it: numbers as they are, everything else as text that is typed later."""
     if value is _MISSING:
         raise ValueError("missing")
@@ -288,23 +291,26 @@ def _value(value, dtype):
     return value
 
 
-def _pairs(pairs: list[tuple]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's members. Raises ValueError for a key that comes twice."""
+    members = dict(pairs)
+    if len(members) < len(pairs):
         seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"the key {_shown(twice)} comes twice")
-    return found
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"the key {_shown(name)} comes twice")
+            seen.add(name)
+    return members
 
 
-def _constant(name: str):
+def _constant(name: str) -> NoReturn:
     raise ValueError(f"not JSON: {name}")
 
 
 _DECODER = json.JSONDecoder(parse_float=_Number, parse_constant=_constant, object_pairs_hook=_pairs)
 
 
-def _shown(value) -> str:
+def _shown(value: Any) -> str:
     return _short(repr(value) if isinstance(value, str) else json.dumps(value), VALUE_CHARS)
 
 
@@ -317,7 +323,7 @@ def _as_text(line: bytes) -> str:
     return line[:RAW_CHARS].decode("utf-8", "replace")
 
 
-def _typed(name: str, dtype) -> pl.Expr:
+def _typed(name: str, dtype: DataType) -> pl.Expr:
     """Text to `dtype`; what does not fit becomes null."""
     if dtype == TIME:
         text = pl.when(pl.col(name).str.contains(TIME_TEXT)).then(name)
@@ -332,7 +338,7 @@ def _sayable(name: str) -> pl.Expr:
     return pl.when(pl.col(name).is_between(FIRST, LAST)).then(name).alias(name)
 
 
-def _formed(name: str, dtype) -> pl.Expr:
+def _formed(name: str, dtype: DataType) -> pl.Expr:
     return pl.col(name).str.contains(_form(dtype))
 
 

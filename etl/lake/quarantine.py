@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 def refused_files(lake: "Lake") -> list[dict[str, Any]]:
     """The files that were refused whole: table, file, why, bytes, run_id, date, path; the newest day first."""
     root, refused = lake.root, []
-    for date in reversed(root.list("refused")):
-        for table in root.list(f"refused/{date}"):
-            names = root.list(f"refused/{date}/{table}")
+    for date in reversed(root.names("refused")):
+        for table in root.names(f"refused/{date}"):
+            names = root.names(f"refused/{date}/{table}")
             for name in names:
                 if name.endswith(WHY) and name.removesuffix(WHY) in names:
                     why = json.loads(root.read(f"refused/{date}/{table}/{name}"))

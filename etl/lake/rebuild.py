@@ -76,7 +76,8 @@ def _parts(lake: "Lake") -> list[Part]:
     """The batches, from their manifests; what none of them names comes last. Raises NotWhole."""
     archived, now = _archived(lake), datetime.now(UTC)
     manifests = list(_manifests(lake.root))
-    parts, lost, used = [], [], set()
+    parts, lost = [], []
+    used: set[str] = set()
     for manifest in manifests:
         paths = {}
         for file in manifest["files"]:
@@ -106,7 +107,7 @@ def _parts(lake: "Lake") -> list[Part]:
 
 def _manifests(root: Root) -> Iterator[dict[str, Any]]:
     """Those that can be read, in order of their numbers."""
-    names = (re.fullmatch(r"(\d{8})\.json", name) for name in root.list("lake/batches"))
+    names = (re.fullmatch(r"(\d{8})\.json", name) for name in root.names("lake/batches"))
     for number in sorted(int(match[1]) for match in names if match):
         if manifest := _readable(root, number):  # the files of others are found by their names
             yield manifest
@@ -116,10 +117,10 @@ def _archived(lake: "Lake") -> dict[str, list[str]]:
     """Name -> its paths in the archive, the oldest day first, or in landing, of a batch that was not archived yet."""
     root = lake.root
     paths: dict[str, list[str]] = {}
-    folders = [f"archive/{date}" for date in root.list("archive")]
+    folders = [f"archive/{date}" for date in root.names("archive")]
     for folder in folders:
         for table in lake.tables:
-            for name in root.list(f"{folder}/{table}"):
+            for name in root.names(f"{folder}/{table}"):
                 if landing.table_of(name):
                     paths.setdefault(name, []).append(f"{folder}/{table}/{name}")
     published = _published_batch(root)

@@ -53,7 +53,7 @@ def check(lake: "Lake", pointer: dict[str, Any] | None) -> None:
     known, versions = ((pointer or {}).get(what, {}) for what in ("schemas", "tables"))
     differences, remedies = [], []
     for table, wanted in lake.fingerprints.items():
-        if known.get(table) == wanted or not lake.root.list(f"lake/{table}/_delta_log"):
+        if known.get(table) == wanted or not lake.root.names(f"lake/{table}/_delta_log"):
             continue
         stored = delta.columns_of(lake.table(table, versions.get(table)))
         if differs := difference(lake, table, stored):

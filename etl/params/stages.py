@@ -31,7 +31,7 @@ from typing_extensions import TypedDict
 
 from etl.params.cell import DEFAULT, SUPPLIED, read_cell
 from etl.params.retention import Rules
-from etl.params.yaml import Doc, Place, Problem, got, nearest, parse, short
+from etl.params.yaml import Doc, Keys, Problem, got, nearest, parse, short
 from etl.storage import BadRoot, root_url
 
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
@@ -125,8 +125,8 @@ def load(
     drafts = [_Draft(project, name, problems) for name in names if stage in (None, name)]
     for draft in drafts:
         draft.give(draft.doc.block("parameters"), draft.doc, ("parameters",))
-        place = ("stages", draft.name, "parameters")
-        draft.give(env_doc.block(*place), env_doc, place)
+        keys = ("stages", draft.name, "parameters")
+        draft.give(env_doc.block(*keys), env_doc, keys)
         for name, value in (values or {}).items():
             draft.give({name: value}, Doc(f"{values_from}, {draft.name}.{name}", {}), (), values_from)
     _give_from_command_line(drafts, overrides, problems)
@@ -312,9 +312,9 @@ def _read_file(model: type[_File], project: Path, path: str, problems: list[Prob
         problems.append(doc.problem((), f"expected key: value lines, got {got(doc.value)}"))
         return None, Doc(path, {})
     doc.value = doc.value or {}
-    for place in [(), *(("stages", name) for name in doc.block("stages"))]:
-        if {"every", "cron"} <= doc.block(*place).keys():
-            problems.append(doc.problem((*place, "cron"), "give every or cron, not both"))
+    for keys in [(), *(("stages", name) for name in doc.block("stages"))]:
+        if {"every", "cron"} <= doc.block(*keys).keys():
+            problems.append(doc.problem((*keys, "cron"), "give every or cron, not both"))
     if model is _StageFile and not {"every", "cron"} & doc.value.keys():
         problems.append(doc.problem((), "missing 'every' (or 'cron')"))
     try:
@@ -362,19 +362,19 @@ def _discover(project: Path, wanted: str | None, problems: list[Problem]) -> tup
     A notebook without its YAML is no stage, and stops none.
     """
     notebooks, params = _names(project)
-    found = []
+    unpaired = []
     if wanted in notebooks - params:
         what = f"there is no params/{wanted}.yml{nearest(wanted, params - notebooks)}"
-        found.append(Problem(f"notebooks/{wanted}.ipynb", None, what))
+        unpaired.append(Problem(f"notebooks/{wanted}.ipynb", None, what))
     for name in sorted(params - notebooks):
         what = f"there is no notebooks/{name}.ipynb{nearest(name, notebooks - params)}"
-        found.append(Problem(f"params/{name}.yml", None, what))
+        unpaired.append(Problem(f"params/{name}.yml", None, what))
     for name in sorted(notebooks & params):
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name == "all":
             what = "a stage's name is lower-case letters, digits and _, and not 'all'"
-            found.append(Problem(f"params/{name}.yml", None, what))
-    problems += [problem for problem in found if wanted in (None, Path(problem.path).stem)]
-    if wanted is None and not found and not notebooks & params:
+            unpaired.append(Problem(f"params/{name}.yml", None, what))
+    problems += [problem for problem in unpaired if wanted in (None, Path(problem.path).stem)]
+    if wanted is None and not unpaired and not notebooks & params:
         problems.append(Problem("notebooks", None, "there is no stage here"))
     if wanted is not None and wanted not in notebooks | params:
         what = f"unknown stage {short(wanted)}{nearest(wanted, notebooks & params)}"
@@ -420,22 +420,22 @@ class _Draft:
         assert self._file is not None, "it was read without a problem"
         return self._file
 
-    def give(self, values: dict[str, Any], doc: Doc, place: Place, origin: str | None = None) -> None:
-        """Take `values`, found in `doc` at `place`; `origin` is their file and line when not said."""
+    def give(self, values: dict[str, Any], doc: Doc, keys: Keys, origin: str | None = None) -> None:
+        """Take `values`, found in `doc` at `keys`; `origin` is their file and line when not said."""
         if not self.is_declared:
             return
         supplied: set[str] = set() if origin == DEFAULT else values.keys() & set(SUPPLIED)
         for name in sorted(supplied):
             how = "; it comes from the env file or --root" if name == "root" else ""
-            self.problems.append(doc.problem((*place, name), f"{name} is supplied by the runner{how}"))
+            self.problems.append(doc.problem((*keys, name), f"{name} is supplied by the runner{how}"))
         values = {name: value for name, value in values.items() if name not in supplied}
         try:
             values = self.model.validate_python(values, context=origin)
         except ValidationError as error:
-            self.problems += [doc.problem((*place, *e["loc"]), self._explain(e)) for e in error.errors()]
+            self.problems += [doc.problem((*keys, *e["loc"]), self._explain(e)) for e in error.errors()]
         for name in values.keys() - set(SUPPLIED):
             self.values[name] = values[name]
-            self.origins[name] = origin or f"{doc.path}:{doc.line((*place, name))}"
+            self.origins[name] = origin or f"{doc.path}:{doc.line((*keys, name))}"
 
     def _explain(self, error: Mapping[str, Any]) -> str:
         name, *inside = error["loc"]
@@ -486,17 +486,17 @@ def _give_from_command_line(drafts: list[_Draft], overrides: Iterable[str], prob
         path = f"-p {target}"
         aimed = [draft for draft in drafts if not dot or draft.name == stage]
         takers = [draft for draft in aimed if not draft.is_declared or name in draft.declared]
-        found: list[Problem] = []
+        wrong: list[Problem] = []
         if not equals or not name:
-            found.append(Problem(path, None, "expected name=value or stage.name=value"))
+            wrong.append(Problem(path, None, "expected name=value or stage.name=value"))
         elif not aimed:
             known = {draft.name for draft in drafts}
-            found.append(Problem(path, None, f"unknown stage {short(stage)}{nearest(stage, known)}"))
+            wrong.append(Problem(path, None, f"unknown stage {short(stage)}{nearest(stage, known)}"))
         elif not takers and name not in SUPPLIED:
             known = {parameter for draft in aimed for parameter in draft.declared}
-            found.append(Problem(path, None, f"unknown parameter {short(name)}{nearest(name, known)}"))
-        elif doc := parse(value, path, found):
+            wrong.append(Problem(path, None, f"unknown parameter {short(name)}{nearest(name, known)}"))
+        elif doc := parse(value, path, wrong):
             doc.lines = {}
             for draft in takers if name not in SUPPLIED else aimed:
                 draft.give({name: doc.value}, doc, (), "command line")
-        problems += [replace(problem, line=None) for problem in found]
+        problems += [replace(problem, line=None) for problem in wrong]

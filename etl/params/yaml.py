@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-Place = tuple[str | int, ...]  # of a value in a file: keys, and numbers in a list
+Keys = tuple[str | int, ...]  # of a value in a file: keys, and numbers in a list
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,20 @@ class Doc:
 
     path: str
     value: Any = None
-    lines: dict[Place, int] = field(default_factory=dict)
+    lines: dict[Keys, int] = field(default_factory=dict)
 
-    def line(self, place: Place) -> int | None:
-        while place and place not in self.lines:
-            place = place[:-1]
-        return self.lines.get(place)
+    def line(self, keys: Keys) -> int | None:
+        while keys and keys not in self.lines:
+            keys = keys[:-1]
+        return self.lines.get(keys)
 
-    def problem(self, place: Place, message: str) -> Problem:
-        return Problem(self.path, self.line(place), message)
+    def problem(self, keys: Keys, message: str) -> Problem:
+        return Problem(self.path, self.line(keys), message)
 
-    def block(self, *place: str) -> dict[str, Any]:
+    def block(self, *keys: str) -> dict[str, Any]:
         """The mapping at `place`, {} when there is none."""
         value = self.value
-        for key in place:
+        for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         return value if isinstance(value, dict) else {}
 
@@ -94,10 +94,10 @@ def parse(text: bytes | str, path: str, problems: list[Problem]) -> Doc | None:
     return None
 
 
-def _plain(loader: _Loader, node: yaml.Node, place: Place, doc: Doc, problems: list[Problem]) -> Any:
+def _plain(loader: _Loader, node: yaml.Node, keys: Keys, doc: Doc, problems: list[Problem]) -> Any:
     if isinstance(node, yaml.SequenceNode):
-        doc.lines |= {(*place, i): item.start_mark.line + 1 for i, item in enumerate(node.value)}
-        return [_plain(loader, item, (*place, i), doc, problems) for i, item in enumerate(node.value)]
+        doc.lines |= {(*keys, i): item.start_mark.line + 1 for i, item in enumerate(node.value)}
+        return [_plain(loader, item, (*keys, i), doc, problems) for i, item in enumerate(node.value)]
     if isinstance(node, yaml.ScalarNode):
         if any("\ud800" <= letter <= "\udfff" for letter in node.value):  # from an escape; no file can hold it
             problems.append(Problem(doc.path, node.start_mark.line + 1, "half a surrogate pair is no text"))
@@ -112,10 +112,10 @@ def _plain(loader: _Loader, node: yaml.Node, place: Place, doc: Doc, problems: l
             problems.append(Problem(doc.path, line, "a key here is not text; put it in quotes"))
             continue
         if key in result:
-            first = doc.lines[*place, key]
+            first = doc.lines[*keys, key]
             problems.append(Problem(doc.path, line, f"{short(key)} is set twice, first in line {first}"))
-        doc.lines[*place, key] = line
-        result[key] = _plain(loader, value_node, (*place, key), doc, problems)
+        doc.lines[*keys, key] = line
+        result[key] = _plain(loader, value_node, (*keys, key), doc, problems)
     return result
 
 

@@ -37,7 +37,11 @@ class Piece(NamedTuple):
 
 
 def by_polars(
-    answer: Callable, snapshot: "Snapshot", tables: dict[str, list[str]], window: Window, parameters: dict[str, Any]
+    answer: Callable[..., Any],
+    snapshot: "Snapshot",
+    tables: dict[str, list[str]],
+    window: Window,
+    parameters: dict[str, Any],
 ) -> pl.DataFrame:
     """The answer, by Polars' streaming engine: large intermediate results are never in memory as a whole."""
     import narwhals as nw
@@ -47,7 +51,8 @@ def by_polars(
         name: nw.from_native(_rows(snapshot.frame(name), columns, window.get(name)))
         for name, columns in tables.items()
     }
-    return answer(**frames, **parameters).collect("polars", engine="streaming").to_native()
+    result: pl.DataFrame = answer(**frames, **parameters).collect("polars", engine="streaming").to_native()
+    return result
 
 
 @contextlib.contextmanager
@@ -64,7 +69,7 @@ def connected(dask: "str | distributed.Client | None") -> "Iterator[distributed.
 
 def by_dask(
     client: "distributed.Client",
-    answer: Callable,
+    answer: Callable[..., Any],
     snapshot: "Snapshot",
     tables: dict[str, list[str]],
     window: Window,
@@ -77,7 +82,8 @@ def by_dask(
     _always_shuffle()
     with client.as_current():  # the scheduler of everything computed inside
         frames = {name: _dask_frame(snapshot, name, columns, window.get(name)) for name, columns in tables.items()}
-        return answer(**frames, **parameters).collect("polars").to_native()
+        result: pl.DataFrame = answer(**frames, **parameters).collect("polars").to_native()
+        return result
 
 
 def pieces(snapshot: "Snapshot", table: str, since: tuple[str, datetime] | None = None) -> list[Piece]:
@@ -97,7 +103,7 @@ def pieces(snapshot: "Snapshot", table: str, since: tuple[str, datetime] | None 
 
 def _dask_frame(
     snapshot: "Snapshot", table: str, columns: list[str], since: tuple[str, datetime] | None
-) -> "nw.LazyFrame":
+) -> "nw.LazyFrame[Any]":
     import dask.dataframe as dd
     import narwhals as nw
 
@@ -111,7 +117,8 @@ def _dask_frame(
         frame = dd.from_pandas(empty, npartitions=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Dask support is moving out of Narwhals", FutureWarning)
-        return nw.from_native(frame)
+        lazy: nw.LazyFrame[Any] = nw.from_native(frame)
+        return lazy
 
 
 def _always_shuffle() -> None:
@@ -133,20 +140,20 @@ def _always_shuffle() -> None:
 class _Sent:
     """A function that is pickled with its code, not by the name of a module that workers may not have."""
 
-    def __init__(self, function: Callable):
+    def __init__(self, function: Callable[..., Any]):
         self.function = function
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return self.function(*arguments, **named)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Callable[[bytes], Any], tuple[bytes]]:
         import cloudpickle
 
         return cloudpickle.loads, (_code(self.function),)
 
 
 @functools.cache
-def _code(function: Callable) -> bytes:
+def _code(function: Callable[..., Any]) -> bytes:
     import cloudpickle
 
     from etl import storage
@@ -155,7 +162,8 @@ def _code(function: Callable) -> bytes:
     for module in ours:
         cloudpickle.register_pickle_by_value(module)
     try:
-        return cloudpickle.dumps(function)
+        code: bytes = cloudpickle.dumps(function)
+        return code
     finally:
         for module in ours:
             cloudpickle.unregister_pickle_by_value(module)

@@ -7,6 +7,7 @@ few numbers that are left at the end into decimals.
 """
 
 from decimal import Decimal
+from typing import Any
 
 import narwhals as nw
 
@@ -21,6 +22,6 @@ def money(column: str, digits: int) -> nw.Expr:
     return nw.col(column) * Decimal(1).scaleb(-digits)
 
 
-def gathered(frame: nw.LazyFrame) -> nw.LazyFrame:
+def gathered(frame: nw.LazyFrame[Any]) -> nw.LazyFrame[Any]:
     """The frame in Polars, in this process: what follows is small and may rank, make decimals and break ties."""
     return frame if frame.implementation.is_polars() else frame.collect("polars").lazy()

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import polars as pl
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from etl.lake.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
+Draw: TypeAlias = Callable[[Callable[[pl.DataFrame], Any], pl.DataFrame], Any]  # (chart, answer) -> picture
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,9 @@ def ask(
     if question.live:
         parameters["as_of"] = snapshot.as_of
     window = question.window(**parameters) if question.window else {}
-    if dask is None:
-        return by_polars(question.answer, snapshot, question.tables, window, parameters)
     with connected(dask) as client:
+        if client is None:
+            return by_polars(question.answer, snapshot, question.tables, window, parameters)
         return by_dask(client, question.answer, snapshot, question.tables, window, parameters)
 
 
@@ -118,7 +119,7 @@ def ask_all(
     asked: Iterable[Question],
     snapshot: "Snapshot",
     *,
-    draw: Callable[[Callable, pl.DataFrame], Any] | None = None,
+    draw: Draw | None = None,
     dask: str | None = None,
 ) -> list[Answer]:
     """Every question's answer, one after the other; one that fails is told, and the next is asked.
@@ -130,9 +131,7 @@ def ask_all(
         return [_answer(question, snapshot, draw, client) for question in asked]
 
 
-def _answer(
-    question: Question, snapshot: "Snapshot", draw: Callable | None, client: "distributed.Client | None"
-) -> Answer:
+def _answer(question: Question, snapshot: "Snapshot", draw: Draw | None, client: "distributed.Client | None") -> Answer:
     began, frame, seconds, picture, problem = time.perf_counter(), None, None, None, ""
     try:
         frame = ask(question, snapshot, dask=client)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from etl.lake.snapshot import Snapshot
     from etl.questions.question import Question
 
-HISTORY = {
+HISTORY: dict[str, pl.DataType | type[pl.DataType]] = {
     "as_of": pl.Datetime("us", "UTC"),
     "batch": pl.Int64,
     "run_id": pl.String,
@@ -45,10 +45,11 @@ def save(
     `parameters`: those that `ask` was given. What made the answer stands in the Parquet file as well.
     """
     folder = f"results/{question.name}"
+    path = f"{folder}/{run_id}.parquet"
     pointer = {
         "question": question.name,
         "title": question.title,
-        "file": f"{folder}/{run_id}.parquet",
+        "file": path,
         "rows": result.height,
         "batch": snapshot.batch,
         "as_of": snapshot.as_of.isoformat(),
@@ -60,7 +61,7 @@ def save(
         key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in pointer.items()
     }
     result.write_parquet(buffer, metadata=metadata)
-    root.write(pointer["file"], buffer.getvalue())
+    root.write(path, buffer.getvalue())
     line = {name: pointer[name] for name in ("as_of", "batch", "run_id", "rows")}
     line |= {"figure": figure(question, result), "parameters": metadata["parameters"]}
     try:
@@ -74,7 +75,7 @@ def save(
     kept, dropped, yesterday = set(listed[-keep:]), set(listed[:-keep]), datetime.now(UTC) - timedelta(days=1)
     for entry in root.entries(folder):
         # one that is not listed and fresh is another run's, which is about to list it
-        gone = entry.name not in kept and (entry.name in dropped or entry.modified < yesterday)
+        gone = entry.name not in kept and (entry.name in dropped or bool(entry.modified and entry.modified < yesterday))
         if gone and entry.name.endswith(".parquet"):
             root.remove(f"{folder}/{entry.name}")
     return pointer
@@ -100,7 +101,7 @@ def figure(question: "Question", result: pl.DataFrame) -> float | None:
     if question.figure is None:
         return float(result.height)
     values = result[question.figure]
-    value = values.mean() if values.dtype.is_float() else values.sum()
+    value: Any = values.mean() if values.dtype.is_float() else values.sum()
     return None if value is None else float(value)
 
 
@@ -139,7 +140,7 @@ def examine(root: Root) -> "list[Finding]":
 def _problems(root: Root) -> Iterator[tuple[str, str]]:
     from etl.findings import may_be_damage, sentence
 
-    for question in root.list("results"):
+    for question in root.names("results"):
         rel = f"results/{question}"
         for what, read in ((f"{rel}/current.json or its file", current), (f"{rel}/history.json", history)):
             try:
@@ -181,7 +182,7 @@ def _lines(root: Root, question: str) -> list[dict[str, Any]]:
 def _lines_again(root: Root, question: "Question") -> list[dict[str, Any]]:
     """The history from the answers themselves, but for those that are damaged too."""
     lines = []
-    for name in root.list(f"results/{question.name}"):
+    for name in root.names(f"results/{question.name}"):
         if not name.endswith(".parquet"):
             continue
         data = root.read(f"results/{question.name}/{name}")

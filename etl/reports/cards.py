@@ -4,10 +4,13 @@ import json
 import re
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etl.notebook import figure
 from etl.storage import PROJECT
+
+if TYPE_CHECKING:
+    from etl.runs.record import RunRecord
 
 LAST_S = 60  # of the table at the end of a run that was ended
 ROWS = 10  # of that table
@@ -20,7 +23,7 @@ FRAME = re.compile(r'  File "(.+)", line (\d+) in (.+)')  # as faulthandler writ
 SHOWN = re.compile(r"^(?:Cell In\[(\d+)\], line (\d+)|File (.+?):(\d+)(?:, in .*)?$)", re.M)  # as IPython writes it
 
 
-def card(record: Any, last_ok: dict[str, Any] | None = None) -> Any:
+def card(record: "RunRecord", last_ok: dict[str, Any] | None = None) -> Any:
     """The first cell of a bad report, at most 12 lines: what went wrong, where, and what is new since it went well.
 
     `last_ok` is the record of the stage's last run that was ok.
@@ -38,47 +41,47 @@ def card(record: Any, last_ok: dict[str, Any] | None = None) -> Any:
     )
     lines = [f"#### {record.stage}: {record.state.replace('_', ' ')}{where}", "", f"{fence}text", *message, fence]
     if last_ok:
-        place = "/".join(last_ok["report"].split("/")[2:])
-        link = f"[{last_ok['run_id']}](../../{place}/report.html)"
+        path = "/".join(last_ok["report"].split("/")[2:])
+        link = f"[{last_ok['run_id']}](../../{path}/report.html)"
         took = f" in {last_ok['seconds']:,.1f} s" if record.state == "timed_out" and "seconds" in last_ok else ""
         changes = ", ".join(_changes(record, last_ok)) or "nothing has changed"
         lines += ["", f"Last ok: {link}{took}; since then {changes}."]
     return _cell("\n".join(lines), record, "card")
 
 
-def _changes(record: Any, last_ok: dict[str, Any]) -> list[str]:
+def _changes(record: "RunRecord", last_ok: dict[str, Any]) -> list[str]:
     """What differs from the last run that was ok: the limit this one ran into, parameters, code, packages.
 
     A lower limit that the last ok run would not have kept by far explains the end alone.
     """
-    found = []
+    changes = []
     for name, what, unit, used in _limits_met(record, last_ok):
         old, new = last_ok.get(name), getattr(record, name)
         if name in last_ok and old != new:
-            found.append(f"{what} {_limit(old, unit)} → {_limit(new, unit)}")
+            changes.append(f"{what} {_limit(old, unit)} → {_limit(new, unit)}")
             if (old is None or new < old) and used > new / 2:
-                return found
+                return changes
     given = {name: value for name, value in record.parameters.items() if record.origins.get(name) != "supplied"}
     before = last_ok.get("parameters") or {}
     for name in dict.fromkeys([*given, *before]):
         old, new = (json.dumps(values.get(name), default=str) for values in (before, given))
         if (name in given or record.origins.get(name) != "supplied") and name in record.parameters and old != new:
-            found.append(f"`{name}` {_short(old)} → {_short(new)}")
+            changes.append(f"`{name}` {_short(old)} → {_short(new)}")
     then, now = last_ok.get("provenance") or {}, record.provenance
     for name, what in (("code_sha256", "code"), ("notebook_sha256", "notebook"), ("lock_sha256", "packages")):
         old, new = then.get(name), now.get(name)
         if old and new and old != new:
             if name == "code_sha256" and then.get("git_commit") != now.get("git_commit"):
-                old, new = (str(one.get("git_commit"))[:8] for one in (then, now))
-            found.append(f"{what} {old[:8]} → {new[:8]}")
-    return found[:6]
+                old, new = (str(code.get("git_commit"))[:8] for code in (then, now))
+            changes.append(f"{what} {old[:8]} → {new[:8]}")
+    return changes[:6]
 
 
-def _limits_met(record: Any, last_ok: dict[str, Any]) -> list[tuple[str, str, str, float]]:
+def _limits_met(record: "RunRecord", last_ok: dict[str, Any]) -> list[tuple[str, str, str, float]]:
     """Of the limit it ended at: (its name in the record, what it is called, its unit, what the last ok run took)."""
     if record.state == "timed_out":
         return [("deadline_s", "deadline", "s", last_ok.get("seconds") or 0)]
-    if record.state == "killed" and record.memory_mb and record.receipt.get("peak_memory_mb", 0) > record.memory_mb:
+    if record.state == "killed" and record.memory_mb and (record.receipt.get("peak_memory_mb") or 0) > record.memory_mb:
         peak_mb = (last_ok.get("receipt") or {}).get("peak_memory_mb") or 0
         return [("memory_mb", "memory limit", "MB", peak_mb)]
     return []
@@ -102,7 +105,7 @@ def _fence(text: str, shortest: int = 1) -> str:
     return "`" * max(shortest, max(map(len, re.findall("`+", text)), default=0) + 1)
 
 
-def last_minute(record: Any, samples: list[dict[str, Any]]) -> Any:
+def last_minute(record: "RunRecord", samples: list[dict[str, Any]]) -> Any:
     """The end of a report whose run was ended from outside: what it took in its last minute."""
     end = datetime.fromisoformat(samples[-1]["t"])
     rows, before = [], None
@@ -123,7 +126,7 @@ def last_minute(record: Any, samples: list[dict[str, Any]]) -> Any:
     return _cell("\n".join(lines), record, "last-minute")
 
 
-def receipt(record: Any) -> Any:
+def receipt(record: "RunRecord") -> Any:
     """The last cell: what the run cost."""
     told = {
         "wall_s": "{:,.1f} s",
@@ -136,8 +139,10 @@ def receipt(record: Any) -> Any:
     parts = []
     for name, text in told.items():
         if (value := record.receipt.get(name)) is not None:
-            value = value / 1e6 if name.startswith("bytes") else figure(value) if name == "rows_per_s" else value
-            parts.append(text.format(value))
+            shown: float | str = (
+                value / 1e6 if name.startswith("bytes") else figure(value) if name == "rows_per_s" else value
+            )
+            parts.append(text.format(shown))
     return _cell(f"*{' · '.join(parts)}*", record, "receipt")
 
 
@@ -148,7 +153,7 @@ def of(taken_mb: float, limit_mb: float) -> str:
     return f"{taken_mb / 1000:.1f} of {limit_mb / 1000:.1f} GB"
 
 
-def _cell(text: str, record: Any, what: str) -> Any:
+def _cell(text: str, record: "RunRecord", what: str) -> Any:
     import nbformat
 
     ran = {"state": record.state, "seconds": None, "report": what}
@@ -163,15 +168,15 @@ def stacks(text: str, cells: list[Any]) -> tuple[str, dict[str, Any] | None]:
     names, lines, main = _cell_files(cells), [], None
     for thread in re.split(r"\n(?=(?:Current thread|Thread) 0x)", text):
         frames = [(file, int(line), name) for file, line, name in FRAME.findall(thread)]  # innermost first
-        own = [(place, name) for file, line, name in frames if (place := _place(file, line, names, cells))]
+        own = [(frame, name) for file, line, name in frames if (frame := _place(file, line, names, cells))]
         if not own:
             continue
         is_main = any(file.endswith((KERNEL[0], "ipykernel_launcher.py")) for file, _, _ in frames)
         if is_main or main is None:
             main = own[0][0] if is_main else main
         lines.append("main thread" if is_main else "another thread")
-        for place, name in reversed(own):
-            lines += [f"  {place['where']}, in {name}", f"    {place['code']}"]
+        for frame, name in reversed(own):
+            lines += [f"  {frame['where']}, in {name}", f"    {frame['code']}"]
         file, line, name = frames[0]
         if not _place(file, line, names, cells):
             lines.append(f"  … in {name}, {Path(file).name} line {line}")
@@ -182,14 +187,14 @@ def stacks(text: str, cells: list[Any]) -> tuple[str, dict[str, Any] | None]:
 
 def own_frame(traceback: str, cells: list[Any]) -> dict[str, Any] | None:
     """The innermost frame of the user's own in an IPython traceback in plain text: {where, code}."""
-    found = None
+    frame = None
     for number, line, file, at in SHOWN.findall(traceback):
         if number:
             index = next((i for i, c in enumerate(cells) if c.get("execution_count") == int(number)), None)
-            found = _in_cell(index, int(line), cells) if index is not None else found
+            frame = _in_cell(index, int(line), cells) if index is not None else frame
         else:
-            found = _place(str(Path(file).expanduser()), int(at), {}, cells) or found
-    return found
+            frame = _place(str(Path(file).expanduser()), int(at), {}, cells) or frame
+    return frame
 
 
 def _place(file: str, line: int, names: dict[str, int], cells: list[Any]) -> dict[str, Any] | None:

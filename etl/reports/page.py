@@ -16,6 +16,8 @@ from etl.storage import Root
 if TYPE_CHECKING:
     import nh3
 
+    from etl.runs.record import RunRecord
+
 log = logging.getLogger(__name__)
 PAGE = "report.html"
 
@@ -50,13 +52,13 @@ _EXPORTING = threading.Lock()
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]{8,}([+-]\d\d:\d\d|Z)\Z")
 
 
-def write(root: Root, record: Any, nb: Any, folder: str | None = None) -> None:
+def write(root: Root, record: "RunRecord", nb: Any, folder: str | None = None) -> None:
     """Write report.ipynb, run.json and report.html into `folder`, else the record's folder, each whole."""
     save(root, record, nb, folder)
     write_page(root, record, nb, folder)
 
 
-def save(root: Root, record: Any, nb: Any, folder: str | None = None) -> None:
+def save(root: Root, record: "RunRecord", nb: Any, folder: str | None = None) -> None:
     """Write what the run left: report.ipynb and, last, run.json."""
     folder = folder or record.report
     root.write(f"{folder}/report.ipynb", notebook(nb))
@@ -64,7 +66,7 @@ def save(root: Root, record: Any, nb: Any, folder: str | None = None) -> None:
     root.write(f"{folder}/run.json", (text + "\n").encode())
 
 
-def write_page(root: Root, record: Any, nb: Any, folder: str | None = None) -> None:
+def write_page(root: Root, record: "RunRecord", nb: Any, folder: str | None = None) -> None:
     """Write what people read, report.html. A page that cannot be made is logged and left out."""
     try:
         page = html(record, nb).encode(errors="replace")
@@ -99,7 +101,7 @@ def notebook(nb: Any) -> bytes:
     return f"{text}\n".encode(errors="replace")
 
 
-def html(record: Any, nb: Any) -> str:
+def html(record: "RunRecord | SimpleNamespace", nb: Any) -> str:
     """The report as one page that needs no script, no network and no other file."""
     facts = [
         ("Run", record.run_id),

@@ -47,7 +47,9 @@ def run_stage(
     cancel = cancel or threading.Event()
     for attempt in range(1, stage.retries + 2):
         with contextlib.ExitStack() as stack:
-            address, variables, problem = None, {}, refused
+            address: str | None = None
+            variables: dict[str, str] = {}
+            problem = refused
             wanted = stage.dask if "dask" in stage.supplied and not refused else None
             try:
                 address, variables = stack.enter_context(cluster(wanted))
@@ -79,13 +81,13 @@ def make_request(
     A file that is no notebook makes a request that says why it cannot begin.
     """
     notebook, refused = _notebook(stage)
-
+    moment = scheduled_for.isoformat(timespec="seconds")
     root = Root.at(environment.root).url
     run_id = f"{stage.name}-{scheduled_for:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     supplied = {
         "root": root,
         "run_id": run_id,
-        "scheduled_for": scheduled_for.isoformat(timespec="seconds"),
+        "scheduled_for": moment,
         "dask": dask_address,
     }
     given = {name: value for name, value in supplied.items() if name in stage.supplied}
@@ -96,7 +98,7 @@ def make_request(
         notebook=notebook,
         parameters=given | stage.values,
         origins=dict.fromkeys(given, "supplied") | stage.origins,
-        scheduled_for=supplied["scheduled_for"],
+        scheduled_for=moment,
         deadline_s=stage.deadline_s,
         attempt=attempt,
         parent=parent,
@@ -107,7 +109,7 @@ def make_request(
     )
 
 
-def _notebook(stage: Stage) -> tuple[dict, str]:
+def _notebook(stage: Stage) -> tuple[dict[str, Any], str]:
     """(the stage's notebook, ""), or (one with its title alone, why the file is none)."""
     import nbformat
 
@@ -122,7 +124,7 @@ def _notebook(stage: Stage) -> tuple[dict, str]:
 
 
 @contextlib.contextmanager
-def cluster(dask: dict | None) -> Iterator[tuple[str | None, dict[str, str]]]:
+def cluster(dask: dict[str, Any] | None) -> Iterator[tuple[str | None, dict[str, str]]]:
     """Open the cluster that an env file's `dask` block asks for.
 
     The address of its scheduler, None without a block, and the variables that a process needs to speak to it.
@@ -159,14 +161,18 @@ def _certificates(security: Any) -> dict[str, str]:
 
 
 def _dispatch(
-    request: RunRequest, machine: dict | None, on_cell: Callable | None, cancel: threading.Event, page_later: bool
+    request: RunRequest,
+    machine: dict[str, Any] | None,
+    on_cell: Callable[[int, int, str], None] | None,
+    cancel: threading.Event,
+    page_later: bool,
 ) -> RunRecord:
     if machine is None:
         return execute(request, on_cell=on_cell, cancel=cancel, page_later=page_later)
     return RunRecord(**run_there(asdict(request), machine))
 
 
-def run_there(request: dict, machine: dict) -> dict:
+def run_there(request: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
     """Run a request on a machine with these arguments of coiled.function; the record as a dict.
 
     The report goes to the root from there. Raises ValueError for a root that only this machine has.
@@ -177,10 +183,11 @@ def run_there(request: dict, machine: dict) -> dict:
 
     name = f"etl-{request['stage']}"
     # no retries or timeout exist there: the engine's deadline ends the run, and run_stage repeats it
-    return coiled.function(name=name, **machine)(execute_there)(request)
+    record: dict[str, Any] = coiled.function(name=name, **machine)(execute_there)(request)
+    return record
 
 
-def execute_there(request: dict) -> dict:
+def execute_there(request: dict[str, Any]) -> dict[str, Any]:
     """What runs on the machine: plain data in, plain data out. A run that took the machine with it is told here."""
     began = time.monotonic()
     request["provenance"] |= provenance.here()

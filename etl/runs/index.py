@@ -112,7 +112,7 @@ def move_from_lake(root: Root) -> None:
     """
     if root.url in _moved:
         return
-    if root.list(delta.log_of(OLDER)):
+    if root.names(delta.log_of(OLDER)):
         with root.lease("services/index.lease", f"process {os.getpid()}", wait_s=120):
             newest, here = _newest_name(root, OLDER), _newest_name(root, TABLE)
             if newest > here:
@@ -124,7 +124,7 @@ def move_from_lake(root: Root) -> None:
 
 def _newest_name(root: Root, table: str) -> str:
     """The last name in a table's log, of the newest version; empty when there is none."""
-    return max((name for name in root.list(delta.log_of(table)) if name[:20].isdigit()), default="")
+    return max((name for name in root.names(delta.log_of(table)) if name[:20].isdigit()), default="")
 
 
 def _is_copy(root: Root, name: str) -> bool:
@@ -150,7 +150,7 @@ def _readable(root: Root) -> str:
 
 def is_there(root: Root) -> bool:
     """Whether the root has an index, be it of an older release. Changes nothing."""
-    return any(root.list(delta.log_of(table)) for table in (TABLE, OLDER))
+    return any(root.names(delta.log_of(table)) for table in (TABLE, OLDER))
 
 
 def examine(root: Root) -> list[findings.Finding]:
@@ -162,7 +162,7 @@ def _problems(root: Root) -> Iterator[tuple[str, str]]:
     table = OLDER if _is_to_be_moved(root) else TABLE
     for problem in findings.damages(root, table):
         yield problem, f"restore it, or remove {table}: rows are lost, reports stay"
-    if table == TABLE and root.list(delta.log_of(OLDER)):
+    if table == TABLE and root.names(delta.log_of(OLDER)):
         problem = f"{OLDER} is there as well: its rows are in no list"
         yield problem, f"end what still runs of an older release, and remove {OLDER}"
 
@@ -306,8 +306,8 @@ def _last(
     newest = index.select(columns).sort("started_at", "run_id", descending=True).head(limit)
     rows = [_as_record(row) for row in newest.collect().to_dicts()]
     with ThreadPoolExecutor(16) as pool:  # in an object store each is a request
-        there = pool.map(lambda row: root.exists(f"{row['report']}/{COMPLETE}"), rows)
-        return [row | {"kept": kept} for row, kept in zip(rows, there, strict=True)]
+        complete = pool.map(lambda row: root.exists(f"{row['report']}/{COMPLETE}"), rows)
+        return [row | {"kept": kept} for row, kept in zip(rows, complete, strict=True)]
 
 
 def _read(root: Root, report: str) -> dict[str, Any]:

@@ -7,9 +7,12 @@ import json
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etl.notebook import CHECK_MIME, RECORD_MIME
+
+if TYPE_CHECKING:
+    from etl.runs.journal import SideFile
 
 log = logging.getLogger(__name__)
 TEXT = 256 * 1024  # characters of streams that a cell may show; beyond that its beginning and its end
@@ -29,17 +32,19 @@ class Outputs:
         self.start(-1)
 
     def start(self, index: int) -> None:
-        self._index, self._held, self._last = index, {}, "stdout"
-        self._side, self._tail, self._cut = None, "", 0
-        self._rest, self._lengths, self._left_out = None, {}, 0
-        self._last_left_out: collections.deque = collections.deque(maxlen=LAST)
+        self._index, self._last, self._tail, self._cut, self._left_out = index, "stdout", "", 0, 0
+        self._held: dict[str, str] = {}  # stream -> its end, which may be the beginning of a secret
+        self._lengths: dict[int, int] = {}  # number of an output -> its characters
+        self._side: SideFile | None = None
+        self._rest: SideFile | None = None
+        self._last_left_out: collections.deque[Any] = collections.deque(maxlen=LAST)
 
-    def stream(self, outs: list, name: str, text: str) -> None:
+    def stream(self, outs: list[Any], name: str, text: str) -> None:
         """More text of `stdout` or `stderr`. What may be the beginning of a secret waits for the rest."""
         text, self._held[name] = self._redactor.split(self._held.get(name, "") + text)
         self._show(outs, name, text)
 
-    def _show(self, outs: list, name: str, text: str) -> None:
+    def _show(self, outs: list[Any], name: str, text: str) -> None:
         self._last = name
         if self._side is None:
             room = TEXT - sum(len(out.text) for out in outs if out.output_type == "stream")
@@ -52,16 +57,16 @@ class Outputs:
                 self._journal.output(self._index, add_stream(outs, name, head), outs, head)
             if self._side:
                 self._side.write(head)
-        if text:
+        if text and self._side:
             self._side.write(text)
             self._tail, self._cut = (self._tail + text)[-TAIL:], self._cut + len(text)
 
-    def show(self, outs: list, out: Any) -> None:
+    def show(self, outs: list[Any], out: Any) -> None:
         """An output of the runner's own."""
         outs.append(out)
         self.changed(self._index, len(outs) - 1, outs)
 
-    def changed(self, index: int, at: int, outs: list) -> None:
+    def changed(self, index: int, at: int, outs: list[Any]) -> None:
         """`outs[at]` of the cell at `index` is new, or shows something new."""
         if self._is_capped:
             self._cap(outs[at], f"{index + 1:02d}-{at + 1}")
@@ -69,13 +74,13 @@ class Outputs:
             self._lengths[at] = sum(map(_length, outs[at].get("data", {}).values()))
         self._journal.output(index, at, outs)
 
-    def has_no_room(self, outs: list, msg: dict) -> bool:
+    def has_no_room(self, outs: list[Any], msg: dict[str, Any]) -> bool:
         """Whether what is in `msg` is more than the cell may show."""
         if not self._is_capped or msg["msg_type"] == "error" or OWN & msg["content"].get("data", {}).keys():
             return False
         return len(outs) >= COUNT or sum(self._lengths.values()) > TOTAL
 
-    def leave_out(self, outs: list, out: Any) -> None:
+    def leave_out(self, outs: list[Any], out: Any) -> None:
         """Put an output into the file that holds all of them, one a line, and show it only if it is one of the last."""
         if self._rest is None:
             self._rest = self._journal.side_file(rest_name(self._index))
@@ -85,10 +90,10 @@ class Outputs:
         self._last_left_out.append(out)
         self._left_out += 1
 
-    def _show_last_left_out(self, outs: list) -> None:
+    def _show_last_left_out(self, outs: list[Any], rest: "SideFile") -> None:
         from nbformat.v4 import new_output
 
-        total, name, count = self._rest.close(), rest_name(self._index), self._left_out - len(self._last_left_out)
+        total, name, count = rest.close(), rest_name(self._index), self._left_out - len(self._last_left_out)
         where = f"all of them are in {name}" if total else "the rest could not be kept"
         self._rest = None
         if count > 0:
@@ -104,13 +109,13 @@ class Outputs:
         self._last_left_out.clear()
         self._journal.cleared(index)
 
-    def finish(self, outs: list) -> None:
+    def finish(self, outs: list[Any]) -> None:
         """The cell has ended: show what was held back, and the end of what did not fit."""
         for name, text in self._held.items():
             self._show(outs, name, self._redactor.text(text))
         self._held = {}
         if self._rest:
-            self._show_last_left_out(outs)
+            self._show_last_left_out(outs, self._rest)
         if not self._side:
             return
         total, name = self._side.close(), side_name(self._index)
@@ -177,8 +182,8 @@ def _length(value: Any) -> int:
     return len(value if isinstance(value, str) else json.dumps(value))
 
 
-def add_stream(outs: list, name: str, text: str) -> int:
-    """Add `text` to the stream that was last written to, as a terminal would show it; its place in `outs`."""
+def add_stream(outs: list[Any], name: str, text: str) -> int:
+    """Add `text` to the stream that was last written to, as a terminal would show it; its index in `outs`."""
     from nbformat.v4 import new_output
 
     for at in range(len(outs) - 1, -1, -1):
@@ -207,7 +212,7 @@ def _as_shown(text: str) -> str:
     return text
 
 
-def apply(outs: list, event: dict) -> None:
+def apply(outs: list[Any], event: dict[str, Any]) -> None:
     """What an `output` event of the journal does to a cell's outputs."""
     from nbformat import from_dict
 
@@ -231,19 +236,19 @@ def client_class() -> type:
         shown: Outputs
         redactor: Any
 
-        def process_message(self, msg, cell, cell_index):
+        def process_message(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
             kind = msg["msg_type"]
             if kind != "stream":
                 msg["content"] = self.redactor.message(kind, msg["content"])
             out = super().process_message(msg, cell, cell_index)
             if kind == "update_display_data":
-                display_id = (msg["content"].get("transient") or {}).get("display_id")
+                display_id = (msg["content"].get("transient") or {}).get("display_id") or ""
                 for index, places in self._display_id_map.get(display_id, {}).items():
                     for at in places:
                         self.shown.changed(index, at, self.nb.cells[index].outputs)
             return out
 
-        def output(self, outs, msg, display_id, cell_index):
+        def output(self, outs: list[Any], msg: dict[str, Any], display_id: str | None, cell_index: int) -> Any:
             if self.output_hook_stack[msg["parent_header"].get("msg_id")]:  # an Output widget catches it
                 return super().output(outs, msg, display_id, cell_index)
             if self.clear_before_next_output:
@@ -260,7 +265,7 @@ def client_class() -> type:
                 self.shown.changed(cell_index, len(outs) - 1, outs)
             return out
 
-        def clear_output(self, outs, msg, cell_index):
+        def clear_output(self, outs: list[Any], msg: dict[str, Any], cell_index: int) -> None:
             super().clear_output(outs, msg, cell_index)
             if not outs:
                 self.shown.cleared(cell_index)

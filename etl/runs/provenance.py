@@ -19,7 +19,7 @@ LOCK = "requirements.lock"
 COMMIT = re.compile(r"(\d{20})\.json")  # the Delta protocol's name of a version's commit
 
 
-def of(notebook: dict) -> dict[str, Any]:
+def of(notebook: dict[str, Any]) -> dict[str, Any]:
     """All that decides what a run does besides its parameters and its data; a few milliseconds.
 
     git_commit and git_dirty (null where there is no repository), code_sha256 (of the own code that notebooks import,
@@ -39,7 +39,7 @@ def of(notebook: dict) -> dict[str, Any]:
 
 @functools.cache
 def _code(project: Path) -> sources.Code:
-    return sources.Code(project, client.place() / client.IMPORTED)
+    return sources.Code(project, client.server_folder() / client.IMPORTED)
 
 
 def git() -> dict[str, Any]:
@@ -79,15 +79,15 @@ def whence(root: Root, table: str, version: int | None = None) -> dict[str, Any]
     # is wrong for an older version, and for the newest while others commit (deltalake 1.6.3)
     folder = table if table == index.TABLE else f"lake/{table}"
     if version is None:
-        there = [int(match[1]) for name in root.list(delta.log_of(folder)) if (match := COMMIT.fullmatch(name))]
-        if not there:
+        versions = [int(match[1]) for name in root.names(delta.log_of(folder)) if (match := COMMIT.fullmatch(name))]
+        if not versions:
             raise LookupError(f"there is no table {table} under {root.url}")
-        version = max(there)
+        version = max(versions)
     try:
         lines = delta.actions(root, folder, version)
     except FileNotFoundError:
         return _whence_by_index(root, table, version)
-    info = next((line["commitInfo"] for line in lines if "commitInfo" in line), {})
+    info: delta.Action = next((line["commitInfo"] for line in lines if "commitInfo" in line), {})
     return {
         "table": table,
         "version": version,

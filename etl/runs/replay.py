@@ -58,7 +58,9 @@ class Replay:
         return not self.differences
 
 
-def recorded(project: Path, env: str, run: dict, overrides: Iterable[str] = ()) -> tuple[Stage, Environment, list]:
+def recorded(
+    project: Path, env: str, run: dict[str, Any], overrides: Iterable[str] = ()
+) -> tuple[Stage, Environment, list[Difference]]:
     """A run's stage as it would run again: recorded values win over today's YAML, `overrides` over both.
 
     Also the environment, and the differences of parameters: "parent" to the run, "today" to a run without it.
@@ -80,7 +82,7 @@ def recorded(project: Path, env: str, run: dict, overrides: Iterable[str] = ()) 
 
 
 def replay(
-    run: dict, stage: Stage, environment: Environment, on_cell: Callable[[int, int, str], None] | None = None
+    run: dict[str, Any], stage: Stage, environment: Environment, on_cell: Callable[[int, int, str], None] | None = None
 ) -> Replay:
     """Run `run` again as `stage` (from `recorded`) in a root of its own, on the versions it read, and compare.
 
@@ -105,8 +107,8 @@ def replay(
             "run_id": run["run_id"],
         }
         scratch.write(PINNED, json.dumps(pinned, indent=1).encode())
-    for place, content in given.items():
-        _give(source, scratch, place, content)
+    for path, content in given.items():
+        _give(source, scratch, path, content)
     record = dispatch.run_stage(
         replace(stage, retries=0, machine=None),
         replace(environment, root=scratch.url),
@@ -126,40 +128,39 @@ def _require_version(source: Root, table: str, version: int) -> None:
         handle = source.table(f"lake/{table}", version)
     except (DeltaError, OSError) as error:
         raise NotRepeatable(f"{gone}: {error}") from None
-    there = set(source.list(f"lake/{table}"))
-    missing = [url for url in handle.file_uris() if url.rsplit("/", 1)[-1] not in there]
+    names = set(source.names(f"lake/{table}"))
+    missing = [url for url in handle.file_uris() if url.rsplit("/", 1)[-1] not in names]
     if missing:
         raise NotRepeatable(f"{gone}: {len(missing)} of its files were vacuumed")
 
 
-def _give(source: Root, scratch: Root, place: str, content: Any) -> None:
+def _give(source: Root, scratch: Root, path: str, content: Any) -> None:
     """Put what the run started from where it found it: `content` itself, or the source's file with that sha256."""
     if not isinstance(content, str):
-        scratch.write(place, json.dumps(content, indent=1).encode())
+        scratch.write(path, json.dumps(content, indent=1).encode())
         return
     try:
-        data = source.read(place)
+        data = source.read(path)
     except FileNotFoundError:
-        raise NotRepeatable(f"{place}, which it read, is no more") from None
+        raise NotRepeatable(f"{path}, which it read, is no more") from None
     if hashlib.sha256(data).hexdigest() != content:
-        raise NotRepeatable(f"{place}, which it read, has changed since")
-    scratch.write(place, data)
+        raise NotRepeatable(f"{path}, which it read, has changed since")
+    scratch.write(path, data)
 
 
-def _compare(source: Root, run: dict, scratch: Root, again: dict) -> tuple[list[Difference], dict[str, int]]:
+def _compare(
+    source: Root, run: dict[str, Any], scratch: Root, again: dict[str, Any]
+) -> tuple[list[Difference], dict[str, int]]:
     """What both runs made, state first; the root and the run's own name may differ anywhere."""
     before, after = _nameless(run, source), _nameless(again, scratch)
-    parts: dict[str, tuple[dict, dict]] = {
-        "state": tuple({key: one[key] for key in ("state", "reason")} for one in (before, after)),
-        "checks": tuple(_numbered({check["name"]: check["ok"]} for check in one["checks"]) for one in (before, after)),
+    parts = {
+        "state": (_of(before, "state", "reason"), _of(after, "state", "reason")),
+        "checks": (_checks(before), _checks(after)),
         "inputs": (before["versions_read"], after["versions_read"]),
-        "metrics": tuple(
-            {key: value for key, value in one["metrics"].items() if not TIME_LIKE.fullmatch(key)}
-            for one in (before, after)
-        ),
+        "metrics": (_lasting(before["metrics"]), _lasting(after["metrics"])),
         "models": (_models(source, run["run_id"]), _models(scratch, again["run_id"])),
     }
-    differences = [found for part, (a, b) in parts.items() for found in _unlike(part, a, b)]
+    differences = [difference for part, (a, b) in parts.items() for difference in _unlike(part, a, b)]
     compared = {part: len(a.keys() | b.keys()) for part, (a, b) in parts.items()}
     results, made = _results(source, run["run_id"]), _results(scratch, again["run_id"])
     for question in sorted(results.keys() | made.keys()):
@@ -167,34 +168,49 @@ def _compare(source: Root, run: dict, scratch: Root, again: dict) -> tuple[list[
     return differences, compared | {"results": len(results.keys() | made.keys())}
 
 
-def _nameless(record: dict, root: Root) -> dict:
+def _of(record: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: record.get(key) for key in keys}
+
+
+def _checks(record: dict[str, Any]) -> dict[str, Any]:
+    """Check -> whether it was ok."""
+    return _numbered({check["name"]: check["ok"]} for check in record["checks"] or [])
+
+
+def _lasting(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The metrics that may be the same twice."""
+    return {name: value for name, value in metrics.items() if not TIME_LIKE.fullmatch(name)}
+
+
+def _nameless(record: dict[str, Any], root: Root) -> dict[str, Any]:
     """A record's JSON without what differs by necessity: its run_id and its root's URL."""
     text = json.dumps(record, default=str)
     for own, word in ((root.url, "ROOT"), (record["run_id"], "RUN")):
         text = text.replace(json.dumps(own)[1:-1], word)
-    return json.loads(text)
+    document: dict[str, Any] = json.loads(text)
+    return document
 
 
 def _results(root: Root, run_id: str) -> dict[str, bytes]:
     """Question -> the Parquet file of the run's answer."""
-    found = {}
-    for question in root.list("results"):
+    answers = {}
+    for question in root.names("results"):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            found[question] = root.read(f"results/{question}/{run_id}.parquet")
-    return found
+            answers[question] = root.read(f"results/{question}/{run_id}.parquet")
+    return answers
 
 
 def _models(root: Root, run_id: str) -> dict[str, str]:
     """sha256 of each model the run published; all but one have a number behind their name."""
-    folders = [name for name in root.list("models") if name.startswith(f"{run_id}-")]
+    folders = [name for name in root.names("models") if name.startswith(f"{run_id}-")]
     return _numbered(
         {"model.json": hashlib.sha256(root.read(f"models/{name}/model.json")).hexdigest()} for name in folders
     )
 
 
-def _numbered(items: Iterable[dict]) -> dict:
+def _numbered(items: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """One dict of many; a key that comes again gets a number: a, a (2), ..."""
-    merged: dict = {}
+    merged: dict[str, Any] = {}
     for name, value in itertools.chain.from_iterable(item.items() for item in items):
         count = next(i for i in itertools.count(1) if (name if i == 1 else f"{name} ({i})") not in merged)
         merged[name if count == 1 else f"{name} ({count})"] = value
@@ -210,39 +226,40 @@ def _frames_unlike(question: str, before: bytes | None, after: bytes | None) -> 
 
     a, b = pl.read_parquet(io.BytesIO(before)), pl.read_parquet(io.BytesIO(after))
     if a.schema != b.schema:
-        return _unlike("results", *({f"{question} {k}": str(v) for k, v in one.schema.items()} for one in (a, b)))
+        types = [{f"{question} {k}": str(v) for k, v in frame.schema.items()} for frame in (a, b)]
+        return _unlike("results", types[0], types[1])
     if a.height != b.height:
         return [Difference("results", question, f"{a.height} rows", f"{b.height} rows")]
-    found = []
+    differences = []
     for column in a.columns:
         unlike = a[column].ne_missing(b[column])
         if a[column].dtype.is_float():
             near = (a[column] - b[column]).abs() <= TOLERANCE * a[column].abs()
             unlike &= ~near.fill_null(False)
         if unlike.any():
-            row = unlike.arg_max()
+            row = unlike.arg_max() or 0
             name = f"{question}: {column} in {unlike.sum()} of {a.height} rows, first in row {row}"
-            found.append(Difference("results", name, a[column][row], b[column][row]))
-    return found
+            differences.append(Difference("results", name, a[column][row], b[column][row]))
+    return differences
 
 
-def diff(before: dict, after: dict) -> list[Difference]:
+def diff(before: dict[str, Any], after: dict[str, Any]) -> list[Difference]:
     """What differs between two runs' records: parameters, code, inputs, cells, metrics and how they ended."""
     own = ("root", "run_id")
-    kept = [{k: v for k, v in one["parameters"].items() if k not in own} for one in (before, after)]
+    kept = [{k: v for k, v in run["parameters"].items() if k not in own} for run in (before, after)]
     return [
-        *_unlike("state", *({k: one.get(k) for k in ("stage", "state", "reason")} for one in (before, after))),
-        *_unlike("parameters", *kept),
+        *_unlike("state", _of(before, "stage", "state", "reason"), _of(after, "stage", "state", "reason")),
+        *_unlike("parameters", kept[0], kept[1]),
         *_code(before, after),
         *_unlike("inputs", before["versions_read"], after["versions_read"]),
-        *_unlike("checks", *(_numbered({c["name"]: c["ok"]} for c in one["checks"] or []) for one in (before, after))),
+        *_unlike("checks", _checks(before), _checks(after)),
         *_unlike("metrics", before["metrics"], after["metrics"]),
         *_unlike("seconds", {"whole run": before["seconds"]}, {"whole run": after["seconds"]}, NOTABLE_S),
         *_unlike("seconds", _cell_seconds(before), _cell_seconds(after), NOTABLE_S),
     ]
 
 
-def _cell_seconds(record: dict) -> dict[str, float | None]:
+def _cell_seconds(record: dict[str, Any]) -> dict[str, float | None]:
     """Seconds under each heading; None where no cell ran."""
     seconds: dict[str, float | None] = {}
     for cell in record.get("cells") or []:
@@ -252,11 +269,11 @@ def _cell_seconds(record: dict) -> dict[str, float | None]:
     return seconds
 
 
-def _code(before: dict, after: dict) -> list[Difference]:
+def _code(before: dict[str, Any], after: dict[str, Any]) -> list[Difference]:
     return _unlike("code", before.get("provenance") or {}, after.get("provenance") or {})
 
 
-def _unlike(part: str, before: dict, after: dict, tolerance: float = 0) -> list[Difference]:
+def _unlike(part: str, before: dict[str, Any], after: dict[str, Any], tolerance: float = 0) -> list[Difference]:
     """The keys whose values differ; floats by more than `tolerance`, or relatively by more than TOLERANCE."""
     return [
         Difference(part, name, before.get(name), after.get(name))
@@ -277,4 +294,5 @@ def _alike(a: Any, b: Any, tolerance: float) -> bool:
 
 
 def _as_json(values: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(values, default=str))
+    document: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return document

@@ -73,14 +73,14 @@ def sweep(
     kept = wanted(index, rules, now)
     known, keep = set(index["report"]), set(kept["report"])
     expected = set(kept.filter(kept["state"] != "noop")["report"])
-    days = [f"{PLACE}/{stage}/{day}" for stage in root.list(PLACE) for day in root.list(f"{PLACE}/{stage}")]
-    there = {f"{day}/{run_id}" for day in days for run_id in root.list(day)}
-    doomed = sorted(there & known - keep)
+    days = [f"{PLACE}/{stage}/{day}" for stage in root.names(PLACE) for day in root.names(f"{PLACE}/{stage}")]
+    stored = {f"{day}/{run_id}" for day in days for run_id in root.names(day)}
+    doomed = sorted(stored & known - keep)
     if not dry_run:
         root.remove_trees(doomed, first=run_index.COMPLETE)
     # by when a run ended: its report's day is the one it was scheduled for, which may be any
     old = set(kept.filter(kept["ended_at"] < now - datetime.timedelta(days=rules.page_days))["report"])
-    held = [name for day in sorted({report.rpartition("/")[0] for report in old & there}) for name in root.files(day)]
+    held = [name for day in sorted({report.rpartition("/")[0] for report in old & stored}) for name in root.files(day)]
     pages = [name for name in held if name.endswith(f"/{report_page.PAGE}") and name.rpartition("/")[0] in old]
     if not dry_run:
         for page in pages:
@@ -88,10 +88,10 @@ def sweep(
         upkeep.tidy(root)
     return {
         "runs": len(index),
-        "kept": len(there & keep),
+        "kept": len(stored & keep),
         "removed": len(doomed),
-        "missing": len(expected - there),
-        "unknown": len(there - known),
+        "missing": len(expected - stored),
+        "unknown": len(stored - known),
         "pages": len(pages),
     }
 

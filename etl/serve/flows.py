@@ -238,13 +238,13 @@ def _ours(environment: Environment) -> list[str]:
 
 async def _remove_others(client: PrefectClient, kept: list[UUID], tags: list[str]) -> None:
     """Remove the deployments of stages that are no more, with their schedules, slots and waiting runs."""
-    found = await client.read_deployments(
+    deployments = await client.read_deployments(
         deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=tags)),
         work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL])),
         sort=DeploymentSort.NAME_ASC,
         limit=200,
     )
-    gone = [deployment.id for deployment in found if deployment.id not in kept]
+    gone = [deployment.id for deployment in deployments if deployment.id not in kept]
     if gone:
         await reconcile(client, gone)
     for deployment_id in gone:

@@ -13,28 +13,28 @@ from etl.storage import PROJECT
 def packages() -> list[tuple[str, str | None]]:
     """Each package that pyproject.toml asks for a version of: (what is asked, what is there instead or None)."""
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    found: list[tuple[str, str | None]] = []
+    problems: list[tuple[str, str | None]] = []
     for line in project["dependencies"]:
         wanted = Requirement(line)
         try:
             version = metadata.version(wanted.name)
         except metadata.PackageNotFoundError:
-            found.append((str(wanted), "it is not installed"))
+            problems.append((str(wanted), "it is not installed"))
             continue
         if wanted.specifier:
             problem = None if wanted.specifier.contains(version, prereleases=True) else f"{version} is installed"
-            found.append((str(wanted), problem))
-    return found
+            problems.append((str(wanted), problem))
+    return problems
 
 
 def ports(children: Iterable[services.Service]) -> list[tuple[str, str | None]]:
     """The port of each child of `up`: (whose it is, what is wrong or None). That it is at work there is fine."""
-    found: list[tuple[str, str | None]] = []
+    problems: list[tuple[str, str | None]] = []
     for child in children:
         try:
             services.ensure_free(child.port, child.name)
             problem = None
         except services.PortTaken as error:
             problem = None if services.answers(child.health_url) else str(error)
-        found.append((f"port {child.port}", problem))
-    return found
+        problems.append((f"port {child.port}", problem))
+    return problems

@@ -105,7 +105,7 @@ class Lease:
         threading.Thread(target=self._renewing, name="lease", daemon=True).start()
 
     def _numbers(self) -> list[int]:
-        return [int(name.removesuffix(".json")) for name in self._root.list(PLACE) if name[:9].isdigit()]
+        return [int(name.removesuffix(".json")) for name in self._root.names(PLACE) if name[:9].isdigit()]
 
     def _read(self, number: int) -> bytes:
         try:
@@ -136,10 +136,10 @@ def machine() -> str:
 def started(pid: int) -> int | None:
     """When the process started, counted since the machine did; None when there is none. With the pid it names one."""
     try:
-        found = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return None if found[0] in "ZX" else int(found[19])
+    return None if values[0] in "ZX" else int(values[19])
 
 
 def _has_ended(told: dict[str, Any]) -> bool:

@@ -78,9 +78,7 @@ class InPlaceWorker(BaseWorker[BaseJobConfiguration, BaseVariables, BaseWorkerRe
 
     async def _get_scheduled_flow_runs(self) -> list[WorkerFlowRunResponse]:
         """Those of our deployments: on a server that is shared, others have theirs in a pool of this name, too."""
-        return [
-            found for found in await super()._get_scheduled_flow_runs() if found.flow_run.deployment_id in self.flows
-        ]
+        return [due for due in await super()._get_scheduled_flow_runs() if due.flow_run.deployment_id in self.flows]
 
     async def _submit_run(self, flow_run: FlowRun) -> None:
         """As Prefect does it, but when the run is due: it asks once a second, and would be that late or too early."""
@@ -120,8 +118,8 @@ class InPlaceWorker(BaseWorker[BaseJobConfiguration, BaseVariables, BaseWorkerRe
     async def _cancel_those_cancelled(self) -> None:
         cancelling = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANCELLING]))
         ours = FlowRunFilter(id=FlowRunFilterId(any_=list(self.cancels)), state=cancelling)
-        found = await self.client.read_flow_runs(flow_run_filter=ours, sort=FlowRunSort.ID_DESC, limit=AT_ONCE)
-        for flow_run in found:
+        flow_runs = await self.client.read_flow_runs(flow_run_filter=ours, sort=FlowRunSort.ID_DESC, limit=AT_ONCE)
+        for flow_run in flow_runs:
             if event := self.cancels.get(flow_run.id):
                 event.set()
 

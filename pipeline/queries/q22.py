@@ -18,11 +18,11 @@ CODES = ("13", "31", "23", "29", "30", "18", "17")
 
 def answer(customer, orders, *, codes: tuple[str, ...] = CODES):
     """One row for each code: country_code, customers, account_balance."""
-    there = customer.select("c_custkey", "c_acctbal", country_code=nw.col("c_phone").str.slice(0, 2)).filter(
+    customers = customer.select("c_custkey", "c_acctbal", country_code=nw.col("c_phone").str.slice(0, 2)).filter(
         nw.col("country_code").is_in(codes), nw.col("c_acctbal") > 0
     )
-    usual = there.select(nw.col("c_acctbal").sum().alias("balance"), nw.len().alias("of"))
-    rich = there.join(usual, how="cross").filter(nw.col("c_acctbal") * nw.col("of") > nw.col("balance"))
+    usual = customers.select(nw.col("c_acctbal").sum().alias("balance"), nw.len().alias("of"))
+    rich = customers.join(usual, how="cross").filter(nw.col("c_acctbal") * nw.col("of") > nw.col("balance"))
     buyers = orders.join(rich.select("c_custkey"), left_on="o_custkey", right_on="c_custkey").unique(
         "o_custkey", keep="any"
     )

@@ -29,7 +29,7 @@ def test_what_is_written_is_read_back(place):
     place.write("a/b.json", b"22")
     assert place.read("a/b.json") == b"22"
     assert place.size("a/b.json") == 2
-    assert place.list("a") == ["b.json"]
+    assert place.names("a") == ["b.json"]
     assert place.exists("a/b.json")
 
 
@@ -50,7 +50,7 @@ def test_what_does_not_fit_on_the_disk_leaves_nothing(tmp_path):
 
 def test_what_is_missing_says_so(place):
     assert not place.exists("nothing")
-    assert place.list("nothing") == []
+    assert place.names("nothing") == []
     place.remove("nothing")
     place.remove_tree("nothing")
     with pytest.raises(FileNotFoundError):
@@ -62,8 +62,8 @@ def test_many_folders_are_removed_and_their_neighbours_stay(place):
         for name in ("run.json", "page.html", "more/deep"):
             place.write(f"{rel}/{name}", b"x")
     place.remove_trees(["a/1", "a/2", "a/none", "b/1", "none/1"], first="run.json")
-    assert place.list("a") == ["10"] and place.list("b") == []
-    assert place.list("a/10") == ["more", "page.html", "run.json"]
+    assert place.names("a") == ["10"] and place.names("b") == []
+    assert place.names("a/10") == ["more", "page.html", "run.json"]
 
 
 def test_of_many_creators_one_wins(place):
@@ -93,7 +93,7 @@ def test_remove_tree_removes_a_folder(place):
     place.write("days/monday/a", b"x")
     place.write("days/tuesday/a", b"x")
     place.remove_tree("days/monday")
-    assert place.list("days") == ["tuesday"]
+    assert place.names("days") == ["tuesday"]
 
 
 def test_a_lease_has_one_holder(place):

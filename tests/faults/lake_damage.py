@@ -232,15 +232,15 @@ def _damage_once(world: World, what: str, how: str, pick: random.Random) -> None
 
 def _victim(root: Root, what: str, pick: random.Random) -> str:
     table = f"lake/{pick.choice(['orders', 'lineitem'])}"
-    names = root.list(f"{table}/_delta_log")
+    names = root.names(f"{table}/_delta_log")
     commits = [name for name in names if name.endswith(".json")]
     checkpoints = [name for name in names if name.endswith(".checkpoint.parquet")]
     since = [name for name in commits if checkpoints[-1][:20] < name[:20] < commits[-1][:20]]
-    manifests = [name for name in root.list("lake/batches") if name.endswith(".json")]
+    manifests = [name for name in root.names("lake/batches") if name.endswith(".json")]
     return {
         "commit": f"{table}/_delta_log/{pick.choice(since)}",
         "checkpoint": f"{table}/_delta_log/{pick.choice([checkpoints[-1], '_last_checkpoint'])}",
         "manifest": f"lake/batches/{pick.choice(manifests[-2:])}",
         "pointer": "lake/published.json",
-        "data": f"{table}/{pick.choice([name for name in root.list(table) if name.endswith('.parquet')][:-1])}",
+        "data": f"{table}/{pick.choice([name for name in root.names(table) if name.endswith('.parquet')][:-1])}",
     }[what]

@@ -139,7 +139,7 @@ def by_hand(n: int, seed: int) -> str:
                 f"orders-{tick:08d}.json", f"nothing; {what} was not made" * (what != "device")
             ):
                 raise NotHeld(f"{what}: {whys.get(f'orders-{tick:08d}.json')!r} does not say {why!r}")
-        if waiting := place.list("landing/orders"):
+        if waiting := place.names("landing/orders"):
             raise NotHeld(f"{waiting} still wait")
         refused = f"{len(whys)} files refused, {parsed.refused.height} lines set apart"
         return f"{len(lines)} lines and {len(cases)} files: {refused}"
@@ -160,7 +160,7 @@ def _all_accounted(root: str, want: dict[str, tuple[int, int | None]]) -> None:
     for file, (lines, good) in want.items():
         if good is not None and refused.get(file, 0) != lines - good:
             raise NotHeld(f"{file}: {refused.get(file, 0)} of {lines} lines are in quarantine, not {lines - good}")
-        if not any(file in place.list(f"archive/{day}/orders") for day in place.list("archive")):
+        if not any(file in place.names(f"archive/{day}/orders") for day in place.names("archive")):
             raise NotHeld(f"{file} is not in the archive")
 
 

@@ -70,5 +70,5 @@ def _require_files(root: str) -> None:
     place = Root.at(root)
     for table in Lake(place).columns:
         named = {url.rpartition("/")[2] for url in Lake(place).table(table).file_uris()}
-        if gone := named - set(place.list(f"lake/{table}")):
+        if gone := named - set(place.names(f"lake/{table}")):
             raise NotHeld(f"{table}: {len(gone)} files that its log names are gone")

@@ -159,7 +159,7 @@ class World:
         rows = db().sql(f"select file, line from read_parquet({files})").fetchall() if files else []
         if sorted(rows) != sorted(self.quarantined):
             raise NotHeld(f"quarantine has {len(rows)} rows, not the {len(self.quarantined)} that were broken")
-        waiting = [name for table in TABLES for name in Root.at(self.root).list(f"landing/{table}")]
+        waiting = [name for table in TABLES for name in Root.at(self.root).names(f"landing/{table}")]
         if waiting:
             raise NotHeld(f"{len(waiting)} files still wait")
 

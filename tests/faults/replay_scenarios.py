@@ -67,10 +67,10 @@ def check_whence(root: str) -> str:
     recorded as written is theirs. A row of the index is from the run whose row it is."""
     place, versions = Root.at(root), 0
     index = {row["run_id"]: run_index.get(place, row["run_id"]) for row in run_index.newest(place, limit=10**6)}
-    tables = {name: f"lake/{name}" for name in place.list("lake")} | {"runs": run_index.TABLE}
+    tables = {name: f"lake/{name}" for name in place.names("lake")} | {"runs": run_index.TABLE}
     tables = {name: folder for name, folder in tables.items() if place.exists(f"{folder}/_delta_log/{0:020d}.json")}
     for table, folder in tables.items():
-        numbers = [int(m[1]) for name in place.list(f"{folder}/_delta_log") if (m := provenance.COMMIT.match(name))]
+        numbers = [int(m[1]) for name in place.names(f"{folder}/_delta_log") if (m := provenance.COMMIT.match(name))]
         for version in numbers:
             found = provenance.whence(place, table, version)
             where = f"{table}@{version}"

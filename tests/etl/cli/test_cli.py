@@ -34,7 +34,7 @@ def test_wrong_yaml_is_refused_before_anything_starts(project, root):
     assert done.returncode == 2
     assert f"params/preprocess.yml:{misspelt}: " in done.stderr and "max_files" in done.stderr
     assert f"params/preprocess.yml:{misspelt + 1}: " in done.stderr and "float" in done.stderr
-    assert not Root.at(root).list("")
+    assert not Root.at(root).names("")
     assert took_s < 30  # no kernel, no server; the figure itself is measured, not tested
 
 
@@ -57,7 +57,7 @@ def test_a_notebook_that_is_none_is_one_line_and_no_traceback(project, root):
     ]
     done = orchestrate(project, "run", "generate", "--root", root)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "byte order mark" in done.stderr
-    assert not Root.at(root).list("")
+    assert not Root.at(root).names("")
 
 
 def test_an_unknown_stage_and_a_wrong_value_exit_with_2(project):
@@ -127,9 +127,9 @@ def test_a_notebook_that_raises_fails_and_says_why(project, root):
     assert done.returncode == 1
     assert "failed" in done.stdout and "ZeroDivisionError: [/no markup]" in done.stdout
     place = Root.at(root)
-    (run_id,) = place.list("reports/broken/2026-03-01")
+    (run_id,) = place.names("reports/broken/2026-03-01")
     folder = f"reports/broken/2026-03-01/{run_id}"
-    assert place.list(folder) == ["report.html", "report.ipynb", "run.json"]
+    assert place.names(folder) == ["report.html", "report.ipynb", "run.json"]
     assert b"ZeroDivisionError" in place.read(f"{folder}/report.html")
     assert json.loads(place.read(f"{folder}/run.json"))["state"] == "failed"
     assert orchestrate(project, "runs", "show", "nothing", "--root", root).returncode == 1
@@ -155,8 +155,8 @@ def test_retries_repeat_what_may_pass_and_not_a_failed_check(project, root):
     write_stage(project, "strict", 'check("never", False)', yml="retries: 1\n")
     assert orchestrate(project, "run", "flaky", "--root", root, "--at", AT).returncode == 1
     assert orchestrate(project, "run", "strict", "--root", root, "--at", AT).returncode == 1
-    assert len(Root.at(root).list("reports/flaky/2026-03-01")) == 2
-    assert len(Root.at(root).list("reports/strict/2026-03-01")) == 1
+    assert len(Root.at(root).names("reports/flaky/2026-03-01")) == 2
+    assert len(Root.at(root).names("reports/strict/2026-03-01")) == 1
 
 
 @pytest.fixture
@@ -208,14 +208,14 @@ def test_a_run_again_that_cannot_be_is_refused(greeting):
     path.write_text(path.read_text().replace("loud", "volume"))
     done = orchestrate(project, *again, first["run_id"])
     assert done.returncode == 2 and "loud" in done.stderr and "no longer declares" in done.stderr
-    assert len(Root.at(root).list("reports/greet/2026-03-01")) == 1
+    assert len(Root.at(root).names("reports/greet/2026-03-01")) == 1
 
 
 def test_a_replay_exits_with_0_only_when_the_same_comes_out(greeting):
     project, root, first = greeting
     same = orchestrate(project, "replay", first["run_id"], "--root", root)
     assert same.returncode == 0 and "equal: " in same.stdout and "code unchanged" in same.stdout, same.stderr
-    assert Root.at(project / "outputs/replay").list("") == [first["run_id"]]
+    assert Root.at(project / "outputs/replay").names("") == [first["run_id"]]
     path = project / "notebooks" / "greet.ipynb"
     path.write_text(path.read_text().replace("len(name)", "1 + len(name)"))
     other = orchestrate(project, "replay", first["run_id"], "--root", root, "--json")
@@ -265,7 +265,7 @@ def test_tail_follows_a_run_while_it_runs(project, root):
     command = [sys.executable, "orchestrate.py"]
     with subprocess.Popen([*command, "run", "patient", "--root", root], **options) as running:
         spool = Root.at(project / "outputs" / "spool")
-        while not (begun := spool.list("")) and running.poll() is None:
+        while not (begun := spool.names("")) and running.poll() is None:
             time.sleep(0.05)
         with subprocess.Popen([*command, "runs", "tail", begun[0], "--root", root], **options) as tail:
             shown = iter(tail.stdout.readline, "")

@@ -195,7 +195,7 @@ from etl.runs import provenance
 own = json.loads(sys.argv[1])  # module -> file
 keeper = client.Keeper(1, pathlib.Path("log"))
 keeper.start()
-toy.until((client.place() / "socket").exists, 240, "the fork server")
+toy.until((client.server_folder() / "socket").exists, 240, "the fork server")
 cell = "".join(f"import {name}\\n" for name in own) + "import psutil, etl.notebook\\n"
 cell += f"etl.notebook.record(v=[{', '.join(f'{name}.VERSION' for name in own)}], "
 cell += "forked='forkserver' in str(psutil.Process().cmdline()))"
@@ -217,7 +217,7 @@ for index, path in enumerate(own.values()):
     print(v[index] == index + 2, sha256 in seen)
 keeper.signal(15)
 keeper.process.wait()
-print(sorted(os.listdir(client.place())))
+print(sorted(os.listdir(client.server_folder())))
 """
 
 

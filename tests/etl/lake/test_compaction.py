@@ -134,7 +134,7 @@ def test_a_file_that_does_not_come_back_as_it_went_is_not_taken(scattered, monke
     assert why.startswith("RowsDiffer: ") and why.endswith("left as it was")
     after = Lake(scattered).snapshot()
     assert after.versions[table] == before.versions[table]
-    assert not [name for name in Root.at(scattered).list(f"lake/{table}") if name.startswith("compacted")]
+    assert not [name for name in Root.at(scattered).names(f"lake/{table}") if name.startswith("compacted")]
     (other,) = {"orders", "lineitem"} - {table}
     assert (len(before.files(other)), len(after.files(other))) == (3, 1)
 
@@ -164,7 +164,7 @@ def test_nothing_is_vacuumed_while_the_clock_looks_wrong(scattered):
 def test_what_nothing_needs_any_more_goes_a_day_later_once_the_clock_is_known(scattered):
     Lake(scattered).compact(**ASK, run_id="compact-1")
     place, before, started = Root.at(scattered), Lake(scattered).snapshot(), datetime.now(UTC)
-    files = place.list("lake/lineitem")
+    files = place.names("lake/lineitem")
     assert len(files) == 1 + 3 + 1  # the log, three small files, one large
     for name in files:  # how old a file is says nothing: the large one is needed, the small ones were until now
         os.utime(f"{scattered}/lake/lineitem/{name}", (0, 0))
@@ -178,7 +178,7 @@ def test_what_nothing_needs_any_more_goes_a_day_later_once_the_clock_is_known(sc
     ]
     assert removed[0][0] == 0 and "nothing removed: the clock is known to be steady only since" in removed[0][1]
     assert removed[1][0] == 0 and removed[2] == (3, "")
-    assert len(place.list("lake/lineitem")) == 1 + 1
+    assert len(place.names("lake/lineitem")) == 1 + 1
     assert Lake(scattered).snapshot().frame("lineitem").collect().height == before.frame("lineitem").collect().height
 
 
@@ -359,7 +359,7 @@ def test_old_days_of_the_archive_go_one_a_run(steady):
     for age in (20, 9, 8, 7, 1, 0):
         archived(steady, day(age), age)
     assert [Lake(steady).prune_archive() for _ in range(4)] == [[day(20)], [day(9)], [day(8)], []]
-    assert Root.at(steady).list("archive") == [day(7), day(1), day(0)]
+    assert Root.at(steady).names("archive") == [day(7), day(1), day(0)]
     assert Lake(steady).prune_archive(days=0) == []
 
 
@@ -370,7 +370,7 @@ def test_the_archive_is_pruned_by_when_files_came_and_not_by_what_a_day_is_calle
     assert Lake(steady).prune_archive() == []
     archived(steady, "2100-01-01", 9)
     assert [Lake(steady).prune_archive() for _ in range(2)] == [["2100-01-01"], []]
-    assert Root.at(steady).list("archive") == ["1999-01-01", "notes"]
+    assert Root.at(steady).names("archive") == ["1999-01-01", "notes"]
 
 
 def test_nothing_of_the_archive_goes_while_the_clock_looks_wrong(root):
@@ -390,7 +390,7 @@ def test_old_days_of_an_archive_in_an_object_store_go(s3_root):
     place.move("landing/orders/orders-00000000.json", "archive/2020-01-01/orders/orders-00000000.json")
     pruned = [Lake(s3_root).prune_archive(now=started + timedelta(days=days)) for days in range(10)]
     assert pruned == [[]] * 8 + [["2020-01-01"], []]
-    assert place.list("archive") == []
+    assert place.names("archive") == []
 
 
 def test_what_earlier_releases_kept_twice_is_believed_no_more_and_removed(scattered):
@@ -404,5 +404,5 @@ def test_what_earlier_releases_kept_twice_is_believed_no_more_and_removed(scatte
     assert Lake(scattered).snapshot() == before
     assert not [finding for finding in Lake(scattered).examine() if finding.problem]
     Lake(scattered).compact(**ASK, run_id="compact-1")
-    assert not place.list("lake/kept_log") and not [rel for rel in place.files("lake") if "copy" in rel]
+    assert not place.names("lake/kept_log") and not [rel for rel in place.files("lake") if "copy" in rel]
     assert Lake(scattered).snapshot().rows().select("table", "rows").equals(before.rows().select("table", "rows"))

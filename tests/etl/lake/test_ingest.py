@@ -37,7 +37,7 @@ def assert_exactly(root: str, made: dict) -> None:
 
 def test_every_row_is_in_the_lake_once(filled, made):
     assert_exactly(filled, made)
-    assert all(Root.at(filled).list(f"landing/{table}") == [] for table in TABLES)
+    assert all(Root.at(filled).names(f"landing/{table}") == [] for table in TABLES)
 
 
 def test_the_lake_equals_what_another_engine_reads_from_the_archive(filled):
@@ -96,8 +96,8 @@ def test_an_ingested_file_that_appears_again_is_set_aside(filled, stream, made):
     Lake.commit(Lake.read(batch), run_id="again")
     assert Lake(filled).snapshot().batch == 1
     assert_exactly(filled, made)
-    assert Root.at(filled).list("landing/orders") == []
-    assert sum(len(Root.at(filled).list(f"archive/{day}/repeated")) for day in Root.at(filled).list("archive")) == 2
+    assert Root.at(filled).names("landing/orders") == []
+    assert sum(len(Root.at(filled).names(f"archive/{day}/repeated")) for day in Root.at(filled).names("archive")) == 2
     assert Lake(filled).next_batch(max_files=500, scheduled_for=AT) is None
 
 
@@ -139,7 +139,7 @@ def test_a_row_that_nothing_can_say_is_set_apart_and_stops_nothing(landed, made,
     place.write(name, b"\n".join([*lines[:3], odd, *lines[4:]]))
     done = Lake(landed).drain(**LIMITS | {"max_files": 8}, for_s=60)
     assert done["committed"].to_list() == [True, True]
-    assert [Root.at(landed).list(f"landing/{table}") for table in TABLES] == [[]] * len(TABLES)
+    assert [Root.at(landed).names(f"landing/{table}") for table in TABLES] == [[]] * len(TABLES)
     whole = pl.concat([frames["orders"] for frames in made.values()])
     snapshot = Lake(landed).snapshot()
     assert rows(landed, "orders").height == whole.height - 1
@@ -217,7 +217,7 @@ def test_files_are_archived_under_the_day_of_the_clock(landed, made, monkeypatch
 
         patched.setattr(landing, "crash_point", end)
         Lake.commit(Lake.read(batch), run_id="one")
-    assert place.list("archive") == [ledger.read(place, 1)["date"]] == ["2026-03-01"]
+    assert place.names("archive") == [ledger.read(place, 1)["date"]] == ["2026-03-01"]
     batch = Lake(landed).next_batch(max_files=8, scheduled_for=AT, now=CLOCK + timedelta(days=1))
     parsed = Lake.read(batch)
     assert (len(parsed.batch.files), parsed.batch.refused) == (8, ())
@@ -226,7 +226,7 @@ def test_files_are_archived_under_the_day_of_the_clock(landed, made, monkeypatch
     assert [len(day) for day in names] == [3, 5]
     assert names[0] | names[1] == {file.name for file in batch.files}
     ingest_all(landed)
-    assert place.list("refused") == [max(place.list("archive"))]  # today's
+    assert place.names("refused") == [max(place.names("archive"))]  # today's
     compared = Lake(landed).rebuild()
     assert compared["equal"].all()
     assert_exactly(landed, made)
@@ -257,8 +257,8 @@ def test_files_that_are_no_tables_are_left_alone(landed):
     place.write("landing/orders/lineitem-00000001.json", b"{}\n")
     place.write("landing/secrets/secrets-00000001.json", b"{}\n")
     ingest_all(landed)
-    assert place.list("landing/orders") == ["lineitem-00000001.json", "readme.txt"]
-    assert place.list("landing/secrets") == ["secrets-00000001.json"]
+    assert place.names("landing/orders") == ["lineitem-00000001.json", "readme.txt"]
+    assert place.names("landing/secrets") == ["secrets-00000001.json"]
 
 
 def test_ranges_of_sequences_stay_small():
@@ -304,7 +304,7 @@ def test_a_batch_that_an_earlier_release_left_unfinished_is_finished(landed, mad
     assert parsed.batch.refused == ()
     Lake.commit(parsed, run_id="again")
     assert_exactly(landed, made)
-    assert all(place.list(f"landing/{table}") == [] for table in TABLES)
+    assert all(place.names(f"landing/{table}") == [] for table in TABLES)
     assert place.exists(ledger.done(1)) and ledger.ingested_until(place, 1)["orders"] == [[0, 2]]
     assert Lake(landed).next_batch(max_files=9, scheduled_for=AT) is None
     assert Lake(landed).rebuild()["equal"].all()
@@ -340,8 +340,8 @@ def test_a_file_that_changes_while_it_is_ingested_does_not_reach_the_archive(lan
     Root.at(landed).write("landing/orders/orders-00000001.json", b"{}\n")
     Lake.commit(parsed, run_id="one")
     assert "changed while it was ingested" in why_refused(landed)["orders-00000001.json"]
-    (day,) = Root.at(landed).list("archive")
-    assert Root.at(landed).list(f"archive/{day}/orders") == ["orders-00000000.json", "orders-00000002.json"]
+    (day,) = Root.at(landed).names("archive")
+    assert Root.at(landed).names(f"archive/{day}/orders") == ["orders-00000000.json", "orders-00000002.json"]
 
 
 def test_an_ingested_name_with_other_content_is_refused(filled):
@@ -387,7 +387,7 @@ def test_500_waiting_files_are_in_after_at_most_three_runs(root, made):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(lines)
     runs = 0
-    while any(Root.at(root).list(f"landing/{table}") for table in TABLES):
+    while any(Root.at(root).names(f"landing/{table}") for table in TABLES):
         runs += 1
         assert runs <= 3
         Lake(root).drain(**limits, for_s=for_s, scheduled_for=AT, run_id=f"preprocess-{runs}")

@@ -58,7 +58,7 @@ def test_a_compaction_whose_commit_was_not_answered_has_its_rows(s3_root, faulty
     faulty.lose_reply("DELETE", "lake/orders/batch-00000001")
     done = Lake(s3_root).compact(**ASK, run_id="compact-2", now=started + timedelta(days=1))
     assert done.filter(table="orders").select("removed", "failed").row(0) == (2, None)
-    assert Root.at(s3_root).list("lake/orders") == [
+    assert Root.at(s3_root).names("lake/orders") == [
         "_delta_log",
         Lake(s3_root).snapshot().files("orders")[0].split("/")[-1],
     ]

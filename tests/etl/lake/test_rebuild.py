@@ -69,7 +69,7 @@ def test_a_rebuilt_lake_has_the_same_tables(lived, stream):
         assert_frame_equal(after[table], frame)
     assert dict(compared.select("table", "equal").rows()) == {t: None if t == "orders" else True for t in before}
     assert Lake(lived).snapshot().batch == 3
-    assert [name for name in Root.at(lived).list("") if name.startswith("lake")][0] == "lake"
+    assert [name for name in Root.at(lived).names("") if name.startswith("lake")][0] == "lake"
     ingest_all(lived)
     assert Lake(lived).snapshot().batch == 4
     assert examine(lived) == [Finding(finding.what) for finding in examine(lived)]
@@ -97,7 +97,7 @@ def test_what_was_refused_is_listed_and_tried_again(lived, monkeypatch):
     place.write("landing/orders/orders-00000009.json", b"")
     Lake.commit(Lake.read(Lake(lived).next_batch(max_files=9, scheduled_for=AT)), run_id="x")
     assert Lake(lived).refused() == [
-        {"file": "orders-00000009.json", "when": place.list("refused")[0], "lines": None, "why": "is empty"},
+        {"file": "orders-00000009.json", "when": place.names("refused")[0], "lines": None, "why": "is empty"},
         {
             "file": "orders-00000001.json",
             "when": 2,
@@ -145,7 +145,7 @@ def test_a_line_that_was_not_kept_as_it_came_is_not_tried_again(root, stream, ma
     assert Lake(root).refused_lines()["line"].to_list() == [1, 2]
     with pytest.raises(LookupError, match="nothing of orders-00000001.json fits"):
         Lake(root).retry("orders-00000001.json")
-    assert place.list("landing/orders") == []
+    assert place.names("landing/orders") == []
 
 
 def _edit(path: Path, change) -> None:

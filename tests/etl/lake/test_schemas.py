@@ -113,7 +113,7 @@ def test_a_column_that_somebody_else_added_is_met(filled, stream, compacted):
     with pytest.raises(schemas.SchemasDiffer, match="orders: o_extra is not declared and string in the table"):
         ingest_all(filled)
     assert Lake(filled).snapshot().frame("orders").collect().height == before
-    assert len(Root.at(filled).list("landing/orders")) == 1
+    assert len(Root.at(filled).names("landing/orders")) == 1
 
 
 def test_tables_that_were_made_and_never_published_are_compared_too(landed, declare):

@@ -259,7 +259,7 @@ def test_a_page_that_cannot_be_made_loses_neither_notebook_nor_record(tmp_path, 
     root, nb = Root.at(tmp_path), new_notebook(cells=[new_code_cell("no metadata of ours")])
     with caplog.at_level(logging.ERROR):
         report_page.write(root, record(), nb)
-    assert root.list(record().report) == ["report.ipynb", "run.json"]
+    assert root.names(record().report) == ["report.ipynb", "run.json"]
     assert json.loads(root.read(f"{record().report}/run.json"))["parameters"]["rows"] == 3
     assert "has no report.html" in caplog.text
 
@@ -267,4 +267,4 @@ def test_a_page_that_cannot_be_made_loses_neither_notebook_nor_record(tmp_path, 
 def test_text_that_is_no_unicode_is_no_reason_to_lose_a_report(tmp_path):
     root = Root.at(tmp_path)
     report_page.write(root, record(), executed(new_code_cell("x", outputs=[new_output("stream", text="\ud800 torn")])))
-    assert root.list(record().report) == ["report.html", "report.ipynb", "run.json"]
+    assert root.names(record().report) == ["report.html", "report.ipynb", "run.json"]

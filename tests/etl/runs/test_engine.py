@@ -92,7 +92,7 @@ def test_a_run_that_ends_well_leaves_report_record_and_row(tmp_path):
     assert {cell.metadata.papermill["status"] for cell in as_run(nb)} == {"completed"}
     assert seen[0] == (0, 6, "Count rows") and seen[3] == (3, 6, "Check") and seen[-1][:2] == (6, 6)
     assert record.report == f"reports/toy/2026-11-03/{record.run_id}"
-    assert Root.at(tmp_path).list(record.report) == ["report.html", "report.ipynb", "run.json"]
+    assert Root.at(tmp_path).names(record.report) == ["report.html", "report.ipynb", "run.json"]
     [row] = index.newest(Root.at(tmp_path))
     assert (row["run_id"], row["state"], row["seconds"]) == (record.run_id, "ok", record.seconds)
 

@@ -217,7 +217,7 @@ def test_the_index_of_an_older_release_is_found_and_moved_once(tmp_path):
     root = Root.at(tmp_path)
     as_an_older_release_left_it(root, range(25))  # with a checkpoint
     assert index.is_there(root) and index.examine(root) == [Finding("the index of runs")]
-    assert root.list(index.OLDER) and not root.list(index.TABLE), "whoever only looks moves nothing"
+    assert root.names(index.OLDER) and not root.names(index.TABLE), "whoever only looks moves nothing"
     spawn = multiprocessing.get_context("spawn")
     together = spawn.Barrier(2)
     asked = [(root.url, range(25 + k, 37, 2), together) for k in range(2)]
@@ -240,8 +240,8 @@ def test_whoever_reads_first_moves_it_or_reads_it_where_it_is(tmp_path, monkeypa
     as_an_older_release_left_it(root, range(2))
     with monkeypatch.context() as patched:
         patched.setattr(type(root), "lease", may_not_write)
-        assert len(index.newest(root)) == 2 and root.list(index.OLDER)
-    assert len(index.newest(root)) == 2 and not root.list(index.OLDER)
+        assert len(index.newest(root)) == 2 and root.names(index.OLDER)
+    assert len(index.newest(root)) == 2 and not root.names(index.OLDER)
 
 
 def test_rows_that_an_older_release_went_on_to_write_are_named(tmp_path):
@@ -251,7 +251,7 @@ def test_rows_that_an_older_release_went_on_to_write_are_named(tmp_path):
     index.append(root, later(1))
     (tmp_path / "copy").rename(tmp_path / index.OLDER)
     index._moved.clear()
-    assert len(index.newest(root)) == 2 and root.list(index.OLDER), "it is not taken for the index"
+    assert len(index.newest(root)) == 2 and root.names(index.OLDER), "it is not taken for the index"
     [finding] = index.examine(root)
     assert "lake/runs is there as well" in finding.problem and "older release" in finding.remedy
 
@@ -269,7 +269,7 @@ def test_a_move_in_an_object_store_that_is_killed_is_ended_by_the_next(s3_root, 
     process.start()
     process.join(timeout=60)
     assert process.exitcode == -signal.SIGKILL
-    assert root.list(index.OLDER) and root.list(index.TABLE)
+    assert root.names(index.OLDER) and root.names(index.TABLE)
     expire(root, "services/index.lease")
     index.append(root, later(22))
     assert {row["run_id"] for row in index.newest(root)} == {later(n).run_id for n in range(23)}

@@ -16,7 +16,7 @@ def shown(tmp_path, *cells):
     record = run(tmp_path, "rows: int = 1", *cells)
     assert record.state == "ok", record.reason
     root = Root.at(tmp_path)
-    beside = [name for name in root.list(record.report) if name.startswith("cell-")]
+    beside = [name for name in root.names(record.report) if name.startswith("cell-")]
     return as_run(saved(record)[0])[-1].outputs, beside, root, record
 
 

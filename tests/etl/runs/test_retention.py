@@ -120,7 +120,7 @@ def test_the_page_of_an_old_report_goes_and_the_report_stays(request, where, day
         counts = retention.sweep(root, rules, now=NOW + HOUR)
         assert counts["kept"] > 0 and counts["pages"] == (0 if names == synthetic.FILES else counts["kept"])
         for row in run_index.newest(root):
-            assert not row["kept"] or root.list(row["report"]) == sorted(names)
+            assert not row["kept"] or root.names(row["report"]) == sorted(names)
     assert retention.sweep(root, Rules(page_days=0), now=NOW + HOUR)["pages"] == 0
 
 
@@ -131,7 +131,7 @@ def test_a_page_is_as_old_as_its_run_and_not_as_what_it_was_scheduled_for(root, 
     for name in synthetic.FILES:
         place.write(f"{record.report}/{name}", b"{}")
     assert retention.sweep(place, now=NOW)["pages"] == 0
-    assert place.list(record.report) == sorted(synthetic.FILES)
+    assert place.names(record.report) == sorted(synthetic.FILES)
     assert retention.sweep(place, now=NOW + 8 * 24 * HOUR)["pages"] == 1
 
 
@@ -174,7 +174,7 @@ def test_a_sweep_killed_anywhere_leaves_index_and_disk_in_agreement(tmp_path, da
         assert killed.returncode == -signal.SIGKILL
         assert keep <= folders(root)
         for row in run_index.newest(root, limit=1000):
-            names = set(root.list(row["report"]))
+            names = set(root.names(row["report"]))
             assert names == set(synthetic.FILES) if row["kept"] else "run.json" not in names
     assert len(keep) < len(folders(root)) < len(some)
     retention.sweep(root, now=NOW)

@@ -31,7 +31,7 @@ def rows(root: Root) -> pl.DataFrame:
 
 def files(root: Root) -> set[str]:
     """The files that are there, needed or not."""
-    return {name for name in root.list(index.TABLE) if name.endswith(".parquet")}
+    return {name for name in root.names(index.TABLE) if name.endswith(".parquet")}
 
 
 def age(root: Root, seconds: float) -> None:

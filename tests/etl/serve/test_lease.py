@@ -89,7 +89,7 @@ def test_in_an_object_store_a_renewed_lease_is_kept_and_one_left_behind_is_taken
     began = time.monotonic()
     second = take(tmp_path / "second", s3_root)
     assert (time.monotonic() - began > lease.DEAD_S) == (where == "elsewhere")
-    assert Root.at(s3_root).list(lease.PLACE) == ["000000002.json"]
+    assert Root.at(s3_root).names(lease.PLACE) == ["000000002.json"]
     second.release()
     take(tmp_path / "third", s3_root).release()  # at once: it was given back
 
