@@ -65,7 +65,7 @@ def with_pandas_typed(root: str) -> None:
     from pipeline.tables import TABLES
 
     for path in sorted(Path(root, "landing").glob("*/*.json")):
-        schema = pl.DataFrame(schema=TABLES[path.parent.name].columns).to_arrow().schema
+        schema = pl.DataFrame(schema=TABLES[path.parent.name].types).to_arrow().schema
         frame = pandas.read_json(path, lines=True, dtype=False, convert_dates=False)
         for field in schema:
             if pa.types.is_timestamp(field.type):
@@ -81,7 +81,7 @@ def limit_as_text(root: str) -> None:
     from pipeline.tables import STREAMED, TABLES
 
     for table in STREAMED:
-        columns = TABLES[table].columns
+        columns = TABLES[table].types
         schema = {name: dtype if dtype in BOUNDS else pl.String for name, dtype in columns.items()}
         pl.scan_ndjson(f"{root}/landing/{table}/*.json", schema=schema).collect().write_parquet(
             f"{root}/{table}.parquet"
@@ -95,7 +95,7 @@ def limit_typed(root: str) -> None:
     from pipeline.tables import DAY, STREAMED, TABLES, TIME
 
     for table in STREAMED:
-        columns = TABLES[table].columns
+        columns = TABLES[table].types
         schema = {name: dtype if dtype in BOUNDS else pl.String for name, dtype in columns.items()}
         typed = {
             name: pl.col(name).str.to_date()

@@ -14,7 +14,7 @@ from collections.abc import Container, Mapping
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from urllib.parse import unquote
 
 from etl.storage import Damaged, Root, crash_point
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 Action: TypeAlias = dict[str, Any]  # a line of a commit
 CHECKPOINT_INTERVAL = 20  # commits
 TYPES = {
-    **{"Int64": "long", "Int32": "integer", "Float64": "double", "Boolean": "boolean"},
-    **{"String": "string", "Date": "date", "Datetime": "timestamp"},
+    **{"Int64": "long", "Int32": "integer", "Int16": "short", "Int8": "byte"},
+    **{"Float64": "double", "Float32": "float", "Boolean": "boolean", "String": "string", "Date": "date"},
 }
+EXACT_DIGITS = 15  # that a float has: of a longer decimal the log would say bounds that its values are beyond
 LAST = "_last_checkpoint"
 
 
@@ -110,14 +111,35 @@ def field(name: str, dtype: "pl.DataType | type[pl.DataType]", nullable: bool) -
     return {"name": name, "type": type_of(dtype), "nullable": nullable, "metadata": {}}
 
 
-def type_of(dtype: "pl.DataType | type[pl.DataType]") -> str:
-    """A Polars type as Delta calls it. Raises ValueError for one that it is not written as."""
+def type_of(dtype: "pl.DataType | type[pl.DataType]") -> str | Action:
+    """A Polars type as Delta's schema has it: a list or struct as an object. Raises ValueError where it has none."""
+    import polars as pl
+
+    if isinstance(dtype, pl.Decimal):
+        if not 0 <= dtype.scale <= dtype.precision <= 38:
+            raise ValueError(f"no table has a column of the type {dtype}: 38 digits at most, none but they behind it")
+        return f"decimal({dtype.precision},{dtype.scale})"
+    if dtype == pl.Datetime("us", "UTC") and isinstance(dtype, pl.Datetime):
+        return "timestamp"
+    if isinstance(dtype, pl.List):
+        return {"type": "array", "elementType": type_of(cast("pl.DataType", dtype.inner)), "containsNull": True}
+    if isinstance(dtype, pl.Struct) and dtype.fields:
+        return {
+            "type": "struct",
+            "fields": [field(inner.name, cast("pl.DataType", inner.dtype), True) for inner in dtype.fields],
+        }
     kind = str(dtype.base_type())
-    if kind == "Decimal":
-        return "decimal({precision},{scale})".format(**vars(dtype))
     if kind not in TYPES:
-        raise ValueError(f"no table has a column of the type {dtype}, but {', '.join(TYPES)} or Decimal")
+        known = ", ".join(TYPES)
+        raise ValueError(
+            f"no table has a column of the type {dtype}, but {known}, Datetime (us, UTC), Decimal, List or Struct"
+        )
     return TYPES[kind]
+
+
+def name_of(stored: str | Action) -> str:
+    """A type of Delta's schema as one text: a list's or struct's as JSON."""
+    return stored if isinstance(stored, str) else json.dumps(stored, sort_keys=True)
 
 
 def add(path: str, size: int, stats: str, *, changes: bool) -> Action:
@@ -195,7 +217,7 @@ def columns_of(handle: "DeltaTable") -> dict[str, str]:
 
 def columns(schema: str) -> dict[str, str]:
     """As `columns_of`, of a schema as JSON."""
-    return {field["name"]: str(field["type"]) for field in json.loads(schema)["fields"]}
+    return {field["name"]: name_of(field["type"]) for field in json.loads(schema)["fields"]}
 
 
 def file_stats(handle: "DeltaTable") -> tuple[list[int], int]:
@@ -207,17 +229,28 @@ def file_stats(handle: "DeltaTable") -> tuple[list[int], int]:
 
 
 def statistics(frame: "pl.DataFrame") -> Action:
-    """What a file's rows have, as the Delta log says it; texts have no bounds, only their nulls."""
+    """What a file's rows have, as the Delta log says it; texts, lists and structs have no bounds."""
     import polars as pl
 
-    ranged = frame.select(pl.selectors.numeric() | pl.selectors.temporal())
-    lowest, highest = (side.row(0, named=True) for side in (ranged.min(), ranged.max()))
+    ranged = frame.select(name for name, dtype in frame.schema.items() if _has_bounds(frame, name, dtype))
+    lowest, highest = (side.row(0, named=True) if ranged.width else {} for side in (ranged.min(), ranged.max()))
     return {
         "numRecords": frame.height,
         "minValues": {name: _plain(value) for name, value in lowest.items() if value is not None},
         "maxValues": {name: _plain(value) for name, value in highest.items() if value is not None},
-        "nullCount": frame.null_count().row(0, named=True),
+        "nullCount": frame.select(~pl.selectors.nested()).null_count().row(0, named=True),
     }
+
+
+def _has_bounds(frame: "pl.DataFrame", name: str, dtype: "pl.DataType") -> bool:
+    """Whether a column has a lowest and a highest value that JSON can say; NaN is above all for some and below none."""
+    import polars as pl
+
+    if dtype.is_float():
+        return bool(frame[name].is_finite().all())
+    if isinstance(dtype, pl.Decimal):
+        return dtype.precision <= EXACT_DIGITS
+    return dtype.is_numeric() or dtype.is_temporal()
 
 
 def _plain(value: int | float | Decimal | date | datetime) -> Any:

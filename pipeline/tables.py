@@ -4,7 +4,7 @@ Column names and types are those of the TPC-H specification, revision 3.0.1, cla
 that make the stream live: `o_order_time` and `l_ship_time`, both UTC. Money is decimal, never float.
 """
 
-from etl.lake.table import DAY, INT, INT32, RESCUED, TEXT, TIME, Table, decimal
+from etl.lake.table import DAY, INT, INT32, RESCUED, TEXT, TIME, Column, Table, decimal
 
 KEY, COUNT = INT, INT32
 MONEY = decimal(15, 2)
@@ -21,7 +21,7 @@ _ALL = [
     Table(
         "customer",
         {
-            "c_custkey": KEY,
+            "c_custkey": Column(KEY, range=(1, None)),
             "c_name": TEXT,
             "c_address": TEXT,
             "c_nationkey": KEY,
@@ -31,12 +31,11 @@ _ALL = [
             "c_comment": TEXT,
         },
         ("c_custkey",),
-        ranges={"c_custkey": (1, None)},
     ),
     Table(
         "supplier",
         {
-            "s_suppkey": KEY,
+            "s_suppkey": Column(KEY, range=(1, None)),
             "s_name": TEXT,
             "s_address": TEXT,
             "s_nationkey": KEY,
@@ -45,43 +44,40 @@ _ALL = [
             "s_comment": TEXT,
         },
         ("s_suppkey",),
-        ranges={"s_suppkey": (1, None)},
     ),
     Table(
         "part",
         {
-            "p_partkey": KEY,
+            "p_partkey": Column(KEY, range=(1, None)),
             "p_name": TEXT,
             "p_mfgr": TEXT,
             "p_brand": TEXT,
             "p_type": TEXT,
-            "p_size": COUNT,
+            "p_size": Column(COUNT, range=(1, 50)),
             "p_container": TEXT,
-            "p_retailprice": MONEY,
+            "p_retailprice": Column(MONEY, range=(0, None)),
             "p_comment": TEXT,
         },
         ("p_partkey",),
-        ranges={"p_partkey": (1, None), "p_size": (1, 50), "p_retailprice": (0, None)},
     ),
     Table(
         "partsupp",
         {
             "ps_partkey": KEY,
             "ps_suppkey": KEY,
-            "ps_availqty": COUNT,
-            "ps_supplycost": MONEY,
+            "ps_availqty": Column(COUNT, range=(0, None)),
+            "ps_supplycost": Column(MONEY, range=(0, None)),
             "ps_comment": TEXT,
         },
         ("ps_partkey", "ps_suppkey"),
-        ranges={"ps_availqty": (0, None), "ps_supplycost": (0, None)},
     ),
     Table(
         "orders",
         {
-            "o_orderkey": KEY,
+            "o_orderkey": Column(KEY, range=(1, None)),
             "o_custkey": KEY,
-            "o_orderstatus": TEXT,
-            "o_totalprice": MONEY,
+            "o_orderstatus": Column(TEXT, choices=("F", "O", "P")),
+            "o_totalprice": Column(MONEY, range=(0, None)),
             "o_orderdate": DAY,
             "o_orderpriority": TEXT,
             "o_clerk": TEXT,
@@ -91,22 +87,20 @@ _ALL = [
         },
         ("o_orderkey",),
         time="o_order_time",
-        ranges={"o_orderkey": (1, None), "o_totalprice": (0, None)},
-        choices={"o_orderstatus": ("F", "O", "P")},
     ),
     Table(
         "lineitem",
         {
-            "l_orderkey": KEY,
+            "l_orderkey": Column(KEY, range=(1, None)),
             "l_partkey": KEY,
             "l_suppkey": KEY,
-            "l_linenumber": COUNT,
-            "l_quantity": MONEY,
-            "l_extendedprice": MONEY,
-            "l_discount": MONEY,
-            "l_tax": MONEY,
-            "l_returnflag": TEXT,
-            "l_linestatus": TEXT,
+            "l_linenumber": Column(COUNT, range=(1, 7)),
+            "l_quantity": Column(MONEY, range=(1, None)),
+            "l_extendedprice": Column(MONEY, range=(0, None)),
+            "l_discount": Column(MONEY, range=(0, 1)),
+            "l_tax": Column(MONEY, range=(0, 1)),
+            "l_returnflag": Column(TEXT, choices=("R", "A", "N")),
+            "l_linestatus": Column(TEXT, choices=("O", "F")),
             "l_shipdate": DAY,
             "l_commitdate": DAY,
             "l_receiptdate": DAY,
@@ -116,15 +110,6 @@ _ALL = [
             "l_ship_time": TIME,
         },
         ("l_orderkey", "l_linenumber"),
-        ranges={
-            "l_orderkey": (1, None),
-            "l_linenumber": (1, 7),
-            "l_quantity": (1, None),
-            "l_extendedprice": (0, None),
-            "l_discount": (0, 1),
-            "l_tax": (0, 1),
-        },
-        choices={"l_returnflag": ("R", "A", "N"), "l_linestatus": ("O", "F")},
     ),
 ]
 

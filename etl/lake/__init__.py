@@ -8,6 +8,6 @@ A project declares its tables and hands them over:
 
 from etl.lake.lake import Lake
 from etl.lake.snapshot import NothingPublished, Snapshot
-from etl.lake.table import Table
+from etl.lake.table import Column, Table
 
-__all__ = ["Lake", "NothingPublished", "Snapshot", "Table"]
+__all__ = ["Column", "Lake", "NothingPublished", "Snapshot", "Table"]

@@ -38,8 +38,8 @@ def create_tables(lake: "Lake", run_id: str, known: Container[str] = ()) -> None
     about = {"run_id": run_id, "stage": lake.ingested_by}
     for name, columns in lake.columns.items():
         if name not in known:
-            keys = lake.keys[name]
-            delta.create_table(lake.root, f"lake/{name}", columns, keys=keys, properties=PROPERTIES, about=about)
+            needed = lake.required[name]
+            delta.create_table(lake.root, f"lake/{name}", columns, keys=needed, properties=PROPERTIES, about=about)
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Encoded:
 
 
 def encode(lake: "Lake", table: str, frame: pl.DataFrame) -> Encoded:
-    """Rows as they are appended. Raises ValueError when a key is null or the columns are not the table's."""
+    """Rows as they are appended. Raises ValueError when what is never null is, or the columns are not the table's."""
     declared = pl.Schema(lake.columns[table])
     if frame.schema != declared:
         raise ValueError(f"{table} has the columns {declared}, not {frame.schema}")
-    if nulls := [key for key in lake.keys[table] if frame[key].null_count()]:
+    if nulls := [name for name in lake.required[table] if frame[name].null_count()]:
         raise ValueError(f"{table}: {', '.join(nulls)} may not be null")
     buffer = io.BytesIO()
     frame.write_parquet(buffer, compression_level=1)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import polars as pl
 
 from etl.lake import commit as commits
-from etl.lake import landing, ledger, parse, schemas, snapshot
+from etl.lake import formats, landing, ledger, parse, schemas, snapshot
 from etl.lake.landing import File
 from etl.lake.table import QUARANTINE, RESCUED, DataType, Table
 from etl.storage import Damaged, Root, Unreadable, crash_point
@@ -225,13 +225,12 @@ def _look(batch: Batch, group: list[File], expected: dict[str, str]) -> _Looked:
             data, sha256 = _read(batch.lake.root, file, expected.get(file.name))
             if expected.get(file.name, sha256) != sha256:
                 raise Unreadable(f"changed since batch {batch.number} was written down")
-            if why := parse.refusal(data):
-                raise Unreadable(why)
+            content = formats.opened(data, batch.lake.tables[file.table].named)
         except Unreadable as error:
             refused.append((file, str(error)))
             continue
         files.append((file, sha256, len(data)))
-        pieces.append(data)
+        pieces.append(content)
     rows, bad, lines = parse.parse_all(pieces, rules(batch.lake.tables[group[0].table], batch.at))
     if sum(lines) != rows.height + sum(frame.height for frame in bad):
         raise AssertionError(f"{group[0].landing} and others: {sum(lines)} lines, but {rows.height} rows fit")

@@ -49,6 +49,11 @@ class Lake:
         return {name: table.key for name, table in self.tables.items()} | {"quarantine": QUARANTINE_KEY}
 
     @cached_property
+    def required(self) -> dict[str, tuple[str, ...]]:
+        """Table -> the columns that are never null."""
+        return {name: table.required for name, table in self.tables.items()} | {"quarantine": QUARANTINE_KEY}
+
+    @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Table -> what stands for its declared columns and types."""
         return {table: schemas.fingerprint(columns) for table, columns in schemas.declared(self).items()}

@@ -1,4 +1,4 @@
-"""Lines of JSON become typed rows, or a reason why they do not. Knows nothing of files, batches or the lake.
+"""Lines of JSON, and other rows, become typed rows, or a reason why they do not. Knows nothing of batches or the lake.
 
 A plain piece (no escapes, nothing nested, just the table's keys) is read at once by Polars; any other is cut smaller,
 and what is still not plain is read line by line, strictly: a wrong type, a key that comes twice, NaN, a lone surrogate
@@ -10,14 +10,18 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, date, datetime, time
+from decimal import Decimal
 from typing import Any, NoReturn, Self
 
 import numpy as np
 import polars as pl
 
-from etl.lake.table import DAY, INT, INT32, RESCUED, TEXT, TIME, DataType, Table
+from etl.lake.formats import Content, delimiter, elements, parquet, records
+from etl.lake.table import DAY, RESCUED, TEXT, TIME, Column, DataType, Table
+from etl.storage import Unreadable
 
 RAW_CHARS = 4000  # of a refused line that quarantine keeps
 VALUE_CHARS = 80  # of a value that a reason shows
@@ -25,51 +29,45 @@ NOT_UTF8 = "not UTF-8"  # begins a reason: what quarantine keeps of the line is 
 SHOWN_REASONS = 3  # why a whole file is refused
 LINE_BYTES = 1 << 20  # a longer line is refused unread
 PIECE_BYTES = 64 << 10  # a piece that is not plain is cut down to this before it is read line by line
-REFUSED: dict[str, DataType] = {"line": INT, "reason": TEXT, "raw": TEXT}
-NOT_JSON_LINES = {
-    b"\x1f\x8b": "is compressed with gzip: JSON lines are wanted as they are",
-    b"\x28\xb5\x2f\xfd": "is compressed with zstd: JSON lines are wanted as they are",
-    b"BZh": "is compressed with bzip2: JSON lines are wanted as they are",
-    b"PK\x03\x04": "is a zip archive: JSON lines are wanted as they are",
-    b"PAR1": "is Parquet, not JSON lines",
-    b"\xff\xfe": "is UTF-16, not UTF-8",
-    b"\xfe\xff": "is UTF-16, not UTF-8",
-    b"{\x00": "is UTF-16, not UTF-8",
-    b"\x00{": "is UTF-16, not UTF-8",
-}
+WHOLE = 0  # in place of a line's number: what is said of the whole file
+REFUSED: dict[str, DataType] = {"line": pl.Int64, "reason": TEXT, "raw": TEXT}
 YEAR = "([1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"  # those that Python, JSON and Delta's statistics can say
 FIRST, LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 DAY_TEXT = rf"^{YEAR}-[0-9]{{2}}-[0-9]{{2}}$"  # beside the format, which alone takes year 6, year -1996 and blanks
+MIDNIGHT = r"(?:T00:00:00(?:\.0{1,9})?Z?)?$"  # behind a day, as pandas writes one
 # the seconds end at 59: of a 60th Polars would make the next minute
-TIME_TEXT = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-5][0-9](\.[0-9]{1,6})?(Z|[+-][0-9]{2}:[0-9]{2})$"
+TIME_TEXT = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}:[0-5][0-9](\.[0-9]{1,6})?(Z|[+-][0-9]{2}(:[0-9]{2})?)$"
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%.f%:z"
 # the form that the standard library writes, which Polars reads in a third of the time: milliseconds, UTC
 UTC_TEXT = rf"^{YEAR}-[0-9]{{2}}-[0-9]{{2}}T[0-9]{{2}}:[0-9]{{2}}:[0-5][0-9]\.[0-9]{{3}}\+00:00$"
 UTC_FORMAT, UTC_CHARS = "%Y-%m-%dT%H:%M:%S.%3f", 23
 COUNTED_BYTES = 1 << 18  # at once: they stay in the core's cache
 KINDS: dict[DataType, str] = {
-    INT: "a whole number",
-    INT32: "a whole number",
+    **dict.fromkeys((pl.Int8, pl.Int16, pl.Int32, pl.Int64), "a whole number"),
+    **dict.fromkeys((pl.Float32, pl.Float64), "a number"),
+    pl.Boolean: "true or false",
     TEXT: "a text",
     DAY: "a date of the years 1 to 9999",
     TIME: "a time with zone of the years 1 to 9999 in UTC",
 }
-BOUNDS: dict[DataType, int] = {INT: 2**63, INT32: 2**31}
-
-
-def refusal(data: bytes) -> str | None:
-    """Why a whole file is refused by what is in it; None when its lines are to be looked at."""
-    if not data:
-        return "is empty"
-    if data.lstrip().startswith(b"[") and data.rstrip().endswith(b"]"):
-        return "is one JSON array: a JSON object a line is wanted"
-    return next((why for beginning, why in NOT_JSON_LINES.items() if data.startswith(beginning)), None)
+BOUNDS: dict[DataType, int] = {pl.Int8: 2**7, pl.Int16: 2**15, pl.Int32: 2**31, pl.Int64: 2**63}
+READ_AS: dict[DataType, DataType] = {  # by Polars, which then takes nothing else; every other type is read as text
+    **dict.fromkeys((pl.Int8, pl.Int16, pl.Int32), pl.Int32),
+    **dict.fromkeys((pl.Float32, pl.Float64), pl.Float64),
+    **{pl.Int64: pl.Int64, pl.Boolean: pl.Boolean},
+}
+BETWEEN = re.compile(rb"\}\s*,\s*\{")  # elements of an array
+WHOLE_TEXT = r"^-?[0-9]{1,19}$"
+FLOAT_TEXT = r"^-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?$"
+TRUTHS = {"true": True, "false": False}
 
 
 def no_line_fits(refused: pl.DataFrame) -> str:
     """Why a file of which every line is refused (`REFUSED`) is refused whole: its most frequent reasons, in words."""
     if refused.is_empty():
-        return "has only blank lines"
+        return "has no rows, only blank lines"
+    if refused["line"][0] == WHOLE:
+        return str(refused["reason"][0])
     reasons = refused.group_by("reason", maintain_order=True).agg(pl.first("line"), pl.len())
     often = reasons.sort("len", descending=True, maintain_order=True).head(SHOWN_REASONS)
     said = [f"{why} (line {line}{f' and {n - 1:,} more' * (n > 1)})" for why, line, n in often.iter_rows()]
@@ -113,18 +111,273 @@ def parse(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
     return pl.concat(good), pl.concat(bad)
 
 
-def parse_all(files: list[bytes], table: Table) -> tuple[pl.DataFrame, list[pl.DataFrame], list[int]]:
+def parse_all(files: Sequence[bytes | Content], table: Table) -> tuple[pl.DataFrame, list[pl.DataFrame], list[int]]:
     """As `parse`, of several files: the rows of all in their order, each one's lines that do not fit, and how many
-    lines each has that are not blank."""
-    lines = [line_count(data) for data in files]
-    if files:
-        whole = files[0] if len(files) == 1 else b"".join(d if d.endswith(b"\n") else d + b"\n" for d in files)
+    lines each has that are not blank. Bytes are lines of JSON; of a `Content` the kind says what they are, and a line
+    is an array's element, a CSV's record or a row. A file that cannot be read has one refused line, `WHOLE`."""
+    contents = [file if isinstance(file, Content) else Content("lines", file) for file in files]
+    pieces = [content.data for content in contents]
+    lines = [line_count(data) for data in pieces]
+    if files and all(content.kind == "lines" for content in contents):
+        whole = pieces[0] if len(files) == 1 else b"".join(d if d.endswith(b"\n") else d + b"\n" for d in pieces)
         plain = _plain(whole, table, sum(lines))
         if plain is not None and plain.height == sum(lines):
             return plain, [pl.DataFrame(schema=REFUSED)] * len(files), lines
-    parsed = [parse(data, table) for data in files]
+    parsed = [_parsed_file(content, table) for content in contents]
     rows = [pl.DataFrame(schema=table.stored), *(rows for rows, _ in parsed)]
     return pl.concat(rows), [bad for _, bad in parsed], [rows.height + bad.height for rows, bad in parsed]
+
+
+def _parsed_file(content: Content, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
+    read = {"lines": parse, "array": _array, "csv": _csv, "parquet": _parquet}[content.kind]
+    try:
+        return read(content.data, table)
+    except Unreadable as error:
+        refused = pl.DataFrame([(WHOLE, str(error), "")], schema=REFUSED, orient="row")
+        return pl.DataFrame(schema=table.stored), refused
+
+
+def _array(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Rows and refused elements of one JSON array.
+
+    Cut between `}` and `{` its elements are lines: if each is an object of its own, the cuts were between elements,
+    for none was in a text or within another element. A newline within one becomes what no text may have, either.
+    """
+    body = data.strip()[1:-1] if data.rstrip().endswith(b"]") else b""
+    lines = BETWEEN.sub(b"}\n{", body.replace(b"\n", b"\r"))
+    plain = _plain(lines, table, line_count(lines))
+    if plain is not None:
+        return plain, pl.DataFrame(schema=REFUSED)
+    fields = _fields(table)
+
+    def take(element: tuple[Any, str]) -> list[Any]:
+        value, text = element
+        if len(text) > LINE_BYTES:
+            raise ValueError(f"an element of {len(text):,} characters; at most {LINE_BYTES:,}")
+        if isinstance(value, json.JSONDecodeError):
+            raise ValueError(f"not JSON: {value.msg}")
+        if isinstance(value, Exception):
+            raise value
+        return fields(value)
+
+    return _each(elements(_decoded(data), _DECODER), table, take, lambda element: _on_a_line(element[1]))
+
+
+def _on_a_line(text: str) -> str:
+    """JSON without newlines: as lines of it are tried again."""
+    return re.sub(r"\s*\n\s*", " ", text)[:RAW_CHARS]
+
+
+def _decoded(data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"is {NOT_UTF8}: {error.reason} at byte {error.start + 1}") from None
+
+
+def _csv(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Rows and refused records of a CSV: a column is under its name, or its path."""
+    columns = {".".join(column.keys(name)): name for name, column in table.fields.items()}
+    columns |= {name: name for name in table.fields}
+    table = replace(table, columns={name: replace(column, path=None) for name, column in table.fields.items()})
+    text = _decoded(data)
+    mark = delimiter(data, columns) or ","
+    every = records(text, mark)
+    _, (header, _) = next(every)
+    if header is None or None in header:
+        raise Unreadable("is a CSV with a column without a name")
+    names = [columns.get(str(name), str(name)) for name in header]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise Unreadable(f"is a CSV with the column {min(twice)!r} twice")
+    if lacks := [name for name, column in table.fields.items() if not column.optional and name not in names]:
+        raise Unreadable(f"is a CSV without the column {lacks[0]!r}")
+    plain = _plain_csv(data, names, mark, table)
+    if plain is not None:
+        return plain, pl.DataFrame(schema=REFUSED)
+    fields = _fields(table)
+
+    def take(record: tuple[list[str | None] | None, str]) -> list[Any]:
+        cells, raw = record
+        if len(raw) > LINE_BYTES:
+            raise ValueError(f"a line of {len(raw):,} characters; at most {LINE_BYTES:,}")
+        if cells is None:
+            raise ValueError("not CSV: quotes that are not closed, or not around a whole field")
+        if len(cells) != len(names):
+            raise ValueError(f"not CSV: {len(cells)} fields, where the header has {len(names)}")
+        return fields({name: _cell(cell, table.types.get(name, TEXT)) for name, cell in zip(names, cells, strict=True)})
+
+    return _each(every, table, take, lambda record: record[1][:RAW_CHARS])
+
+
+def _cell(cell: str | None, dtype: DataType) -> Any:
+    """A field of a CSV as JSON would have it; as it is where it does not have the form."""
+    if cell is None:
+        return None
+    if dtype in BOUNDS and re.fullmatch(WHOLE_TEXT, cell):
+        return int(cell)
+    if dtype.is_float() and re.fullmatch(FLOAT_TEXT, cell):
+        return _Number(cell)
+    if dtype == pl.Boolean and cell.lower() in TRUTHS:
+        return TRUTHS[cell.lower()]
+    return _DECODER.decode(cell) if dtype.is_nested() else cell
+
+
+def _plain_csv(data: bytes, header: list[str], mark: str, table: Table) -> pl.DataFrame | None:
+    """All the rows of a CSV in which nothing is odd; None when something is, or a row does not fit.
+
+    Without a quote every line is a record. Polars raises where one has too many fields; if all together are as many as
+    they should be, then none has too few.
+    """
+    data = data.replace(b"\r\n", b"\n")
+    rows = line_count(data) - 1
+    if (
+        b'"' in data
+        or b"\r" in data
+        or b"\n\n" in data
+        or b"\0" in data
+        or not table.flat
+        or {*header} - {*table.fields}
+    ):
+        return None
+    if _count(data, mark.encode()) != (len(header) - 1) * (rows + 1) or _longest_line(data) > LINE_BYTES:
+        return None
+    try:
+        cells = pl.read_csv(
+            io.BytesIO(data),
+            separator=mark,
+            quote_char=None,
+            infer_schema=False,
+            has_header=False,
+            skip_rows=1,
+            new_columns=header,
+        )
+    except pl.exceptions.PolarsError:
+        return None
+    if (
+        cells.height != rows
+        or cells.width != len(header)
+        or any(cells[c].str.strip_chars().eq("").any() for c in header)
+    ):
+        return None
+    absent = [pl.lit(None, TEXT).alias(name) for name in table.fields if name not in header]
+    cells = cells.with_columns(absent).select(*table.fields)
+    read = cells.select(_cells(name, dtype) for name, dtype in table.types.items())
+    if not read.null_count().equals(cells.null_count()):
+        return None
+    if any(read[name].null_count() for name, column in table.fields.items() if not column.optional):
+        return None
+    typed, reasons = _typed_rows(read.with_columns(pl.lit(None, TEXT).alias(RESCUED)), table)
+    return None if reasons else typed
+
+
+def _cells(name: str, dtype: DataType) -> pl.Expr:
+    """As `_cell`, of a column; what does not have the form becomes null."""
+    cell, read = pl.col(name), READ_AS.get(dtype)
+    if dtype == pl.Boolean:
+        return cell.str.to_lowercase().replace_strict(TRUTHS, default=None, return_dtype=pl.Boolean)
+    if read is None:
+        return cell
+    form = FLOAT_TEXT if dtype.is_float() else WHOLE_TEXT
+    return pl.when(cell.str.contains(form)).then(cell).cast(read, strict=False).alias(name)
+
+
+def _parquet(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Rows and refused rows of a Parquet file: columns by name; nothing is made another value to fit."""
+    frame = parquet(data)
+    plain = _plain_parquet(frame, table)
+    if plain is not None:
+        return plain, pl.DataFrame(schema=REFUSED)
+    frame = frame.with_columns(
+        pl.col(name).dt.to_string("iso:strict")
+        for name, dtype in frame.schema.items()
+        if isinstance(dtype, pl.Datetime)
+        and dtype.time_unit == "ns"
+        and not _unchanged(frame[name], pl.Datetime("us", dtype.time_zone))
+    )
+    fields = _fields(table)
+
+    def take(row: dict[str, Any]) -> list[Any]:
+        return fields({name: _as_json(value, table.types.get(name)) for name, value in row.items()})
+
+    return _each(
+        enumerate(frame.iter_rows(named=True), start=1),
+        table,
+        take,
+        lambda row: json.dumps(row, default=str)[:RAW_CHARS],
+    )
+
+
+def _as_json(value: Any, dtype: Any) -> Any:
+    """A value of a Parquet file as JSON would have it, for a column of the type."""
+    if isinstance(value, dict):
+        inner = {field.name: field.dtype for field in dtype.fields} if isinstance(dtype, pl.Struct) else {}
+        return {key: _as_json(item, inner.get(key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_json(item, dtype.inner if isinstance(dtype, pl.List) else None) for item in value]
+    if isinstance(value, float):
+        if dtype in BOUNDS and value.is_integer():
+            return int(value)
+        return _Number(repr(value)) if _is_decimal(dtype) and math.isfinite(value) else value
+    if isinstance(value, Decimal):
+        whole = value == value.to_integral_value() and dtype in BOUNDS
+        return (
+            int(value)
+            if whole
+            else float(value)
+            if dtype is not None and dtype.is_float()
+            else f"{value.normalize():f}"
+        )
+    if isinstance(value, date | time):
+        return value.isoformat()
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
+
+
+def _plain_parquet(frame: pl.DataFrame, table: Table) -> pl.DataFrame | None:
+    """All the rows, where no column is unknown and each is of a type that fits; None where a value does not."""
+    if not table.flat or {*frame.columns} - {*table.fields}:
+        return None
+    columns = []
+    for name, column in table.fields.items():
+        if (name not in frame.columns or frame[name].null_count()) and not column.optional:
+            return None
+        series = frame[name] if name in frame.columns else pl.Series(name, [None] * frame.height, _read_as(column.type))
+        if series.dtype != TEXT or column.type == TEXT:
+            if not _alike(series.dtype, column.type) or not _unchanged(series, column.type):
+                return None
+            series = series.cast(column.type)
+        elif column.type in READ_AS:
+            return None
+        columns.append(series)
+    text = pl.DataFrame(columns)
+    typed = text.select(
+        _typed(name, dtype) if text[name].dtype == TEXT else pl.col(name) for name, dtype in table.types.items()
+    ).with_columns(_sayable(name) for name, dtype in table.types.items() if dtype == TIME)
+    if not typed.null_count().equals(text.null_count()):
+        return None
+    typed = _filled(typed, table).with_columns(pl.lit(None, TEXT).alias(RESCUED))
+    years = [pl.col(name).dt.year().is_between(1, 9999).all() for name, dtype in table.types.items() if dtype == DAY]
+    return typed if typed.select(pl.all_horizontal(_fits(table), *years)).item() else None
+
+
+def _alike(source: DataType, dtype: DataType) -> bool:
+    """Whether a type's values are of the other's kind, so that they may fit."""
+    if dtype == TIME:
+        return isinstance(source, pl.Datetime) and source.time_zone is not None
+    return (
+        source == dtype
+        or (source.is_integer() and (dtype.is_integer() or _is_decimal(dtype) or dtype.is_float()))
+        or (source.is_float() and dtype.is_float())
+        or (_is_decimal(source) and _is_decimal(dtype))
+        or source == pl.Null
+    )
+
+
+def _unchanged(series: pl.Series, dtype: DataType) -> bool:
+    """Whether every value is the same in the type; a float may be rounded to the nearest that the type has."""
+    cast = series.cast(dtype, strict=False)
+    if series.dtype.is_float():
+        return cast.null_count() == series.null_count()
+    return bool(cast.cast(series.dtype, strict=False).eq_missing(series).all())
 
 
 def _plain(data: bytes, table: Table, lines: int) -> pl.DataFrame | None:
@@ -133,48 +386,95 @@ def _plain(data: bytes, table: Table, lines: int) -> pl.DataFrame | None:
     Polars alone would drop unknown fields, take the first of two equal keys, write down a number or a nested value as
     text and make a NUL of a lone surrogate. None of that can be in a piece that has no backslash, no text that begins
     with a bracket, and so many commas and quotes. Each of the two counts can err in one direction only, so that no
-    oddity makes up for another: every key of the table is there with a value, so one that is unknown or comes twice
-    adds a comma and nothing takes one away; and of as many values as there are keys, none that has to be a number can
-    be in quotes, so a text that is not takes its quotes away and nothing adds any.
+    oddity makes up for another:
+
+    Commas outside texts, and one a row, are at least as many as keys. Each value that was read has a key of its own,
+    so there are as many only if no key is unknown, comes twice or has null: each of these adds a comma and no value.
+    Null is therefore given a key of its own first (`_nulls_marked`). Quotes: of as many values as there are keys, none
+    that has to be a number can be in quotes, so a text that is not takes its quotes away and nothing adds any.
     """
-    if not data or b"\\" in data:
+    if not data or b"\\" in data or not table.flat:
         return None
     if len(data) > LINE_BYTES and _longest_line(data) > LINE_BYTES:
         return None
-    schema = {name: dtype if dtype in BOUNDS else TEXT for name, dtype in table.columns.items()}
+    schema = {name: READ_AS.get(dtype, TEXT) for name, dtype in table.types.items()}
+    marked = _nulls_marked(data, table)
+    if marked is None:
+        return None
+    marks, piece = marked
     try:
-        text = pl.read_ndjson(io.BytesIO(data), schema=schema)
+        text = pl.read_ndjson(io.BytesIO(piece), schema=schema | dict.fromkeys(marks.values(), TEXT))
     except pl.exceptions.PolarsError:
         return None
-    rows = lines if text.height == lines else lines - blank_lines(data)
-    names = [name for name, dtype in schema.items() if dtype == TEXT]
-    free = pl.col([name for name in names if table.columns[name] == TEXT])  # the others are typed: no bracket passes
-    if b"[" in data or _count(data, b"{") != rows:
-        nested = pl.any_horizontal((free.str.starts_with("[") | free.str.starts_with("{")).any())
-        if text.select(nested).item():
-            return None
-    inside = text.select(pl.sum_horizontal(free.str.count_matches(",", literal=True).sum())).item() or 0
-    commas = (len(schema) - 1) * rows + inside
-    quotes = 2 * (len(schema) + len(names)) * rows  # around each key and each text
-    if text.height != rows or _count(data, b",") != commas or _count(data, b'"') != quotes:
+    rows = lines if text.height == lines else lines - blank_lines(piece)
+    if text.height != rows or not _nothing_odd(text, piece, table):
         return None
-    typed = _all_typed(text, table)
+    if any((text[name].is_not_null() & text[mark].is_not_null()).any() for name, mark in marks.items()):
+        return None  # the key came twice, once with null
+    typed = _all_typed(text.drop(marks.values()), table)
     if typed is None:
         return None
-    return typed.with_columns(pl.lit(None, TEXT).alias(RESCUED)) if typed.select(_fits(table)).item() else None
+    typed = _filled(typed, table).with_columns(pl.lit(None, TEXT).alias(RESCUED))
+    return typed if typed.select(_fits(table)).item() else None
+
+
+def _nothing_odd(text: pl.DataFrame, data: bytes, table: Table) -> bool:
+    """Whether the piece has the commas, the quotes and the brackets of what was read of it, and no more."""
+    nulls = dict(zip(text.columns, text.null_count().row(0), strict=True))
+    if any(nulls[name] for name, column in table.fields.items() if not column.optional):
+        return False
+    free = pl.col([name for name, dtype in table.types.items() if dtype == TEXT])  # the others are typed: no bracket
+    if (b"[" in data or _count(data, b"{") != text.height) and text.select(
+        pl.any_horizontal(pl.lit(False), (free.str.starts_with("[") | free.str.starts_with("{")).any())
+    ).item():
+        return False
+    inside = text.select(pl.sum_horizontal(pl.lit(0), free.str.count_matches(",", literal=True).sum())).item() or 0
+    keys = text.height * text.width - sum(nulls.values())
+    texts = sum(text.height - nulls[name] for name, dtype in text.schema.items() if dtype == TEXT)
+    return bool(_count(data, b",") == keys - text.height + inside and _count(data, b'"') == 2 * (keys + texts))
+
+
+def _nulls_marked(data: bytes, table: Table) -> tuple[dict[str, str], bytes] | None:
+    """The piece, where `"a":null` became `"=a":""` for the columns that may be null, and name -> its new key.
+
+    So every key has a value that is read. `"a":null` cannot be within a text, which has no quote. None when such a key
+    is there already.
+    """
+    marks: dict[str, str] = {}
+    if b"null" not in data:
+        return marks, data
+    for name, column in table.fields.items():
+        if column.optional:
+            marked = data
+            for colon in (":", ": "):
+                marked = marked.replace(f'"{name}"{colon}null'.encode(), f'"={name}":""'.encode())
+            if marked is not data and marked != data:
+                if f'"={name}"'.encode() in data:
+                    return None
+                marks[name], data = f"={name}", marked
+    return marks, data
 
 
 def _all_typed(text: pl.DataFrame, table: Table) -> pl.DataFrame | None:
-    """As `_typed` of each column, but faster where every amount and day has its form; None where one has not."""
-    formed = [_formed(name, dtype) for name, dtype in table.columns.items() if _has_form(dtype)]
+    """As `_typed` of each column, but faster where every amount and day has its form; None where one does not fit."""
+    formed = [_formed(name, dtype) for name, dtype in table.types.items() if _has_form(dtype)]
     if formed and not text.select(pl.all_horizontal(like.all() for like in formed)).item():
         return None
-    typed = text.select(_parsed(name, dtype) for name, dtype in table.columns.items())
-    for name in [name for name, dtype in table.columns.items() if dtype == TIME and typed[name].null_count()]:
-        rest = typed[name].is_null().arg_true()
+    typed = text.select(_parsed(name, dtype) for name, dtype in table.types.items())
+    for name in [name for name, dtype in table.types.items() if dtype == TIME and typed[name].null_count()]:
+        rest = (typed[name].is_null() & text[name].is_not_null()).arg_true()
         others = text.select(pl.col(name).gather(rest)).select(_typed(name, TIME)).select(_sayable(name))
         typed = typed.with_columns(typed[name].scatter(rest, others[name]))
-    return typed
+    return typed if typed.null_count().equals(text.null_count()) else None
+
+
+def _filled(typed: pl.DataFrame, table: Table) -> pl.DataFrame:
+    """With each column's default where it has no value."""
+    return typed.with_columns(
+        pl.col(name).fill_null(pl.lit(pl.Series([column.default], dtype=column.type)).first())
+        for name, column in table.fields.items()
+        if column.default is not None
+    )
 
 
 def _longest_line(data: bytes) -> int:
@@ -202,24 +502,51 @@ def _pieces(data: bytes) -> Iterator[bytes]:
 def _line_by_line(data: bytes, table: Table, first: int) -> tuple[pl.DataFrame, pl.DataFrame]:
     """What fits and what does not, of a piece whose first line has the number `first`."""
     lines = data.split(b"\n")[: line_count(data)]
-    rows, numbers, refused = [], [], []
-    for number, line in enumerate(lines, start=first):
-        if not line.strip():
-            continue
+    take = _taker(table)
+    return _each(((number, line) for number, line in enumerate(lines, start=first) if line.strip()), table, take)
+
+
+def _each(
+    lines: Iterator[tuple[int, Any]],
+    table: Table,
+    take: Callable[[Any], list[Any]],
+    shown: Callable[[Any], str] | None = None,
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """What fits and what does not, of numbered lines. `take`: a line's values in the table's order, and its unknown
+    fields as JSON, or ValueError with the reason; `shown`: what quarantine keeps of a line."""
+    rows, numbers, kept, refused = [], [], [], []
+    shown = shown or _as_text
+    for number, line in lines:
         try:
-            rows.append(_row(line, table))
+            rows.append(take(line))
             numbers.append(number)
+            kept.append(line)
         except (ValueError, RecursionError) as error:  # ValueError: also what json and the decoder raise
             reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
-            refused.append((number, _short(reason, 4 * VALUE_CHARS), _as_text(line)))
-    schema = {name: dtype if dtype in BOUNDS else TEXT for name, dtype in table.columns.items()} | {RESCUED: TEXT}
-    text = pl.DataFrame(rows, schema=schema, orient="row")
-    typed = text.select(*(_typed(name, dtype) for name, dtype in table.columns.items()), RESCUED)
-    typed = typed.with_columns(_sayable(name) for name, dtype in table.columns.items() if dtype == TIME)
-    reasons = {} if typed.select(_fits(table)).item() else _misfits(typed.drop(RESCUED), text, table)
-    refused += [(numbers[row], why, _as_text(lines[numbers[row] - first])) for row, why in reasons.items()]
-    fits = typed.with_row_index("_row").filter(~pl.col("_row").is_in(list(reasons))).drop("_row")
-    return fits, pl.DataFrame(refused, schema=REFUSED, orient="row").sort("line")
+            refused.append((number, _short(reason, 4 * VALUE_CHARS), shown(line)))
+    types = [*((name, _read_as(dtype)) for name, dtype in table.types.items()), (RESCUED, TEXT)]
+    columns = zip(*rows, strict=True) if rows else [[]] * len(types)
+    text = pl.DataFrame([pl.Series(name, list(v), dtype) for (name, dtype), v in zip(types, columns, strict=True)])
+    typed, reasons = _typed_rows(text, table)
+    refused += [(numbers[row], why, shown(kept[row])) for row, why in reasons.items()]
+    return typed, pl.DataFrame(refused, schema=REFUSED, orient="row").sort("line")
+
+
+def _typed_rows(text: pl.DataFrame, table: Table) -> tuple[pl.DataFrame, dict[int, str]]:
+    """The rows that fit, of values as `_read_as` has them and `_rescued`; row number -> why, of the others."""
+    typed = text.select(*(_typed(name, dtype) for name, dtype in table.types.items()), RESCUED)
+    typed = typed.with_columns(_sayable(name) for name, dtype in table.types.items() if dtype == TIME)
+    whole = typed.null_count().equals(text.null_count())
+    filled = _filled(typed, table)
+    if whole and filled.select(_fits(table)).item():
+        return filled, {}
+    reasons = _misfits(filled, text, table)
+    return filled.with_row_index("_row").filter(~pl.col("_row").is_in(list(reasons))).drop("_row"), reasons
+
+
+def _read_as(dtype: DataType) -> DataType:
+    """What a value is before it has its type: texts have not been looked at yet."""
+    return dtype if dtype.is_nested() else READ_AS.get(dtype, TEXT)
 
 
 class _Number(float):
@@ -235,11 +562,21 @@ class _Number(float):
         return number
 
 
-def _row(line: bytes, table: Table) -> list[Any]:
-    """The values of a line in the table's order, money and times as text, and its unknown fields as JSON.
+def _taker(table: Table) -> Callable[[bytes], list[Any]]:
+    """What makes of a line its values in the table's order, money and times as text, and its unknown fields as JSON.
 
-    Raises ValueError with the reason, or RecursionError.
+    It raises ValueError with the reason, or RecursionError.
     """
+    fields = _fields(table)
+
+    def take(line: bytes) -> list[Any]:
+        return fields(_object(line))
+
+    return take
+
+
+def _object(line: bytes) -> Any:
+    """A line as JSON. Raises ValueError, RecursionError."""
     if len(line) > LINE_BYTES:
         raise ValueError(f"a line of {len(line):,} bytes; at most {LINE_BYTES:,}")
     if line.startswith(b"\xef\xbb\xbf"):
@@ -249,45 +586,151 @@ def _row(line: bytes, table: Table) -> list[Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{NOT_UTF8}: {error.reason} at byte {error.start + 1}") from None
     try:
-        value = _DECODER.decode(text)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.colno}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"not JSON: a {type(value).__name__}, not an object")
-    row, wrong = [], []
-    for name, dtype in table.columns.items():
-        try:
-            row.append(_value(value.pop(name, _MISSING), dtype))
-        except ValueError as error:
-            wrong.append(f"{name}: {error}")
-    if wrong:
-        raise ValueError("; ".join(wrong))
-    return [*row, json.dumps(value, allow_nan=False) if value else None]
+
+
+def _fields(table: Table) -> Callable[[Any], list[Any]]:
+    """What takes the columns out of a JSON value: as `_taker`."""
+    columns = [(name, column, column.keys(name), _reader(column.type)) for name, column in table.fields.items()]
+
+    def take(value: Any) -> list[Any]:
+        if not isinstance(value, dict):
+            raise ValueError(f"not JSON: a {type(value).__name__}, not an object")
+        row, wrong = [], []
+        for name, column, keys, read in columns:
+            try:
+                row.append(_taken(value, keys, column, read))
+            except ValueError as error:
+                wrong.append(f"{name}: {error}")
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        row.append(json.dumps(value, allow_nan=False) if value else None)
+        return row
+
+    return take
 
 
 _MISSING = object()
 
 
-def _value(value: Any, dtype: DataType) -> int | str:
-    """A JSON value as its column takes it: numbers as they are, everything else as text that is typed later."""
-    if value is _MISSING:
-        raise ValueError("missing")
-    if value is None:
-        raise ValueError("null")
+def _taken(value: dict[str, Any], keys: tuple[str, ...], column: Column, read: Callable[[Any], Any]) -> Any:
+    """The value of a column, which is taken out of the line's; what a list or struct has of unknown fields stays."""
+    inner: Any = value
+    for key in keys[:-1]:
+        inner = inner.get(key) if isinstance(inner, dict) else None
+    taken = inner.pop(keys[-1], _MISSING) if isinstance(inner, dict) else _MISSING
+    if len(keys) > 1:
+        _without_empty(value, keys[:-1])
+    if taken is _MISSING or taken is None:
+        if column.optional:
+            return None if column.default is None or not column.type.is_nested() else column.default
+        raise ValueError("missing" if taken is _MISSING else "null")
+    if not column.type.is_nested():
+        return read(taken)
+    taken, rest = read(taken)
+    if rest is not None:
+        inner = value
+        for key in keys[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[keys[-1]] = rest
+    return taken
+
+
+def _without_empty(value: dict[str, Any], keys: tuple[str, ...]) -> None:
+    """Take the objects away that these keys lead to, as far as all in them was taken."""
+    inner = value.get(keys[0])
+    if isinstance(inner, dict):
+        if len(keys) > 1:
+            _without_empty(inner, keys[1:])
+        if not inner:
+            del value[keys[0]]
+
+
+def _reader(dtype: DataType) -> Callable[[Any], Any]:
+    """What makes of a JSON value one of a column: of its own type, or as text that is typed later, all at once.
+
+    Of a list or struct it makes a pair: the value, and what is in it of unknown fields, None when nothing is.
+    """
+    if dtype.is_nested():
+        return lambda value: _nested(value, dtype)
     if dtype in BOUNDS:
-        if type(value) is not int:
-            raise ValueError(f"{_shown(value)} is not a whole number")
-        if not -BOUNDS[dtype] <= value < BOUNDS[dtype]:
-            raise ValueError(f"{_shown(value)} is out of range")
-        return value
+        bound = BOUNDS[dtype]
+        return lambda value: _whole(value, bound)
+    if dtype.is_float():
+        return _float
+    if dtype == pl.Boolean:
+        return _truth
+    return lambda value: _text(value, dtype)
+
+
+def _whole(value: Any, bound: int) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{_shown(value)} is not a whole number")
+    if not -bound <= value < bound:
+        raise ValueError(f"{_shown(value)} is out of range")
+    return value
+
+
+def _float(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{_shown(value)} is not a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{_shown(value)} is out of range") from None
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{_shown(value)} is not true or false")
+    return value
+
+
+def _text(value: Any, dtype: DataType) -> str:
+    """A text, or a number as its text where the column has exact numbers."""
     if _is_decimal(dtype) and isinstance(value, _Number):
         return value.text
     if _is_decimal(dtype) and type(value) is int:
         return str(value)
     if not isinstance(value, str):
         raise ValueError(f"{_shown(value)} is not {_kind(dtype)}")
-    if re.search("[\ud800-\udfff]", value):
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):
         raise ValueError("a lone surrogate, which no text has")
+    return value
+
+
+def _nested(value: Any, dtype: Any) -> tuple[Any, Any]:
+    """A value within a list or struct, and what is in it of unknown fields; a field that is missing is null."""
+    if value is None:
+        return None, None
+    if isinstance(dtype, pl.List):
+        if not isinstance(value, list):
+            raise ValueError(f"{_shown(value)} is not a list")
+        pairs = [_nested(item, dtype.inner) for item in value]
+        rest = [unknown for _, unknown in pairs]
+        return [item for item, _ in pairs], rest if any(unknown is not None for unknown in rest) else None
+    if isinstance(dtype, pl.Struct):
+        if not isinstance(value, dict):
+            raise ValueError(f"{_shown(value)} is not an object")
+        fields = {field.name: _nested(value.get(field.name), field.dtype) for field in dtype.fields}
+        unknown = {key: item for key, item in value.items() if key not in fields}
+        unknown |= {key: item for key, (_, item) in fields.items() if item is not None}
+        return {key: item for key, (item, _) in fields.items()}, unknown or None
+    return _alone(_reader(dtype)(value), dtype), None
+
+
+def _alone(value: Any, dtype: DataType) -> Any:
+    """A value within a list or struct in its own type, by the same rules as a column's."""
+    if READ_AS.get(dtype) is None and dtype != TEXT:
+        typed = pl.DataFrame({"it": [value]}).select(_typed("it", dtype))
+        typed = typed.select(_sayable("it")) if dtype == TIME else typed
+        if (value_typed := typed.item()) is None:
+            raise ValueError(f"{_shown(value)} is not {_kind(dtype)}")
+        return value_typed
+    if dtype == pl.Float32 and not math.isfinite(pl.Series([value]).cast(pl.Float32)[0]):
+        raise ValueError(f"{_shown(value)} is out of range")
     return value
 
 
@@ -324,13 +767,17 @@ def _as_text(line: bytes) -> str:
 
 
 def _typed(name: str, dtype: DataType) -> pl.Expr:
-    """Text to `dtype`; what does not fit becomes null."""
+    """A value as it was read to `dtype`; what does not fit becomes null."""
     if dtype == TIME:
-        text = pl.when(pl.col(name).str.contains(TIME_TEXT)).then(name)
-        return _time(text.str.replace("Z$", "+00:00"), TIME_FORMAT).alias(name)
+        text = pl.when(pl.col(name).str.contains(TIME_TEXT)).then(name).str.replace(" ", "T", literal=True)
+        text = text.str.replace("Z$", "+00:00").str.replace(r"([+-]\d\d)$", "${1}:00")
+        return _time(text, TIME_FORMAT).alias(name)
+    if dtype == DAY:
+        text = pl.col(name).str.replace(MIDNIGHT, "")
+        return pl.when(text.str.contains(DAY_TEXT)).then(_day(text)).alias(name)
     if _has_form(dtype):
         return pl.when(_formed(name, dtype)).then(_parsed(name, dtype)).alias(name)
-    return pl.col(name)
+    return _parsed(name, dtype)
 
 
 def _sayable(name: str) -> pl.Expr:
@@ -355,53 +802,50 @@ def _form(dtype: DataType) -> str:
     return rf"^-?{before}(\.[0-9]{{1,{parts}}})?$" if parts else rf"^-?{before}$"
 
 
-def _is_decimal(dtype: DataType) -> bool:
+def _is_decimal(dtype: Any) -> bool:
     return isinstance(dtype, pl.Decimal)
 
 
 def _kind(dtype: DataType) -> str:
     """What a value of the type is, in words."""
-    return "an amount" if _is_decimal(dtype) else KINDS.get(dtype, "a text")
+    return "an amount" if _is_decimal(dtype) else KINDS[dtype]
 
 
 def _parsed(name: str, dtype: DataType) -> pl.Expr:
-    """Text of the right form to `dtype`, and a time in milliseconds and UTC; any other time becomes null."""
-    text = pl.col(name)
+    """A value of the right form to `dtype`, and a time in milliseconds and UTC; any other time becomes null."""
+    value = pl.col(name)
     if dtype == DAY:
-        return text.str.to_date("%Y-%m-%d", strict=False, cache=False)
+        return _day(value)
     if dtype == TIME:
-        return _time(pl.when(text.str.contains(UTC_TEXT)).then(text.str.head(UTC_CHARS)), UTC_FORMAT).alias(name)
-    return text.cast(dtype, strict=False) if _is_decimal(dtype) else text
+        return _time(pl.when(value.str.contains(UTC_TEXT)).then(value.str.head(UTC_CHARS)), UTC_FORMAT).alias(name)
+    return value if dtype.is_nested() or READ_AS.get(dtype, TEXT) == dtype else value.cast(dtype, strict=False)
+
+
+def _day(text: pl.Expr) -> pl.Expr:
+    return text.str.to_date("%Y-%m-%d", strict=False, cache=False)
 
 
 def _time(text: pl.Expr, form: str) -> pl.Expr:
     return text.str.to_datetime(form, time_unit="us", time_zone="UTC", strict=False, cache=False)
 
 
-def _rules(table: Table) -> Iterator[tuple[str, pl.Expr, str]]:
-    """The rules of a row: (column, whether the row keeps it, what a value has to be). Null keeps all but the first."""
-    for name, dtype in table.columns.items():
-        column, (lowest, highest) = pl.col(name), table.ranges.get(name, (None, None))
-        yield name, column.is_not_null(), _kind(dtype)
-        if lowest is not None:
-            yield name, column >= lowest, f"at least {lowest}"
-        if highest is not None:
-            yield name, column <= highest, f"at most {highest}"
-        if choices := table.choices.get(name):
-            yield name, column.is_in(choices), f"one of {', '.join(choices)}"
-
-
 def _fits(table: Table) -> pl.Expr:
     """Whether every row keeps the table's rules."""
-    return pl.all_horizontal(kept.all() for _, kept, _ in _rules(table))
+    return pl.all_horizontal(pl.lit(True), *(kept.all() for _, kept, _ in table.rules))
 
 
 def _misfits(frame: pl.DataFrame, text: pl.DataFrame, table: Table) -> dict[int, str]:
     """Row number -> why it does not fit its table, for the rows that do not; `text`: what they were typed from."""
-    reasons: dict[int, list[str]] = {}
-    for name, kept, wanted in _rules(table):
+    reasons: dict[int, dict[str, list[str]]] = {}
+    for name, dtype in table.types.items():
+        for row in (frame[name].is_null() & text[name].is_not_null()).arg_true():
+            reasons.setdefault(row, {})[name] = [f"{name}: {_shown(text[name][row])} is not {_kind(dtype)}"]
+    for name, kept, wrong in table.rules:
         for row in frame.select(pl.arg_where(~kept)).to_series():
-            typed = frame[name][row]
-            value = _shown(text[name][row]) if typed is None else _short(str(typed), VALUE_CHARS)
-            reasons.setdefault(row, []).append(f"{name}: {value} is not {wanted}")
-    return {row: "; ".join(why) for row, why in reasons.items()}
+            value = _short(str(frame[name][row]), VALUE_CHARS)
+            reasons.setdefault(row, {}).setdefault(name, []).append(f"{name}: {value} {wrong}")
+    order = [*table.types]
+    return {
+        row: "; ".join(why for name in sorted(wrong, key=order.index) for why in wrong[name])
+        for row, wrong in reasons.items()
+    }

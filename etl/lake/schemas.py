@@ -18,7 +18,7 @@ class SchemasDiffer(RuntimeError):
 def declared(lake: "Lake") -> dict[str, dict[str, str]]:
     """Table -> column -> type, as `delta.columns_of` has it, as they are declared."""
     return {
-        table: {name: delta.type_of(dtype) for name, dtype in columns.items()}
+        table: {name: delta.name_of(delta.type_of(dtype)) for name, dtype in columns.items()}
         for table, columns in lake.columns.items()
     }
 

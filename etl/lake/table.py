@@ -1,11 +1,16 @@
 """What a table is: the declaration that the domain makes and that everything in the lake goes by."""
 
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import polars as pl
+
+from etl import delta
 
 DataType: TypeAlias = pl.DataType | type[pl.DataType]
 
@@ -14,6 +19,7 @@ TIME = pl.Datetime("us", "UTC")
 QUARANTINE: dict[str, DataType] = {"batch": INT, "table": TEXT, "file": TEXT, "line": INT, "reason": TEXT, "raw": TEXT}
 QUARANTINE_KEY = ("batch", "table", "file", "line")
 RESCUED = "_rescued"  # in the lake, beside a table's own columns: the fields of a line that no column takes, as JSON
+UNNAMEABLE = re.compile(r'[ ,;{}()\n\t="\\]')  # what Parquet, Delta or JSON do not take in a name as it is
 
 
 def decimal(precision: int, scale: int) -> pl.Decimal:
@@ -22,25 +28,170 @@ def decimal(precision: int, scale: int) -> pl.Decimal:
 
 
 @dataclass(frozen=True)
+class Column:
+    """A column that is more than its type.
+
+    `nullable`: a field that is missing or null is null. `default`: what stands for it instead. `path`: where the value
+    is in nested JSON, as `user.id`; a dot in a key is written `\\.`. `range`: (lowest, highest) allowed, None for open.
+    `choices`: the values allowed. `check`: (expression, message): a row for which it is false is refused with the
+    message; it goes by one row, not by its neighbours.
+    """
+
+    type: DataType
+    nullable: bool = False
+    default: Any = None
+    path: str | None = None
+    range: tuple[Any, Any] | None = None
+    choices: Sequence[Any] | None = None
+    check: tuple[pl.Expr, str] | None = field(default=None, compare=False)
+
+    @property
+    def optional(self) -> bool:
+        """Whether a row fits without it."""
+        return self.nullable or self.default is not None
+
+    def keys(self, name: str) -> tuple[str, ...]:
+        """The keys that lead to its value, from the outermost."""
+        if self.path is None:
+            return (name,)
+        return tuple(key.replace("\\.", ".") for key in re.split(r"(?<!\\)\.", self.path))
+
+
+@dataclass(frozen=True)
 class Table:
-    """One table. `columns`: name -> type, in order. `key`: the columns that name a row, never null.
+    """One table. `columns`: name -> type or `Column`, in order. `key`: the columns that name a row, never null.
 
     `time`: the column that says when a row came to be (UTC), where there is one; the newest over all tables is how new
-    the lake is. `ranges`: column -> (lowest, highest) allowed, None for open. `choices`: column -> the values allowed.
+    the lake is. Raises ValueError, with table and column, for what cannot be stored or read.
     """
 
     name: str
-    columns: Mapping[str, DataType]
+    columns: Mapping[str, Column | DataType]
     key: tuple[str, ...]
     time: str | None = None
-    ranges: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
-    choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for column, why in _faults(self):
+            raise ValueError(f"{self.name}.{column} {why}")
 
     def until(self, latest: datetime) -> "Table":
         """The table, of which no row may have come to be after `latest`."""
-        return replace(self, ranges={**self.ranges, self.time: (None, latest)}) if self.time else self
+        if not self.time:
+            return self
+        column = self.fields[self.time]
+        low, high = column.range or (None, None)
+        column = replace(column, range=(low, latest if high is None else min(high, latest)))
+        return replace(self, columns={**self.columns, self.time: column})
+
+    @cached_property
+    def fields(self) -> dict[str, Column]:
+        """Its columns, each with what is declared of it."""
+        return {name: said if isinstance(said, Column) else Column(said) for name, said in self.columns.items()}
+
+    @property
+    def named(self) -> set[str]:
+        """What its columns are called by the header of a CSV: their names and paths."""
+        return {*self.fields, *(".".join(column.keys(name)) for name, column in self.fields.items())}
+
+    @cached_property
+    def types(self) -> dict[str, DataType]:
+        """Its columns' types."""
+        return {name: column.type for name, column in self.fields.items()}
 
     @property
     def stored(self) -> dict[str, DataType]:
         """Its columns as they are in the lake."""
-        return {**self.columns, RESCUED: TEXT}
+        return {**self.types, RESCUED: TEXT}
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The columns that are never null in the lake."""
+        return tuple(name for name, column in self.fields.items() if not column.nullable)
+
+    @cached_property
+    def flat(self) -> bool:
+        """Whether each column is a field of the line itself and has one value."""
+        return not any(column.path or column.type.is_nested() for column in self.fields.values())
+
+    @cached_property
+    def rules(self) -> list[tuple[str, pl.Expr, str]]:
+        """What a typed row must keep: (column, whether the row keeps it, what is said of a value that does not)."""
+        return [(name, *rule) for name, column in self.fields.items() for rule in _rules(name, column)]
+
+
+def _rules(name: str, column: Column) -> Iterator[tuple[pl.Expr, str]]:
+    """A column's rules; null keeps all of them."""
+    value, (lowest, highest) = pl.col(name), column.range or (None, None)
+    if column.type.is_float():
+        yield value.is_finite(), "is not a number that its column holds"
+    if lowest is not None:
+        yield value >= lowest, f"is not at least {lowest}"
+    if highest is not None:
+        yield value <= highest, f"is not at most {highest}"
+    if column.choices:
+        yield value.is_in(list(column.choices)), f"is not one of {', '.join(map(str, column.choices))}"
+    if column.check:
+        yield column.check
+
+
+def _faults(table: Table) -> Iterator[tuple[str, str]]:
+    """(column, what is wrong with how it is declared)."""
+    taken: dict[tuple[str, ...], str] = {}
+    names: set[str] = set()
+    for name, column in table.fields.items():
+        yield from ((name, why) for why in _unstorable(name, column))
+        if name.lower() in names:
+            yield name, "is there twice: Delta does not tell a small letter from a capital one"
+        names.add(name.lower())
+        keys = column.keys(name)
+        if not all(keys):
+            yield name, f"has a path with an empty key: {column.path!r}"
+        for other, its in taken.items():
+            if keys[: len(other)] == other[: len(keys)]:
+                yield name, f"is read from {'.'.join(keys)}, which {its} takes"
+        taken[keys] = name
+    for name in table.key:
+        if name not in table.fields:
+            yield name, "is in the key, and no column"
+        if table.fields[name].nullable or table.fields[name].type.is_nested():
+            yield name, "is in the key: it cannot be nullable, a list or a struct"
+    if table.time and table.types.get(table.time) != TIME:
+        yield table.time, "is the time of the table: it has to be a column with the type TIME"
+    yield from _unruly(table)
+
+
+def _unstorable(name: str, column: Column) -> Iterator[str]:
+    try:
+        delta.type_of(column.type)
+    except ValueError as error:
+        yield str(error)
+        return
+    if not name or UNNAMEABLE.search(name) or name == RESCUED:
+        yield f'is no name for a column: {RESCUED!r} and what has a blank or one of ,;{{}}()="\\ are none'
+    if column.default is not None and not _holds(column, column.default):
+        yield f"has the default {column.default!r}, which does not fit"
+
+
+def _holds(column: Column, value: Any) -> bool:
+    """Whether a value can stand in the column as it is."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    try:
+        held = pl.Series([value], dtype=column.type, strict=True).to_list()[0]
+    except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError):
+        return False
+    number = type(value) is int and (column.type.is_float() or column.type.is_decimal())
+    same = held == value or (column.type == pl.Float32 and type(value) is float and math.isfinite(held))
+    frame = pl.DataFrame({"it": pl.Series([value], dtype=column.type, strict=True)})
+    kept = [rule for rule, _ in _rules("it", replace(column, check=None))]
+    return same and (number or type(held) is type(value)) and all(frame.select(rule).item() for rule in kept)
+
+
+def _unruly(table: Table) -> Iterator[tuple[str, str]]:
+    empty = pl.DataFrame(schema=table.types)
+    for name, rule, _ in table.rules:
+        try:
+            if empty.select(rule).dtypes != [pl.Boolean]:
+                yield name, "has a check that is neither true nor false"
+        except pl.exceptions.PolarsError as error:
+            yield name, f"has a range, choices or a check that do not go with its type: {str(error).splitlines()[0]}"

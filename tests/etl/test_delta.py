@@ -37,7 +37,7 @@ def test_a_table_is_as_delta_rs_would_make_it(root, tmp_path):
     for name, columns in lake.columns.items():
         arrow = pl.DataFrame(schema=columns).to_arrow().schema
         for at, field in enumerate(arrow):
-            arrow = arrow.set(at, field.with_nullable(field.name not in lake.keys[name]))
+            arrow = arrow.set(at, field.with_nullable(field.name not in lake.required[name]))
         theirs = DeltaTable.create(
             str(tmp_path / name), Schema.from_arrow(arrow), name=name, configuration=commits.PROPERTIES
         )

@@ -51,6 +51,7 @@ SCENARIOS = [
     ("by hand", lake_malformed.by_hand, 50, 50, "malformed lines, and as many files"),
     ("generated", lake_malformed.generated, 2000, 200, "malformed files"),
     ("both ways", lake_malformed.both_ways, 100_000, 15_000, "odd lines, read the quick way and one by one"),
+    ("any table", lake_malformed.any_table, 100_000, 9_000, "odd lines of tables with columns of all kinds, both ways"),
     ("points", lake_crashes.at_every_point, 160, 4, "crashes of preprocess at named points"),
     ("points of compact", lake_crashes.at_every_point_of_compact, 80, 3, "crashes of compact at named points"),
     ("random", lake_crashes.at_random, 300, 6, "SIGKILLs of preprocess under load"),

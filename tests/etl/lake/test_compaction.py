@@ -91,7 +91,7 @@ def test_rows_are_sorted_by_key_so_that_statistics_prune(scattered):
         assert rows[key].is_sorted()
         said = pa.table(snapshot.table(table).get_add_actions(flatten=True)).to_pylist()[0]
         assert (said[f"min.{key}"], said[f"max.{key}"]) == (rows[key].min(), rows[key].max())
-        money = next(name for name, dtype in TABLES[table].columns.items() if isinstance(dtype, pl.Decimal))
+        money = next(name for name, dtype in TABLES[table].types.items() if isinstance(dtype, pl.Decimal))
         assert (said[f"min.{money}"], said[f"max.{money}"]) == (rows[money].min(), rows[money].max())
         time = next(name for name in rows.columns if name.endswith("_time"))
         assert said[f"max.{time}"] == rows[time].max()

@@ -41,7 +41,7 @@ def test_every_row_is_in_the_lake_once(filled, made):
 
 
 def test_the_lake_equals_what_another_engine_reads_from_the_archive(filled):
-    for table, columns in (("orders", TABLES["orders"].columns), ("lineitem", TABLES["lineitem"].columns)):
+    for table, columns in (("orders", TABLES["orders"].types), ("lineitem", TABLES["lineitem"].types)):
         money = [name for name, dtype in columns.items() if isinstance(dtype, pl.Decimal)]
         sums = ", ".join(f"sum({name}::decimal(15,2))" for name in money)
         files = f"{filled}/archive/*/{table}/*.json"
@@ -235,7 +235,7 @@ def test_files_are_archived_under_the_day_of_the_clock(landed, made, monkeypatch
 def test_a_file_of_which_no_line_fits_is_refused_and_stops_nothing(landed, made):
     place = Root.at(landed)
     rows_of = [json.loads(line) for line in place.read("landing/orders/orders-00000001.json").splitlines()]
-    place.write("landing/orders/orders-00000007.json", json.dumps(rows_of, indent=1).encode())
+    place.write("landing/orders/orders-00000007.json", json.dumps(rows_of, indent=1).encode()[:-1])
     place.write("landing/orders/orders-00000008.json", b"\n".join(b"{oops %d" % (n % 9 == 0) for n in range(99)))
     place.write("landing/orders/orders-00000009.json", b"\n \n")
     first = place.read("landing/orders/orders-00000002.json")
@@ -243,11 +243,12 @@ def test_a_file_of_which_no_line_fits_is_refused_and_stops_nothing(landed, made)
     done = Lake(landed).drain(**LIMITS, for_s=60)
     assert done.select("files", "files_refused", "refused", "committed").rows() == [(12, 3, 0, True)]
     assert_exactly(landed, made)
+    last = len(rows_of)
     assert why_refused(landed) == {
-        "orders-00000007.json": "is one JSON array: a JSON object a line is wanted",
+        "orders-00000007.json": f"is a JSON array that cannot be read beyond element {last}: no comma and no end",
         "orders-00000008.json": "has no line that fits: not JSON: Expecting property name enclosed in double quotes at "
         "character 2 (line 1 and 98 more)",
-        "orders-00000009.json": "has only blank lines",
+        "orders-00000009.json": "has no rows, only blank lines",
     }
 
 

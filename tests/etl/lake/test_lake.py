@@ -16,16 +16,21 @@ import pipeline
 from etl import lake as lakes
 from etl.findings import Finding
 from etl.lake import NothingPublished, schemas
-from etl.lake.table import DAY, INT32, RESCUED, TEXT, TIME, Table, decimal
+from etl.lake.table import DAY, INT32, RESCUED, TEXT, TIME, Column, Table, decimal
 from etl.storage import Root
 
-SENSOR = Table("sensor", {"name": TEXT, "built": DAY, "kind": TEXT}, ("name",), choices={"kind": ("wind", "rain")})
+SENSOR = Table("sensor", {"name": TEXT, "built": DAY, "kind": Column(TEXT, choices=("wind", "rain"))}, ("name",))
 READING = Table(
     "reading",
-    {"sensor": TEXT, "number": INT32, "level": decimal(9, 3), "share": decimal(4, 4), "taken": TIME},
+    {
+        "sensor": TEXT,
+        "number": INT32,
+        "level": Column(decimal(9, 3), range=(0, None)),
+        "share": decimal(4, 4),
+        "taken": TIME,
+    },
     ("sensor", "number"),
     time="taken",
-    ranges={"level": (0, None)},
 )
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
 ROWS = 40  # of a file
@@ -100,7 +105,7 @@ def test_a_lake_of_other_tables_is_ingested(gathered):
         "quarantine": 1,
     }
     reading = snapshot.frame("reading").sort("number").collect()
-    assert reading.schema == pl.Schema(READING.columns)
+    assert reading.schema == pl.Schema(READING.types)
     wanted = [row for sequence in range(3) for row in readings(sequence)]
     del wanted[ROWS + 3]
     assert reading["level"].to_list() == [Decimal(row["level"]) for row in wanted]
@@ -176,7 +181,7 @@ def test_what_is_wrong_with_it_names_its_own_stages(gathered):
 
 def test_lines_that_another_declaration_takes_are_tried_again(gathered):
     class Below(Weather):
-        tables: ClassVar = Weather.tables | {"reading": replace(READING, ranges={})}
+        tables: ClassVar = Weather.tables | {"reading": replace(READING, columns=READING.types)}
 
     below = Below(gathered.root)
     with pytest.raises(LookupError, match="nothing of reading-00000001.json fits"):
@@ -198,7 +203,7 @@ def test_two_lakes_of_other_tables_do_not_know_of_each_other(gathered):
     assert len(gathered.next_batch(max_files=9, scheduled_for=None).files) == 1
 
     class Renamed(Weather):
-        tables: ClassVar = Weather.tables | {"sensor": replace(SENSOR, columns={**SENSOR.columns, "place": TEXT})}
+        tables: ClassVar = Weather.tables | {"sensor": replace(SENSOR, columns={**SENSOR.types, "place": TEXT})}
 
     with pytest.raises(schemas.SchemasDiffer, match="sensor: place is declared as string and missing in the table"):
         Renamed(gathered.root).next_batch(max_files=9, scheduled_for=None)

@@ -10,7 +10,7 @@ from faults.lake_malformed import GOOD, LINES, line
 from polars.testing import assert_frame_equal
 
 from etl.lake import parse
-from etl.lake.table import TEXT, Table, decimal
+from etl.lake.table import TEXT, Column, Table, decimal
 from pipeline.tables import RESCUED, TABLES
 
 ORDERS = TABLES["orders"]
@@ -188,12 +188,12 @@ def test_lines_are_numbered_through_a_long_file(made):
 def test_a_row_that_does_not_fit_says_why_and_only_such_a_row():
     for table in TABLES.values():
         for name in table.columns:
-            values = [None, *(bound for pair in [table.ranges.get(name, ())] for bound in pair if bound is not None)]
+            values = [*(bound for bound in table.fields[name].range or () if bound is not None)]
             for value in values:
-                dtype = table.columns[name]
-                for shift in (-1, 0, 1) if value is not None else (0,):
-                    row = {n: pl.Series(n, [_fitting(table, n)], dtype) for n, dtype in table.columns.items()}
-                    row[name] = pl.Series(name, [None if value is None else value + shift], dtype)
+                dtype = table.types[name]
+                for shift in (-1, 0, 1):
+                    row = {n: pl.Series(n, [_fitting(table, n)], dtype) for n, dtype in table.types.items()}
+                    row[name] = pl.Series(name, [value + shift], dtype)
                     frame = pl.DataFrame(row)
                     text = frame.cast(pl.String)
                     assert frame.select(parse._fits(table)).item() == (not parse._misfits(frame, text, table))
@@ -202,10 +202,10 @@ def test_a_row_that_does_not_fit_says_why_and_only_such_a_row():
 def _fitting(table, name):
     import datetime
 
-    if name in table.choices:
-        return table.choices[name][0]
-    lowest, highest = table.ranges.get(name, (1, None))
-    dtype = table.columns[name]
+    if table.fields[name].choices:
+        return table.fields[name].choices[0]
+    lowest, highest = table.fields[name].range or (1, None)
+    dtype = table.types[name]
     if dtype == pl.String:
         return "x"
     if dtype == pl.Date:
@@ -222,15 +222,19 @@ def test_types_are_exact():
     kept, refused = parse.parse(data, ORDERS)
     assert refused.is_empty()
     assert [str(value) for value in kept["o_totalprice"]] == ["12.50", "0.01", "1234567890123.45"]
-    assert kept.schema == pl.Schema(ORDERS.columns | {RESCUED: pl.String})
+    assert kept.schema == pl.Schema(ORDERS.stored)
     assert str(kept["o_order_time"][0]) == "2026-03-01 11:59:37.919000+00:00"
 
 
 MEASURED = Table(
     "measured",
-    {"sensor": TEXT, "level": decimal(9, 3), "people": decimal(5, 0), "share": decimal(4, 4)},
+    {
+        "sensor": TEXT,
+        "level": decimal(9, 3),
+        "people": Column(decimal(5, 0), range=(-99_998, None)),
+        "share": decimal(4, 4),
+    },
     ("sensor",),
-    ranges={"people": (-99_998, None)},
 )
 EXACT = {
     "level": ["0", "-0", "-0.001", "7.5", "007.250", "999999.999", "-999999.999"],

@@ -119,7 +119,7 @@ def test_a_key_is_never_null(filled):
 
 def test_types_in_the_lake_are_those_of_the_tables(filled):
     for table, spec in TABLES.items():
-        assert Lake(filled).snapshot().frame(table).collect_schema() == pl.Schema(spec.columns)
+        assert Lake(filled).snapshot().frame(table).collect_schema() == pl.Schema(spec.types)
 
 
 @pytest.mark.parametrize("damage", [b"", b'{"batch": 1', b"\x00" * 40, b"[]", b"{}"])

@@ -1,0 +1,105 @@
+"""Files as pandas, DuckDB, spreadsheets and sinks write them become the rows that were written."""
+
+import gzip
+import io
+import json
+from datetime import UTC, date, datetime
+from decimal import Decimal
+
+import duckdb
+import pandas
+import polars as pl
+import pyarrow as pa
+import pytest
+from faults.lake_tables import EVENTS
+
+from etl.lake import formats, parse
+from etl.lake.table import INT, RESCUED, TEXT, Column, Table
+from etl.storage import Unreadable
+
+ROWS = [
+    (1, "click", Decimal("1.50"), 0.1, True, 5, date(2026, 3, 1), datetime(2026, 3, 1, 12, 30, tzinfo=UTC)),
+    (2, "view", None, None, False, None, None, datetime(2026, 3, 1, 12, 30, 0, 123456, tzinfo=UTC)),
+]
+COLUMNS = "id bigint, kind text, price decimal(9, 2), score double, ok boolean, small tinyint, "
+COLUMNS += 'day date, "at" timestamptz'
+NOTES = Table("notes", {"id": INT, "note": TEXT, "more": Column(TEXT, nullable=True)}, ("id",))
+
+
+def read(data: bytes, table: Table = EVENTS) -> tuple[list[tuple], list[tuple]]:
+    rows, (refused,), (lines,) = parse.parse_all([formats.opened(data, table.named)], table)
+    assert rows.height + refused.height == lines and rows.schema == pl.Schema(table.stored)
+    return rows.drop(RESCUED).rows(), refused.select("line", "reason").rows()
+
+
+@pytest.mark.parametrize("how", ["json", "json, array true", "csv", "csv, delimiter ';'", "parquet"])
+@pytest.mark.parametrize("compression", [None, "gzip", "zstd"])
+def test_what_duckdb_copies_comes_back(tmp_path, how, compression):
+    path, db = tmp_path / "file", duckdb.connect()
+    db.execute(f"set timezone = 'UTC'; create table events ({COLUMNS})")
+    db.executemany("insert into events values (?, ?, ?, ?, ?, ?, ?, ?)", ROWS)
+    packed = f", compression {compression}" if compression else ""
+    db.execute(f"copy events to '{path}' (format {how}{packed})")
+    assert read(path.read_bytes()) == (ROWS, [])
+
+
+FRAME = pandas.DataFrame({"id": [1, 2], "note": ["a,b", 'q"\n'], "more": ["x", None]})
+NOTED = [(1, "a,b", "x"), (2, 'q"\n', None)]
+
+
+def test_what_pandas_writes_comes_back():
+    buffer = io.BytesIO()
+    FRAME.to_parquet(buffer)
+    texts = [FRAME.to_json(orient="records"), FRAME.to_json(orient="records", lines=True), FRAME.to_csv(index=False)]
+    texts += [json.dumps(json.loads(texts[0]), indent=2)]
+    for data in (buffer.getvalue(), *(text.encode() for text in texts)):
+        assert read(data, NOTES) == (NOTED, [])
+
+
+def test_a_spreadsheet_a_logger_and_a_sink():
+    spreadsheet = '\ufeffid;note;more\r\n1;a,b;x\r\n2;"q""\n";\r\n'.encode()
+    assert read(spreadsheet, NOTES) == (NOTED, [])
+    assert read(b"id\tnote\n1\ta\n2\tb\n", NOTES) == ([(1, "a", None), (2, "b", None)], [])
+    logger = b'{"id":1,"note":"a,b","more":"x","pid":7}\n{"id":2,"note":"q\\"\\n"}\n'
+    assert read(logger, NOTES) == (NOTED, [])
+    first, second = logger.splitlines(keepends=True)
+    assert read(gzip.compress(first) + gzip.compress(second), NOTES) == (NOTED, [])
+    pack = pa.Codec("zstd").compress
+    assert read(pack(first, asbytes=True) + pack(second, asbytes=True), NOTES) == (NOTED, [])
+
+
+def test_what_does_not_fit_is_refused_by_its_number():
+    csv = b'id,note\n1,"a\nb"\nx,c\n3\n4,"d"e\n5,\n6,f\n'
+    assert read(csv, NOTES) == (
+        [(1, "a\nb", None), (6, "f", None)],
+        [
+            (4, "id: 'x' is not a whole number"),
+            (5, "not CSV: 1 fields, where the header has 2"),
+            (6, "not CSV: quotes that are not closed, or not around a whole field"),
+            (7, "note: null"),
+        ],
+    )
+    array = b'[{"id":1,"note":"},{"},\n{"id":NaN,"note":"b"},{"id":3},{"id":4,"note":"d"}]'
+    assert read(array, NOTES) == ([(1, "},{", None), (4, "d", None)], [(2, "not JSON: NaN"), (3, "note: missing")])
+    assert read(b'[{"id":1,"note":"a\nb"}]', NOTES)[1] == [(1, "not JSON: Invalid control character at")]
+    buffer = io.BytesIO()
+    pl.DataFrame({"id": [1.0, 2.5, None], "note": ["a", "b", "c"], "x": [1, 2, 3]}).write_parquet(buffer)
+    assert read(buffer.getvalue(), NOTES) == (
+        [(1, "a", None)], [(2, "id: 2.5 is not a whole number"), (3, "id: null")]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (gzip.compress(b"\0" * 2_000_000), "inflates to more than 1,000,000 bytes"),
+        (pa.Codec("zstd").compress(b"\0" * 2_000_000, asbytes=True), "inflates to more than 1,000,000 bytes"),
+        (gzip.compress(b'{"id":1}')[:-5], "is damaged gzip"),
+        ("{}".encode("utf-16"), "is UTF-16, not UTF-8"),
+        (b"\xef\xbb\xbf", "is empty"),
+    ],
+    ids=["gzip bomb", "zstd bomb", "cut off", "UTF-16", "only a mark"],
+)
+def test_what_cannot_be_opened_says_why(data, why):
+    with pytest.raises(Unreadable, match=why):
+        formats.opened(data, NOTES.named, most=1_000_000)
