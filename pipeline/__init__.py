@@ -15,3 +15,4 @@ class Lake(lake.Lake):
     """The lake of this project under a root."""
 
     tables: ClassVar = TABLES
+    beside: ClassVar = ("stream.json",)  # how far the source has come

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from etl import delta, findings
 from etl.findings import Finding, inspect
-from etl.lake import compaction, ledger, schemas, snapshot
+from etl.lake import compaction, landing, ledger, schemas, snapshot
 from etl.storage import Damaged, Root
 
 if TYPE_CHECKING:
@@ -98,3 +98,6 @@ def _landing(lake: "Lake") -> Iterator[tuple[str, str]]:
     if waiting and silent > WAITS:
         silence = f"{waiting} files wait, and nothing was published for {silent}"
         yield silence, f"see the last runs of {lake.ingested_by}"
+    if unnamed := landing.unnamed(lake):
+        named = "<table>-<8 digits>.json, .csv or .parquet in the folder of its table, also with .gz or .zst"
+        yield f"{len(unnamed)} files are no table's and left alone, {unnamed[0]} among them", f"name each {named}"

@@ -1,6 +1,6 @@
 """The lake under one root, with the tables that a project declares: what notebooks, commands and readers hold."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -23,6 +23,7 @@ class Lake:
     tables: ClassVar[Mapping[str, Table]] = {}
     ingested_by: ClassVar[str] = "preprocess"
     compacted_by: ClassVar[str] = "compact"
+    beside: ClassVar[Collection[str]] = ()  # names under landing/ that are no input, as what a source remembers
 
     def __init__(self, root: "str | Root"):
         self.root = Root.at(root)

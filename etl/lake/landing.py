@@ -16,13 +16,16 @@ from etl.storage import Root, Unreadable, crash_point
 if TYPE_CHECKING:
     from etl.lake.lake import Lake
 
-NAME = re.compile(r"(?P<table>\w+)-(?P<sequence>\d{8})\.json", re.ASCII)
+# what is in a file is told by its content; the ending is for people
+NAME = re.compile(
+    r"(?P<table>\w+)-(?P<sequence>\d{8})\.(json|jsonl|ndjson|csv|parquet)(\.gz|\.zst)?", re.ASCII | re.IGNORECASE
+)
 WHY = ".why.json"
 
 
 @dataclass(frozen=True)
 class File:
-    """One file of JSON lines. `name`: <table>-<sequence>.json. `mark`: as in storage.Entry, when it was listed."""
+    """One file. `name`: as `NAME`. `mark`: as in storage.Entry, when it was listed."""
 
     name: str
     table: str
@@ -64,7 +67,10 @@ def table_of(name: str) -> str | None:
 
 def sequence_of(name: str) -> int:
     """The number in the name of a table's file."""
-    return int(name[-13:-5])
+    match = NAME.fullmatch(name)
+    if not match:
+        raise ValueError(f"{name} is not named as a table's file is")
+    return int(match["sequence"])
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,17 @@ def _unlike_before(root: Root, file: File, newest: int, max_bytes: int) -> str |
     except Unreadable as error:
         return str(error)
     number, before = ledger.sha256_of(root, newest, file.name)
+    if number is None:
+        return f"number {file.sequence} of {file.table} was ingested before, under another name"
     return None if sha256 == before else f"was ingested in batch {number} with other content"
+
+
+def unnamed(lake: "Lake") -> list[str]:
+    """The paths of the files that are no table's: they are left alone."""
+    inputs = [f"landing/{table}/{name}" for table in lake.tables for name in lake.root.names(f"landing/{table}")]
+    taken = {path for path in inputs if table_of(path.rpartition("/")[2]) == path.split("/")[1]}
+    beside = {f"landing/{name}" for name in lake.beside}
+    return [path for path in lake.root.files("landing") if path not in taken | beside]
 
 
 def cut(files: tuple[File, ...], max_files: int, max_bytes: int) -> tuple[File, ...]:

@@ -91,8 +91,9 @@ def _parts(lake: "Lake") -> list[Part]:
         parts.append(Part(manifest["date"], ledger.time_of(manifest, now), paths))
     known = {file["name"] for manifest in manifests for file in manifest["files"]}
     for table, ranges in (manifests[-1]["ingested"] if manifests else {}).items():
-        names = (landing.name_of(table, number) for low, high in ranges for number in range(low, high + 1))
-        lost += [name for name in names if name not in known and name not in archived]
+        numbers = {landing.sequence_of(name) for name in known | archived.keys() if landing.table_of(name) == table}
+        missing = (number for low, high in ranges for number in range(low, high + 1) if number not in numbers)
+        lost += [landing.name_of(table, number) for number in missing]
     if lost:
         raise NotWhole(
             f"the archive lacks {len(lost)} files that are in the lake, {min(lost)} among them: its days are kept for "

@@ -1,5 +1,6 @@
 """What waits in landing, seen without opening it: nothing there can block a run or make it read too much."""
 
+import gzip
 import os
 import subprocess
 import sys
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from etl import lake as lakes
 from etl.lake import landing
+from etl.lake.table import INT, TEXT, Table
 from etl.storage import PROJECT, Root, Unreadable
 
 UNREADABLE = """
@@ -72,3 +75,37 @@ def test_files_of_one_sequence_stay_together_where_a_batch_can_hold_them(most_fi
         for table in ("orders", "lineitem")
     )
     assert landing.cut(files, most_files, most_bytes) == files[:taken]
+
+
+class Shop(lakes.Lake):
+    tables = {"sales": Table("sales", {"id": INT, "what": TEXT}, key=("id",))}
+    beside = ("cursor.json",)
+
+
+def test_the_ending_of_a_name_is_for_people(root):
+    lake = Shop(root)
+    lake.root.write("landing/sales/sales-00000001.json", b'{"id": 1, "what": "a"}\n')
+    lake.root.write("landing/sales/sales-00000002.csv", b"id,what\n2,b\n")
+    lake.root.write("landing/sales/sales-00000003.csv.GZ", gzip.compress(b"id,what\n3,c\n"))
+    asked = {"max_files": 9, "max_bytes": 10**6, "max_bad_share": 0.0, "for_s": 60.0, "scheduled_for": None}
+    assert lake.drain(**asked, run_id="one").select("files", "rows", "files_refused").rows() == [(3, 3, 0)]
+    assert lake.snapshot().frame("sales").sort("id").collect().rows() == [(1, "a"), (2, "b"), (3, "c")]
+    lake.root.write("landing/sales/sales-00000002.json", b'{"id": 4, "what": "d"}\n')
+    assert lake.drain(**asked, run_id="two").select("files", "files_refused").rows() == [(0, 1)]
+    (refused,) = lake.refused_files()
+    assert refused["why"] == "number 2 of sales was ingested before, under another name"
+    assert lake.rebuild()["equal"].all()
+
+
+def test_what_is_no_tables_is_left_alone_and_named(root):
+    lake = Shop(root)
+    lake.root.write("landing/cursor.json", b"{}")
+    lake.root.write("landing/sales/sales-00000001.json", b'{"id": 1, "what": "a"}\n')
+    assert [finding.problem for finding in lake.look("landing")] == [None]
+    for name in ("sales/report.xlsx", "sales/2026/sales-00000002.json", "sale/sales-00000003.json", "Cursor.json"):
+        lake.root.write(f"landing/{name}", b"{}")
+    batch = lake.next_batch(max_files=9, scheduled_for=None)
+    assert [file.name for file in batch.files] == ["sales-00000001.json"]
+    (finding,) = lake.look("landing")
+    assert finding.problem == "4 files are no table's and left alone, landing/Cursor.json among them"
+    assert "<table>-<8 digits>.json, .csv or .parquet" in finding.remedy
