@@ -87,6 +87,17 @@ def test_the_engine_knows_no_table():
             assert not OF_THE_DOMAIN.search(OF_MATPLOTLIB.sub("", line)), f"{path}:{number}: {line}"
 
 
+def test_to_import_the_domain_starts_no_threads_of_polars():
+    """Kernels are forked from a process that has imported it, and one whose threads held locks then hangs."""
+    code = (
+        "import os, polars\n"
+        "import pipeline.model, pipeline.queries, pipeline.source\n"
+        "print([open(f'/proc/self/task/{t}/comm').read().strip() for t in os.listdir('/proc/self/task')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert not [name for name in ast.literal_eval(done.stdout) if name.startswith(("polars-0", "tokio"))], done.stdout
+
+
 def test_orchestrate_is_the_timetable():
     text = (PROJECT / "orchestrate.py").read_text()
     assert len(text.splitlines()) < 150

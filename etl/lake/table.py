@@ -115,7 +115,12 @@ class Table:
 
     @cached_property
     def rules(self) -> list[tuple[str, pl.Expr, str]]:
-        """What a typed row must keep: (column, whether the row keeps it, what is said of a value that does not)."""
+        """What a typed row must keep: (column, whether the row keeps it, what is said of a value that does not).
+
+        Raises ValueError, with table and column, for a check that cannot be asked.
+        """
+        for column, why in _unanswerable(self):
+            raise ValueError(f"{self.name}.{column} {why}")
         return [(name, *rule) for name, column in self.fields.items() for rule in _rules(name, column)]
 
 
@@ -176,22 +181,39 @@ def _holds(column: Column, value: Any) -> bool:
     """Whether a value can stand in the column as it is."""
     if isinstance(value, float) and not math.isfinite(value):
         return False
+    lowest, highest = column.range or (None, None)
+    try:
+        in_range = (lowest is None or value >= lowest) and (highest is None or value <= highest)
+    except TypeError:  # a range that does not go with the type is named as that
+        in_range = True
+    return _fits_type(column, value) and in_range and (not column.choices or value in column.choices)
+
+
+def _fits_type(column: Column, value: Any) -> bool:
     try:
         held = pl.Series([value], dtype=column.type, strict=True).to_list()[0]
     except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError):
         return False
     number = type(value) is int and (column.type.is_float() or column.type.is_decimal())
     same = held == value or (column.type == pl.Float32 and type(value) is float and math.isfinite(held))
-    frame = pl.DataFrame({"it": pl.Series([value], dtype=column.type, strict=True)})
-    kept = [rule for rule, _ in _rules("it", replace(column, check=None))]
-    return same and (number or type(held) is type(value)) and all(frame.select(rule).item() for rule in kept)
+    return same and (number or type(held) is type(value))
 
 
 def _unruly(table: Table) -> Iterator[tuple[str, str]]:
-    empty = pl.DataFrame(schema=table.types)
-    for name, rule, _ in table.rules:
+    for name, column in table.fields.items():
+        bounds = [value for value in column.range or () if value is not None]
+        for value in [*bounds, *(column.choices or ())]:
+            if not _fits_type(column, value):
+                yield name, f"has {value!r} in its range or choices, which does not go with its type"
+
+
+def _unanswerable(table: Table) -> Iterator[tuple[str, str]]:
+    """As `_faults`, of the checks. Not where tables are declared: to ask Polars starts threads, and a process that has
+    any must not be forked, as kernels are."""
+    plan = pl.LazyFrame(schema=table.types)
+    for name, column in table.fields.items():
         try:
-            if empty.select(rule).dtypes != [pl.Boolean]:
+            if column.check and plan.select(column.check[0]).collect_schema().dtypes() != [pl.Boolean]:
                 yield name, "has a check that is neither true nor false"
         except pl.exceptions.PolarsError as error:
-            yield name, f"has a range, choices or a check that do not go with its type: {str(error).splitlines()[0]}"
+            yield name, f"has a check that does not go with its columns: {str(error).splitlines()[0]}"

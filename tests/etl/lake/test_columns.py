@@ -97,13 +97,15 @@ def test_a_check_may_look_at_the_whole_row():
         ({"id": INT, "ID": INT}, (), "t.ID is there twice"),
         ({"a b": INT}, (), "t.a b is no name for a column"),
         ({RESCUED: TEXT}, (), "t._rescued is no name for a column"),
-        ({"id": Column(INT, range=("a", None))}, (), "t.id has a range, choices or a check that do not go with"),
-        ({"id": Column(INT, check=(pl.col("no") > 1, "x"))}, (), "t.id has a range, choices or a check"),
+        ({"id": Column(INT, range=("a", None))}, (), "t.id has 'a' in its range or choices, which does not go with"),
+        ({"id": Column(INT, choices=(1, 2.5))}, (), "t.id has 2.5 in its range or choices"),
+        ({"id": Column(INT, check=(pl.col("no") > 1, "x"))}, (), "t.id has a check that does not go with its columns"),
+        ({"id": Column(INT, check=(pl.col("id") + 1, "x"))}, (), "t.id has a check that is neither true nor false"),
     ],
 )
 def test_what_cannot_be_stored_or_read_is_refused_where_it_is_declared(columns, key, why):
     with pytest.raises(ValueError) as raised:
-        Table("t", columns, key)
+        _ = Table("t", columns, key).rules  # a check is looked at when rows are held against it
     assert str(raised.value).startswith(why)
 
 
