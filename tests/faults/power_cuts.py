@@ -136,7 +136,7 @@ CELLS = ("# A run", "print('some text')", "for _ in range(30_000): print('some m
 def _live_report(folder: Path) -> None:
     """Runs of a notebook, with a file beside the report, and a compaction of the index; a mark when all of a run is
     where it belongs."""
-    os.environ["ETL_SPOOL"] = f"{folder}/root/spool"
+    os.environ["ETL_SPOOL"] = str(folder / "root" / "spool")
     for number in range(3):
         record = toy.run(folder / "root", *CELLS)
         delivery.settle()
