@@ -187,7 +187,8 @@ def aged(root: str, versions: int) -> None:
             _append(place, table, handle, made[table], number)
             _date_back(place, table, handle.version(), (versions - number) * AGE_S)
         if number % 30 == 0 or number == versions:
-            manifest = {"batch": number, "ingested": {}, "files": [], "date": AT[:10]}
+            known = {"index": None, "recent": {}}
+            manifest = {"batch": number, "files": [], "date": AT[:10], "known": known}
             place.write(ledger.manifest(number), json.dumps(manifest).encode())
             place.write(ledger.done(number), b"")
             pointer["tables"] |= {table: handle.version() for table, handle in handles.items()}

@@ -228,6 +228,15 @@ def file_stats(handle: "DeltaTable") -> tuple[list[int], int]:
     return actions["size_bytes"].to_pylist(), sum(actions["num_records"].to_pylist())
 
 
+def bounds(handle: "DeltaTable", column: str) -> list[tuple[str, Any, Any]]:
+    """Of each live file of a table its path, and the lowest and highest value of a column of whole numbers."""
+    import pyarrow as pa
+
+    actions = pa.table(handle.get_add_actions(flatten=True))
+    found = [actions[name].to_pylist() for name in ("path", f"min.{column}", f"max.{column}")] if len(actions) else []
+    return [*zip(*found, strict=True)]
+
+
 def statistics(frame: "pl.DataFrame") -> Action:
     """What a file's rows have, as the Delta log says it; texts, lists and structs have no bounds."""
     import polars as pl

@@ -11,6 +11,7 @@ import fcntl
 import functools
 import itertools
 import json
+import mmap
 import os
 import re
 import shutil
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 # the folder of notebooks, params and the domain: around this package, or where the console script was called
 PROJECT = Path(os.environ.get("ETL_PROJECT") or Path(__file__).resolve().parent.parent)
+NOT_RENAMED = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EROFS)  # by an error of these it may still be copied
 CONFLICTS = 8  # of a conditional write with nothing there, before it is an error
 STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")  # the schemes of object stores' URLs
 # deltalake takes a backslash for a slash, decodes %41 once too often and cannot open the rest
@@ -68,6 +70,7 @@ class Entry:
     mark: str
     problem: str | None = None  # why it is no file to read: "is a symbolic link"
     modified: datetime | None = None  # UTC, by the store's own clock
+    whole: bool = True  # it came at once, by a rename or as an object; False where it may still be written
 
 
 _reached: Counter[str] = Counter()  # crash points, by how often this process came to them
@@ -347,6 +350,15 @@ class Root:
         files = (info for info in infos if info["type"] == "file")  # a folder is only the beginning of a name here
         return sorted((_object(info["name"], info) for info in files), key=lambda entry: entry.name)
 
+    def tree(self, rel: str) -> list[tuple[str, Entry]]:
+        """What is below a folder at any depth, but folders: the path below it, and what is there. In order of paths.
+
+        What `write` has not put into its place yet is not seen.
+        """
+        start = len(self._path(rel)) + 1
+        infos = self._fs.find(self._path(rel), detail=True)
+        return sorted((path[start:], _object(path, info)) for path, info in infos.items())
+
     def entry(self, rel: str) -> Entry | None:
         """What is at a path; None when nothing is."""
         try:
@@ -363,13 +375,24 @@ class Root:
         """Whether a file that was written and not synced may be found torn after the loss of power."""
         return False
 
-    def move(self, source: str, target: str) -> None:
-        """Move a file. One that is there already and gone from `source` was moved before: fine."""
+    def require_writable(self, rel: str) -> None:
+        """Make sure that a folder is there and takes files, where a root has folders. Raises OSError."""
+
+    def map(self, rel: str) -> "bytes | mmap.mmap":
+        """As `read`, where it can be had without reading all of it: what is used of it."""
+        return self.read(rel)
+
+    def move(self, source: str, target: str) -> bool:
+        """Move a file. One that is there already and gone from `source` was moved before: fine.
+
+        False when it is at `target` now and could not be taken away from `source`.
+        """
         try:
             self._fs.mv(self._path(source), self._path(target))
         except FileNotFoundError:
             if not self.exists(target):
                 raise
+        return True
 
     def remove(self, rel: str) -> None:
         """Remove a file; one that is missing is fine."""
@@ -546,6 +569,7 @@ class LocalRoot(Root):
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+                os.utime(file.fileno(), ns=(time.time_ns(),) * 2)  # so that it is told from one written in place
             except OSError:  # a full disk, above all: do not leave it fuller
                 os.unlink(file.name)
                 raise
@@ -601,6 +625,9 @@ class LocalRoot(Root):
             return []
         return [entry for file in files if not file.name.startswith(".") and (entry := _entry(file.path))]
 
+    def tree(self, rel: str) -> list[tuple[str, Entry]]:
+        return sorted(_below(self._path(rel), ""))
+
     def entry(self, rel: str) -> Entry | None:
         return _entry(self._path(rel))
 
@@ -617,13 +644,46 @@ class LocalRoot(Root):
         walked = os.walk(self._path(rel))
         return sorted(f"{folder}/{name}"[start:] for folder, _, names in walked for name in names if name[0] != ".")
 
-    def move(self, source: str, target: str) -> None:
+    def require_writable(self, rel: str) -> None:
+        make_folder(self._path(rel))
+        if not os.access(self._path(rel), os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "no file can be put into it", self._path(rel))
+
+    def map(self, rel: str) -> "bytes | mmap.mmap":
+        with open(self._path(rel), "rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                return b""
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def move(self, source: str, target: str) -> bool:
         make_folder(os.path.dirname(self._path(target)))
         try:
             os.replace(self._path(source), self._path(target))
         except FileNotFoundError:
             if not self.exists(target):
                 raise
+        except OSError as error:
+            if error.errno not in NOT_RENAMED:
+                raise
+            return self._copy_away(source, target)
+        return True
+
+    def _copy_away(self, source: str, target: str) -> bool:
+        """As `move`, to another filesystem, or of a file that may not be taken away."""
+        path = self._path(source)
+        mode = os.lstat(path).st_mode
+        if stat.S_ISREG(mode):
+            self.put(target, Path(path))
+        elif stat.S_ISLNK(mode):  # it, not what it leads to
+            with contextlib.suppress(FileExistsError):
+                os.symlink(os.readlink(path), self._path(target))
+        else:
+            return False
+        try:
+            os.unlink(path)
+        except OSError:
+            return False
+        return True
 
     def remove(self, rel: str) -> None:
         Path(self._path(rel)).unlink(missing_ok=True)
@@ -717,7 +777,25 @@ def _entry(path: str) -> Entry | None:
         return None
     mark = f"{info.st_ino}-{info.st_mtime_ns}-{info.st_size}"
     modified = datetime.fromtimestamp(info.st_mtime, UTC)
-    return Entry(os.path.basename(path), info.st_size, mark, _no_file(info.st_mode), modified)
+    # what is written in place has both times from the same write; a rename or link afterwards changes the second
+    whole = info.st_ctime_ns != info.st_mtime_ns
+    return Entry(os.path.basename(path), info.st_size, mark, _no_file(info.st_mode), modified, whole)
+
+
+def _below(folder: str, above: str) -> Iterator[tuple[str, Entry]]:
+    """As `Root.tree`, in any order. A folder that cannot be entered is one of the entries."""
+    try:
+        found = [*os.scandir(folder)]
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        yield above.rstrip("/"), Entry(os.path.basename(folder), 0, "", f"cannot be entered: {error.strerror}")
+        return
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _below(entry.path, f"{above}{entry.name}/")
+        elif not (entry.name.startswith(".") and entry.name.endswith(".part")) and (seen := _entry(entry.path)):
+            yield above + entry.name, seen
 
 
 def _no_file(mode: int) -> str | None:

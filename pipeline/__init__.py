@@ -16,3 +16,4 @@ class Lake(lake.Lake):
 
     tables: ClassVar = TABLES
     beside: ClassVar = ("stream.json",)  # how far the source has come
+    sequence: ClassVar = r"-(\d{8})\b"  # the tick that a file is of

@@ -136,7 +136,7 @@ def test_a_run_that_could_take_no_file_says_so_and_stands_in_the_way_of_none(roo
     failed = [(check["name"], check["detail"]) for check in record["checks"] if not check["ok"]]
     assert (done.returncode, record["state"]) == (1, "check_failed")
     assert failed == [("not every file was refused", "0 taken, 1 refused")]
-    assert [row["file"] for row in Lake(root).refused_files()] == ["orders-00000009.json"]
+    assert [row["file"] for row in Lake(root).refused_files()] == ["orders/orders-00000009.json"]
     source.land(Root.at(root), stream, {1: made[1]})
     (record,) = json.loads(orchestrate(PROJECT, *asked).stdout)
     assert record["state"] == "ok" and Lake(root).snapshot().batch == 1

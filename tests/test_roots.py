@@ -164,7 +164,7 @@ def test_one_pass_on_a_root_with_every_character(tmp_path, stream, made, monkeyp
     assert record["state"] == "ok" and record["kept"] and index.get(place, record["run_id"])["root"] == root
     assert retention.sweep(place)["kept"] == 1
     assert provenance.whence(place, "orders")["operation"] == "WRITE"
-    assert {row["file"] for row in Lake(root).refused()} == {"orders-00000009.json"}
+    assert {row["file"] for row in Lake(root).refused()} == {"orders/orders-00000009.json"}
     examined = [*Lake(root).examine(), *index.examine(place), *results.examine(place)]
     assert [finding for finding in examined if finding.problem] == []
     assert Lake(root).rebuild(run_id="rebuild-1")["equal"].all()

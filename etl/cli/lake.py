@@ -189,10 +189,11 @@ def show_refused(
 ) -> None:
     """The refused lines of a file with their reasons, or why it was refused whole."""
     lake = _lake(context, env, root)
-    whole = [row for row in lake.refused_files() if row["file"] == file]
-    lines = lake.refused_lines(file).to_dicts()
-    if not whole and not lines:
-        refuse(f"nothing of {file} was refused; `quarantine list` names what was")
+    try:
+        whole, found = lake.find_refused(file)
+    except LookupError as error:
+        refuse(str(error.args[0]))
+    lines = found.to_dicts()
     if as_json:
         print_json({"file": whole, "lines": lines})
         return

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from etl import delta
-from etl.lake import commit, snapshot
+from etl.lake import commit, ledger, snapshot
 from etl.storage import Damaged, LeaseHeld, Root, crash_point
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ KEPT_LOG = "lake/kept_log"
 SLACK = timedelta(minutes=5)  # between two machines' clocks
 GAP = timedelta(days=2)  # without a run: the clock may have been moved
 ROW_GROUP = 100_000  # rows: what a reader skips or reads at once
+LEDGER_ROW_GROUP = 5_000  # of the ledger, which is asked for single batches
 
 
 class RowsDiffer(RuntimeError):
@@ -116,6 +117,8 @@ def compact(
             began[table] = _names(handle)
             line |= _compact_table(lake, table, handle, target_mb, min_small_files, run_id)
     _forget(root)
+    if published and "files" in published["tables"]:
+        ledger.prune(root, published["batch"])
     if published:
         versions, handles = _publish(lake, [*lines.values()], run_id)
     for table, names in began.items():
@@ -219,7 +222,7 @@ def _rewrite(lake: "Lake", table: str, files: list[tuple[str, int]], declared: p
     buffer = io.BytesIO()
     ordered = frame.sort(keys) if keys else frame
     as_before = ordered.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(before.schema)
-    pq.write_table(as_before, buffer, row_group_size=ROW_GROUP)
+    pq.write_table(as_before, buffer, row_group_size=LEDGER_ROW_GROUP if table == "files" else ROW_GROUP)
     path = f"compacted-{uuid.uuid4()}.snappy.parquet"
     lake.root.write(f"lake/{table}/{path}", buffer.getvalue())
     crash_point(f"written, not swapped: {table}")

@@ -1,7 +1,6 @@
 """What is wrong with the lake under a root, found by looking at all of it, and what to do about it. Changes nothing."""
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -15,7 +14,6 @@ from etl.storage import Damaged, Root
 if TYPE_CHECKING:
     from etl.lake.lake import Lake
 
-MANIFEST = re.compile(r"(\d{8})\.json")
 REBUILD = "end `up`, then `orchestrate.py rebuild`"
 WAITS = timedelta(minutes=30)  # for a file in landing, with a schedule of a minute
 
@@ -37,6 +35,7 @@ def _looks(lake: "Lake") -> dict[str, Callable[["Lake"], Iterator[tuple[str, str
         "the manifests": _manifests,
         **{f"table {name}": partial(_table, table=name) for name in lake.columns},
         "landing": _landing,
+        "the archive": _archive,
     }
 
 
@@ -48,9 +47,10 @@ def _pointer(lake: "Lake") -> Iterator[tuple[str, str]]:
         yield str(error), REBUILD
         return
     if pointer is None:
-        if root.exists(ledger.done(1)):
+        batches = root.names(ledger.BATCHES)
+        if any(name.endswith(".done") for name in batches):
             yield f"{snapshot.POINTER} is gone", REBUILD
-        elif root.exists(ledger.manifest(1)):
+        elif batches:
             yield "batch 1 is not finished", _run(lake)
     elif datetime.fromisoformat(pointer["published_at"]) > datetime.now(UTC) + compaction.SLACK:
         yield (
@@ -71,11 +71,7 @@ def _published(root: Root) -> dict[str, Any] | None:
 
 
 def _manifests(lake: "Lake") -> Iterator[tuple[str, str]]:
-    for match in filter(None, map(MANIFEST.fullmatch, lake.root.names("lake/batches"))):
-        try:
-            ledger.read(lake.root, int(match[1]))
-        except Damaged as error:
-            yield str(error), REBUILD
+    yield from ((problem, REBUILD) for problem in ledger.damages(lake.root))
 
 
 def _table(lake: "Lake", table: str) -> Iterator[tuple[str, str]]:
@@ -93,11 +89,35 @@ def _landing(lake: "Lake") -> Iterator[tuple[str, str]]:
     pointer = _published(lake.root)
     if pointer and lake.root.exists(ledger.manifest(pointer["batch"] + 1)):
         yield f"batch {pointer['batch'] + 1} is not finished", _run(lake)
-    waiting = sum(len(lake.root.names(f"landing/{table}")) for table in lake.tables)
+    there = [file for file, _ in landing.files(lake)]
+    waiting = sum(bool(file.table) for file in there)
     silent = datetime.now(UTC) - datetime.fromisoformat(pointer["published_at"]) if pointer else timedelta(0)
     if waiting and silent > WAITS:
         silence = f"{waiting} files wait, and nothing was published for {silent}"
         yield silence, f"see the last runs of {lake.ingested_by}"
-    if unnamed := landing.unnamed(lake):
-        named = "<table>-<8 digits>.json, .csv or .parquet in the folder of its table, also with .gz or .zst"
-        yield f"{len(unnamed)} files are no table's and left alone, {unnamed[0]} among them", f"name each {named}"
+    if unmatched := [file.name for file in there if not file.table]:
+        globs = ", ".join(f"{table.glob} ({name})" for name, table in lake.tables.items())
+        yield (
+            f"{len(unmatched)} files are no table's, landing/{unmatched[0]} among them: they are refused after a day",
+            f"put them where a table's are, or declare it: {globs}",
+        )
+
+
+def _archive(lake: "Lake") -> Iterator[tuple[str, str]]:
+    """What is in the archive beside what the ledger says of it: files that were written on after they were moved."""
+    pointer = _published(lake.root)
+    if not pointer or "files" not in pointer["tables"] or not lake.root.may_tear:
+        return
+    with contextlib.suppress(Exception):  # then it was named with its table
+        known: dict[str, set[int]] = {}
+        for path, size in ledger.published(lake, pointer).select("path", "bytes").iter_rows():
+            known.setdefault(path, set()).add(size)
+        for date in lake.root.names("archive"):
+            for path, entry in lake.root.tree(f"archive/{date}"):
+                sizes = known.get(ledger.shown(path), {entry.bytes})
+                if entry.bytes > max(sizes) and not entry.problem:
+                    more = entry.bytes - max(sizes)
+                    yield (
+                        f"archive/{date}/{ledger.shown(path)} has {more:,} bytes more than were ingested",
+                        "whoever writes it has to put it into landing whole: copy what is new into a file of its own",
+                    )

@@ -1,15 +1,14 @@
 """JSON files become Delta tables: each row exactly once, whatever dies on the way.
 
 A batch is numbered and written down first (`lake/batches/<n>.json`: the files with their sizes and sha256), then
-committed to each table under its number, then published, then its files are archived, then it is marked done. Each of
-these steps is on the disk before the next one is taken. A run that finds an unfinished batch finishes that one, from
-the same files. Rows that do not fit go to `quarantine` with file, line, reason and the raw text; files that cannot be
-read at all, or of which no line fits, go to `refused/`.
+committed to each table under its number, the ledger `files` among them, then published, then its files are archived,
+then it is marked done. Each of these steps is on the disk before the next one is taken. A run that finds an unfinished
+batch finishes that one, from the same files. Rows that do not fit go to `quarantine` with file, line, reason and the
+raw text; files that cannot be read at all, or of which no line fits, go to `refused/`.
 """
 
 import contextlib
 import hashlib
-import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +62,9 @@ class Overtaken(RuntimeError):
 class Batch:
     """The files one run ingests. `manifest`: what was written down, when an earlier run left the batch unfinished.
     `repeated`: files in landing that were ingested before; they are set aside, not read. `refused`: those that cannot
-    be read, each with its reason."""
+    be read, each with its reason. `growing` and `unmatched`: files that are still written, and that are no table's:
+    they are left alone. `grown`: what was written to files after they were ingested, which is refused. `known`: what
+    is in the lake; `again`: also what has the content of another file of its table, whatever is declared."""
 
     lake: "Lake"
     number: int
@@ -73,6 +74,22 @@ class Batch:
     repeated: tuple[File, ...] = ()
     refused: tuple[File, ...] = ()
     manifest: dict[str, Any] | None = None
+    growing: tuple[File, ...] = ()
+    unmatched: tuple[File, ...] = ()
+    grown: tuple[landing.Grown, ...] = ()
+    known: ledger.Known | None = None
+    again: bool = False
+
+    def __str__(self) -> str:
+        """For people: what it has, and what it leaves."""
+        told = [f"batch {self.number}: {len(self.files):,} files"]
+        for files, one, many in (
+            (self.repeated, "was ingested before and is set aside", "were ingested before and are set aside"),
+            (self.growing, "is still being written", "are still being written"),
+            (self.unmatched, "is no table's", "are no table's"),
+        ):
+            told.append(landing.said(len(files), (file.name for file in files), one, many))
+        return "; ".join(filter(None, told))
 
 
 @dataclass(frozen=True)
@@ -118,18 +135,21 @@ def next_batch(
     max_files: int,
     scheduled_for: str | None,
     max_bytes: int = MAX_BYTES,
+    quiet_s: float = 0,
     now: datetime | None = None,
+    again: bool = False,
 ) -> Batch | None:
-    """The unfinished batch when there is one, else the files that wait, lowest sequence first.
+    """The unfinished batch when there is one, else the files that wait, in the order of `landing.look`.
 
-    At most `max_files`, and at most `max_bytes` of JSON; a larger file is refused before it is read. None when nothing
-    waits. `scheduled_for`: what the run says of its time, ISO 8601; `now`: what the clock says, if not the machine's.
-    Raises storage.Damaged when it cannot be known what was ingested, schemas.SchemasDiffer when the lake's tables are
-    not those that are declared.
+    At most `max_files`, and at most `max_bytes` of input; a larger file is refused before it is read. A file that is
+    written in place is left alone until nothing was written to it for `quiet_s` seconds. None when nothing waits.
+    `scheduled_for`: what the run says of its time, ISO 8601; `now`: what the clock says, if not the machine's. `again`:
+    as in `Batch`. Raises storage.Damaged when it cannot be known what was ingested, schemas.SchemasDiffer when the
+    lake's tables are not those that are declared.
     """
     root, now = lake.root, now or datetime.now(UTC)
     pointer = snapshot.read_pointer(root)
-    if pointer is None and root.exists(ledger.done(1)):
+    if pointer is None and any(name.endswith(".done") for name in root.names(ledger.BATCHES)):
         raise Damaged(f"{snapshot.POINTER} is gone, though batches were published: see `orchestrate.py rebuild`")
     schemas.check(lake, pointer)
     date = f"{now:%Y-%m-%d}"
@@ -137,14 +157,33 @@ def next_batch(
     for unfinished in (number + 1, number):
         manifest = ledger.read(root, unfinished)
         if manifest and not root.exists(ledger.done(unfinished)):
-            files = tuple(File(file["name"], file["table"], file["bytes"]) for file in manifest["files"])
+            files = tuple(landing.of(lake, file["path"], file["bytes"]) for file in manifest["files"])
             return Batch(lake, unfinished, date, ledger.time_of(manifest, now), files, manifest=manifest)
-    waiting = landing.look(lake, number, ledger.ingested_until(root, number), max_bytes)
+    if pointer and "files" not in pointer["tables"]:
+        pointer = _adopt(lake)
+    known = ledger.known(lake, pointer)
+    waiting = landing.look(lake, known, pointer, max_bytes=max_bytes, quiet_s=quiet_s, now=now)
     files = landing.cut(waiting.files, max_files, max_bytes)
-    if not files and not waiting.repeated and not waiting.refused:
+    grown = tuple(landing.grown(root, manifest)) if manifest else ()
+    if not files and not waiting.repeated and not waiting.refused and not grown:
         return None
     at = max(now, _utc(scheduled_for) if scheduled_for else now).isoformat(timespec="seconds")
-    return Batch(lake, number + 1, date, at, files, waiting.repeated, waiting.refused)
+    left: dict[str, Any] = {"growing": waiting.growing, "unmatched": waiting.unmatched, "grown": grown}
+    return Batch(lake, number + 1, date, at, files, waiting.repeated, waiting.refused, **left, known=known, again=again)
+
+
+def _adopt(lake: "Lake") -> dict[str, Any]:
+    """Give a lake of an earlier release its ledger, from its manifests; returns the pointer that names it."""
+    with commits.writing(lake.root, "adopt"):
+        pointer = snapshot.read_pointer(lake.root)
+        assert pointer is not None, "the caller has seen it, and nothing removes it"
+        if "files" in pointer["tables"]:
+            return pointer
+        rows = commits.encode(lake, "files", ledger.adopt(lake, pointer))
+        commits.create_tables(lake, pointer["run_id"], known=pointer["tables"])
+        about = {"batch": pointer["batch"], "run_id": pointer["run_id"]}
+        versions = pointer["tables"] | {"files": commits.append(lake, "files", rows, **about, after=-1)}
+        return snapshot.swap_pointer(lake.root, pointer, as_of=pointer["as_of"], versions=versions, **about)
 
 
 def _utc(moment: str) -> datetime:
@@ -166,11 +205,12 @@ def read(batch: Batch) -> Parsed:
     unfinished batch says.
     """
     lake = batch.lake
-    expected = {f["name"]: f["sha256"] for f in batch.manifest["files"]} if batch.manifest else {}
+    expected = {f["path"]: f["sha256"] for f in batch.manifest["files"]} if batch.manifest else {}
+    met: dict[str, File] = {}
     good: dict[str, list[pl.DataFrame]] = {}
     quarantined, files, kept, refused = [], [], [], list(batch.refused)
     with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as pool:  # one reads and hashes while Polars has the cores
-        for looked in pool.map(lambda group: _look(batch, group, expected), _groups(batch)):
+        for looked in pool.map(lambda group: _look(batch, group, expected, met), _groups(batch)):
             for file, why in looked.refused:
                 refused.append(file.refused(why))
             for (file, sha256, size), lines, bad in zip(looked.files, looked.lines, looked.bad, strict=True):
@@ -217,15 +257,20 @@ def _groups(batch: Batch) -> list[list[File]]:
     return groups
 
 
-def _look(batch: Batch, group: list[File], expected: dict[str, str]) -> _Looked:
-    """Read the files of one group. Raises AssertionError when a line is neither a row nor refused."""
+def _look(batch: Batch, group: list[File], expected: dict[str, str], met: dict[str, File]) -> _Looked:
+    """Read the files of one group. `met`: by what stands for its content, the first file of the batch with it.
+
+    Raises AssertionError when a line is neither a row nor refused.
+    """
     files, pieces, refused = [], [], []
     for file in group:
         try:
-            data, sha256 = _read(batch.lake.root, file, expected.get(file.name))
-            if expected.get(file.name, sha256) != sha256:
+            data, sha256 = _read(batch.lake.root, file, expected.get(file.path))
+            if expected.get(file.path, sha256) != sha256:
                 raise Unreadable(f"changed since batch {batch.number} was written down")
             content = formats.opened(data, batch.lake.tables[file.table].named)
+            if same := _same_content(batch, file, sha256, met):
+                raise Unreadable(same)
         except Unreadable as error:
             refused.append((file, str(error)))
             continue
@@ -237,6 +282,22 @@ def _look(batch: Batch, group: list[File], expected: dict[str, str]) -> _Looked:
     kept = [number for number, frame in enumerate(bad) if frame.height < lines[number]]
     refused += [(files[n][0], parse.no_line_fits(bad[n])) for n in range(len(files)) if n not in kept]
     return _Looked([files[n] for n in kept], rows, [lines[n] for n in kept], [bad[n] for n in kept], refused)
+
+
+def _same_content(batch: Batch, file: File, sha256: str, met: dict[str, File]) -> str | None:
+    """Why a file is refused that has the content of another one of its table; None where it is not."""
+    lake, digest = batch.lake, ledger.of_content(file.table, sha256)
+    if batch.manifest or batch.again or lake.tables[file.table].on_duplicate == "keep":
+        return None
+    first = met.setdefault(digest, file)
+    if first is not file:
+        return f"has the same content as {first.name}"
+    known = batch.known.find([digest]) if batch.known else {}
+    pointer = snapshot.read_pointer(lake.root) if known else None
+    if not pointer:
+        return None
+    rows = ledger.published(lake, pointer, known.values()).filter(table=file.table, sha256=sha256)
+    return f"has the same content as {rows['path'][0]} of batch {rows['batch'][0]}" if rows.height else None
 
 
 def commit(parsed: Parsed, *, run_id: str) -> dict[str, int]:
@@ -252,12 +313,14 @@ def commit(parsed: Parsed, *, run_id: str) -> dict[str, int]:
         with commits.writing(root, run_id):
             if batch.manifest:  # who began it may have died before its names were on the disk
                 root.sync(["lake", "lake/batches"])
-            _write_down(parsed, run_id)
-            versions = _commit_tables(parsed, run_id)
+            root.require_writable(f"archive/{batch.date}")
+            listed = _write_down(parsed, run_id)
+            versions = _commit_tables(parsed, listed, run_id)
         sha256s = dict(parsed.files.select("file", "sha256").rows())
         landing.archive(root, [(file, sha256s[file.name]) for file in batch.files], batch.date, run_id)
     landing.set_aside(root, batch.repeated, batch.date)
     landing.refuse(root, batch.refused, batch.date, run_id)
+    landing.keep(root, batch.grown, run_id)
     if batch.files or batch.manifest:
         crash_point("before it is marked done")
         root.write(ledger.done(batch.number), b"")
@@ -265,15 +328,17 @@ def commit(parsed: Parsed, *, run_id: str) -> dict[str, int]:
     return versions
 
 
-def _commit_tables(parsed: Parsed, run_id: str) -> dict[str, int]:
-    """Append to each table, publish. Returns table -> version."""
+def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], run_id: str) -> dict[str, int]:
+    """Append to each table, publish. Returns table -> version. `listed`: the files that the manifest has."""
     number, lake = parsed.batch.number, parsed.batch.lake
     pointer = snapshot.read_pointer(lake.root)
     before = pointer or {"batch": 0, "tables": {}, "as_of": None}
     versions = {table: before["tables"].get(table, 0) for table in lake.columns}
     if before["batch"] >= number:
         return versions
-    frames = {t: frame for t, frame in (parsed.frames | {"quarantine": parsed.refused}).items() if frame.height}
+    entries = ledger.of_batch(number, parsed.batch.at, listed, parsed.files)
+    of_all = parsed.frames | {"quarantine": parsed.refused, "files": entries}
+    frames = {table: frame for table, frame in of_all.items() if frame.height}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         encoded = pool.map(lambda table: commits.encode(lake, table, frames[table]), frames)
         commits.create_tables(lake, run_id, known=before["tables"])
@@ -300,7 +365,9 @@ def drain(
     for_s: float,
     scheduled_for: str | None,
     run_id: str,
+    quiet_s: float = 0,
     now: datetime | None = None,
+    again: bool = False,
 ) -> pl.DataFrame:
     """Commit batch after batch until nothing waits; one row each, as `summary` has it.
 
@@ -310,7 +377,8 @@ def drain(
     done = [pl.DataFrame(schema=SUMMARY)]
     began, slowest = time.monotonic(), 0.0
     while (started := time.monotonic()) - began + slowest < for_s:
-        batch = next_batch(lake, max_files=max_files, max_bytes=max_bytes, scheduled_for=scheduled_for, now=now)
+        limits: Any = {"max_files": max_files, "max_bytes": max_bytes, "quiet_s": quiet_s}
+        batch = next_batch(lake, **limits, scheduled_for=scheduled_for, now=now, again=again)
         if batch is None:
             break
         parsed = read(batch)
@@ -358,45 +426,35 @@ def _for_quarantine(bad: pl.DataFrame, batch: Batch, file: File) -> pl.DataFrame
     return bad.select(*name, "line", "reason", "raw")
 
 
-def _write_down(parsed: Parsed, run_id: str) -> None:
-    """The manifest is there, with these files. Raises Overtaken when it is there with others."""
+def _write_down(parsed: Parsed, run_id: str) -> list[dict[str, Any]]:
+    """The manifest is there, with these files; returns those that it has. Raises Overtaken when it has others."""
     batch, root = parsed.batch, parsed.batch.lake.root
-    columns = parsed.files.select("table", "bytes", "sha256", name="file").select("name", "table", "bytes", "sha256")
-    files = columns.to_dicts()
-    known = ledger.read(root, batch.number)
-    if known is None:
-        manifest = {"batch": batch.number, "run_id": run_id, "date": batch.date, "at": batch.at, "files": files}
-        manifest["ingested"] = _ingested(root, batch.number, files)
+    paths = {file.name: file.path for file in batch.files}
+    columns = parsed.files.select("table", "bytes", "sha256", path="file").select("path", "table", "bytes", "sha256")
+    files = [file | {"path": paths[file["path"]]} for file in columns.to_dicts()]
+    document = ledger.read(root, batch.number)
+    if document is None:
+        known = (batch.known or ledger.Known(root)).folded(batch.number)
+        document = {"batch": batch.number, "run_id": run_id, "date": batch.date, "at": batch.at, "files": files}
+        document["known"] = {"index": known.index, "recent": known.recent}
         crash_point("before it is written down")
-        if root.create(ledger.manifest(batch.number), _json(manifest)):
+        if root.create(ledger.manifest(batch.number), ledger.written(document)):
             crash_point("written down")
-            return
-        known = ledger.read(root, batch.number) or {"files": []}
-    if batch.manifest is None or known["files"] != batch.manifest["files"]:
-        if known["files"] != files:
+            return files
+        document = ledger.read(root, batch.number) or {"files": []}
+    if batch.manifest is None or document["files"] != batch.manifest["files"]:
+        if document["files"] != files:
             raise Overtaken(f"another run wrote down batch {batch.number} with other files; run this one again")
-        return
-    of_now = {(file["name"], file["sha256"]) for file in files}
-    missing = [file for file in known["files"] if (file["name"], file["sha256"]) not in of_now]
-    if lost := [file for file in missing if commits.last_batch(batch.lake, file["table"]) < batch.number]:
-        # files that changed or vanished before their rows were committed: the batch goes on without them
-        left = [file for file in known["files"] if file not in lost]
-        root.write(
-            ledger.manifest(batch.number),
-            _json(known | {"files": left, "ingested": _ingested(root, batch.number, left)}),
-        )
-
-
-def _json(document: dict[str, Any]) -> bytes:
-    return json.dumps(document, indent=1).encode()
-
-
-def _ingested(root: Root, number: int, files: list[dict[str, Any]]) -> ledger.Ingested:
-    after = ledger.ingested_until(root, number - 1)
-    for file in files:
-        table = file["table"]
-        after[table] = ledger.with_sequence(after.get(table, []), landing.sequence_of(file["name"]))
-    return after
+        return files
+    of_now = {(file["path"], file["sha256"]) for file in files}
+    missing = [file for file in document["files"] if (file["path"], file["sha256"]) not in of_now]
+    lost = [file for file in missing if commits.last_batch(batch.lake, file["table"]) < batch.number]
+    if not lost:
+        return list(document["files"])
+    # files that changed or vanished before their rows were committed: the batch goes on without them
+    left = [file for file in document["files"] if file not in lost]
+    root.write(ledger.manifest(batch.number), ledger.written(document | {"files": left}))
+    return left
 
 
 def chart(files: pl.DataFrame) -> Any:

@@ -1,17 +1,20 @@
 """The lake under one root, with the tables that a project declares: what notebooks, commands and readers hold."""
 
+import re
 from collections.abc import Collection, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
-from etl.lake import compaction, doctor, ingest, quarantine, schemas
+from etl.lake import compaction, doctor, ingest, landing, quarantine, schemas
 from etl.lake.rebuild import rebuild
 from etl.lake.snapshot import published, snapshot
-from etl.lake.table import QUARANTINE, QUARANTINE_KEY, DataType, Table
+from etl.lake.table import LEDGER, LEDGER_KEY, QUARANTINE, QUARANTINE_KEY, DataType, Table
 from etl.storage import Root
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
+
+T = TypeVar("T")
 
 
 class Lake:
@@ -24,6 +27,9 @@ class Lake:
     ingested_by: ClassVar[str] = "preprocess"
     compacted_by: ClassVar[str] = "compact"
     beside: ClassVar[Collection[str]] = ()  # names under landing/ that are no input, as what a source remembers
+    # a pattern of paths under landing/, of which the first group is a whole number: files come in its order, and those
+    # that have the same one in one batch, where they are not too many; without one the oldest come first
+    sequence: ClassVar[str | None] = None
 
     def __init__(self, root: "str | Root"):
         self.root = Root.at(root)
@@ -41,18 +47,28 @@ class Lake:
 
     @cached_property
     def columns(self) -> dict[str, dict[str, DataType]]:
-        """Table -> its columns as they are stored; `quarantine` is one of the tables."""
-        return {name: table.stored for name, table in self.tables.items()} | {"quarantine": QUARANTINE}
+        """Table -> its columns as they are stored; `quarantine` and the ledger, `files`, are among the tables."""
+        return self._with_ours({name: table.stored for name, table in self.tables.items()}, QUARANTINE, LEDGER)
 
     @cached_property
     def keys(self) -> dict[str, tuple[str, ...]]:
         """Table -> the columns that name a row."""
-        return {name: table.key for name, table in self.tables.items()} | {"quarantine": QUARANTINE_KEY}
+        return self._with_ours({name: table.key for name, table in self.tables.items()}, QUARANTINE_KEY, LEDGER_KEY)
 
     @cached_property
     def required(self) -> dict[str, tuple[str, ...]]:
         """Table -> the columns that are never null."""
-        return {name: table.required for name, table in self.tables.items()} | {"quarantine": QUARANTINE_KEY}
+        of_ledger = tuple(name for name in LEDGER if name not in ("rows", "refused"))
+        return self._with_ours({name: table.required for name, table in self.tables.items()}, QUARANTINE_KEY, of_ledger)
+
+    @staticmethod
+    def _with_ours(of_tables: dict[str, T], quarantine: T, files: T) -> dict[str, T]:
+        return of_tables | {"quarantine": quarantine, "files": files}
+
+    def sequence_of(self, path: str) -> int | None:
+        """The number by which a file comes in turn, from its path below landing/; None when it has none."""
+        match = re.search(self.sequence, path) if self.sequence else None
+        return int(match[1]) if match else None
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -75,9 +91,12 @@ class Lake:
     compact = compaction.compact
     compaction_chart = staticmethod(compaction.chart)
     prune_archive = compaction.prune_archive
+    unmatched = landing.unmatched
+    idle = landing.idle
     refused_files = quarantine.refused_files
     refused_lines = quarantine.refused_lines
     refused = quarantine.overview
+    find_refused = quarantine.find
     retry = quarantine.retry
     rebuild = rebuild
     examine = doctor.examine

@@ -1,133 +1,201 @@
 """What waits in `landing/`, and where it goes: `archive/` once it is in the lake, `refused/` when it never will be.
 
-A refused file is moved, not read again, and stands beside a small JSON file that says why. Nothing is deleted.
+A file is a table's by its path (`Table.files`). One that is still being written is left alone, and one that is no
+table's goes to `refused/` after a day. A refused file is moved, not read again, and stands beside a small JSON file
+that says why. Nothing is deleted.
 """
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable
+import posixpath
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from etl.lake import ledger
-from etl.storage import Root, Unreadable, crash_point
+from etl.storage import Entry, Root, Unreadable, crash_point
 
 if TYPE_CHECKING:
     from etl.lake.lake import Lake
 
-# what is in a file is told by its content; the ending is for people
-NAME = re.compile(
-    r"(?P<table>\w+)-(?P<sequence>\d{8})\.(json|jsonl|ndjson|csv|parquet)(\.gz|\.zst)?", re.ASCII | re.IGNORECASE
-)
 WHY = ".why.json"
+RETRIED = ".retried"  # below landing/: a folder a table, of the lines that are tried again
+REPEATED = ".repeated"  # below a day of the archive
+NAME_BYTES = 200  # of a name that others are made of: none has more than 255
+PATIENCE = timedelta(days=1)  # with a file that is no table's, and with one that was written by a clock ahead of ours
 
 
 @dataclass(frozen=True)
 class File:
-    """One file. `name`: as `NAME`. `mark`: as in storage.Entry, when it was listed."""
+    """One file. `path`: below landing/. `table`: empty when it is no table's. `mark`: as in storage.Entry, when it was
+    listed. `sequence`: as in `Lake.sequence`."""
 
-    name: str
+    path: str
     table: str
     bytes: int = 0
     mark: str = ""
+    sequence: int | None = None
+    modified: datetime | None = None
     why: str | None = None  # it is refused
 
     @property
-    def sequence(self) -> int:
-        """The number in its name, by which the files of a stream follow each other."""
-        return sequence_of(self.name)
+    def name(self) -> str:
+        """Its path as text, as tables and people have it."""
+        return ledger.shown(self.path)
 
     @property
     def landing(self) -> str:
-        return f"landing/{self.table}/{self.name}"
+        return f"landing/{self.path}"
 
     def archived(self, date: str) -> str:
-        return f"archive/{date}/{self.table}/{self.name}"
+        return f"archive/{date}/{self.path}"
 
     def refused(self, why: str) -> "File":
         return replace(self, why=why)
 
     @property
-    def _apart(self) -> str:
-        """A name that no other content under the same name has had."""
-        return f"{self.name}~{hashlib.sha256(self.mark.encode()).hexdigest()[:8]}"
-
-
-def name_of(table: str, sequence: int) -> str:
-    """The name of a table's file."""
-    return f"{table}-{sequence:08d}.json"
-
-
-def table_of(name: str) -> str | None:
-    """The table that a file's name says; None when it is not named as one is."""
-    match = NAME.fullmatch(name)
-    return match["table"] if match else None
-
-
-def sequence_of(name: str) -> int:
-    """The number in the name of a table's file."""
-    match = NAME.fullmatch(name)
-    if not match:
-        raise ValueError(f"{name} is not named as a table's file is")
-    return int(match["sequence"])
+    def apart(self) -> str:
+        """A path that no other content under the same path has had, without a dot at the beginning of its name."""
+        folder, name = posixpath.split(self.path)
+        name = name.lstrip(".").encode(errors="surrogateescape")[:NAME_BYTES].decode(errors="ignore")
+        return posixpath.join(folder, f"{name}~{hashlib.sha256(self.mark.encode()).hexdigest()[:8]}")
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """What is in landing. `files`: the lowest sequence first. `repeated`: ingested before, the same bytes."""
+    """What is in landing. `files`: in the order in which they are taken. `repeated`: ingested before, the same bytes.
+    `growing`: still being written. `unmatched`: no table's."""
 
     files: tuple[File, ...]
     repeated: tuple[File, ...]
     refused: tuple[File, ...]
+    growing: tuple[File, ...]
+    unmatched: tuple[File, ...]
 
 
-def look(lake: "Lake", newest: int, ingested: ledger.Ingested, max_bytes: int) -> Waiting:
-    """Sort out the files that are named as a table's are; others are left alone. Opens only what comes a second time.
+def files(lake: "Lake") -> Iterator[tuple[File, Entry]]:
+    """All that is in landing, but what the project keeps there for itself, and what is there, each."""
+    for path, entry in lake.root.tree("landing"):
+        if path not in lake.beside:
+            yield of(lake, path, entry.bytes, entry), entry
 
-    `newest`: the number of the last batch. `ingested`: what is in the lake.
-    """
-    files: list[File] = []
-    repeated: list[File] = []
+
+def unmatched(lake: "Lake") -> list[str]:
+    """What is in landing and no table's: the paths below it."""
+    return [file.name for file, _ in files(lake) if not file.table]
+
+
+def idle(lake: "Lake") -> str:
+    """Why there is nothing to ingest, for people."""
+    waiting = [file.name for file, entry in files(lake) if file.table]
+    growing = said(len(waiting), waiting, "is still being written", "are still being written")
+    strays = unmatched(lake)
+    return "; ".join(
+        filter(None, ("no new files in landing", growing, said(len(strays), strays, "is no table's", "are no table's")))
+    )
+
+
+def said(count: int, names: Iterable[str], one: str, many: str) -> str:
+    """How many files, what of them, and one of their names; empty for none."""
+    return f"{count:,} {one if count == 1 else many}: {min(names)}" if count else ""
+
+
+def of(lake: "Lake", path: str, size: int, entry: Entry | None = None) -> File:
+    """The file at a path below landing/."""
+    mark, modified = (entry.mark, entry.modified) if entry else ("", None)
+    return File(path, table_of(lake, path) or "", size, mark, lake.sequence_of(path), modified)
+
+
+def table_of(lake: "Lake", path: str) -> str | None:
+    """The table whose file a path below landing/ is, the first in the order of their declaration; None for none's."""
+    if path.startswith(f"{RETRIED}/"):
+        table = path.split("/")[1]
+        return table if table in lake.tables else None
+    return next((name for name, table in lake.tables.items() if table.takes(path)), None)
+
+
+def look(
+    lake: "Lake", known: ledger.Known, pointer: dict[str, Any] | None, *, max_bytes: int, quiet_s: float, now: datetime
+) -> Waiting:
+    """Sort out what is in landing. Opens only what comes a second time. `known`: what is in the lake by `pointer`."""
+    waiting: list[File] = []
     refused: list[File] = []
-    for table in lake.tables:
-        for entry in lake.root.entries(f"landing/{table}"):
-            if table_of(entry.name) != table:
-                continue
-            file = File(entry.name, table, entry.bytes, entry.mark)
-            if entry.problem:
-                refused.append(file.refused(entry.problem))
-            elif file.bytes > max_bytes:
-                refused.append(file.refused(f"has {file.bytes:,} bytes: more than the {max_bytes:,} of a batch"))
-            elif not ledger.contains(ingested.get(table, []), file.sequence):
-                files.append(file)
-            elif why := _unlike_before(lake.root, file, newest, max_bytes):
-                refused.append(file.refused(why))
+    growing: list[File] = []
+    unmatched: list[File] = []
+    for file, entry in files(lake):
+        if not file.table:
+            if entry.modified and now - entry.modified > PATIENCE:
+                refused.append(file.refused(f"is no table's: {_globs(lake)}"))
             else:
-                repeated.append(file)
-    order = list(lake.tables)
-    files.sort(key=lambda file: (file.sequence, order.index(file.table)))
-    return Waiting(tuple(files), tuple(repeated), tuple(refused))
+                unmatched.append(file)
+        elif entry.problem:
+            refused.append(file.refused(entry.problem))
+        elif _grows(entry, quiet_s, now):
+            growing.append(file)
+        elif file.bytes > max_bytes:
+            refused.append(file.refused(f"has {file.bytes:,} bytes: more than the {max_bytes:,} of a batch"))
+        else:
+            waiting.append(file)
+    repeated: list[File] = []
+    for file, why in _met_before(lake, known, pointer, waiting, max_bytes):
+        waiting.remove(file)
+        if why:
+            refused.append(file.refused(why))
+        else:
+            repeated.append(file)
+    date = f"{now:%Y-%m-%d}"  # what is there by now could not be taken away from landing
+    refused = [file for file in refused if not lake.root.exists(_refused(file, date) + WHY)]
+    repeated = [file for file in repeated if not lake.root.exists(_repeated(file, date))]
+    return Waiting(*map(tuple, (_ordered(lake, waiting), repeated, refused, growing, unmatched)))
 
 
-def _unlike_before(root: Root, file: File, newest: int, max_bytes: int) -> str | None:
-    """Why a file whose name was ingested before is not the same file; None when it is."""
+def _ordered(lake: "Lake", waiting: list[File]) -> list[File]:
+    """By their numbers, those without one last; then the oldest first, then as their tables are declared."""
+    tables, never = list(lake.tables), datetime.max.replace(tzinfo=UTC)
+
+    def place_in_line(file: File) -> tuple[bool, int, datetime, int, str]:
+        when = never if file.sequence is not None else file.modified or never
+        return file.sequence is None, file.sequence or 0, when, tables.index(file.table), file.path
+
+    return sorted(waiting, key=place_in_line)
+
+
+def _grows(entry: Entry, quiet_s: float, now: datetime) -> bool:
+    """Whether a file may still be written: it did not come whole, and was not quiet for so long."""
+    if entry.whole or not entry.modified:
+        return False
+    return -PATIENCE < now - entry.modified < timedelta(seconds=quiet_s)
+
+
+def _globs(lake: "Lake") -> str:
+    return ", ".join(f"{table.glob} is {name}'s" for name, table in lake.tables.items())
+
+
+def _met_before(
+    lake: "Lake", known: ledger.Known, pointer: dict[str, Any] | None, waiting: list[File], max_bytes: int
+) -> list[tuple[File, str | None]]:
+    """The files whose path is in the lake, and why they are refused: None when the content is, too."""
+    digests = {ledger.of_path(file.path): file for file in waiting}
+    batches = known.find([*digests])
+    if not batches or not pointer:
+        return []
+    before: dict[str, dict[str, int]] = {}  # path -> sha256 -> batch
+    for path, sha256, batch in (
+        ledger.published(lake, pointer, batches.values()).select("path", "sha256", "batch").rows()
+    ):
+        before.setdefault(path, {})[sha256] = batch
+    met = [digests[digest] for digest in batches if digests[digest].name in before]
+    return [(file, _unlike(lake.root, file, before[file.name], max_bytes)) for file in met]
+
+
+def _unlike(root: Root, file: File, before: dict[str, int], max_bytes: int) -> str | None:
+    """Why a file whose path was ingested is not the same file; None when it is. `before`: sha256 -> batch."""
     try:
         sha256 = hashlib.sha256(root.read_at_most(file.landing, max_bytes)).hexdigest()
     except Unreadable as error:
         return str(error)
-    number, before = ledger.sha256_of(root, newest, file.name)
-    if number is None:
-        return f"number {file.sequence} of {file.table} was ingested before, under another name"
-    return None if sha256 == before else f"was ingested in batch {number} with other content"
-
-
-def unnamed(lake: "Lake") -> list[str]:
-    """The paths of the files that are no table's: they are left alone."""
-    inputs = [f"landing/{table}/{name}" for table in lake.tables for name in lake.root.names(f"landing/{table}")]
-    taken = {path for path in inputs if table_of(path.rpartition("/")[2]) == path.split("/")[1]}
-    beside = {f"landing/{name}" for name in lake.beside}
-    return [path for path in lake.root.files("landing") if path not in taken | beside]
+    return None if sha256 in before else f"was ingested in batch {max(before.values())} with other content"
 
 
 def cut(files: tuple[File, ...], max_files: int, max_bytes: int) -> tuple[File, ...]:
@@ -136,7 +204,7 @@ def cut(files: tuple[File, ...], max_files: int, max_bytes: int) -> tuple[File, 
     while taken < len(files) and taken < max_files and (size := size + files[taken].bytes) <= max_bytes:
         taken += 1
     whole = taken
-    while 0 < whole < len(files) and files[whole - 1].sequence == files[whole].sequence:
+    while 0 < whole < len(files) and None is not files[whole - 1].sequence == files[whole].sequence:
         whole -= 1
     return files[: whole or taken]
 
@@ -144,7 +212,7 @@ def cut(files: tuple[File, ...], max_files: int, max_bytes: int) -> tuple[File, 
 def archive(root: Root, files: Iterable[tuple[File, str]], date: str, run_id: str) -> list[File]:
     """Move ingested files (and their sha256) to the archive of that day. Returns those that changed meanwhile: refused.
 
-    May be called again after a crash.
+    May be called again after a crash. A file that cannot be taken away from landing is copied.
     """
     changed, folders = [], set()
     for file, sha256 in files:
@@ -153,7 +221,7 @@ def archive(root: Root, files: Iterable[tuple[File, str]], date: str, run_id: st
         if entry and entry.mark != file.mark and not _is(root, file, sha256):
             changed.append(file.refused("changed while it was ingested: the lake has what it was before"))
         else:
-            folders.add(f"archive/{date}/{file.table}")
+            folders.add(posixpath.dirname(file.archived(date)))
             if entry:  # when it is not there it was moved before, by a run that may have died before it was synced
                 root.move(file.landing, file.archived(date))
         crash_point(f"after the archive: {file.table}")
@@ -170,19 +238,64 @@ def _is(root: Root, file: File, sha256: str) -> bool:
 
 
 def set_aside(root: Root, repeated: Iterable[File], date: str) -> None:
-    """Move files that were ingested before to the archive, beside the first ones."""
+    """Move files that were ingested before to the archive, apart from the first ones."""
     for file in repeated:
-        root.move(file.landing, f"archive/{date}/repeated/{file._apart}")
+        root.move(file.landing, _repeated(file, date))
 
 
 def refuse(root: Root, files: Iterable[File], date: str, run_id: str) -> None:
-    """Move files to `refused/<date>/<table>/`, each beside a file that says why."""
+    """Move files to `refused/<date>/`, each beside a file that says why."""
     for file in files:
         entry = root.entry(file.landing)
         file = replace(file, mark=entry.mark if entry else file.mark)
-        target = f"refused/{date}/{file.table}/{file._apart}"
-        why = {"table": file.table, "file": file.name, "why": file.why, "bytes": file.bytes, "run_id": run_id}
-        root.write(target + WHY, json.dumps(why, indent=1).encode())
+        target = _refused(file, date)
+        root.write(target + WHY, _why(file, run_id))
         crash_point("a refused file is not moved yet")
         if entry:
             root.move(file.landing, target)
+
+
+def _repeated(file: File, date: str) -> str:
+    return f"archive/{date}/{REPEATED}/{file.apart}"
+
+
+def _refused(file: File, date: str) -> str:
+    return f"refused/{date}/{file.apart}"
+
+
+def _why(file: File, run_id: str) -> bytes:
+    why = {"table": file.table or None, "file": file.name, "landing": file.landing, "why": file.why}
+    return json.dumps(why | {"bytes": file.bytes, "run_id": run_id}, indent=1).encode()
+
+
+class Grown(NamedTuple):
+    """What was written to a file after it was ingested. `date`: of the archive that it is in."""
+
+    file: File
+    content: bytes
+    date: str
+
+
+def grown(root: Root, document: dict[str, Any]) -> Iterator[Grown]:
+    """Of a batch's files, as its manifest has them, those that have grown, but what `keep` has kept.
+
+    Who has a file open does not notice that it is moved.
+    """
+    date, batch = document["date"], document["batch"]
+    for file in document["files"] if root.may_tear else ():
+        rel = f"archive/{date}/{file['path']}"
+        entry = root.entry(rel)
+        if entry and entry.problem is None and entry.bytes > file["bytes"]:
+            path = f"{RETRIED}/{file['table']}/{ledger.of_path(file['path'])}-{batch}"
+            why = f"was written to {ledger.shown(file['path'])} after that was ingested in batch {batch}"
+            added = root.read(rel)[file["bytes"] :]
+            rest = File(path, file["table"], len(added), f"{len(added)}", why=why)
+            if not root.exists(_refused(rest, date) + WHY):
+                yield Grown(rest, added, date)
+
+
+def keep(root: Root, parts: Iterable[Grown], run_id: str) -> None:
+    """Put what was written too late into `refused/`, to be ingested as a file of its own by whoever wants to."""
+    for file, content, date in parts:
+        root.write(_refused(file, date), content)
+        root.write(_refused(file, date) + WHY, _why(file, run_id))

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from etl.lake import ingest, landing, snapshot
-from etl.lake.landing import WHY
+from etl.lake import ingest, snapshot
+from etl.lake.landing import RETRIED, WHY
 from etl.lake.parse import NOT_UTF8, RAW_CHARS, parse
 from etl.lake.table import QUARANTINE
 
@@ -17,15 +17,17 @@ if TYPE_CHECKING:
 
 
 def refused_files(lake: "Lake") -> list[dict[str, Any]]:
-    """The files that were refused whole: table, file, why, bytes, run_id, date, path; the newest day first."""
+    """The files that were refused whole: table (None for none), file, landing (where it was), why, bytes, run_id, date,
+    path; the newest day first."""
     root, refused = lake.root, []
     for date in reversed(root.names("refused")):
-        for table in root.names(f"refused/{date}"):
-            names = root.names(f"refused/{date}/{table}")
-            for name in names:
-                if name.endswith(WHY) and name.removesuffix(WHY) in names:
-                    why = json.loads(root.read(f"refused/{date}/{table}/{name}"))
-                    refused.append(why | {"date": date, "path": f"refused/{date}/{table}/{name.removesuffix(WHY)}"})
+        rels = root.files(f"refused/{date}")
+        there = {*rels}
+        for rel in rels:
+            if rel.endswith(WHY) and (path := rel.removesuffix(WHY)) in there:
+                why = json.loads(root.read(rel))
+                why.setdefault("landing", f"landing/{why['table']}/{why['file']}")  # as it was until November 2026
+                refused.append(why | {"date": date, "path": path})
     return refused
 
 
@@ -46,23 +48,39 @@ def overview(lake: "Lake") -> list[dict[str, Any]]:
     return [*whole, *by_line]
 
 
-def retry(lake: "Lake", file: str) -> list[str]:
-    """Put what was refused of a file into landing again; returns the paths, to be ingested by the next run.
+def find(lake: "Lake", name: str) -> tuple[list[dict[str, Any]], pl.DataFrame]:
+    """What was refused of the file that is called so, or has a path that ends so: whole, and its lines.
 
-    A file that was refused whole comes back under its own name. Of one whose lines were refused, those that fit by now
-    come in a file of their own, whose name follows from batch and file: asked for twice, they are ingested once, and
-    lines that fit only later need a file of yours. The rows of quarantine stay, as what happened.
+    Raises LookupError when there is no such file, or several.
+    """
+    whole, lines = refused_files(lake), refused_lines(lake)
+    names = {*(row["file"] for row in whole), *lines["file"]}
+    named = [name] if name in names else sorted(other for other in names if other.endswith(f"/{name}"))
+    if not named:
+        raise LookupError(f"nothing of {name} was refused; `quarantine list` names what was")
+    if len(named) > 1:
+        raise LookupError(f"{name} is one of {', '.join(named)}: write its path")
+    return [row for row in whole if row["file"] == named[0]], lines.filter(file=named[0])
+
+
+def retry(lake: "Lake", file: str) -> list[str]:
+    """Put what was refused of a file, as `find` finds it, into landing again; returns the paths, to be ingested by the
+    next run.
+
+    A file that was refused whole comes back where it was. Of one whose lines were refused, those that fit by now come
+    in a file of their own, whose name follows from batch and file: asked for twice, they are ingested once, and lines
+    that fit only later need a file of yours. The rows of quarantine stay, as what happened.
     Raises LookupError when there is nothing to try, FileExistsError when it waits already.
     """
-    whole = next((refused for refused in refused_files(lake) if refused["file"] == file), None)
-    made = [_land_whole(lake, whole)] if whole else _land_lines(lake, file)
+    whole, lines = find(lake, file)
+    made = [_land_whole(lake, whole[0])] if whole else _land_lines(lake, lines)
     if not made:
         raise LookupError(f"nothing of {file} fits: `quarantine show {file}` tells why")
     return made
 
 
 def _land_whole(lake: "Lake", refused: dict[str, Any]) -> str:
-    target = f"landing/{refused['table']}/{refused['file']}"
+    target = str(refused["landing"])
     if lake.root.entry(target):
         raise FileExistsError(f"{target} is there already")
     lake.root.move(refused["path"], target)
@@ -70,23 +88,15 @@ def _land_whole(lake: "Lake", refused: dict[str, Any]) -> str:
     return target
 
 
-def _land_lines(lake: "Lake", file: str) -> list[str]:
-    lines = refused_lines(lake, file)
-    if lines.is_empty():
-        raise LookupError(f"nothing of {file} was refused; `quarantine list` names what was")
+def _land_lines(lake: "Lake", lines: pl.DataFrame) -> list[str]:
     made, now = [], datetime.now(UTC).isoformat()
-    for (batch, table), group in lines.group_by("batch", "table", maintain_order=True):
+    for (batch, table, file), group in lines.group_by("batch", "table", "file", maintain_order=True):
         whole = group.filter(
             pl.col("raw").str.len_bytes() < RAW_CHARS, ~pl.col("reason").str.starts_with(NOT_UTF8)
         )  # what is not here as it was would be ingested as something else
         rules = ingest.rules(lake.tables[str(table)], now)
         fit = [raw for raw in whole["raw"] if parse(raw.encode(), rules)[0].height]
-        target = f"landing/{table}/{landing.name_of(str(table), _sequence_of(batch, file))}"
+        target = f"landing/{RETRIED}/{table}/{zlib.crc32(f'{batch} {file}'.encode()):08x}-{batch}.json"
         if fit and lake.root.create(target, "".join(f"{raw}\n" for raw in fit).encode()):
             made.append(target)
     return made
-
-
-def _sequence_of(batch: object, file: str) -> int:
-    """One that no stream comes to in a lifetime."""
-    return 90_000_000 + zlib.crc32(f"{batch} {file}".encode()) % 10_000_000

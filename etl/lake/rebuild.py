@@ -36,11 +36,12 @@ class RowsWouldGo(RuntimeError):
 
 @dataclass(frozen=True)
 class Part:
-    """A batch as it was. `paths`: of its files, by name. `date`: of its archive. `at`: its time, ISO 8601."""
+    """A batch as it was. `files`: path below landing -> where it is now, and how many bytes of it count, None for all.
+    `date`: of its archive. `at`: its time, ISO 8601."""
 
     date: str
     at: str
-    paths: dict[str, str]
+    files: dict[str, tuple[str, int | None]]
 
 
 def rebuild(lake: "Lake", run_id: str = "rebuild", accept_quarantine: bool = False) -> pl.DataFrame:
@@ -73,64 +74,97 @@ def rebuild(lake: "Lake", run_id: str = "rebuild", accept_quarantine: bool = Fal
 
 
 def _parts(lake: "Lake") -> list[Part]:
-    """The batches, from their manifests; what none of them names comes last. Raises NotWhole."""
+    """The batches, from the ledger; what is not in it comes last. Raises NotWhole."""
     archived, now = _archived(lake), datetime.now(UTC)
-    manifests = list(_manifests(lake.root))
-    parts, lost = [], []
+    parts: dict[int, Part] = {}
+    lost: list[str] = []
     used: set[str] = set()
-    for manifest in manifests:
-        paths = {}
-        for file in manifest["files"]:
-            copies = archived.get(file["name"], [])
-            match = next((rel for rel in copies if _sha256(lake.root, rel) == file["sha256"]), None)
-            if match is None:
-                lost.append(file["name"])
-            else:
-                paths[file["name"]] = match
-        used |= paths.keys()
-        parts.append(Part(manifest["date"], ledger.time_of(manifest, now), paths))
-    known = {file["name"] for manifest in manifests for file in manifest["files"]}
-    for table, ranges in (manifests[-1]["ingested"] if manifests else {}).items():
-        numbers = {landing.sequence_of(name) for name in known | archived.keys() if landing.table_of(name) == table}
-        missing = (number for low, high in ranges for number in range(low, high + 1) if number not in numbers)
-        lost += [landing.name_of(table, number) for number in missing]
-    if lost:
+    rows = _ledger(lake)
+    for file in rows:
+        path, size = file["path"], file["bytes"]
+        rels = archived.get(path, [])
+        match = next((rel for rel in rels if _sha256(lake.root, rel, size) == file["sha256"]), None)
+        if match is None:
+            lost.append(path)
+            continue
+        at = file["at"].isoformat(timespec="seconds")
+        part = parts.setdefault(file["batch"], Part(at[:10], at, {}))
+        part.files[_landing_path(match)] = match, size
+        used.add(path)
+    if lost := [*lost, *_lost_unnamed(lake, archived, rows)]:
         raise NotWhole(
             f"the archive lacks {len(lost)} files that are in the lake, {min(lost)} among them: its days are kept for "
-            f"a time only (archive_days of {lake.compacted_by}). Put them back into archive/<date>/<table>/ and try "
-            "again. Nothing was changed"
+            f"a time only (archive_days of {lake.compacted_by}). Put them back into archive/<date>/ where they were, "
+            "and try again. Nothing was changed"
         )
-    rest = {name: rels[-1] for name, rels in archived.items() if name not in used}
-    if rest or not parts:
-        parts.append(Part(f"{now:%Y-%m-%d}", now.isoformat(timespec="seconds"), rest))
-    return parts
+    rest: dict[str, tuple[str, int | None]] = {
+        _landing_path(rels[-1]): (rels[-1], None) for path, rels in archived.items() if path not in used
+    }
+    ordered = [parts[number] for number in sorted(parts)]
+    if rest or not ordered:
+        ordered.append(Part(f"{now:%Y-%m-%d}", now.isoformat(timespec="seconds"), rest))
+    return ordered
+
+
+def _ledger(lake: "Lake") -> list[dict[str, Any]]:
+    """The files of the lake, by batch: those of the table that can be read, and those of manifests."""
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
+    now = datetime.now(UTC)
+    for document in _manifests(lake.root):
+        at = datetime.fromisoformat(ledger.time_of(document, now)).astimezone(UTC)
+        for file in document["files"]:
+            path = ledger.shown(file["path"])
+            rows[document["batch"], path] = file | {"path": path, "batch": document["batch"], "at": at}
+    with contextlib.suppress(*UNREADABLE):
+        pointer = snapshot.read_pointer(lake.root)
+        if pointer and "files" in pointer["tables"]:
+            rows |= {(row["batch"], row["path"]): row for row in ledger.published(lake, pointer).iter_rows(named=True)}
+    return [rows[key] for key in sorted(rows)]
+
+
+def _lost_unnamed(lake: "Lake", archived: dict[str, list[str]], rows: list[dict[str, Any]]) -> list[str]:
+    """What is in the lake by its index, where the ledger, of which `rows` can be read, is damaged, and nowhere else."""
+    known: set[str] = set()
+    for document in _manifests(lake.root):
+        with contextlib.suppress(*UNREADABLE):
+            before = ledger.Known(lake.root, document["known"]["index"], document["known"]["recent"])
+            known = before.with_files(document["batch"], document["files"]).all()
+    lost = known - {*ledger.digests_of(rows)}
+    for path, rels in archived.items() if lost else ():
+        table = landing.table_of(lake, path)
+        lost -= {ledger.of_path(path), *(ledger.of_content(str(table), _sha256(lake.root, rel)) for rel in rels)}
+    return ["one whose name is not known"] * len(lost)
 
 
 def _manifests(root: Root) -> Iterator[dict[str, Any]]:
     """Those that can be read, in order of their numbers."""
-    names = (re.fullmatch(r"(\d{8})\.json", name) for name in root.names("lake/batches"))
+    names = (re.fullmatch(r"(\d{8})\.json", name) for name in root.names(ledger.BATCHES))
     for number in sorted(int(match[1]) for match in names if match):
-        if manifest := _readable(root, number):  # the files of others are found by their names
+        if manifest := _readable(root, number):  # the files of others are found by their paths
             yield manifest
 
 
 def _archived(lake: "Lake") -> dict[str, list[str]]:
-    """Name -> its paths in the archive, the oldest day first, or in landing, of a batch that was not archived yet."""
+    """Path as text -> where it is in the archive, the oldest day first, or in landing, of a batch that was not archived
+    yet."""
     root = lake.root
-    paths: dict[str, list[str]] = {}
-    folders = [f"archive/{date}" for date in root.names("archive")]
-    for folder in folders:
-        for table in lake.tables:
-            for name in root.names(f"{folder}/{table}"):
-                if landing.table_of(name):
-                    paths.setdefault(name, []).append(f"{folder}/{table}/{name}")
+    rels: dict[str, list[str]] = {}
+    for date in root.names("archive"):
+        for path, entry in root.tree(f"archive/{date}"):
+            if landing.table_of(lake, path) and not entry.problem:
+                rels.setdefault(ledger.shown(path), []).append(f"archive/{date}/{path}")
     published = _published_batch(root)
     for number in (published, published + 1):
         for file in (_readable(root, number) or {"files": []})["files"]:
-            rel = f"landing/{file['table']}/{file['name']}"
-            if root.entry(rel):
-                paths.setdefault(file["name"], []).append(rel)
-    return paths
+            if root.entry(f"landing/{file['path']}"):
+                rels.setdefault(ledger.shown(file["path"]), []).append(f"landing/{file['path']}")
+    return rels
+
+
+def _landing_path(rel: str) -> str:
+    """The path below landing/ of a file that is in the archive or in landing."""
+    folder, _, path = rel.partition("/")
+    return path.partition("/")[2] if folder == "archive" else path
 
 
 def _published_batch(root: Root) -> int:
@@ -148,24 +182,26 @@ def _readable(root: Root, number: int) -> dict[str, Any] | None:
         return None
 
 
-def _sha256(root: Root, rel: str) -> str:
-    return hashlib.sha256(root.read(rel)).hexdigest()
+def _sha256(root: Root, rel: str, size: int | None = None) -> str:
+    """Of a file's first `size` bytes, of all where None."""
+    return hashlib.sha256(root.read(rel)[:size]).hexdigest()
 
 
 def _again(lake: "Lake", scratch: "Lake", part: Part, run_id: str) -> None:
     """Land the files of one batch in the scratch root, and ingest them."""
-    for name, rel in part.paths.items():
-        scratch.root.write(f"landing/{landing.table_of(name)}/{name}", lake.root.read(rel))
+    for path, (rel, size) in part.files.items():
+        scratch.root.write(f"landing/{path}", lake.root.read(rel)[:size])
     day = datetime.fromisoformat(part.date).replace(tzinfo=UTC)
     ingest.drain(
         scratch,
-        max_files=max(len(part.paths), 1),
+        max_files=max(len(part.files), 1),
         max_bytes=NO_LIMIT,
         max_bad_share=1.0,
         for_s=float("inf"),
         scheduled_for=part.at,
         now=day,
         run_id=run_id,
+        again=True,
     )
     scratch.root.remove_tree("archive")
 

@@ -5,8 +5,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import polars as pl
 
@@ -18,7 +19,14 @@ INT, INT32, TEXT, DAY = pl.Int64, pl.Int32, pl.String, pl.Date
 TIME = pl.Datetime("us", "UTC")
 QUARANTINE: dict[str, DataType] = {"batch": INT, "table": TEXT, "file": TEXT, "line": INT, "reason": TEXT, "raw": TEXT}
 QUARANTINE_KEY = ("batch", "table", "file", "line")
+LEDGER: dict[str, DataType] = {
+    **{"batch": INT, "path": TEXT, "table": TEXT, "bytes": INT, "sha256": TEXT},
+    **{"rows": INT, "refused": INT, "at": TIME},  # lines of it; null where nobody counted. The batch's time
+}
+LEDGER_KEY = ("batch", "path")
+RESERVED = ("files", "quarantine")  # tables that every lake has
 RESCUED = "_rescued"  # in the lake, beside a table's own columns: the fields of a line that no column takes, as JSON
+NAME = re.compile(r"\w[\w-]*", re.ASCII)  # of a table: a folder's, and part of URLs
 UNNAMEABLE = re.compile(r'[ ,;{}()\n\t="\\]')  # what Parquet, Delta or JSON do not take in a name as it is
 
 
@@ -62,15 +70,28 @@ class Table:
     """One table. `columns`: name -> type or `Column`, in order. `key`: the columns that name a row, never null.
 
     `time`: the column that says when a row came to be (UTC), where there is one; the newest over all tables is how new
-    the lake is. Raises ValueError, with table and column, for what cannot be stored or read.
+    the lake is. `files`: a glob of the paths below landing/ of its files, `**` for any folders; by default all that is
+    in the folder of its name. Names that begin with a dot are taken where the glob has one. `on_duplicate`: what
+    becomes of a file with the content of another one of the table's that is in the lake: `refuse`, or `keep` to have
+    its rows again. Raises ValueError, with table and column, for what cannot be stored or read.
     """
 
     name: str
     columns: Mapping[str, Column | DataType]
     key: tuple[str, ...]
     time: str | None = None
+    files: str | None = None
+    on_duplicate: Literal["refuse", "keep"] = "refuse"
 
     def __post_init__(self) -> None:
+        if self.on_duplicate not in ("refuse", "keep"):
+            raise ValueError(f"{self.name} has on_duplicate={self.on_duplicate!r}: it is 'refuse' or 'keep'")
+        if not NAME.fullmatch(self.name) or self.name in RESERVED:
+            raise ValueError(
+                f"{self.name!r} is no name for a table: letters, digits, _ and -, and not {' or '.join(RESERVED)}"
+            )
+        if self.files is not None and (not self.files.strip("/") or self.files != self.files.strip("/")):
+            raise ValueError(f"{self.name} has files={self.files!r}: it is a glob of paths below landing/")
         for column, why in _faults(self):
             raise ValueError(f"{self.name}.{column} {why}")
 
@@ -82,6 +103,17 @@ class Table:
         low, high = column.range or (None, None)
         column = replace(column, range=(low, latest if high is None else min(high, latest)))
         return replace(self, columns={**self.columns, self.time: column})
+
+    @property
+    def glob(self) -> str:
+        """Its files' paths below landing/."""
+        return self.files or f"{self.name}/**"
+
+    def takes(self, path: str) -> bool:
+        """Whether a path below landing/ is one of its files'."""
+        hidden = path.startswith(".") or "/." in path
+        allowed = not hidden or self.glob.startswith(".") or "/." in self.glob
+        return allowed and _matches(path.split("/"), self.glob.split("/"))
 
     @cached_property
     def fields(self) -> dict[str, Column]:
@@ -122,6 +154,17 @@ class Table:
         for column, why in _unanswerable(self):
             raise ValueError(f"{self.name}.{column} {why}")
         return [(name, *rule) for name, column in self.fields.items() for rule in _rules(name, column)]
+
+
+def _matches(names: list[str], patterns: list[str]) -> bool:
+    """Whether the folders and the name of a path are as a glob has them."""
+    if not patterns:
+        return not names
+    if patterns == ["**"]:
+        return bool(names)
+    if patterns[0] == "**":
+        return any(_matches(names[n:], patterns[1:]) for n in range(len(names)))
+    return bool(names) and fnmatchcase(names[0], patterns[0]) and _matches(names[1:], patterns[1:])
 
 
 def _rules(name: str, column: Column) -> Iterator[tuple[pl.Expr, str]]:

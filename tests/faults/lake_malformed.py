@@ -114,7 +114,6 @@ def _files() -> list[tuple[str, object, str | None]]:
         ("too large", b"x" * 6_000_000, "has 6,000,000 bytes: more than the 5,000,000 of a batch"),
         ("symbolic link", lambda path: os.symlink("/etc/passwd", path), "is a symbolic link"),
         ("dangling link", lambda path: os.symlink("/nowhere", path), "is a symbolic link"),
-        ("folder", os.mkdir, "is a folder"),
         ("named pipe", os.mkfifo, "is a named pipe"),
         ("device", lambda path: os.mknod(path, 0o020666, os.makedev(1, 5)), "is a device"),  # /dev/zero
     ]
@@ -126,13 +125,13 @@ def by_hand(n: int, seed: int) -> str:
         place, cases = Root.at(root), [*_files()][:n]
         lines = [bad for _, bad, _ in LINES if len(bad) < 1_000_000][:n]
         place.write("landing/orders/orders-00000000.json", b"\n".join([*lines, line().encode(), b""]))
-        want = {"orders-00000000.json": (len(lines) + 1, 1)}
+        want = {"orders/orders-00000000.json": (len(lines) + 1, 1)}
         for tick, (what, content, why) in enumerate(cases, start=1):
-            name = f"orders-{tick:08d}.json"
+            name = f"orders/orders-{tick:08d}.json"
             if isinstance(content, bytes):
-                place.write(f"landing/orders/{name}", content)
+                place.write(f"landing/{name}", content)
             elif what != "device" or os.geteuid() == 0:  # only root makes one
-                content(f"{root}/landing/orders/{name}")
+                content(f"{root}/landing/{name}")
             if why is None:
                 want[name] = (parse.line_count(content) - parse.blank_lines(content), None)
         batch = Lake(root).next_batch(max_files=500, max_bytes=5_000_000, scheduled_for=AT)
@@ -142,10 +141,10 @@ def by_hand(n: int, seed: int) -> str:
         whys = {one["file"]: one["why"] for one in Lake(root).refused_files()}
         for tick, (what, _, why) in enumerate(cases, start=1):
             if why and why not in whys.get(
-                f"orders-{tick:08d}.json", f"nothing; {what} was not made" * (what != "device")
+                f"orders/orders-{tick:08d}.json", f"nothing; {what} was not made" * (what != "device")
             ):
-                raise NotHeld(f"{what}: {whys.get(f'orders-{tick:08d}.json')!r} does not say {why!r}")
-        if waiting := place.names("landing/orders"):
+                raise NotHeld(f"{what}: {whys.get(f'orders/orders-{tick:08d}.json')!r} does not say {why!r}")
+        if waiting := [path for path, _ in place.tree("landing")]:
             raise NotHeld(f"{waiting} still wait")
         refused = f"{len(whys)} files refused, {parsed.refused.height} lines set apart"
         return f"{len(lines)} lines and {len(cases)} files: {refused}"
@@ -166,7 +165,7 @@ def _all_accounted(root: str, want: dict[str, tuple[int, int | None]]) -> None:
     for file, (lines, good) in want.items():
         if good is not None and refused.get(file, 0) != lines - good:
             raise NotHeld(f"{file}: {refused.get(file, 0)} of {lines} lines are in quarantine, not {lines - good}")
-        if not any(file in place.names(f"archive/{day}/orders") for day in place.names("archive")):
+        if not any(place.exists(f"archive/{day}/{file}") for day in place.names("archive")):
             raise NotHeld(f"{file} is not in the archive")
 
 

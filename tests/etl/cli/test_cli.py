@@ -456,7 +456,7 @@ def test_what_was_refused_is_listed_shown_and_tried_again_and_the_lake_rebuilt(f
     Root.at(filled).write("landing/orders/orders-00000009.json", b"\x1f\x8b")
     ingest_all(filled)
     (listed,) = json.loads(run("quarantine", "list", "--json")[1])
-    assert (listed["file"], listed["lines"]) == ("orders-00000009.json", None)
+    assert (listed["file"], listed["lines"]) == ("orders/orders-00000009.json", None)
     assert "is damaged gzip" in run("quarantine", "show", listed["file"])[1]
     assert "landing/orders/orders-00000009.json" in run("quarantine", "retry", listed["file"])[1]
     assert run("quarantine", "retry", "orders-1.json")[0] == 1

@@ -3,6 +3,7 @@
 import html
 import json
 import multiprocessing
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def test_an_ingested_file_that_appears_again_is_set_aside(filled, stream, made):
     assert Lake(filled).snapshot().batch == 1
     assert_exactly(filled, made)
     assert Root.at(filled).names("landing/orders") == []
-    assert sum(len(Root.at(filled).names(f"archive/{day}/repeated")) for day in Root.at(filled).names("archive")) == 2
+    assert len([*Path(filled, "archive").glob("*/.repeated/*/*")]) == 2
     assert Lake(filled).next_batch(max_files=500, scheduled_for=AT) is None
 
 
@@ -112,7 +113,7 @@ def test_bad_rows_reach_quarantine_with_file_and_line(landed, made):
     Lake.commit(parsed, run_id="one")
     quarantine = Lake(landed).snapshot().frame("quarantine").collect()
     assert quarantine.select("batch", "table", "file", "line", "raw").rows() == [
-        (1, "orders", "orders-00000001.json", 4, "{oops")
+        (1, "orders", "orders/orders-00000001.json", 4, "{oops")
     ]
     total = sum(frames["orders"].height for frames in made.values())
     assert rows(landed, "orders").height == total - 1
@@ -145,7 +146,7 @@ def test_a_row_that_nothing_can_say_is_set_apart_and_stops_nothing(landed, made,
     assert rows(landed, "orders").height == whole.height - 1
     assert snapshot.as_of == whole["o_order_time"].max()
     apart = snapshot.frame("quarantine").collect()
-    assert apart.select("file", "line", "raw").rows() == [("orders-00000001.json", 4, odd.decode())]
+    assert apart.select("file", "line", "raw").rows() == [("orders/orders-00000001.json", 4, odd.decode())]
     assert apart["reason"][0].startswith(next(iter(UNSAYABLE[what])))
     assert odd.decode()[:20] in html.unescape(charts.table(apart)._repr_html_())
 
@@ -224,7 +225,7 @@ def test_files_are_archived_under_the_day_of_the_clock(landed, made, monkeypatch
     Lake.commit(parsed, run_id="two")
     names = [{path.name for path in Path(landed, "archive").glob(f"2026-03-0{day}/*/*")} for day in (1, 2)]
     assert [len(day) for day in names] == [3, 5]
-    assert names[0] | names[1] == {file.name for file in batch.files}
+    assert names[0] | names[1] == {Path(file.path).name for file in batch.files}
     ingest_all(landed)
     assert place.names("refused") == [max(place.names("archive"))]  # today's
     compared = Lake(landed).rebuild()
@@ -244,7 +245,7 @@ def test_a_file_of_which_no_line_fits_is_refused_and_stops_nothing(landed, made)
     assert done.select("files", "files_refused", "refused", "committed").rows() == [(12, 3, 0, True)]
     assert_exactly(landed, made)
     last = len(rows_of)
-    assert why_refused(landed) == {
+    assert {Path(file).name: why for file, why in why_refused(landed).items()} == {
         "orders-00000007.json": f"is a JSON array that cannot be read beyond element {last}: no comma and no end",
         "orders-00000008.json": "has no line that fits: not JSON: Expecting property name enclosed in double quotes at "
         "character 2 (line 1 and 98 more)",
@@ -255,20 +256,23 @@ def test_a_file_of_which_no_line_fits_is_refused_and_stops_nothing(landed, made)
 def test_files_that_are_no_tables_are_left_alone(landed):
     place = Root.at(landed)
     place.write("landing/orders/readme.txt", b"hello")
-    place.write("landing/orders/lineitem-00000001.json", b"{}\n")
     place.write("landing/secrets/secrets-00000001.json", b"{}\n")
     ingest_all(landed)
-    assert place.names("landing/orders") == ["lineitem-00000001.json", "readme.txt"]
+    assert place.names("landing/orders") == []
+    assert "orders/readme.txt" in why_refused(landed)
     assert place.names("landing/secrets") == ["secrets-00000001.json"]
 
 
-def test_ranges_of_sequences_stay_small():
-    ranges = []
-    for sequence in (0, 1, 2, 5, 4, 3, 9):
-        ranges = ledger.with_sequence(ranges, sequence)
-    assert ranges == [[0, 5], [9, 9]]
-    assert ledger.contains(ranges, 4)
-    assert not ledger.contains(ranges, 7)
+def earlier(place: Root, number: int) -> None:
+    """A manifest as releases until November 2026 wrote it down."""
+    document = ledger.read(place, number)
+    document["files"] = [
+        {"name": file["path"].rpartition("/")[2]} | {key: file[key] for key in ("table", "bytes", "sha256")}
+        for file in document["files"]
+    ]
+    document |= {"ingested": {file["table"]: [[0, 2]] for file in document["files"]}}
+    del document["known"]
+    place.write(ledger.manifest(number), ledger.written(document))
 
 
 def why_refused(root: str) -> dict[str, str]:
@@ -290,23 +294,22 @@ def stop_before(monkeypatch, name: str) -> None:
 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_batch_that_an_earlier_release_left_unfinished_is_finished(landed, made, monkeypatch, step):
-    """Its manifest has the number of each file's name as "tick"."""
+    """Its manifest has names of files in the folder of their table, and which numbers are in the lake."""
     place = Root.at(landed)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         stop_before(patched, step)
         ingest_all(landed)
     manifest = ledger.read(place, 1)
-    assert not any("tick" in file for file in manifest["files"])
-    files = [file | {"tick": int(file["name"][-13:-5])} for file in manifest["files"]]
-    place.write(ledger.manifest(1), json.dumps(manifest | {"files": files}, indent=1).encode())
+    earlier(place, 1)
     batch = Lake(landed).next_batch(max_files=1, scheduled_for=AT)
-    assert [file.name for file in batch.files] == [file["name"] for file in files]
+    assert [file.path for file in batch.files] == [file["path"] for file in manifest["files"]]
     parsed = Lake.read(batch)
     assert parsed.batch.refused == ()
     Lake.commit(parsed, run_id="again")
     assert_exactly(landed, made)
     assert all(place.names(f"landing/{table}") == [] for table in TABLES)
-    assert place.exists(ledger.done(1)) and ledger.ingested_until(place, 1)["orders"] == [[0, 2]]
+    known = ledger.known(Lake(landed), snapshots.read_pointer(place))
+    assert place.exists(ledger.done(1)) and len(known.all()) == 2 * 12
     assert Lake(landed).next_batch(max_files=9, scheduled_for=AT) is None
     assert Lake(landed).rebuild()["equal"].all()
     assert_exactly(landed, made)
@@ -321,7 +324,7 @@ def test_a_file_that_changes_after_it_was_written_down_is_refused(landed, made, 
     Root.at(landed).write(name, Root.at(landed).read(name).replace(b"Clerk", b"Clark"))
     parsed = Lake.read(Lake(landed).next_batch(max_files=500, scheduled_for=AT))
     assert [(file.name, file.why) for file in parsed.batch.refused] == [
-        ("orders-00000001.json", "changed since batch 1 was written down")
+        ("orders/orders-00000001.json", "changed since batch 1 was written down")
     ]
     Lake.commit(parsed, run_id="again")
     clerks = rows(landed, "orders")["o_clerk"]
@@ -329,7 +332,7 @@ def test_a_file_that_changes_after_it_was_written_down_is_refused(landed, made, 
     # what was committed before the change stays; what was not is not half there
     whole = sum(frames["orders"].height for frames in made.values())
     assert clerks.len() == (whole if step == "swap_pointer" else whole - made[1]["orders"].height)
-    assert why_refused(landed) == {"orders-00000001.json": "changed since batch 1 was written down"}
+    assert why_refused(landed) == {"orders/orders-00000001.json": "changed since batch 1 was written down"}
     # brought back, it is ingested only where its name never was
     assert Lake(landed).retry("orders-00000001.json") == ["landing/orders/orders-00000001.json"]
     batch = Lake(landed).next_batch(max_files=500, scheduled_for=AT)
@@ -340,7 +343,7 @@ def test_a_file_that_changes_while_it_is_ingested_does_not_reach_the_archive(lan
     parsed = Lake.read(Lake(landed).next_batch(max_files=500, scheduled_for=AT))
     Root.at(landed).write("landing/orders/orders-00000001.json", b"{}\n")
     Lake.commit(parsed, run_id="one")
-    assert "changed while it was ingested" in why_refused(landed)["orders-00000001.json"]
+    assert "changed while it was ingested" in why_refused(landed)["orders/orders-00000001.json"]
     (day,) = Root.at(landed).names("archive")
     assert Root.at(landed).names(f"archive/{day}/orders") == ["orders-00000000.json", "orders-00000002.json"]
 
@@ -351,7 +354,7 @@ def test_an_ingested_name_with_other_content_is_refused(filled):
     batch = Lake(filled).next_batch(max_files=500, scheduled_for=AT)
     assert (batch.files, batch.repeated) == ((), ())
     Lake.commit(Lake.read(batch), run_id="again")
-    assert why_refused(filled) == {"orders-00000001.json": "was ingested in batch 1 with other content"}
+    assert why_refused(filled) == {"orders/orders-00000001.json": "was ingested in batch 1 with other content"}
     assert Lake(filled).next_batch(max_files=500, scheduled_for=AT) is None
 
 
@@ -387,6 +390,7 @@ def test_500_waiting_files_are_in_after_at_most_three_runs(root, made):
             path = Path(root, source.file_name(table, tick))
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(lines)
+            os.utime(path, (0, 0))  # it is not waited for
     runs = 0
     while any(Root.at(root).names(f"landing/{table}") for table in TABLES):
         runs += 1
@@ -408,7 +412,7 @@ def test_a_batch_of_bad_lines_ends_the_draining(landed):
     done = Lake(landed).drain(**LIMITS | {"max_files": 8}, for_s=60)
     assert done.select("batch", "committed", "worst").rows() == [
         (1, True, "every line fits"),
-        (2, False, f"orders-00000001.json has 500 of {lines}"),
+        (2, False, f"orders/orders-00000001.json has 500 of {lines}"),
     ]
     assert Lake(landed).snapshot().batch == 1
 

@@ -98,11 +98,12 @@ def test_a_lake_of_other_tables_is_ingested(gathered):
     snapshot = gathered.snapshot()
     assert (snapshot.lake, snapshot.root, snapshot.batch) == (gathered, gathered.root, 3)
     assert snapshot.as_of == START + timedelta(minutes=2, seconds=ROWS - 1)
-    assert set(snapshot.versions) == {"sensor", "reading", "quarantine"}
+    assert set(snapshot.versions) == {"sensor", "reading", "quarantine", "files"}
     assert dict(snapshot.rows().select("table", "rows").rows()) == {
         "sensor": 4,
         "reading": 3 * ROWS - 1,
         "quarantine": 1,
+        "files": 4,
     }
     reading = snapshot.frame("reading").sort("number").collect()
     assert reading.schema == pl.Schema(READING.types)
@@ -114,16 +115,17 @@ def test_a_lake_of_other_tables_is_ingested(gathered):
     assert snapshot.frame("reading", [RESCUED]).collect()[RESCUED].drop_nulls().to_list() == ['{"colour": "red"}']
     lines = gathered.refused_lines()
     assert lines.select("batch", "table", "file", "line", "reason").rows() == [
-        (2, "reading", "reading-00000001.json", 4, "level: -1.000 is not at least 0")
+        (2, "reading", "reading/reading-00000001.json", 4, "level: -1.000 is not at least 0")
     ]
     (whole,) = gathered.refused_files()
-    assert (whole["file"], whole["why"]) == ("sensor-00000001.json", "is empty")
+    assert (whole["file"], whole["why"]) == ("sensor/sensor-00000001.json", "is empty")
     assert whole["path"].startswith("refused/2026-03-01/sensor/sensor-00000001.json~")
     assert gathered.root.exists(whole["path"])
     assert gathered.next_batch(max_files=9, scheduled_for=None) is None
 
 
-def test_what_waits_is_drained_lowest_sequence_first(weather):
+def test_what_waits_is_drained_lowest_sequence_first(weather, monkeypatch):
+    monkeypatch.setattr(Weather, "sequence", r"-(\d+)")
     for sequence in (2, 0, 1):
         land(weather, "reading", sequence, readings(sequence))
     asked = {"max_files": 2, "max_bytes": 10**6, "max_bad_share": 0.0, "for_s": 60, "scheduled_for": None}
@@ -143,7 +145,12 @@ def test_its_commits_name_the_stages_that_it_says(gathered):
 def test_it_is_compacted_and_made_again_and_nothing_is_wrong(gathered):
     before = content(gathered)
     surveyed = gathered.survey(small_mb=32)
-    assert dict(surveyed.select("table", "small_files").rows()) == {"sensor": 1, "reading": 3, "quarantine": 1}
+    assert dict(surveyed.select("table", "small_files").rows()) == {
+        "sensor": 1,
+        "reading": 3,
+        "quarantine": 1,
+        "files": 3,
+    }
     done = gathered.compact(target_mb=64, min_small_files=2, vacuum_hours=24, run_id="tidy-1")
     assert done.filter(table="reading").select("files_before", "files_after", "failed").row(0) == (3, 1, None)
     (file,) = gathered.snapshot().files("reading")
@@ -155,10 +162,16 @@ def test_it_is_compacted_and_made_again_and_nothing_is_wrong(gathered):
         "table sensor",
         "table reading",
         "table quarantine",
+        "table files",
     ]
     assert found == [Finding(one.what) for one in found]
     compared = gathered.rebuild()
-    assert compared.rows() == [("sensor", 4, 4, True), ("reading", 119, 119, True), ("quarantine", 1, 1, True)]
+    assert compared.rows() == [
+        ("sensor", 4, 4, True),
+        ("reading", 119, 119, True),
+        ("quarantine", 1, 1, True),
+        ("files", 4, 4, True),
+    ]
     for table, frame in content(gathered).items():
         assert_frame_equal(frame, before[table])
     land(gathered, "reading", 3, readings(3))
@@ -175,7 +188,9 @@ def test_what_is_wrong_with_it_names_its_own_stages(gathered):
     ]
     next(Path(root.url, "archive").glob("*/reading/reading-00000001.json")).unlink()
     root.remove("lake/batches/00000004.json")
-    with pytest.raises(RuntimeError, match=r"lacks 1 files .* reading-00000001.json .* \(archive_days of tidy\)"):
+    with pytest.raises(
+        RuntimeError, match=r"lacks 1 files .* reading/reading-00000001.json .* \(archive_days of tidy\)"
+    ):
         gathered.rebuild()
 
 
@@ -187,7 +202,7 @@ def test_lines_that_another_declaration_takes_are_tried_again(gathered):
     with pytest.raises(LookupError, match="nothing of reading-00000001.json fits"):
         gathered.retry("reading-00000001.json")
     (landed,) = below.retry("reading-00000001.json")
-    assert landed.startswith("landing/reading/reading-9")
+    assert landed.startswith("landing/.retried/reading/")
     ingest(below, "gather-4", START + timedelta(minutes=4))
     assert gathered.snapshot().frame("reading").collect().height == 3 * ROWS
 
@@ -196,8 +211,9 @@ def test_two_lakes_of_other_tables_do_not_know_of_each_other(gathered):
     """In one process, under the same root: each goes by its own declaration, and neither is the project's."""
     ours = pipeline.Lake(gathered.root)
     assert not ours.tables.keys() & gathered.tables.keys()
-    assert ours.columns.keys() & gathered.columns.keys() == {"quarantine"}
-    assert not ours.fingerprints.items() & {n: f for n, f in gathered.fingerprints.items() if n != "quarantine"}.items()
+    assert ours.columns.keys() & gathered.columns.keys() == {"quarantine", "files"}
+    theirs = {name: mark for name, mark in gathered.fingerprints.items() if name in gathered.tables}
+    assert not ours.fingerprints.items() & theirs.items()
     land(gathered, "reading", 3, readings(3))
     assert ours.next_batch(max_files=9, scheduled_for=None) is None
     assert len(gathered.next_batch(max_files=9, scheduled_for=None).files) == 1

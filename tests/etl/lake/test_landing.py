@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from etl import lake as lakes
-from etl.lake import landing
+from etl.lake import landing, ledger
 from etl.lake.table import INT, TEXT, Table
 from etl.storage import PROJECT, Root, Unreadable
 
@@ -70,7 +71,7 @@ def test_what_is_no_file_is_refused_when_it_is_opened_too(root):
 )
 def test_files_of_one_sequence_stay_together_where_a_batch_can_hold_them(most_files, most_bytes, taken):
     files = tuple(
-        landing.File(landing.name_of(table, sequence), table, 10)
+        landing.File(f"{table}/{table}-{sequence:08d}.json", table, 10, sequence=sequence)
         for sequence in range(3)
         for table in ("orders", "lineitem")
     )
@@ -78,34 +79,239 @@ def test_files_of_one_sequence_stay_together_where_a_batch_can_hold_them(most_fi
 
 
 class Shop(lakes.Lake):
-    tables = {"sales": Table("sales", {"id": INT, "what": TEXT}, key=("id",))}
+    tables = {
+        "sales": Table("sales", {"id": INT, "what": TEXT}, key=("id",)),
+        "visits": Table("visits", {"id": INT}, key=("id",), files="web/**/visits-*.json*", on_duplicate="keep"),
+    }
     beside = ("cursor.json",)
+
+
+ASKED = {"max_files": 99, "max_bytes": 10**6, "max_bad_share": 0.0, "for_s": 60.0, "scheduled_for": None}
+
+
+def drained(lake: Shop, run_id: str = "r", **asked) -> list[tuple]:
+    return lake.drain(**ASKED | asked, run_id=run_id).select("files", "rows", "files_refused").rows()
 
 
 def test_the_ending_of_a_name_is_for_people(root):
     lake = Shop(root)
-    lake.root.write("landing/sales/sales-00000001.json", b'{"id": 1, "what": "a"}\n')
-    lake.root.write("landing/sales/sales-00000002.csv", b"id,what\n2,b\n")
-    lake.root.write("landing/sales/sales-00000003.csv.GZ", gzip.compress(b"id,what\n3,c\n"))
-    asked = {"max_files": 9, "max_bytes": 10**6, "max_bad_share": 0.0, "for_s": 60.0, "scheduled_for": None}
-    assert lake.drain(**asked, run_id="one").select("files", "rows", "files_refused").rows() == [(3, 3, 0)]
-    assert lake.snapshot().frame("sales").sort("id").collect().rows() == [(1, "a"), (2, "b"), (3, "c")]
-    lake.root.write("landing/sales/sales-00000002.json", b'{"id": 4, "what": "d"}\n')
-    assert lake.drain(**asked, run_id="two").select("files", "files_refused").rows() == [(0, 1)]
-    (refused,) = lake.refused_files()
-    assert refused["why"] == "number 2 of sales was ingested before, under another name"
+    lake.root.write("landing/sales/1.json", b'{"id": 1, "what": "a"}\n')
+    lake.root.write("landing/sales/2.csv", b"id,what\n2,b\n")
+    lake.root.write("landing/sales/3.csv.GZ", gzip.compress(b"id,what\n3,c\n"))
+    lake.root.write("landing/sales/4", b'{"id": 4, "what": "d"}\n')
+    assert drained(lake) == [(4, 4, 0)]
+    assert lake.snapshot().frame("sales").sort("id").collect()["what"].to_list() == ["a", "b", "c", "d"]
     assert lake.rebuild()["equal"].all()
 
 
-def test_what_is_no_tables_is_left_alone_and_named(root):
+NAMES = [
+    "sales/2026/11/26/events.0001.json.gz",
+    "sales/Sales Of Monday (copy).JSON",
+    "sales/a#b%20c?d&e=f.json",
+    "sales/日本.json",
+    "sales/" + "n" * 250 + ".json",
+    os.fsdecode(b"sales/\xff\xfe.json"),
+    "sales/two\nlines.json",
+    "sales/repeated/x.json",
+    "sales/-rf",
+]
+
+
+def test_a_file_may_have_any_name(root):
+    lake, rows = Shop(root), range(len(NAMES))
+    for number, name in enumerate(NAMES):
+        lake.root.write(f"landing/{name}", b'{"id": %d, "what": "a"}\n{}\n' % number)
+    assert drained(lake, max_bad_share=0.5) == [(len(NAMES), len(NAMES), 0)]
+    assert lake.snapshot().frame("sales").sort("id").collect()["id"].to_list() == [*rows]
+    files = lake.snapshot().frame("files").collect()
+    shown = {ledger.shown(name) for name in NAMES}
+    assert {*files["path"]} == shown == {*lake.refused_lines()["file"]}
+    assert files.select("batch", "table", "rows", "refused").unique().rows() == [(1, "sales", 1, 1)]
+    assert [*files["bytes"].unique()] == [len(b'{"id": 1, "what": "a"}\n{}\n')]
+    for number, name in enumerate(NAMES):  # the same again, and one with other content
+        lake.root.write(f"landing/{name}", b'{"id": %d, "what": "a"}\n{}\n' % (number or 77))
+    assert drained(lake, max_bad_share=0.5) == [(0, 0, 1)]
+    assert lake.root.tree("landing") == []
+    (refused,) = lake.refused_files()
+    assert (refused["file"], refused["why"]) == (NAMES[0], "was ingested in batch 1 with other content")
+    assert lake.rebuild()["equal"].all()
+    for name in NAMES[1:]:  # refused whole, and brought back
+        lake.root.write(f"landing/{name[:-1]}2", b"")
+    assert drained(lake, max_bad_share=0.5) == [(0, 0, len(NAMES) - 1)]
+    for file in (file for file in lake.refused_files() if file["why"] == "is empty"):
+        assert lake.retry(file["file"]) == [file["landing"]]
+    assert {path for path, _ in lake.root.tree("landing")} == {f"{name[:-1]}2" for name in NAMES[1:]}
+
+
+def test_the_same_content_under_another_name_follows_the_declaration(root):
+    lake = Shop(root)
+    for name in ("sales/a.json", "sales/b.json", "web/visits-1.json", "web/x/visits-2.json"):
+        lake.root.write(f"landing/{name}", b'{"id": 1, "what": "a"}\n')
+    assert drained(lake) == [(3, 3, 1)]
+    lake.root.write("landing/sales/c.json", b'{"id": 1, "what": "a"}\n')
+    lake.root.write("landing/web/visits-3.json", b'{"id": 1, "what": "a"}\n')
+    assert drained(lake) == [(1, 1, 1)]
+    assert {(file["file"], file["why"]) for file in lake.refused_files()} == {
+        ("sales/b.json", "has the same content as sales/a.json"),
+        ("sales/c.json", "has the same content as sales/a.json of batch 1"),
+    }
+    assert lake.snapshot().frame("visits").collect().height == 3
+    assert lake.rebuild()["equal"].all()
+
+
+def test_a_repeated_file_is_known_whatever_came_between(root, monkeypatch):
+    """Also when the manifests are gone, the index was folded, and it is lost."""
+    monkeypatch.setattr(ledger, "RECENT", 6)
+    lake = Shop(root)
+    for number in range(12):
+        lake.root.write(f"landing/sales/{number}.json", b'{"id": %d, "what": "a"}\n' % number)
+        assert drained(lake, f"r{number}") == [(1, 1, 0)]
+        if number % 4 == 3:
+            lake.compact(target_mb=64, min_small_files=2, vacuum_hours=24, run_id="c")
+    assert len(lake.root.names("lake/batches")) == 2  # the newest, and that it is done
+    (index,) = lake.root.names("lake/known")
+    for lose in (False, True):
+        if lose:
+            lake.root.remove(f"lake/known/{index}")
+        for number in (0, 5, 11):
+            lake.root.write(f"landing/sales/{number}.json", b'{"id": %d, "what": "a"}\n' % number)
+            lake.root.write(f"landing/sales/{number}-again.json", b'{"id": %d, "what": "a"}\n' % number)
+        assert drained(lake) == [(0, 0, 3)]
+    assert lake.snapshot().frame("sales").collect()["id"].sort().to_list() == [*range(12)]
+    assert lake.rebuild()["equal"].all()
+
+
+def test_what_is_no_tables_is_named_and_refused_after_a_day(root):
     lake = Shop(root)
     lake.root.write("landing/cursor.json", b"{}")
-    lake.root.write("landing/sales/sales-00000001.json", b'{"id": 1, "what": "a"}\n')
+    lake.root.write("landing/sales/1.json", b'{"id": 1, "what": "a"}\n')
     assert [finding.problem for finding in lake.look("landing")] == [None]
-    for name in ("sales/report.xlsx", "sales/2026/sales-00000002.json", "sale/sales-00000003.json", "Cursor.json"):
+    strays = ["sale/1.json", "Cursor.json", "web/other.json", "sales/.hidden", ".DS_Store"]
+    for name in strays:
         lake.root.write(f"landing/{name}", b"{}")
+    os.mkfifo(f"{root}/landing/pipe")
+    os.symlink("/etc/hostname", f"{root}/landing/link.json")
+    strays += ["pipe", "link.json"]
     batch = lake.next_batch(max_files=9, scheduled_for=None)
-    assert [file.name for file in batch.files] == ["sales-00000001.json"]
+    assert [file.path for file in batch.files] == ["sales/1.json"]
+    assert str(batch) == "batch 1: 1 files; 7 are no table's: .DS_Store"
     (finding,) = lake.look("landing")
-    assert finding.problem == "4 files are no table's and left alone, landing/Cursor.json among them"
-    assert "<table>-<8 digits>.json, .csv or .parquet" in finding.remedy
+    assert finding.problem == "7 files are no table's, landing/.DS_Store among them: they are refused after a day"
+    assert finding.remedy.endswith("sales/** (sales), web/**/visits-*.json* (visits)")
+    lake.commit(lake.read(batch), run_id="r")
+    assert lake.idle() == "no new files in landing; 7 are no table's: .DS_Store"
+    assert lake.unmatched() == sorted(strays)
+    assert drained(lake, now=datetime.now(UTC) + timedelta(hours=25)) == [(0, 0, 7)]
+    assert {file["file"] for file in lake.refused_files()} == {*strays}
+    assert lake.root.tree("landing")[0][0] == "cursor.json"
+    assert os.readlink(next(Path(root, "refused").glob("*/link.json~????????"))) == "/etc/hostname"
+
+
+def test_a_file_that_is_written_in_place_is_left_alone_until_it_is_quiet(root):
+    lake, path = Shop(root), Path(root, "landing/sales/1.json")
+    path.parent.mkdir(parents=True)
+    with path.open("w") as file:
+        file.write('{"id": 1, "what": "a"}\n' * 100)
+        file.flush()
+        asked = {"max_files": 9, "scheduled_for": None, "quiet_s": 10}
+        assert lake.next_batch(**asked) is None
+        assert lake.idle() == "no new files in landing; 1 is still being written: sales/1.json"
+        for ahead_s, taken in ((5, False), (11, True)):
+            batch = lake.next_batch(**asked, now=datetime.now(UTC) + timedelta(seconds=ahead_s))
+            assert bool(batch) == taken
+        file.write('{"id": 2, "what": "b"}\n' * 400)
+    lake.root.write("landing/sales/2.json", b'{"id": 3, "what": "c"}\n')  # by a rename: it is whole
+    assert [file.path for file in lake.next_batch(**asked).files] == ["sales/2.json"]
+    os.rename(path, f"{root}/landing/sales/3.json")
+    assert len(lake.next_batch(**asked).files) == 2
+
+
+def test_what_is_written_to_a_file_after_it_was_ingested_is_told(root):
+    lake, path = Shop(root), Path(root, "landing/sales/1.json")
+    path.parent.mkdir(parents=True)
+    with path.open("w") as file:
+        file.write('{"id": 1, "what": "a"}\n')
+        file.flush()
+        assert drained(lake) == [(1, 1, 0)]
+        assert lake.idle() == "no new files in landing"
+        file.write('{"id": 2, "what": "b"}\n')
+    (finding,) = lake.look("the archive")
+    assert "sales/1.json has 23 bytes more than were ingested" in finding.problem
+    lake.commit(lake.read(lake.next_batch(max_files=9, scheduled_for=None)), run_id="told")
+    assert lake.next_batch(max_files=9, scheduled_for=None) is None
+    (refused,) = lake.refused_files()
+    assert refused["why"] == "was written to sales/1.json after that was ingested in batch 1"
+    lake.retry(refused["file"])
+    assert drained(lake) == [(1, 1, 0)]
+    assert lake.snapshot().frame("sales").sort("id").collect()["id"].to_list() == [1, 2]
+    assert lake.rebuild()["equal"].all()
+
+
+def test_landing_may_be_another_filesystem(root, tmp_path):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        assert os.stat(other).st_dev != os.stat(tmp_path).st_dev
+        Path(root).mkdir()
+        os.symlink(other, f"{root}/landing")
+        lake = Shop(root)
+        lake.root.write("landing/sales/1.json", b'{"id": 1, "what": "a"}\n')
+        lake.root.write("landing/sales/2.json", b"")
+        assert drained(lake) == [(1, 1, 1)]
+        lake.root.write("landing/sales/1.json", b'{"id": 1, "what": "a"}\n')
+        assert drained(lake) == [(0, 0, 0)]
+        assert lake.root.tree("landing") == []
+        assert lake.rebuild()["equal"].all()
+
+
+def test_an_archive_that_takes_nothing_is_told_before_anything_is_committed(root, monkeypatch):
+    lake = Shop(root)
+    lake.root.write("landing/sales/1.json", b'{"id": 1, "what": "a"}\n')
+    batch = lake.next_batch(max_files=9, scheduled_for=None)
+    Path(root, "archive").write_text("in the way")
+    with pytest.raises(OSError, match="archive"):
+        lake.commit(lake.read(batch), run_id="r")
+    assert lake.root.names("lake/batches") == [] and lake.root.names("lake/sales") == []
+    os.unlink(f"{root}/archive")
+    assert drained(lake) == [(1, 1, 0)]
+
+
+def test_a_file_that_cannot_be_taken_away_is_ingested_once(root):
+    lake, path = Shop(root), Path(root, "landing/sales/1.json")
+    lake.root.write("landing/sales/1.json", b'{"id": 1, "what": "a"}\n')
+    if subprocess.run(["chattr", "+i", path], capture_output=True).returncode:
+        pytest.skip("no file can be made immutable here")
+    try:
+        assert drained(lake) == [(1, 1, 0), (0, 0, 0)]
+        assert drained(lake) == []
+        assert lake.snapshot().frame("sales").collect().height == 1
+        assert len([*Path(root, "archive").glob("*/.repeated/*/*")]) == 1
+    finally:
+        subprocess.run(["chattr", "-i", path], check=True)
+    assert lake.rebuild()["equal"].all()
+
+
+@pytest.mark.parametrize(
+    ("glob", "path", "taken"),
+    [
+        (None, "t/a.json", True),
+        (None, "t/x/y/a", True),
+        (None, "t/.a", False),
+        (None, "t/.x/a", False),
+        (None, "tt/a", False),
+        ("events/**/*", "events/a.json", True),
+        ("events/**/*", "events/2026/11/a.json.gz", True),
+        ("*.csv", "a.csv", True),
+        ("*.csv", "x/a.csv", False),
+        ("x/[ab]?.json", "x/b1.json", True),
+        ("x/.in/*", "x/.in/a", True),
+    ],
+)
+def test_a_glob_says_which_files_are_a_tables(glob, path, taken):
+    assert Table("t", {"id": INT}, key=("id",), files=glob).takes(path) == taken
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"files": ""}, {"files": "/x"}, {"on_duplicate": "?"}, {"name": "files"}, {"name": "a/b"}]
+)
+def test_a_declaration_that_cannot_be_meant_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"files=|on_duplicate=|no name for a table"):
+        Table(**{"name": "t", "columns": {"id": INT}, "key": ("id",)} | wrong)

@@ -82,14 +82,14 @@ def test_without_pointer_and_manifests_it_is_made_from_what_is_there(lived):
     shutil.rmtree(Path(lived, "lake"))
     Lake(lived).rebuild()
     for table, frame in tables(lived).items():
-        columns = [name for name in frame.columns if name != "batch"]  # one batch now
-        assert_frame_equal(frame.select(columns), before[table].select(columns))
+        columns = [name for name in frame.columns if name not in ("batch", "at")]  # one batch now
+        assert_frame_equal(frame.select(columns), before[table].select(columns), check_row_order=False)
 
 
 def test_an_archive_that_is_not_whole_is_refused_and_nothing_touched(lived):
     before = Lake(lived).snapshot()
     next(Path(lived, "archive").glob("*/orders/orders-00000001.json")).unlink()
-    with pytest.raises(rebuild.NotWhole, match="lacks 1 files .* orders-00000001.json"):
+    with pytest.raises(rebuild.NotWhole, match="lacks 1 files .* orders/orders-00000001.json"):
         Lake(lived).rebuild()
     assert Lake(lived).snapshot() == before
 
@@ -99,9 +99,9 @@ def test_what_was_refused_is_listed_and_tried_again(lived, monkeypatch):
     place.write("landing/orders/orders-00000009.json", b"")
     Lake.commit(Lake.read(Lake(lived).next_batch(max_files=9, scheduled_for=AT)), run_id="x")
     assert Lake(lived).refused() == [
-        {"file": "orders-00000009.json", "when": place.names("refused")[0], "lines": None, "why": "is empty"},
+        {"file": "orders/orders-00000009.json", "when": place.names("refused")[0], "lines": None, "why": "is empty"},
         {
-            "file": "orders-00000001.json",
+            "file": "orders/orders-00000001.json",
             "when": 2,
             "lines": 1,
             "why": "not JSON: Expecting property name enclosed in double quotes at character 2",
@@ -167,7 +167,7 @@ PLANTED = {
         "the published snapshot",
         lambda root: (root / "lake/published.json").write_text('{"batch": 3}'),
     ),
-    "a torn manifest": ("the manifests", lambda root: _edit(root / "lake/batches/00000002.json", torn)),
+    "a torn manifest": ("the manifests", lambda root: _edit(root / "lake/batches/00000003.json", torn)),
     "an overwritten commit": (
         "table orders",
         lambda root: _edit(root / f"lake/orders/_delta_log/{2:020d}.json", overwritten),
