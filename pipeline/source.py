@@ -30,7 +30,7 @@ from pipeline.tables import STREAMED, TABLES
 TICK_S = 30  # seconds of event time between two ticks
 SHIP_STEP = timedelta(minutes=36)  # one day between order and shipping takes this long in the live stream
 DESCRIPTION = "landing/stream.json"
-FILE_ROWS = 150_000  # line items are the longest rows: 62 MB of them, far below what a batch of preprocess may have
+FILE_ROWS = 150_000  # line items are the longest rows: 64 MB of them, far below what a batch of preprocess may have
 PART_ROWS = 500_000  # of a table that does not grow, made at once
 GROUP_ORDERS = 500_000  # of the ticks that are in memory at once, where a slice is smaller; 4 line items each
 ROWS = {"customer": 150_000, "supplier": 10_000, "part": 200_000, "partsupp": 800_000}  # at scale 1
