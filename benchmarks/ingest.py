@@ -159,7 +159,7 @@ def throughput(folder: Path, rounds: int) -> dict:
 def _land(root: str, slices: int) -> tuple[int, int]:
     from pipeline import source
 
-    stream = source.Stream(SCALE, slices, "2026-03-01T11:00:00+00:00")
+    stream = source.Stream(SCALE, slices, "2026-03-01T11:00:00+00:00", file_rows=None)  # one file a table and tick
     ticks = range(1, slices + 1)  # without tick 0, which brings the small tables
     written = source.land(Root.at(root), stream, source.make_ticks(stream, ticks))
     return int(written["bytes"].sum()), int(written["rows"].sum())

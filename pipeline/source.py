@@ -1,23 +1,25 @@
 """The source: canonical TPC-H, cut into slices and given out over time.
 
-Tick k of a stream brings slice k of N, as `tpchgen-cli --parts=N --part=k+1` makes it, so after N ticks the tables are
-TPC-H at that scale, row by row. Past N the stream goes on: epoch e repeats the slices with order keys moved up by
-e times the highest key. The first tick also brings the six small tables.
+Tick k of a stream brings slice k of N: the orders as `tpchgen-cli --parts=N --part=k+1` makes them, and their line
+items, so after N ticks the tables are TPC-H at that scale, row by row. Past N the stream goes on: epoch e repeats the
+slices with order keys moved up by e times the highest key. The first tick also brings the six tables that do not grow.
 
 What a tick holds depends on the stream's description (`landing/stream.json`) and on its number alone: made twice, it
-is the same bytes under the same names.
+is the same bytes under the same names. Nothing larger than a slice, or a part of another table, is in memory at once.
 """
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 from pathlib import Path
 
 import polars as pl
@@ -28,20 +30,44 @@ from pipeline.tables import STREAMED, TABLES
 TICK_S = 30  # seconds of event time between two ticks
 SHIP_STEP = timedelta(minutes=36)  # one day between order and shipping takes this long in the live stream
 DESCRIPTION = "landing/stream.json"
+FILE_ROWS = 150_000  # line items are the longest rows: 64 MB of them, far below what a batch of preprocess may have
+PART_ROWS = 500_000  # of a table that does not grow, made at once
+GROUP_ORDERS = 500_000  # of the ticks that are in memory at once, where a slice is smaller; 4 line items each
+ROWS = {"customer": 150_000, "supplier": 10_000, "part": 200_000, "partsupp": 800_000}  # at scale 1
+# tpchgen-cli cuts a part of a table into chunks, the row groups of its file, as many as its estimate of a row's bytes
+# asks for, and rounds the rows of a chunk down. Orders and line items are cut alike when their chunks are as many.
+CHUNK_BYTES = 7 << 20  # its default
+ORDER_BYTES, LINE_ITEMS_BYTES = 75, 4 * 64  # what it takes an order, and the line items of one, for
+FILES = {"tick": pl.Int64, "table": pl.String, "rows": pl.Int64, "bytes": pl.Int64, "file": pl.String}
+WORKERS = min(4, os.cpu_count() or 1)  # generators at once, 360 MB each
 
 
 @dataclass(frozen=True)
 class Stream:
-    """One stream. `origin`: the UTC time of tick 0, ISO 8601. `next_tick`: the first tick not given out yet."""
+    """One stream. `origin`: the UTC time of tick 0, ISO 8601. `next_tick`: the first tick not given out yet.
+
+    `file_rows`: rows of a table in one file at most; None, as in streams begun before there was a limit: all of them.
+    """
 
     scale: float
     slices: int
     origin: str
     next_tick: int = 0
+    file_rows: int | None = FILE_ROWS
+
+    @classmethod
+    def of(cls, root: Root) -> "Stream":
+        """The stream under `root`. Raises FileNotFoundError."""
+        return cls(**({"file_rows": None} | json.loads(root.read(DESCRIPTION))))
 
     def time_of(self, tick: int) -> datetime:
         """The event time of a tick, UTC; its orders were placed in the 30 seconds before."""
         return datetime.fromisoformat(self.origin) + timedelta(seconds=TICK_S * tick)
+
+    @property
+    def orders_a_slice(self) -> int:
+        """As the generator counts: the last slice has what the division leaves, too."""
+        return int(1_500_000 * self.scale) // self.slices
 
     @property
     def highest_key(self) -> int:
@@ -72,7 +98,7 @@ def due_ticks(
         seconds = int(now.timestamp()) // TICK_S * TICK_S - history * TICK_S
         stream = Stream(scale, slices, datetime.fromtimestamp(seconds, UTC).isoformat())
         return stream, range(history + 1)
-    stream = Stream(**json.loads(root.read(DESCRIPTION)))
+    stream = Stream.of(root)
     if (stream.scale, stream.slices) != (scale, slices):
         raise ValueError(
             f"the stream under {root.url} has scale {stream.scale} in {stream.slices} slices, not {scale} in {slices};"
@@ -102,14 +128,33 @@ def make_tick(stream: Stream, tick: int) -> dict[str, pl.DataFrame]:
 
 def make_ticks(stream: Stream, ticks: range) -> dict[int, dict[str, pl.DataFrame]]:
     """Several ticks: tick -> table -> frame, each what `make_tick` gives."""
-    slices = _slices(stream, {tick % stream.slices + 1 for tick in ticks})
-    made = {tick: _timed(stream, tick, slices[tick % stream.slices + 1]) for tick in ticks}
+    made = _streamed(stream, ticks)
     if 0 in made:
-        made[0] = _tpchgen(stream.scale, tuple(t for t in TABLES if t not in STREAMED))[1] | made[0]
-    return {
-        tick: {name: frame.select(*TABLES[name].columns) for name, frame in frames.items()}
-        for tick, frames in made.items()
-    }
+        made[0] = {table: pl.concat(frames) for table, frames in _others(stream)} | made[0]
+    return made
+
+
+def _streamed(stream: Stream, ticks: range) -> dict[int, dict[str, pl.DataFrame]]:
+    """The tables that grow: tick -> table -> frame."""
+    slices = _slices(stream, {tick % stream.slices + 1 for tick in ticks})
+    return {tick: _timed(stream, tick, slices[tick % stream.slices + 1]) for tick in ticks}
+
+
+def _others(stream: Stream) -> Iterator[tuple[str, Iterable[pl.DataFrame]]]:
+    """The tables that do not grow, and the frames of each, in turn: a large one is made part by part."""
+    parts = {t: math.ceil(ROWS.get(t, 0) * stream.scale / PART_ROWS) for t in TABLES if t not in STREAMED}
+    small = _tpchgen(stream.scale, tuple(table for table, count in parts.items() if count <= 1))[1]
+    for table, count in parts.items():
+        yield table, [_columns(table, small[table])] if table in small else _part_by_part(stream, table, count)
+
+
+def _part_by_part(stream: Stream, table: str, count: int) -> Iterator[pl.DataFrame]:
+    for part in range(1, count + 1):
+        yield _columns(table, _tpchgen(stream.scale, (table,), count, {part})[part][table])
+
+
+def _columns(table: str, frame: pl.DataFrame) -> pl.DataFrame:
+    return frame.select(*TABLES[table].columns)
 
 
 def _timed(stream: Stream, tick: int, frames: dict[str, pl.DataFrame]) -> dict[str, pl.DataFrame]:
@@ -133,29 +178,74 @@ def _timed(stream: Stream, tick: int, frames: dict[str, pl.DataFrame]) -> dict[s
             pl.col("o_order_time") + (pl.col("l_shipdate") - pl.col("o_orderdate")).dt.total_days() * pl.lit(SHIP_STEP)
         ).alias("l_ship_time")
     )
-    return {"orders": orders, "lineitem": lineitem}
+    return {"orders": _columns("orders", orders), "lineitem": _columns("lineitem", lineitem)}
 
 
-def file_name(table: str, tick: int) -> str:
-    """The path of one table's rows of one tick, under the root."""
-    return f"landing/{table}/{table}-{tick:08d}.json"
+def file_name(table: str, tick: int, piece: int = 0) -> str:
+    """The path of one table's rows of one tick, under the root; more than one file holds are in several pieces."""
+    return f"landing/{table}/{table}-{tick:08d}{f'-{piece:04d}' if piece else ''}.json"
 
 
-def land(root: Root, stream: Stream, made: dict[int, dict[str, pl.DataFrame]]) -> pl.DataFrame:
-    """Write the ticks' files, then move the stream on. Returns one row a file: tick, table, rows, bytes, file."""
+@dataclass(frozen=True)
+class GivenOut:
+    """What a run brought. `files`: one row a file, as from `land`. The others: what kept a tick from being written."""
+
+    files: pl.DataFrame
+    orphans: int
+    repeated_keys: int
+
+
+def give_out(root: Root, stream: Stream, ticks: range) -> GivenOut:
+    """Make the ticks, a few at a time, check them, write their files and move the stream on.
+
+    Ends before the first of them in which a line item is without its order, or an order key comes twice.
+    """
+    at_once = max(1, GROUP_ORDERS // max(1, stream.orders_a_slice))
+    files = [pl.DataFrame(schema=FILES, orient="row")]
+    for start in range(ticks.start, ticks.stop, at_once):
+        group = ticks[start - ticks.start :][:at_once]
+        made = _streamed(stream, group)
+        if orphans(made) or repeated_keys(made):
+            return GivenOut(pl.concat(files), orphans(made), repeated_keys(made))
+        files.append(land(root, stream, made, _others(stream) if 0 in group else ()))
+    return GivenOut(pl.concat(files), 0, 0)
+
+
+def land(
+    root: Root,
+    stream: Stream,
+    made: dict[int, dict[str, pl.DataFrame]],
+    first: Iterable[tuple[str, Iterable[pl.DataFrame]]] = (),
+) -> pl.DataFrame:
+    """Write the ticks' files, then move the stream on. Returns one row a file: tick, table, rows, bytes, file.
+
+    `first`: further tables of tick 0, each in frames that are made when their turn comes.
+    """
     written = []
     if not root.create(DESCRIPTION, _describe(stream)):  # first, so that a crash cannot lose the origin
-        begun = Stream(**json.loads(root.read(DESCRIPTION)))
+        begun = Stream.of(root)
         if begun.origin != stream.origin:
             raise RuntimeError(f"another run began the stream under {root.url} at {begun.origin}; run this one again")
-    for tick, frames in made.items():
-        for table, frame in frames.items():
+    of_ticks = ((tick, table, [frame]) for tick, frames in made.items() for table, frame in frames.items())
+    for tick, table, frames in chain(((0, table, frames) for table, frames in first), of_ticks):
+        for piece, frame in enumerate(_pieces(frames, stream.file_rows)):
             data = to_json_lines(frame)
-            name = file_name(table, tick)
+            name = file_name(table, tick, piece)
             root.write(name, data)
             written.append((tick, table, frame.height, len(data), name))
     root.write(DESCRIPTION, _describe(replace(stream, next_tick=max(stream.next_tick, max(made) + 1))))
-    return pl.DataFrame(written, schema=["tick", "table", "rows", "bytes", "file"], orient="row")
+    return pl.DataFrame(written, schema=FILES, orient="row")
+
+
+def _pieces(frames: Iterable[pl.DataFrame], rows: int | None) -> Iterator[pl.DataFrame]:
+    """The same rows in frames of `rows`, the last with what is left, however they were cut; None: in one."""
+    left = pl.DataFrame()
+    for frame in frames:
+        left = pl.concat([left, frame]) if left.width else frame
+        while rows and left.height > rows:
+            yield left.head(rows)
+            left = left.slice(rows)
+    yield left
 
 
 def _describe(stream: Stream) -> bytes:
@@ -173,31 +263,46 @@ def _slices(stream: Stream, parts: set[int]) -> dict[int, dict[str, pl.DataFrame
     """The streamed tables of some slices, 1 the first: part -> table -> frame.
 
     The generator takes about a second for a slice, nearly all of it to begin, and about 1 + 10 x scale seconds for all
-    of them at once: the cheaper way is taken.
+    of them at once: the cheaper way is taken, as long as all of them are no more than a gigabyte.
     """
-    if len(parts) / os.cpu_count() > 1 + 10 * stream.scale:
-        return _tpchgen(stream.scale, STREAMED, stream.slices, parts)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = pool.map(lambda part: _tpchgen(stream.scale, STREAMED, stream.slices, {part}), parts)
+    if stream.scale <= 1 and len(parts) / WORKERS > 1 + 10 * stream.scale:
+        return _tpchgen_slices(stream, parts)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        made = pool.map(lambda part: _tpchgen_slices(stream, {part}), parts)
         return {part: frames for piece in made for part, frames in piece.items()}
 
 
+def _tpchgen_slices(stream: Stream, parts: Collection[int]) -> dict[int, dict[str, pl.DataFrame]]:
+    """Those slices of the streamed tables, cut at the same orders: where the generator cuts orders by itself."""
+    chunks = stream.orders_a_slice * ORDER_BYTES // CHUNK_BYTES + 1
+    bytes_a_slice = 4 * int(1_500_000 * stream.scale) // stream.slices * (LINE_ITEMS_BYTES // 4)
+    chunk_bytes = max(CHUNK_BYTES, bytes_a_slice // chunks + 1)
+    if chunks == 1:  # of orders, too, when a chunk has room for more
+        return _tpchgen(stream.scale, STREAMED, stream.slices, parts, chunk_bytes)
+    orders = _tpchgen(stream.scale, ("orders",), stream.slices, parts)
+    lineitem = _tpchgen(stream.scale, ("lineitem",), stream.slices, parts, chunk_bytes)
+    return {part: orders[part] | lineitem[part] for part in parts}
+
+
 def _tpchgen(
-    scale: float, tables: tuple[str, ...], slices: int = 1, parts: Collection[int] = (1,)
+    scale: float,
+    tables: tuple[str, ...],
+    slices: int = 1,
+    parts: Collection[int] = (1,),
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> dict[int, dict[str, pl.DataFrame]]:
     """Those parts of the tables' `slices` at `scale`: part -> table -> frame, from one process of the generator.
 
     Raises RuntimeError with the generator's own words.
     """
     command = [str(Path(sys.executable).with_name("tpchgen-cli")), "parquet", f"--scale-factor={scale}"]
+    command += [f"--tables={','.join(tables)}", f"--row-group-bytes={chunk_bytes}"]
+    if slices > 1:
+        command.append(f"--parts={slices}")
+    if slices > 1 and len(parts) == 1:
+        command.append(f"--part={next(iter(parts))}")
     with tempfile.TemporaryDirectory(prefix="tpchgen-") as folder:
-        if slices > 1:
-            command.append(f"--parts={slices}")
-        if slices > 1 and len(parts) == 1:
-            command.append(f"--part={next(iter(parts))}")
-        done = subprocess.run(
-            [*command, f"--tables={','.join(tables)}", f"--output-dir={folder}"], capture_output=True, text=True
-        )
+        done = subprocess.run([*command, f"--output-dir={folder}"], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"tpchgen-cli failed with status {done.returncode}: {done.stderr.strip()}")
         file_name = "{0}/{0}.{1}.parquet" if slices > 1 else "{0}.parquet"
@@ -207,10 +312,10 @@ def _tpchgen(
         }
 
 
-def rows_per_tick(made: dict[int, dict[str, pl.DataFrame]]) -> pl.DataFrame:
-    """One row a tick: tick, orders, lineitem (both counts of rows)."""
-    rows = [(tick, frames["orders"].height, frames["lineitem"].height) for tick, frames in made.items()]
-    return pl.DataFrame(rows, schema=["tick", "orders", "lineitem"], orient="row")
+def rows_per_tick(files: pl.DataFrame) -> pl.DataFrame:
+    """One row a tick: tick, orders, lineitem (both counts of rows); `files` as from `land`."""
+    counts = {table: pl.col("rows").filter(pl.col("table") == table).sum() for table in STREAMED}
+    return files.group_by("tick", maintain_order=True).agg(**counts).sort("tick")
 
 
 def orphans(made: dict[int, dict[str, pl.DataFrame]]) -> int:

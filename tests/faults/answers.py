@@ -115,7 +115,7 @@ def in_pieces(hundredths: int, seed: int) -> str:
 
 def one_tick(folder: Path, scale: float) -> tuple[Snapshot, duckdb.DuckDBPyConnection]:
     """A lake that one tick filled, and DuckDB over the Parquet files of the same data."""
-    stream = source.Stream(scale, 1, "2026-03-01T12:00:00+00:00")
+    stream = source.Stream(scale, 1, "2026-03-01T12:00:00+00:00", file_rows=None)
     source.land(Root.at(f"{folder}/root"), stream, source.make_ticks(stream, range(1)))
     while batch := Lake(f"{folder}/root").next_batch(max_files=500, scheduled_for=AT):
         ingest.commit(ingest.read(batch), run_id="preprocess-test")

@@ -1,5 +1,6 @@
 """The stream is canonical TPC-H, cut into slices, and a tick is a pure function."""
 
+import json
 import subprocess
 import sys
 from datetime import datetime, timedelta
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from polars.testing import assert_frame_equal
+from polars.testing import assert_frame_equal, assert_series_equal
 
 from etl.storage import Root
 from pipeline import source
@@ -30,6 +31,96 @@ def test_all_slices_together_are_tpch_row_by_row(canonical):
         parts = [frames[name] for frames in made.values() if name in frames]
         assert len(parts) == (4 if name in STREAMED else 1)
         assert_frame_equal(pl.concat(parts).select(expected.columns), expected)
+
+
+# scale, slices, slice: how many chunks the generator makes of a slice's orders
+EVEN, UNEVEN, TWO, THREE = (0.1, 1, 1), (10, 288, 287), (1, 7, 4), (1, 5, 3)
+
+
+@pytest.mark.parametrize("scale, slices, part", [EVEN, UNEVEN, TWO, THREE])
+def test_a_slice_has_the_line_items_of_its_orders_and_no_other(scale, slices, part):
+    stream = source.Stream(scale, slices, "2026-03-01T00:00:00+00:00")
+    frames = source._tpchgen_slices(stream, {part})[part]
+    assert_series_equal(
+        frames["lineitem"]["l_orderkey"].unique().sort(), frames["orders"]["o_orderkey"].sort(), check_names=False
+    )
+    as_cut = source._tpchgen(scale, ("orders",), slices, {part})[part]["orders"]
+    assert_frame_equal(frames["orders"], as_cut)  # where a stream begun before has its orders
+
+
+def test_neighbouring_slices_leave_no_order_out():
+    stream = source.Stream(10, 288, "2026-03-01T00:00:00+00:00")
+    made = source.make_ticks(stream, range(286, 289))  # the last has what the division leaves; then a new epoch
+    keys = [made[tick]["orders"]["o_orderkey"] for tick in (286, 287, 288)]
+    assert source.orphans(made) == source.repeated_keys(made) == 0
+    assert keys[0].len() == stream.orders_a_slice
+    assert keys[1].len() == stream.orders_a_slice + 15_000_000 % 288
+    assert keys[1].max() == stream.highest_key
+    assert keys[2].min() == stream.highest_key + 1
+    between = _count(keys[1].min()) - _count(keys[0].max())
+    assert between == 1
+
+
+def _count(key: int) -> int:
+    """How many keys of an epoch are used up to that one."""
+    return key // 32 * 8 + key % 32
+
+
+def test_a_large_table_comes_in_pieces(root, monkeypatch, canonical):
+    stream = source.Stream(0.001, 4, "2026-03-01T00:00:00+00:00", file_rows=130)
+    monkeypatch.setattr(source, "PART_ROWS", 300)
+    files = source.give_out(Root.at(root), stream, range(4)).files
+    assert files["rows"].max() == 130
+    assert files["file"].n_unique() == files.height
+    for name in set(canonical) - set(STREAMED):
+        mine = files.filter(table=name)
+        assert mine["file"].to_list() == [source.file_name(name, 0, piece) for piece in range(mine.height)]
+        data = b"".join(Root.at(root).read(file) for file in mine["file"])
+        assert data == source.to_json_lines(canonical[name].select(*TABLES[name].columns))
+    for tick, frames in source.make_ticks(stream, range(1, 3)).items():
+        for name in STREAMED:
+            mine = files.filter(tick=tick, table=name)
+            data = b"".join(Root.at(root).read(file) for file in mine["file"])
+            assert data == source.to_json_lines(frames[name])
+    assert source.rows_per_tick(files)["lineitem"].sum() == canonical["lineitem"].height
+
+
+def test_the_pieces_of_a_tick_are_the_same_however_it_was_made(tmp_path, monkeypatch):
+    stream = source.Stream(0.001, 4, "2026-03-01T00:00:00+00:00", file_rows=100)
+    source.land(Root.at(tmp_path / "a"), stream, source.make_ticks(stream, range(2)))
+    monkeypatch.setattr(source, "PART_ROWS", 300)
+    source.give_out(Root.at(tmp_path / "b"), stream, range(2))
+    names = sorted(Root.at(tmp_path / "a").files("landing"))
+    assert names == sorted(Root.at(tmp_path / "b").files("landing"))
+    assert any("partsupp-00000000-0007.json" in name for name in names)
+    for name in names:
+        assert Root.at(tmp_path / "a").read(name) == Root.at(tmp_path / "b").read(name)
+
+
+def test_a_file_of_line_items_is_far_below_what_a_batch_may_have(made):
+    bytes_a_row = len(source.to_json_lines(made[1]["lineitem"])) / made[1]["lineitem"].height
+    assert 48e6 < bytes_a_row * source.FILE_ROWS < 64e6
+
+
+def test_a_stream_begun_before_files_had_a_limit_has_none(root):
+    before = {"scale": 0.001, "slices": 4, "origin": "2026-03-01T00:00:00+00:00", "next_tick": 1}
+    Root.at(root).write(source.DESCRIPTION, json.dumps(before).encode())
+    ask = {"scale": 0.001, "slices": 4, "history": 0, "max_ticks": 1, "scheduled_for": None}
+    stream, ticks = source.due_ticks(Root.at(root), **ask)
+    assert (stream.file_rows, ticks) == (None, range(1, 2))
+    source.give_out(Root.at(root), stream, ticks)
+    assert source.due_ticks(Root.at(root), **ask)[0].file_rows is None
+
+
+def test_a_tick_that_does_not_fit_together_is_not_written(root, stream, made, monkeypatch):
+    broken = {1: made[1], 2: {"orders": made[2]["orders"], "lineitem": made[1]["lineitem"]}}
+    monkeypatch.setattr(source, "GROUP_ORDERS", 1)
+    monkeypatch.setattr(source, "_streamed", lambda stream, ticks: {tick: broken[tick] for tick in ticks})
+    done = source.give_out(Root.at(root), stream, range(1, 3))
+    assert (done.orphans, done.repeated_keys) == (made[1]["lineitem"].height, 0)
+    assert done.files["tick"].unique().to_list() == [1]
+    assert not Root.at(root).exists(source.file_name("orders", 2))
+    assert source.Stream.of(Root.at(root)).next_tick == 2
 
 
 def test_many_ticks_at_once_are_the_ticks_one_by_one(stream, made):
