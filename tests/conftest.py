@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from s3_faults import FaultyS3, faulty_s3
-from support import ingest_all, s3, s3_variables
+from support import copy_project, ingest_all, s3, s3_variables
 
-from etl.storage import PROJECT, Root
+from etl.storage import Root
 from pipeline import source
 
 SCALE, SLICES = 0.01, 40
@@ -78,13 +78,7 @@ def scattered(root, stream, made) -> str:
 @pytest.fixture
 def project(tmp_path) -> Path:
     """A copy of the project whose notebooks and YAML a test may change."""
-    copy = tmp_path / "project"
-    copy.mkdir()
-    for name in ("app", "etl", "notebooks", "params", "pipeline"):
-        shutil.copytree(PROJECT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    for name in ("orchestrate.py",):
-        shutil.copy(PROJECT / name, copy)
-    return copy
+    return copy_project(tmp_path / "project")
 
 
 @pytest.fixture(scope="session")
