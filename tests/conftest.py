@@ -14,13 +14,14 @@ from pipeline import source
 SCALE, SLICES = 0.01, 40
 LONGEST = (
     "test_faults",
-    "test_up",
-    "test_notebooks",
-    "test_s3",
     "test_end_to_end",
-    "test_benchmarks",
-    "test_cli",
+    "test_notebooks",
+    "test_up",
     "test_replay",
+    "test_cli",
+    "test_kernels",
+    "test_s3",
+    "test_browser",
 )
 
 
