@@ -1,7 +1,9 @@
 """What the tests share: small real data from tpchgen, a copy of the project to change, an S3 server on loopback."""
 
+import functools
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,27 +55,38 @@ def root(tmp_path) -> str:
     return str(tmp_path / "root")
 
 
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory, stream, made) -> Callable[[str], Path]:
+    """The roots that tests get copies of, by the fixture's name, each made when it is first asked for."""
+
+    @functools.cache
+    def make(name: str) -> Path:
+        root = tmp_path_factory.mktemp(name) / "root"
+        for frames in [made] if name != "scattered" else [{tick: frames} for tick, frames in made.items()]:
+            source.land(Root.at(root), stream, frames)
+            if name != "landed":
+                ingest_all(str(root))
+        return root
+
+    return make
+
+
 @pytest.fixture
-def landed(root, stream, made) -> str:
+def landed(root, prepared) -> str:
     """A root with the three ticks' files in landing."""
-    source.land(Root.at(root), stream, made)
-    return root
+    return shutil.copytree(prepared("landed"), root)
 
 
 @pytest.fixture
-def filled(landed) -> str:
+def filled(root, prepared) -> str:
     """A root with the three ticks in the lake, published."""
-    ingest_all(landed)
-    return landed
+    return shutil.copytree(prepared("filled"), root)
 
 
 @pytest.fixture
-def scattered(root, stream, made) -> str:
+def scattered(root, prepared) -> str:
     """A lake with three files in each streamed table."""
-    for tick, frames in made.items():
-        source.land(Root.at(root), stream, {tick: frames})
-        ingest_all(root)
-    return root
+    return shutil.copytree(prepared("scattered"), root)
 
 
 @pytest.fixture
