@@ -1,26 +1,29 @@
 """What the tests share: small real data from tpchgen, a copy of the project to change, an S3 server on loopback."""
 
+import functools
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from s3_faults import FaultyS3, faulty_s3
-from support import ingest_all, s3, s3_variables
+from support import copy_project, ingest_all, s3, s3_variables
 
-from etl.storage import PROJECT, Root
+from etl.storage import Root
 from pipeline import source
 
 SCALE, SLICES = 0.01, 40
 LONGEST = (
     "test_faults",
-    "test_up",
-    "test_notebooks",
-    "test_s3",
     "test_end_to_end",
-    "test_benchmarks",
-    "test_cli",
+    "test_notebooks",
+    "test_up",
     "test_replay",
+    "test_cli",
+    "test_kernels",
+    "test_s3",
+    "test_browser",
 )
 
 
@@ -52,39 +55,44 @@ def root(tmp_path) -> str:
     return str(tmp_path / "root")
 
 
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory, stream, made) -> Callable[[str], Path]:
+    """The roots that tests get copies of, by the fixture's name, each made when it is first asked for."""
+
+    @functools.cache
+    def make(name: str) -> Path:
+        root = tmp_path_factory.mktemp(name) / "root"
+        for frames in [made] if name != "scattered" else [{tick: frames} for tick, frames in made.items()]:
+            source.land(Root.at(root), stream, frames)
+            if name != "landed":
+                ingest_all(str(root))
+        return root
+
+    return make
+
+
 @pytest.fixture
-def landed(root, stream, made) -> str:
+def landed(root, prepared) -> str:
     """A root with the three ticks' files in landing."""
-    source.land(Root.at(root), stream, made)
-    return root
+    return shutil.copytree(prepared("landed"), root)
 
 
 @pytest.fixture
-def filled(landed) -> str:
+def filled(root, prepared) -> str:
     """A root with the three ticks in the lake, published."""
-    ingest_all(landed)
-    return landed
+    return shutil.copytree(prepared("filled"), root)
 
 
 @pytest.fixture
-def scattered(root, stream, made) -> str:
+def scattered(root, prepared) -> str:
     """A lake with three files in each streamed table."""
-    for tick, frames in made.items():
-        source.land(Root.at(root), stream, {tick: frames})
-        ingest_all(root)
-    return root
+    return shutil.copytree(prepared("scattered"), root)
 
 
 @pytest.fixture
 def project(tmp_path) -> Path:
     """A copy of the project whose notebooks and YAML a test may change."""
-    copy = tmp_path / "project"
-    copy.mkdir()
-    for name in ("app", "etl", "notebooks", "params", "pipeline"):
-        shutil.copytree(PROJECT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    for name in ("orchestrate.py",):
-        shutil.copy(PROJECT / name, copy)
-    return copy
+    return copy_project(tmp_path / "project")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import nbformat
 
+from etl.storage import PROJECT
 from pipeline import Lake
 
 AT = "2026-03-01T12:00:10+00:00"  # a scheduled time; any will do
@@ -36,6 +38,16 @@ def orchestrate(project: Path, *arguments: str, env: dict | None = None) -> subp
         text=True,
         timeout=300,
     )
+
+
+def copy_project(folder: Path) -> Path:
+    """A copy of the project, with its notebooks and YAML, in a folder that is not there yet."""
+    folder.mkdir()
+    for name in ("app", "etl", "notebooks", "params", "pipeline"):
+        ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        shutil.copytree(PROJECT / name, folder / name, ignore=ignored)
+    shutil.copy(PROJECT / "orchestrate.py", folder)
+    return folder
 
 
 def environment(project: Path) -> dict[str, str]:

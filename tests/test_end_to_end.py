@@ -11,7 +11,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
-from support import AT, SMALL, orchestrate
+from support import AT, SMALL, ingest_all, orchestrate
 from tpch_sql import QUESTIONS, connect, unlike
 
 from etl.storage import PROJECT, Root
@@ -100,21 +100,19 @@ def test_questions_that_fail_are_told_and_keep_no_other_from_its_answer(full, tm
     assert record["metrics"]["questions"] == 2
 
 
-def test_generate_again_gives_the_same_bytes_and_preprocess_again_changes_nothing(root):
-    make = ("run", "generate", "--root", root, "--at", AT, *SMALL[:6], "--json")
-    assert orchestrate(PROJECT, *make).returncode == 0
-    files = [f"landing/{t}/{n}" for t in TABLES for n in Root.at(root).names(f"landing/{t}")]
-    before = {name: Root.at(root).read(name) for name in files}
-    (again,) = json.loads(orchestrate(PROJECT, *make, "-p", "tick=1").stdout)
+def test_generate_again_gives_the_same_bytes_and_preprocess_again_changes_nothing(landed):
+    files = [f"landing/{t}/{n}" for t in TABLES for n in Root.at(landed).names(f"landing/{t}")]
+    before = {name: Root.at(landed).read(name) for name in files}
+    make = ("run", "generate", "--root", landed, "--at", AT, *SMALL[:6], "-p", "tick=1", "--json")
+    (again,) = json.loads(orchestrate(PROJECT, *make).stdout)
     assert (again["state"], again["metrics"]["ticks"]) == ("ok", 1)
-    assert {name: Root.at(root).read(name) for name in files} == before
+    assert files and {name: Root.at(landed).read(name) for name in files} == before
 
-    ingest = ("run", "preprocess", "--root", root, "--at", AT, "--json")
-    (first,) = json.loads(orchestrate(PROJECT, *ingest).stdout)
-    versions = {t: Lake(Root.at(root)).table(t).version() for t in Lake(root).columns}
-    (second,) = json.loads(orchestrate(PROJECT, *ingest).stdout)
-    assert (first["state"], second["state"]) == ("ok", "noop")
-    assert {t: Lake(Root.at(root)).table(t).version() for t in Lake(root).columns} == versions
+    ingest_all(landed)
+    versions = {t: Lake(Root.at(landed)).table(t).version() for t in Lake(landed).columns}
+    (second,) = json.loads(orchestrate(PROJECT, "run", "preprocess", "--root", landed, "--at", AT, "--json").stdout)
+    assert second["state"] == "noop"
+    assert {t: Lake(Root.at(landed)).table(t).version() for t in Lake(landed).columns} == versions
 
 
 def test_bad_input_stops_the_run_before_anything_is_written(root, made):

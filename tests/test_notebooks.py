@@ -8,15 +8,17 @@ import shutil
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from support import SMALL, environment, free_port, orchestrate
+from support import environment, free_port
 
 from etl import params
 from etl.serve.services import answers
-from etl.storage import PROJECT
+from etl.storage import PROJECT, Root
+from pipeline import source
 from pipeline.queries import questions
 
 STAGES = list(params.load(PROJECT).stages)
@@ -31,8 +33,10 @@ def lab(tmp_path_factory):
         shutil.copytree(PROJECT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("orchestrate.py",):
         shutil.copy(PROJECT / name, copy)
-    done = orchestrate(copy, "run", "generate", "--env", "dev", *SMALL[:6])
-    assert done.returncode == 0, done.stderr
+    scratch = Root.at(copy / params.load(copy, "dev").environment.root)
+    size = {"scale": 0.01, "slices": 40, "history": 2}
+    stream, due = source.due_ticks(scratch, **size, max_ticks=8, scheduled_for=datetime.now(UTC).isoformat())
+    source.land(scratch, stream, source.make_ticks(stream, due))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment(copy).items():
             patch.setenv(name, value)

@@ -197,21 +197,15 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path):
             run_id = eventually(told, 90, why, up).split(":")[0]
             page = html.unescape(get(f"http://127.0.0.1:{up.api}/reports/{run_id}").decode())
             assert why in page
-        up.end(signal.SIGINT)
-        assert up.process.returncode == 0, up.log.read_text()[-2000:]
-    finally:
-        up.process.kill()
 
-    # killed outright, its children go too, and the next start closes what was left open
-    write_stage(small, "breaks", "import time; time.sleep(0.5)\nraise ValueError('planted')")
-    up = Up(small, root)
-    try:
+        # killed outright, its children go too, and the next start closes what was left open
+        write_stage(small, "breaks", "import time; time.sleep(0.5)\nraise ValueError('planted')")
+        flow = api_of(up, "/flows/", {"name": "theirs"})
+        api_of(up, "/deployments/", {"name": "theirs", "flow_id": flow["id"], "tags": ["etl"]})
         running = {"state_type": "RUNNING"}
         eventually(
             lambda: up.flow_runs("works", **running) or up.flow_runs("breaks", **running), 120, "a run under way"
         )
-        flow = api_of(up, "/flows/", {"name": "theirs"})
-        api_of(up, "/deployments/", {"name": "theirs", "flow_id": flow["id"], "tags": ["etl"]})
         up.end(signal.SIGKILL)
     finally:
         up.process.kill()
@@ -228,7 +222,8 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path):
         assert names == {"works", "breaks", "theirs"}
         ended = {"flows": {"name": {"any_": ["lasts"]}}, "limit": 200}
         assert {run["state_type"] for run in api_of(up, "/flow_runs/filter", ended)} <= {"CRASHED", "CANCELLED"}
-        up.end(signal.SIGTERM)
+        up.end(signal.SIGTERM)  # its handler does what Ctrl-C does
+        assert up.process.returncode == 0, up.log.read_text()[-2000:]
     finally:
         up.process.kill()
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import venv
 import polars as pl
 import pytest
 from deltalake import write_deltalake
-from support import AT, environment, free_port, ingest_all, orchestrate, write_stage
+from support import AT, copy_project, environment, free_port, ingest_all, orchestrate, write_stage
 from typer.testing import CliRunner
 
 from etl.storage import Root
@@ -159,9 +160,18 @@ def test_retries_repeat_what_may_pass_and_not_a_failed_check(project, root):
     assert len(Root.at(root).names("reports/strict/2026-03-01")) == 1
 
 
-@pytest.fixture
-def greeting(project, root):
-    """A copy of the project with a stage `greet`, the root, and the record of a run of it with loud=2 at AT."""
+@pytest.fixture(scope="module")
+def greeted(tmp_path_factory):
+    """A root, and the record of a run with loud=2 at AT of the stage that `greeting` has. Only to copy."""
+    project, root = (tmp_path_factory.mktemp("greeted") / name for name in ("project", "root"))
+    copy_project(project)
+    write_greet(project)
+    done = orchestrate(project, "run", "greet", "--root", str(root), "--at", AT, "-p", "loud=2", "--json")
+    assert done.returncode == 0, done.stderr
+    return root, json.loads(done.stdout)[0]
+
+
+def write_greet(project):
     write_stage(
         project,
         "greet",
@@ -169,9 +179,14 @@ def greeting(project, root):
         parameters='name: str = "nobody"  # whom\nloud: int = 1  # times\n',
         yml="parameters:\n  name: Ada\n",
     )
-    done = orchestrate(project, "run", "greet", "--root", root, "--at", AT, "-p", "loud=2", "--json")
-    assert done.returncode == 0, done.stderr
-    return project, root, json.loads(done.stdout)[0]
+
+
+@pytest.fixture
+def greeting(project, greeted, root):
+    """A copy of the project with a stage `greet`, a root, and the record of a run of it with loud=2 at AT."""
+    write_greet(project)
+    shutil.copytree(greeted[0], root)
+    return project, root, greeted[1]
 
 
 def test_a_run_again_takes_what_was_recorded_and_then_what_is_given(greeting):

@@ -17,7 +17,7 @@ from etl.kernels import sources
 from etl.runs import dispatch, index, provenance
 from etl.runs import replay as replays
 from etl.storage import Root
-from pipeline import Lake, source
+from pipeline import Lake, model, source
 
 AT = datetime(2026, 3, 1, 12, 0, 10, tzinfo=UTC)
 SUM = "total = sum(range(n))\nrecord(rows=n, total=total, took_s=__import__('time').time(), place=f'{root}/{run_id}')"
@@ -220,17 +220,19 @@ def test_query_is_replayed_on_the_versions_it_read(project, filled, stream):
 
 
 def test_generate_and_train_are_replayed_from_what_they_started_from(project, filled, stream):
-    Root.at(filled).write(source.DESCRIPTION, json.dumps(vars(stream) | {"next_tick": 3}).encode())
+    place = Root.at(filled)
+    place.write(source.DESCRIPTION, json.dumps(vars(stream) | {"next_tick": 3}).encode())
     tick = run_once(project, "generate", filled, ["scale=0.01", "slices=40", "max_ticks=2"])
     assert (tick["state"], tick["metrics"]["last_tick"]) == ("ok", 4), tick["reason"]
-    small = ["min_rows=500", "max_trees=60"]
-    champion = run_once(project, "train", filled, small)
-    beaten = run_once(project, "train", filled, small)
-    assert champion["metrics"]["published"] and beaten["state"] == "ok" and not beaten["metrics"]["published"]
-    for run in (tick, beaten):  # of the two trainings the one that has a champion to start from
+    training, validation, held_out = model.split(Lake(filled).snapshot().frame("lineitem", model.COLUMNS).collect())
+    champion = model.train(training, validation, max_trees=60)
+    model.publish(place, champion, model.judge(champion, held_out), held_out, "train-champion")
+    beaten = run_once(project, "train", filled, ["min_rows=500", "max_trees=60"])
+    assert beaten["state"] == "ok" and not beaten["metrics"]["published"], beaten["reason"]
+    for run in (tick, beaten):  # the training has a champion to start from
         found = replay(project, run, filled)
         assert found.equal, found.differences
-    assert json.loads(Root.at(filled).read(source.DESCRIPTION))["next_tick"] == 5
+    assert json.loads(place.read(source.DESCRIPTION))["next_tick"] == 5
 
 
 def parquet(frame: pl.DataFrame) -> bytes:
