@@ -58,8 +58,8 @@ class File:
     def apart(self) -> str:
         """A path that no other content under the same path has had, without a dot at the beginning of its name."""
         folder, name = posixpath.split(self.path)
-        name = name.lstrip(".").encode(errors="surrogateescape")[:NAME_BYTES].decode(errors="ignore")
-        return posixpath.join(folder, f"{name}~{hashlib.sha256(self.mark.encode()).hexdigest()[:8]}")
+        readable = name.encode(errors="surrogateescape")[:NAME_BYTES].decode(errors="ignore").lstrip(".")
+        return posixpath.join(folder, f"{readable}~{hashlib.sha256(self.mark.encode()).hexdigest()[:8]}")
 
 
 @dataclass(frozen=True)
