@@ -4,11 +4,12 @@ A batch is numbered and written down first (`lake/batches/<n>.json`: the files w
 committed to each table under its number, then published, then its files are archived, then it is marked done. Each of
 these steps is on the disk before the next one is taken. A run that finds an unfinished batch finishes that one, from
 the same files. Rows that do not fit go to `quarantine` with file, line, reason and the raw text; files that cannot be
-read at all, or of which no line fits, go to `refused/`.
+read at all, of which no line fits, or too few, go to `refused/`.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -50,9 +51,17 @@ SUMMARY: dict[str, DataType] = {
     "refused": pl.Int64,
     "rescued": pl.Int64,  # rows with fields that no column takes
     "tables": pl.List(pl.String),
-    "committed": pl.Boolean,
-    "worst": pl.String,
+    "files_unfit": pl.Int64,  # of those refused: too few of their lines fit
+    "unfit": pl.List(pl.Struct({"lines": pl.Int64, "bad": pl.Int64, "file": pl.String, "why": pl.String})),
 }
+UNFIT: dict[str, DataType] = {
+    "table": pl.String,
+    "file": pl.String,
+    "lines": pl.Int64,
+    "bad": pl.Int64,
+    "why": pl.String,
+}
+SHOWN_FILES = 5  # of those of which too few lines fit
 
 
 class Overtaken(RuntimeError):
@@ -81,6 +90,7 @@ class Parsed:
 
     `frames`: table -> typed rows. `refused`: rows for quarantine (columns of `table.QUARANTINE`).
     `files`: one row a file: table, file, bytes, sha256, lines, good, bad. `batch.refused`: all files that are refused.
+    `unfit`: of those the files of which too few lines fit, the worst first: table, file, lines, bad, why.
     """
 
     batch: Batch
@@ -88,28 +98,16 @@ class Parsed:
     refused: pl.DataFrame
     files: pl.DataFrame
     as_of: str | None
+    unfit: pl.DataFrame
 
     @property
     def rows(self) -> int:
         return int(self.files["lines"].sum())
 
     @property
-    def bad_share(self) -> float:
-        """The share of all lines that do not fit, 0 to 1."""
-        return int(self.files["bad"].sum()) / max(self.rows, 1)
-
-    @property
     def rescued(self) -> int:
         """How many rows have fields that no column takes."""
         return sum(frame[RESCUED].count() for frame in self.frames.values())
-
-    @property
-    def worst(self) -> str:
-        """The file with the most lines that do not fit, in words."""
-        if self.refused.is_empty():
-            return "every line fits"
-        file = self.files.sort("bad", descending=True).row(0, named=True)
-        return f"{file['file']} has {file['bad']:,} of {file['lines']:,}"
 
 
 def next_batch(
@@ -159,20 +157,23 @@ def rules(table: Table, at: str) -> Table:
     return table.until(moment + min(AHEAD, parse.LAST - moment))
 
 
-def read(batch: Batch) -> Parsed:
+def read(batch: Batch, *, max_bad_share: float = 1.0) -> Parsed:
     """Read a batch's files, type their rows and set apart those that do not fit. Writes nothing.
 
-    A file that cannot be read or has no line that fits is refused, and one that is no longer what the manifest of an
-    unfinished batch says.
+    A file is refused that cannot be read, of which no line fits, or a larger share of lines than `max_bad_share` (0 to
+    1) does not. So is one that is no longer what the manifest of an unfinished batch says; but none of those that it
+    names by its share, for its rows may be in the lake.
     """
     lake = batch.lake
     expected = {f["name"]: f["sha256"] for f in batch.manifest["files"]} if batch.manifest else {}
     good: dict[str, list[pl.DataFrame]] = {}
-    quarantined, files, kept, refused = [], [], [], list(batch.refused)
+    most = 1.0 if batch.manifest else max_bad_share
+    quarantined, files, kept, refused, unfit = [], [], [], list(batch.refused), []
     with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as pool:  # one reads and hashes while Polars has the cores
-        for looked in pool.map(lambda group: _look(batch, group, expected), _groups(batch)):
+        for looked in pool.map(lambda group: _look(batch, group, expected, most), _groups(batch)):
             for file, why in looked.refused:
                 refused.append(file.refused(why))
+            unfit += looked.unfit
             for (file, sha256, size), lines, bad in zip(looked.files, looked.lines, looked.bad, strict=True):
                 if bad.height:
                     quarantined.append(_for_quarantine(bad, batch, file))
@@ -191,6 +192,7 @@ def read(batch: Batch) -> Parsed:
         pl.concat([pl.DataFrame(schema=QUARANTINE), *quarantined]),
         pl.DataFrame(files, schema=FILES, orient="row"),
         newest.isoformat() if newest else None,
+        pl.DataFrame(unfit, schema=UNFIT, orient="row").sort(pl.col("bad") / pl.col("lines"), "bad", descending=True),
     )
 
 
@@ -202,6 +204,7 @@ class _Looked(NamedTuple):
     lines: list[int]
     bad: list[pl.DataFrame]
     refused: list[tuple[File, str]]
+    unfit: list[tuple[str, str, int, int, str]]  # as `UNFIT`: of those refused
 
 
 def _groups(batch: Batch) -> list[list[File]]:
@@ -217,7 +220,7 @@ def _groups(batch: Batch) -> list[list[File]]:
     return groups
 
 
-def _look(batch: Batch, group: list[File], expected: dict[str, str]) -> _Looked:
+def _look(batch: Batch, group: list[File], expected: dict[str, str], most: float) -> _Looked:
     """Read the files of one group. Raises AssertionError when a line is neither a row nor refused."""
     files, pieces, refused = [], [], []
     for file in group:
@@ -234,9 +237,24 @@ def _look(batch: Batch, group: list[File], expected: dict[str, str]) -> _Looked:
     rows, bad, lines = parse.parse_all(pieces, rules(batch.lake.tables[group[0].table], batch.at))
     if sum(lines) != rows.height + sum(frame.height for frame in bad):
         raise AssertionError(f"{group[0].landing} and others: {sum(lines)} lines, but {rows.height} rows fit")
-    kept = [number for number, frame in enumerate(bad) if frame.height < lines[number]]
-    refused += [(files[n][0], parse.no_line_fits(bad[n])) for n in range(len(files)) if n not in kept]
-    return _Looked([files[n] for n in kept], rows, [lines[n] for n in kept], [bad[n] for n in kept], refused)
+    kept, unfit = [], []
+    for number, (file, *_) in enumerate(files):
+        if bad[number].height < lines[number] and bad[number].height <= most * lines[number]:
+            kept.append(number)
+            continue
+        why = parse.why_whole(bad[number], lines[number])
+        refused.append((file, why))
+        if bad[number].height > most * lines[number] and bad[number]["line"][0] != parse.WHOLE:
+            unfit.append((file.table, file.name, lines[number], bad[number].height, why))
+    if any(number not in kept and bad[number].height < lines[number] for number in range(len(files))):
+        rows = _of_files(rows, [count - frame.height for count, frame in zip(lines, bad, strict=True)], kept)
+    return _Looked([files[n] for n in kept], rows, [lines[n] for n in kept], [bad[n] for n in kept], refused, unfit)
+
+
+def _of_files(rows: pl.DataFrame, heights: list[int], kept: list[int]) -> pl.DataFrame:
+    """The rows of some of the files. `heights`: how many each has, in their order."""
+    starts = [0, *itertools.accumulate(heights)]
+    return pl.concat([rows.head(0), *(rows.slice(starts[number], heights[number]) for number in kept)])
 
 
 def commit(parsed: Parsed, *, run_id: str) -> dict[str, int]:
@@ -304,8 +322,8 @@ def drain(
 ) -> pl.DataFrame:
     """Commit batch after batch until nothing waits; one row each, as `summary` has it.
 
-    None is begun that, going by the slowest so far, would not be over within `for_s` seconds. One with a larger share
-    than `max_bad_share` of lines that do not fit is not committed, and ends it.
+    None is begun that, going by the slowest so far, would not be over within `for_s` seconds. `max_bad_share`: as of
+    `read`.
     """
     done = [pl.DataFrame(schema=SUMMARY)]
     began, slowest = time.monotonic(), 0.0
@@ -313,26 +331,34 @@ def drain(
         batch = next_batch(lake, max_files=max_files, max_bytes=max_bytes, scheduled_for=scheduled_for, now=now)
         if batch is None:
             break
-        parsed = read(batch)
-        fits = parsed.bad_share <= max_bad_share
-        if fits:
-            try:
-                commit(parsed, run_id=run_id)
-            except Overtaken:  # what it did not take is still there: look again
-                continue
-        done.append(summary(parsed, committed=fits))
-        if not fits:
-            break
+        parsed = read(batch, max_bad_share=max_bad_share)
+        try:
+            commit(parsed, run_id=run_id)
+        except Overtaken:  # what it did not take is still there: look again
+            continue
+        done.append(summary(parsed))
         slowest = max(slowest, time.monotonic() - started)
     return pl.concat(done)
 
 
-def summary(parsed: Parsed, committed: bool = True) -> pl.DataFrame:
-    """A batch in one row: batch, files, files_refused, mb, rows, refused, rescued, tables, committed, worst."""
+def summary(parsed: Parsed) -> pl.DataFrame:
+    """A batch in one row: batch, files, files_refused, mb, rows, refused, rescued, tables, files_unfit, unfit."""
     batch, mb = parsed.batch, int(parsed.files["bytes"].sum()) / 1e6
     kept = int(parsed.files["good"].sum())
     row = (batch.number, len(batch.files), len(batch.refused), mb, kept, parsed.refused.height, parsed.rescued)
-    return pl.DataFrame([(*row, sorted(parsed.frames), committed, parsed.worst)], schema=SUMMARY, orient="row")
+    unfit = parsed.unfit.select("lines", "bad", "file", "why").to_dicts()
+    return pl.DataFrame([(*row, sorted(parsed.frames), len(unfit), unfit)], schema=SUMMARY, orient="row")
+
+
+def unfit(done: pl.DataFrame) -> str:
+    """The files of some batches (rows of `summary`) of which too few lines fit, and why: the worst first."""
+    files = done.select(pl.col("unfit").explode()).drop_nulls().unnest("unfit")
+    if files.is_empty():
+        return "none"
+    worst = files.sort(pl.col("bad") / pl.col("lines"), "bad", descending=True)
+    said = [f"{file}: {why}" for file, why in worst.head(SHOWN_FILES).select("file", "why").iter_rows()]
+    more = f"; and {files.height - SHOWN_FILES} others" if files.height > SHOWN_FILES else ""
+    return f"{files.height} file{'s' * (files.height > 1)}, {'; '.join(said)}{more}"
 
 
 def _read(root: Root, file: File, expected: str | None) -> tuple[bytes, str]:

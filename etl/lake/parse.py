@@ -26,11 +26,12 @@ from etl.storage import Unreadable
 RAW_CHARS = 4000  # of a refused line that quarantine keeps
 VALUE_CHARS = 80  # of a value that a reason shows
 NOT_UTF8 = "not UTF-8"  # begins a reason: what quarantine keeps of the line is not what it was
-SHOWN_REASONS = 3  # why a whole file is refused
+SHOWN_KINDS = 3  # of reasons why a whole file is refused
 LINE_BYTES = 1 << 20  # a longer line is refused unread
 PIECE_BYTES = 64 << 10  # a piece that is not plain is cut down to this before it is read line by line
 WHOLE = 0  # in place of a line's number: what is said of the whole file
-REFUSED: dict[str, DataType] = {"line": pl.Int64, "reason": TEXT, "raw": TEXT}
+REFUSED: dict[str, DataType] = {"line": pl.Int64, "reason": TEXT, "raw": TEXT, "kinds": pl.List(TEXT)}
+POSITION = re.compile(r" at (character|byte) \d+$")  # of a reason, in which lines differ that are wrong in the same way
 YEAR = "([1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"  # those that Python, JSON and Delta's statistics can say
 FIRST, LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 DAY_TEXT = rf"^{YEAR}-[0-9]{{2}}-[0-9]{{2}}$"  # beside the format, which alone takes year 6, year -1996 and blanks
@@ -62,16 +63,35 @@ FLOAT_TEXT = r"^-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?$"
 TRUTHS = {"true": True, "false": False}
 
 
-def no_line_fits(refused: pl.DataFrame) -> str:
-    """Why a file of which every line is refused (`REFUSED`) is refused whole: its most frequent reasons, in words."""
-    if refused.is_empty():
+class Unfit(ValueError):
+    """Why a line does not fit. `kinds`: the same without what is the line's own, so that lines can be counted by it."""
+
+    def __init__(self, why: str, kinds: Sequence[str]):
+        super().__init__(why)
+        self.kinds = list(kinds)
+
+
+class _Wrong(ValueError):
+    """What is wrong with a value, which is shown before it."""
+
+    def __init__(self, value: Any, kind: str):
+        super().__init__(f"{_shown(value)} {kind}")
+        self.kind = kind
+
+
+def why_whole(refused: pl.DataFrame, lines: int) -> str:
+    """Why a file is refused whole, of whose `lines` lines these (`REFUSED`) do not fit: the kinds of reasons with how
+    many lines have each, the most frequent first, and the first line's own."""
+    if not lines:
         return "has no rows, only blank lines"
     if refused["line"][0] == WHOLE:
         return str(refused["reason"][0])
-    reasons = refused.group_by("reason", maintain_order=True).agg(pl.first("line"), pl.len())
-    often = reasons.sort("len", descending=True, maintain_order=True).head(SHOWN_REASONS)
-    said = [f"{why} (line {line}{f' and {n - 1:,} more' * (n > 1)})" for why, line, n in often.iter_rows()]
-    return f"has no line that fits: {'; '.join(said)}{'; ...' * (reasons.height > often.height)}"
+    kinds = refused.select(pl.col("kinds").explode()).group_by("kinds", maintain_order=True).len()
+    often = kinds.sort("len", descending=True, maintain_order=True).head(SHOWN_KINDS)
+    said = ", ".join(f"{kind} {count:,}" for kind, count in often.iter_rows())
+    others = f", and {kinds.height - SHOWN_KINDS} others" if kinds.height > SHOWN_KINDS else ""
+    first = refused.row(0, named=True)
+    return f"{refused.height:,} of {lines:,} lines do not fit: {said}{others}; line {first['line']}: {first['reason']}"
 
 
 def line_count(data: bytes) -> int:
@@ -133,7 +153,7 @@ def _parsed_file(content: Content, table: Table) -> tuple[pl.DataFrame, pl.DataF
     try:
         return read(content.data, table)
     except Unreadable as error:
-        refused = pl.DataFrame([(WHOLE, str(error), "")], schema=REFUSED, orient="row")
+        refused = pl.DataFrame([(WHOLE, str(error), "", [str(error)])], schema=REFUSED, orient="row")
         return pl.DataFrame(schema=table.stored), refused
 
 
@@ -522,17 +542,25 @@ def _each(
             numbers.append(number)
             kept.append(line)
         except (ValueError, RecursionError) as error:  # ValueError: also what json and the decoder raise
-            reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
-            refused.append((number, _short(reason, 4 * VALUE_CHARS), shown(line)))
+            why = _unfit(error)
+            refused.append((number, _short(str(why), 4 * VALUE_CHARS), shown(line), why.kinds))
     types = [*((name, _read_as(dtype)) for name, dtype in table.types.items()), (RESCUED, TEXT)]
     columns = zip(*rows, strict=True) if rows else [[]] * len(types)
     text = pl.DataFrame([pl.Series(name, list(v), dtype) for (name, dtype), v in zip(types, columns, strict=True)])
     typed, reasons = _typed_rows(text, table)
-    refused += [(numbers[row], why, shown(kept[row])) for row, why in reasons.items()]
+    refused += [(numbers[row], str(why), shown(kept[row]), why.kinds) for row, why in reasons.items()]
     return typed, pl.DataFrame(refused, schema=REFUSED, orient="row").sort("line")
 
 
-def _typed_rows(text: pl.DataFrame, table: Table) -> tuple[pl.DataFrame, dict[int, str]]:
+def _unfit(error: Exception) -> Unfit:
+    """What a line was refused with, as a reason."""
+    if isinstance(error, Unfit):
+        return error
+    why = "nested too deep" if isinstance(error, RecursionError) else str(error)
+    return Unfit(why, [_short(POSITION.sub("", why), VALUE_CHARS)])
+
+
+def _typed_rows(text: pl.DataFrame, table: Table) -> tuple[pl.DataFrame, dict[int, Unfit]]:
     """The rows that fit, of values as `_read_as` has them and `_rescued`; row number -> why, of the others."""
     typed = text.select(*(_typed(name, dtype) for name, dtype in table.types.items()), RESCUED)
     typed = typed.with_columns(_sayable(name) for name, dtype in table.types.items() if dtype == TIME)
@@ -603,9 +631,9 @@ def _fields(table: Table) -> Callable[[Any], list[Any]]:
             try:
                 row.append(_taken(value, keys, column, read))
             except ValueError as error:
-                wrong.append(f"{name}: {error}")
+                wrong.append((f"{name}: {error}", f"`{name}` {getattr(error, 'kind', error)}"))
         if wrong:
-            raise ValueError("; ".join(wrong))
+            raise Unfit("; ".join(why for why, _ in wrong), [kind for _, kind in wrong])
         row.append(json.dumps(value, allow_nan=False) if value else None)
         return row
 
@@ -667,24 +695,24 @@ def _reader(dtype: DataType) -> Callable[[Any], Any]:
 
 def _whole(value: Any, bound: int) -> int:
     if type(value) is not int:
-        raise ValueError(f"{_shown(value)} is not a whole number")
+        raise _Wrong(value, "is not a whole number")
     if not -bound <= value < bound:
-        raise ValueError(f"{_shown(value)} is out of range")
+        raise _Wrong(value, "is out of range")
     return value
 
 
 def _float(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{_shown(value)} is not a number")
+        raise _Wrong(value, "is not a number")
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(f"{_shown(value)} is out of range") from None
+        raise _Wrong(value, "is out of range") from None
 
 
 def _truth(value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"{_shown(value)} is not true or false")
+        raise _Wrong(value, "is not true or false")
     return value
 
 
@@ -695,7 +723,7 @@ def _text(value: Any, dtype: DataType) -> str:
     if _is_decimal(dtype) and type(value) is int:
         return str(value)
     if not isinstance(value, str):
-        raise ValueError(f"{_shown(value)} is not {_kind(dtype)}")
+        raise _Wrong(value, f"is not {_kind(dtype)}")
     if not value.isascii() and re.search("[\ud800-\udfff]", value):
         raise ValueError("a lone surrogate, which no text has")
     return value
@@ -707,13 +735,13 @@ def _nested(value: Any, dtype: Any) -> tuple[Any, Any]:
         return None, None
     if isinstance(dtype, pl.List):
         if not isinstance(value, list):
-            raise ValueError(f"{_shown(value)} is not a list")
+            raise _Wrong(value, "is not a list")
         pairs = [_nested(item, dtype.inner) for item in value]
         rest = [unknown for _, unknown in pairs]
         return [item for item, _ in pairs], rest if any(unknown is not None for unknown in rest) else None
     if isinstance(dtype, pl.Struct):
         if not isinstance(value, dict):
-            raise ValueError(f"{_shown(value)} is not an object")
+            raise _Wrong(value, "is not an object")
         fields = {field.name: _nested(value.get(field.name), field.dtype) for field in dtype.fields}
         unknown = {key: item for key, item in value.items() if key not in fields}
         unknown |= {key: item for key, (_, item) in fields.items() if item is not None}
@@ -727,10 +755,10 @@ def _alone(value: Any, dtype: DataType) -> Any:
         typed = pl.DataFrame({"it": [value]}).select(_typed("it", dtype))
         typed = typed.select(_sayable("it")) if dtype == TIME else typed
         if (value_typed := typed.item()) is None:
-            raise ValueError(f"{_shown(value)} is not {_kind(dtype)}")
+            raise _Wrong(value, f"is not {_kind(dtype)}")
         return value_typed
     if dtype == pl.Float32 and not math.isfinite(pl.Series([value]).cast(pl.Float32)[0]):
-        raise ValueError(f"{_shown(value)} is out of range")
+        raise _Wrong(value, "is out of range")
     return value
 
 
@@ -834,18 +862,20 @@ def _fits(table: Table) -> pl.Expr:
     return pl.all_horizontal(pl.lit(True), *(kept.all() for _, kept, _ in table.rules))
 
 
-def _misfits(frame: pl.DataFrame, text: pl.DataFrame, table: Table) -> dict[int, str]:
+def _misfits(frame: pl.DataFrame, text: pl.DataFrame, table: Table) -> dict[int, Unfit]:
     """Row number -> why it does not fit its table, for the rows that do not; `text`: what they were typed from."""
-    reasons: dict[int, dict[str, list[str]]] = {}
+    reasons: dict[int, dict[str, list[tuple[str, str]]]] = {}  # row -> column -> what is shown of the value, and why
     for name, dtype in table.types.items():
         for row in (frame[name].is_null() & text[name].is_not_null()).arg_true():
-            reasons.setdefault(row, {})[name] = [f"{name}: {_shown(text[name][row])} is not {_kind(dtype)}"]
+            reasons.setdefault(row, {})[name] = [(_shown(text[name][row]), f"is not {_kind(dtype)}")]
     for name, kept, wrong in table.rules:
         for row in frame.select(pl.arg_where(~kept)).to_series():
             value = _short(str(frame[name][row]), VALUE_CHARS)
-            reasons.setdefault(row, {}).setdefault(name, []).append(f"{name}: {value} {wrong}")
+            reasons.setdefault(row, {}).setdefault(name, []).append((value, wrong))
     order = [*table.types]
-    return {
-        row: "; ".join(why for name in sorted(wrong, key=order.index) for why in wrong[name])
-        for row, wrong in reasons.items()
-    }
+    unfit = {}
+    for row, columns in reasons.items():
+        every = [(name, *why) for name in sorted(columns, key=order.index) for why in columns[name]]
+        why = "; ".join(f"{name}: {value} {wrong}" for name, value, wrong in every)
+        unfit[row] = Unfit(why, [f"`{name}` {wrong}" for name, _, wrong in every])
+    return unfit

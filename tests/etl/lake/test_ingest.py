@@ -108,7 +108,7 @@ def test_bad_rows_reach_quarantine_with_file_and_line(landed, made):
     place.write(name, b"\n".join(lines) + b"\n")
     batch = Lake(landed).next_batch(max_files=500, scheduled_for=AT)
     parsed = Lake.read(batch)
-    assert parsed.bad_share == pytest.approx(1 / parsed.rows)
+    assert parsed.refused.height == 1
     Lake.commit(parsed, run_id="one")
     quarantine = Lake(landed).snapshot().frame("quarantine").collect()
     assert quarantine.select("batch", "table", "file", "line", "raw").rows() == [
@@ -138,7 +138,7 @@ def test_a_row_that_nothing_can_say_is_set_apart_and_stops_nothing(landed, made,
     odd = json.dumps(json.loads(lines[3]) | UNSAYABLE[what]).encode()
     place.write(name, b"\n".join([*lines[:3], odd, *lines[4:]]))
     done = Lake(landed).drain(**LIMITS | {"max_files": 8}, for_s=60)
-    assert done["committed"].to_list() == [True, True]
+    assert done["batch"].to_list() == [1, 2]
     assert [Root.at(landed).names(f"landing/{table}") for table in TABLES] == [[]] * len(TABLES)
     whole = pl.concat([frames["orders"] for frames in made.values()])
     snapshot = Lake(landed).snapshot()
@@ -241,13 +241,13 @@ def test_a_file_of_which_no_line_fits_is_refused_and_stops_nothing(landed, made)
     first = place.read("landing/orders/orders-00000002.json")
     place.write("landing/orders/orders-00000002.json", b"\n" * 9000 + first + b"\n")
     done = Lake(landed).drain(**LIMITS, for_s=60)
-    assert done.select("files", "files_refused", "refused", "committed").rows() == [(12, 3, 0, True)]
+    assert done.select("files", "files_refused", "files_unfit", "refused").rows() == [(12, 3, 1, 0)]
     assert_exactly(landed, made)
     last = len(rows_of)
     assert why_refused(landed) == {
         "orders-00000007.json": f"is a JSON array that cannot be read beyond element {last}: no comma and no end",
-        "orders-00000008.json": "has no line that fits: not JSON: Expecting property name enclosed in double quotes at "
-        "character 2 (line 1 and 98 more)",
+        "orders-00000008.json": "99 of 99 lines do not fit: not JSON: Expecting property name enclosed in double "
+        "quotes 99; line 1: not JSON: Expecting property name enclosed in double quotes at character 2",
         "orders-00000009.json": "has no rows, only blank lines",
     }
 
@@ -401,16 +401,62 @@ def test_nothing_is_begun_when_the_time_is_over(landed):
     assert len(Lake(landed).drain(**LIMITS | {"max_files": 1}, for_s=0.001)) == 1
 
 
-def test_a_batch_of_bad_lines_ends_the_draining(landed):
-    place, name = Root.at(landed), "landing/orders/orders-00000001.json"
-    place.write(name, place.read(name) + b"{}\n" * 500)
-    lines = place.read(name).count(b"\n")
-    done = Lake(landed).drain(**LIMITS | {"max_files": 8}, for_s=60)
-    assert done.select("batch", "committed", "worst").rows() == [
-        (1, True, "every line fits"),
-        (2, False, f"orders-00000001.json has 500 of {lines}"),
-    ]
-    assert Lake(landed).snapshot().batch == 1
+def spoil(root: str, sequence: int, bad: int) -> tuple[str, bytes]:
+    """The first lines of a file of orders lack their clerk, and every third of them has a text for a number too.
+
+    Returns the name, and what was in it."""
+    place, name = Root.at(root), f"orders-{sequence:08d}.json"
+    before = place.read(f"landing/orders/{name}")
+    lines = [json.loads(line) for line in before.splitlines()]
+    for number, line in enumerate(lines[:bad]):
+        del line["o_clerk"]
+        if number % 3 == 0:
+            line["o_custkey"] = f"c{number}"
+    place.write(f"landing/orders/{name}", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    return name, before
+
+
+def test_a_file_of_which_too_few_lines_fit_is_refused_and_the_others_are_taken(landed, made):
+    whole = made[1]["orders"].height
+    spoil(landed, 1, whole // 2)
+    spoil(landed, 2, 3)
+    name, _ = spoil(landed, 0, 1)
+    lines = {sequence: made[sequence]["orders"].height for sequence in range(3)}
+    most = 2 / lines[2]
+    done = Lake(landed).drain(**LIMITS | {"max_bad_share": most, "max_files": 8}, for_s=60)
+    assert done.select("files", "files_refused", "files_unfit", "refused").rows() == [(8, 0, 0, 1), (2, 2, 2, 0)]
+    half = -(-(whole // 2) // 3)
+    why = {
+        "orders-00000001.json": f"{whole // 2} of {lines[1]} lines do not fit: `o_clerk` missing {whole // 2}, "
+        f"`o_custkey` is not a whole number {half}; line 1: o_custkey: 'c0' is not a whole number; o_clerk: missing",
+        "orders-00000002.json": f"3 of {lines[2]} lines do not fit: `o_clerk` missing 3, `o_custkey` is not a whole "
+        "number 1; line 1: o_custkey: 'c0' is not a whole number; o_clerk: missing",
+    }
+    assert why_refused(landed) == why
+    assert Lake.unfit(done) == "2 files, " + "; ".join(f"{file}: {said}" for file, said in why.items())
+    assert rows(landed, "orders").height == lines[0] - 1
+    assert_frame_equal(rows(landed, "lineitem"), expected(made, "lineitem"))
+    assert Lake(landed).refused_lines().select("file", "line").rows() == [(name, 1)]
+    assert all(Root.at(landed).names(f"landing/{table}") == [] for table in TABLES)
+    Lake(landed).retry("orders-00000002.json")
+    again = Lake(landed).drain(**LIMITS | {"max_bad_share": 1.0}, for_s=60)
+    assert again.select("files", "files_refused", "refused").rows() == [(1, 0, 3)]
+    assert Lake(landed).rebuild()["equal"].all()
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_file_that_was_written_down_is_not_refused_by_its_share(landed, made, monkeypatch, step):
+    """Its rows may be in the lake: whoever finishes the batch takes it as it was taken."""
+    spoil(landed, 1, made[1]["orders"].height // 2)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_before(patched, step)
+        ingest_all(landed)
+    done = Lake(landed).drain(**LIMITS | {"max_bad_share": 0.0}, for_s=60)
+    assert done.select("files_refused", "files_unfit").rows() == [(0, 0)]
+    assert why_refused(landed) == {}
+    bad = made[1]["orders"].height // 2
+    assert Lake(landed).refused_lines().height == bad
+    assert rows(landed, "orders").height == expected(made, "orders").height - bad
 
 
 def test_unknown_fields_are_kept(landed):
