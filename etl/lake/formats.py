@@ -9,7 +9,7 @@ import json
 import re
 import zlib
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import polars as pl
@@ -37,10 +37,16 @@ DELIMITERS = ",;\t"
 
 @dataclass(frozen=True)
 class Content:
-    """What is in a file. `kind`: `lines` (of JSON), `array` (of JSON), `csv` or `parquet`."""
+    """What is in a file. `kind`: `lines` (of JSON), `array` (of JSON), `csv` or `parquet`; its rows are in `frame`."""
 
     kind: str
     data: bytes
+    frame: pl.DataFrame = field(default_factory=pl.DataFrame)
+
+    @property
+    def size(self) -> int:
+        """The bytes that it takes in memory."""
+        return len(self.data) + int(self.frame.estimated_size())
 
 
 def opened(data: bytes, names: Collection[str], most: int = INFLATED_BYTES) -> Content:
@@ -56,7 +62,7 @@ def opened(data: bytes, names: Collection[str], most: int = INFLATED_BYTES) -> C
     if why := next((why for beginning, why in OTHERS.items() if data.startswith(beginning)), None):
         raise Unreadable(why)
     if data.startswith(b"PAR1"):
-        return Content("parquet", data)
+        return Content("parquet", b"", parquet(data, most))
     if ARRAY.match(data) or (data.lstrip().startswith(b"[") and data.rstrip().endswith(b"]")):
         return Content("array", data)
     return Content("csv" if delimiter(data, names) else "lines", data)

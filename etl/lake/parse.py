@@ -19,7 +19,7 @@ from typing import Any, NoReturn, Self
 import numpy as np
 import polars as pl
 
-from etl.lake.formats import Content, delimiter, elements, parquet, records
+from etl.lake.formats import Content, delimiter, elements, records
 from etl.lake.table import DAY, RESCUED, TEXT, TIME, Column, DataType, Table
 from etl.storage import Unreadable
 
@@ -149,9 +149,10 @@ def parse_all(files: Sequence[bytes | Content], table: Table) -> tuple[pl.DataFr
 
 
 def _parsed_file(content: Content, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
-    read = {"lines": parse, "array": _array, "csv": _csv, "parquet": _parquet}[content.kind]
+    if content.kind == "parquet":
+        return _parquet(content.frame, table)
     try:
-        return read(content.data, table)
+        return {"lines": parse, "array": _array, "csv": _csv}[content.kind](content.data, table)
     except Unreadable as error:
         refused = pl.DataFrame([(WHOLE, str(error), "", [str(error)])], schema=REFUSED, orient="row")
         return pl.DataFrame(schema=table.stored), refused
@@ -301,9 +302,8 @@ def _cells(name: str, dtype: DataType) -> pl.Expr:
     return pl.when(cell.str.contains(form)).then(cell).cast(read, strict=False).alias(name)
 
 
-def _parquet(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
+def _parquet(frame: pl.DataFrame, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Rows and refused rows of a Parquet file: columns by name; nothing is made another value to fit."""
-    frame = parquet(data)
     plain = _plain_parquet(frame, table)
     if plain is not None:
         return plain, pl.DataFrame(schema=REFUSED)

@@ -1,8 +1,11 @@
 """From JSON file to Delta table: each row exactly once, and those that do not fit in quarantine."""
 
+import gzip
 import html
 import json
 import multiprocessing
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -442,6 +445,62 @@ def test_a_file_of_which_too_few_lines_fit_is_refused_and_the_others_are_taken(l
     again = Lake(landed).drain(**LIMITS | {"max_bad_share": 1.0}, for_s=60)
     assert again.select("files", "files_refused", "refused").rows() == [(1, 0, 3)]
     assert Lake(landed).rebuild()["equal"].all()
+
+
+def pack(root: str) -> dict[int, int]:
+    """The files in landing become gzip. Returns the bytes that those of each sequence had together."""
+    place, sizes = Root.at(root), {}
+    for table in TABLES:
+        for name in place.names(f"landing/{table}"):
+            data = place.read(f"landing/{table}/{name}")
+            sizes[landing.sequence_of(name)] = sizes.get(landing.sequence_of(name), 0) + len(data)
+            place.write(f"landing/{table}/{name}", gzip.compress(data, 1))
+    return sizes
+
+
+def test_a_batch_ends_where_it_would_inflate_to_more_than_it_may(landed, made):
+    sizes, batches = pack(landed), []
+    most = max(sizes.values())
+    while batch := Lake(landed).next_batch(max_files=500, scheduled_for=AT):
+        parsed = Lake.read(batch, max_inflated=most)
+        assert parsed.rows == sum(frame.height for frame in parsed.frames.values())
+        Lake.commit(parsed, run_id="one")
+        batches.append({file.sequence for file in parsed.batch.files})
+    assert len(batches) > 1 and all(sum(sizes[sequence] for sequence in batch) <= most for batch in batches)
+    assert sorted(sequence for batch in batches for sequence in batch) == [0, 1, 2]  # none is in two
+    assert_exactly(landed, made)
+    assert Lake(landed).rebuild()["equal"].all()
+
+
+def test_a_batch_has_a_file_at_least_and_all_of_those_that_were_written_down(landed, made, monkeypatch):
+    pack(landed)
+    batch = Lake(landed).next_batch(max_files=500, scheduled_for=AT)
+    assert 0 < len(Lake.read(batch, max_inflated=1).batch.files) < len(batch.files)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_before(patched, "append")
+        Lake.commit(Lake.read(batch), run_id="one")
+    again = Lake.read(Lake(landed).next_batch(max_files=500, scheduled_for=AT), max_inflated=1)
+    assert {file.name for file in again.batch.files} == {file.name for file in batch.files}
+    Lake.commit(again, run_id="two")
+    assert_exactly(landed, made)
+
+
+def test_small_files_that_inflate_to_much_take_little_memory(root):
+    """200 files of 20 kB, each of 20 MB: 4 GB in all, and a process that may have a few hundred MB more."""
+    lines = (b"{" + b" " * 999_980 + b'"o":1}\n') * 20
+    packed = gzip.compress(lines, 6)
+    for number in range(200):
+        Root.at(root).write(f"landing/orders/orders-{number:08d}.json", packed)
+    code = (
+        "import resource, sys; from pipeline import Lake; lake = Lake(sys.argv[1])\n"
+        "batch = lake.next_batch(max_files=500, scheduled_for=None)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "parsed = lake.read(batch, max_inflated=60_000_000)\n"
+        "print(len(parsed.batch.refused), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, root], cwd=PROJECT, capture_output=True, text=True)
+    files, kilobytes = map(int, done.stdout.split())
+    assert files == 3 and kilobytes < 600_000, done.stderr
 
 
 @pytest.mark.parametrize("step", STEPS)
