@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
-from typing import Any, NoReturn, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 import polars as pl
@@ -25,6 +25,7 @@ from etl.storage import Unreadable
 
 RAW_CHARS = 4000  # of a refused line that quarantine keeps
 VALUE_CHARS = 80  # of a value that a reason shows
+INEXACT = "is a number that its column would round"  # in a reason: as JSON it would be taken
 NOT_UTF8 = "not UTF-8"  # begins a reason: what quarantine keeps of the line is not what it was
 SHOWN_KINDS = 3  # of reasons why a whole file is refused
 LINE_BYTES = 1 << 20  # a longer line is refused unread
@@ -328,7 +329,8 @@ def _parquet(frame: pl.DataFrame, table: Table) -> tuple[pl.DataFrame, pl.DataFr
 
 
 def _as_json(value: Any, dtype: Any) -> Any:
-    """A value of a Parquet file as JSON would have it, for a column of the type."""
+    """A value of a Parquet file as JSON would have it, for a column of the type. `_Inexact` where a float column would
+    round it: it is refused as that when it is read."""
     if isinstance(value, dict):
         inner = {field.name: field.dtype for field in dtype.fields} if isinstance(dtype, pl.Struct) else {}
         return {key: _as_json(item, inner.get(key)) for key, item in value.items()}
@@ -338,18 +340,28 @@ def _as_json(value: Any, dtype: Any) -> Any:
         if dtype in BOUNDS and value.is_integer():
             return int(value)
         return _Number(repr(value)) if _is_decimal(dtype) and math.isfinite(value) else value
+    if isinstance(value, int | Decimal) and not isinstance(value, bool) and dtype is not None and dtype.is_float():
+        return _as_float(value, dtype)
     if isinstance(value, Decimal):
         whole = value == value.to_integral_value() and dtype in BOUNDS
-        return (
-            int(value)
-            if whole
-            else float(value)
-            if dtype is not None and dtype.is_float()
-            else f"{value.normalize():f}"
-        )
+        return int(value) if whole else f"{value.normalize():f}"
     if isinstance(value, date | time):
         return value.isoformat()
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
+
+
+class _Inexact(NamedTuple):
+    """An exact number that its column would round."""
+
+    value: int | Decimal
+
+
+def _as_float(value: int | Decimal, dtype: DataType) -> float | _Inexact:
+    """An exact number as the float that reads the same: equal, or written with the same digits."""
+    number = float(pl.Series([float(value)]).cast(pl.Float32)[0]) if dtype == pl.Float32 else float(value)
+    digits = str(np.float32(number)) if dtype == pl.Float32 else repr(number)
+    same = math.isfinite(number) and (number == value or (isinstance(value, Decimal) and Decimal(digits) == value))
+    return number if same else _Inexact(value)
 
 
 def _plain_parquet(frame: pl.DataFrame, table: Table) -> pl.DataFrame | None:
@@ -568,7 +580,7 @@ def _typed_rows(text: pl.DataFrame, table: Table) -> tuple[pl.DataFrame, dict[in
     filled = _filled(typed, table)
     if whole and filled.select(_fits(table)).item():
         return filled, {}
-    reasons = _misfits(filled, text, table)
+    reasons = _misfits(typed, filled, text, table)
     return filled.with_row_index("_row").filter(~pl.col("_row").is_in(list(reasons))).drop("_row"), reasons
 
 
@@ -702,6 +714,8 @@ def _whole(value: Any, bound: int) -> int:
 
 
 def _float(value: Any) -> float:
+    if isinstance(value, _Inexact):
+        raise _Wrong(value.value, INEXACT)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _Wrong(value, "is not a number")
     try:
@@ -782,7 +796,8 @@ _DECODER = json.JSONDecoder(parse_float=_Number, parse_constant=_constant, objec
 
 
 def _shown(value: Any) -> str:
-    return _short(repr(value) if isinstance(value, str) else json.dumps(value), VALUE_CHARS)
+    text = repr(value) if isinstance(value, str) else f"{value:f}" if isinstance(value, Decimal) else json.dumps(value)
+    return _short(text, VALUE_CHARS)
 
 
 def _short(text: str, chars: int) -> str:
@@ -862,15 +877,18 @@ def _fits(table: Table) -> pl.Expr:
     return pl.all_horizontal(pl.lit(True), *(kept.all() for _, kept, _ in table.rules))
 
 
-def _misfits(frame: pl.DataFrame, text: pl.DataFrame, table: Table) -> dict[int, Unfit]:
-    """Row number -> why it does not fit its table, for the rows that do not; `text`: what they were typed from."""
+def _misfits(typed: pl.DataFrame, filled: pl.DataFrame, text: pl.DataFrame, table: Table) -> dict[int, Unfit]:
+    """Row number -> why it does not fit its table, for the rows that do not.
+
+    `typed`: the rows, `filled`: with defaults where they have no value, `text`: what they were typed from.
+    """
     reasons: dict[int, dict[str, list[tuple[str, str]]]] = {}  # row -> column -> what is shown of the value, and why
     for name, dtype in table.types.items():
-        for row in (frame[name].is_null() & text[name].is_not_null()).arg_true():
+        for row in (typed[name].is_null() & text[name].is_not_null()).arg_true():
             reasons.setdefault(row, {})[name] = [(_shown(text[name][row]), f"is not {_kind(dtype)}")]
     for name, kept, wrong in table.rules:
-        for row in frame.select(pl.arg_where(~kept)).to_series():
-            value = _short(str(frame[name][row]), VALUE_CHARS)
+        for row in filled.select(pl.arg_where(~kept)).to_series():
+            value = _short(str(filled[name][row]), VALUE_CHARS)
             reasons.setdefault(row, {}).setdefault(name, []).append((value, wrong))
     order = [*table.types]
     unfit = {}

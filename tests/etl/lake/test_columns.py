@@ -44,6 +44,14 @@ def test_what_may_be_missing_is_null_or_its_default_and_the_rest_is_refused():
     assert reasons == ["id: null", "kind: missing; at: missing"]
 
 
+def test_a_default_stands_for_no_value_and_not_for_one_that_does_not_fit():
+    day = Column(DAY, default=date(2026, 1, 1))
+    table = Table("t", {"id": INT, "day": day, "net": Column(decimal(9, 2), default=Decimal(0))}, ("id",))
+    rows, reasons = parsed(table, {"id": 1}, {"id": 2, "day": "1996-02-30"}, {"id": 3, "net": "x"})
+    assert [row["id"] for row in rows] == [1]
+    assert reasons == ["day: '1996-02-30' is not a date of the years 1 to 9999", "net: 'x' is not an amount"]
+
+
 def test_a_value_is_taken_from_where_its_path_leads_and_the_rest_is_kept():
     items = [{"sku": "a", "price": "1.50", "day": "2026-03-01", "x": 1}, {"sku": None}, None]
     given = {"order": {"id": 1, "a.b": "c", "more": True}, "tags": None, "items": items}

@@ -196,7 +196,7 @@ def test_a_row_that_does_not_fit_says_why_and_only_such_a_row():
                     row[name] = pl.Series(name, [value + shift], dtype)
                     frame = pl.DataFrame(row)
                     text = frame.cast(pl.String)
-                    assert frame.select(parse._fits(table)).item() == (not parse._misfits(frame, text, table))
+                    assert frame.select(parse._fits(table)).item() == (not parse._misfits(frame, frame, text, table))
 
 
 def _fitting(table, name):
