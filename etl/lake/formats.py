@@ -30,6 +30,7 @@ OTHERS = {
     b"{\x00": "is UTF-16, not UTF-8",
     b"\x00{": "is UTF-16, not UTF-8",
 }
+OBJECT = re.compile(rb"\s*\{")  # begins JSON lines, in whose texts the names of columns may stand
 ARRAY = re.compile(rb"\s*\[\s*[{\]]")
 BLANKS = re.compile(r"[ \t\r\n]*")
 DELIMITERS = ",;\t"
@@ -65,7 +66,7 @@ def opened(data: bytes, names: Collection[str], most: int = INFLATED_BYTES) -> C
         return Content("parquet", b"", parquet(data, most))
     if ARRAY.match(data) or (data.lstrip().startswith(b"[") and data.rstrip().endswith(b"]")):
         return Content("array", data)
-    return Content("csv" if delimiter(data, names) else "lines", data)
+    return Content("lines" if OBJECT.match(data) or not delimiter(data, names) else "csv", data)
 
 
 def _inflated(data: bytes, most: int) -> bytes:

@@ -11,21 +11,21 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import numpy as np
 import polars as pl
 
-from etl.lake.formats import Content, delimiter, elements, records
+from etl.lake.formats import Content, delimiter, elements, opened, records
 from etl.lake.table import DAY, RESCUED, TEXT, TIME, Column, DataType, Table
 from etl.storage import Unreadable
 
 RAW_CHARS = 4000  # of a refused line that quarantine keeps
 VALUE_CHARS = 80  # of a value that a reason shows
-INEXACT = "is a number that its column would round"  # in a reason: as JSON it would be taken
+INEXACT = "is a number that its column would round"
 NOT_UTF8 = "not UTF-8"  # begins a reason: what quarantine keeps of the line is not what it was
 SHOWN_KINDS = 3  # of reasons why a whole file is refused
 LINE_BYTES = 1 << 20  # a longer line is refused unread
@@ -93,6 +93,27 @@ def why_whole(refused: pl.DataFrame, lines: int) -> str:
     others = f", and {kinds.height - SHOWN_KINDS} others" if kinds.height > SHOWN_KINDS else ""
     first = refused.row(0, named=True)
     return f"{refused.height:,} of {lines:,} lines do not fit: {said}{others}; line {first['line']}: {first['reason']}"
+
+
+def fits(raw: str, table: Table) -> bool:
+    """Whether a line that quarantine has fits the table: of JSON, or a header and a record of CSV."""
+    if "\n" not in raw:
+        return parse(raw.encode(), table)[0].height == 1
+    try:
+        content = opened(raw.encode(), table.named)
+    except Unreadable:
+        return False
+    rows, _, lines = parse_all([content], table)
+    return content.kind == "csv" and (rows.height, lines) == (1, [1])
+
+
+def as_file(raws: Sequence[str], table: Table) -> bytes:
+    """A file of lines that quarantine has of one file, as `fits`."""
+    header = ""
+    if "\n" in raws[0]:
+        _, (_, header) = next(records(raws[0], delimiter(raws[0].encode(), table.named) or ","))
+        header += "\n"
+    return (header + "".join(f"{raw.removeprefix(header)}\n" for raw in raws)).encode()
 
 
 def line_count(data: bytes) -> int:
@@ -182,12 +203,13 @@ def _array(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
             raise value
         return fields(value)
 
-    return _each(elements(_decoded(data), _DECODER), table, take, lambda element: _on_a_line(element[1]))
+    return _each(elements(_decoded(data), _DECODER), table, take, _on_a_line)
 
 
-def _on_a_line(text: str) -> str:
-    """JSON without newlines: as lines of it are tried again."""
-    return re.sub(r"\s*\n\s*", " ", text)[:RAW_CHARS]
+def _on_a_line(element: tuple[Any, str]) -> str:
+    """An element without newlines: as a line it is tried again. One with a newline in a text stays as it is."""
+    value, text = element
+    return (text if isinstance(value, Exception) else re.sub(r"\s*\n\s*", " ", text))[:RAW_CHARS]
 
 
 def _decoded(data: bytes) -> str:
@@ -198,14 +220,14 @@ def _decoded(data: bytes) -> str:
 
 
 def _csv(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Rows and refused records of a CSV: a column is under its name, or its path."""
+    """Rows and refused records of a CSV: a column is under its name, or its path. Quarantine keeps the header too."""
     columns = {".".join(column.keys(name)): name for name, column in table.fields.items()}
     columns |= {name: name for name in table.fields}
     table = replace(table, columns={name: replace(column, path=None) for name, column in table.fields.items()})
     text = _decoded(data)
     mark = delimiter(data, columns) or ","
     every = records(text, mark)
-    _, (header, _) = next(every)
+    _, (header, first) = next(every)
     if header is None or None in header:
         raise Unreadable("is a CSV with a column without a name")
     names = [columns.get(str(name), str(name)) for name in header]
@@ -228,7 +250,7 @@ def _csv(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
             raise ValueError(f"not CSV: {len(cells)} fields, where the header has {len(names)}")
         return fields({name: _cell(cell, table.types.get(name, TEXT)) for name, cell in zip(names, cells, strict=True)})
 
-    return _each(every, table, take, lambda record: record[1][:RAW_CHARS])
+    return _each(every, table, take, lambda record: f"{first}\n{record[1]}"[:RAW_CHARS])
 
 
 def _cell(cell: str | None, dtype: DataType) -> Any:
@@ -317,14 +339,14 @@ def _parquet(frame: pl.DataFrame, table: Table) -> tuple[pl.DataFrame, pl.DataFr
     )
     fields = _fields(table)
 
-    def take(row: dict[str, Any]) -> list[Any]:
-        return fields({name: _as_json(value, table.types.get(name)) for name, value in row.items()})
+    def values(row: dict[str, Any]) -> dict[str, Any]:
+        return {name: _as_json(value, table.types.get(name)) for name, value in row.items()}
 
     return _each(
         enumerate(frame.iter_rows(named=True), start=1),
         table,
-        take,
-        lambda row: json.dumps(row, default=str)[:RAW_CHARS],
+        lambda row: fields(values(row)),
+        lambda row: json.dumps(values(row), default=str)[:RAW_CHARS],
     )
 
 
@@ -350,10 +372,15 @@ def _as_json(value: Any, dtype: Any) -> Any:
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
 
 
-class _Inexact(NamedTuple):
-    """An exact number that its column would round."""
+@dataclass(frozen=True)
+class _Inexact:
+    """An exact number that its column would round. Quarantine has it as a text, which is not taken when it is tried
+    again."""
 
     value: int | Decimal
+
+    def __str__(self) -> str:
+        return f"{self.value:f}" if isinstance(self.value, Decimal) else str(self.value)
 
 
 def _as_float(value: int | Decimal, dtype: DataType) -> float | _Inexact:

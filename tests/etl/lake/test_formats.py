@@ -127,3 +127,9 @@ def test_a_float_column_rounds_no_exact_number_of_parquet(name, dtype, fits, rou
         assert len(refused) == len(values) - len(fits)
         assert all(why.endswith("is a number that its column would round") for _, why in refused)
         assert all(str(int(value)) in why for value, (_, why) in zip(rounded, refused, strict=False))
+
+
+def test_a_text_with_the_names_of_columns_makes_no_csv_of_json():
+    data = b'{"note":"a,id,note,b","id":1}\n{"id":2,"note":"c"}\n'
+    assert formats.opened(data, NOTES.named).kind == "lines"
+    assert read(data, NOTES) == ([(1, "a,id,note,b", None), (2, "c", None)], [])
