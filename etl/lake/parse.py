@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime, time
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any, NoReturn, Self
 
@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 
 from etl.lake.formats import Content, delimiter, elements, opened, records
-from etl.lake.table import DAY, RESCUED, TEXT, TIME, Column, DataType, Table
+from etl.lake.table import DAY, RESCUED, TEXT, TIME, UNITS, Column, DataType, Table
 from etl.storage import Unreadable
 
 RAW_CHARS = 4000  # of a refused line that quarantine keeps
@@ -35,6 +35,8 @@ REFUSED: dict[str, DataType] = {"line": pl.Int64, "reason": TEXT, "raw": TEXT, "
 POSITION = re.compile(r" at (character|byte) \d+$")  # of a reason, in which lines differ that are wrong in the same way
 YEAR = "([1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"  # those that Python, JSON and Delta's statistics can say
 FIRST, LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1}  # in a unit; a thousand nanoseconds are one
 DAY_TEXT = rf"^{YEAR}-[0-9]{{2}}-[0-9]{{2}}$"  # beside the format, which alone takes year 6, year -1996 and blanks
 MIDNIGHT = r"(?:T00:00:00(?:\.0{1,9})?Z?)?$"  # behind a day, as pandas writes one
 # the seconds end at 59: of a 60th Polars would make the next minute
@@ -248,16 +250,17 @@ def _csv(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
             raise ValueError("not CSV: quotes that are not closed, or not around a whole field")
         if len(cells) != len(names):
             raise ValueError(f"not CSV: {len(cells)} fields, where the header has {len(names)}")
-        return fields({name: _cell(cell, table.types.get(name, TEXT)) for name, cell in zip(names, cells, strict=True)})
+        return fields({name: _cell(cell, table.fields.get(name)) for name, cell in zip(names, cells, strict=True)})
 
     return _each(every, table, take, lambda record: f"{first}\n{record[1]}"[:RAW_CHARS])
 
 
-def _cell(cell: str | None, dtype: DataType) -> Any:
-    """A field of a CSV as JSON would have it; as it is where it does not have the form."""
-    if cell is None:
-        return None
-    if dtype in BOUNDS and re.fullmatch(WHOLE_TEXT, cell):
+def _cell(cell: str | None, column: Column | None) -> Any:
+    """A field of a CSV as JSON would have it; as it is where it does not have the form, or no column takes it."""
+    if cell is None or column is None:
+        return cell
+    dtype = column.type
+    if (dtype in BOUNDS or column.unit) and re.fullmatch(WHOLE_TEXT, cell):
         return int(cell)
     if dtype.is_float() and re.fullmatch(FLOAT_TEXT, cell):
         return _Number(cell)
@@ -305,18 +308,21 @@ def _plain_csv(data: bytes, header: list[str], mark: str, table: Table) -> pl.Da
         return None
     absent = [pl.lit(None, TEXT).alias(name) for name in table.fields if name not in header]
     cells = cells.with_columns(absent).select(*table.fields)
-    read = cells.select(_cells(name, dtype) for name, dtype in table.types.items())
+    read = cells.select(_cells(name, column) for name, column in table.fields.items())
     if not read.null_count().equals(cells.null_count()):
         return None
     if any(read[name].null_count() for name, column in table.fields.items() if not column.optional):
         return None
-    typed, reasons = _typed_rows(read.with_columns(pl.lit(None, TEXT).alias(RESCUED)), table)
+    timed = _timed(read, table)
+    if timed is None:
+        return None
+    typed, reasons = _typed_rows(timed.with_columns(pl.lit(None, TEXT).alias(RESCUED)), table)
     return None if reasons else typed
 
 
-def _cells(name: str, dtype: DataType) -> pl.Expr:
+def _cells(name: str, column: Column) -> pl.Expr:
     """As `_cell`, of a column; what does not have the form becomes null."""
-    cell, read = pl.col(name), READ_AS.get(dtype)
+    cell, dtype, read = pl.col(name), column.type, pl.Int64 if column.unit else READ_AS.get(column.type)
     if dtype == pl.Boolean:
         return cell.str.to_lowercase().replace_strict(TRUTHS, default=None, return_dtype=pl.Boolean)
     if read is None:
@@ -400,7 +406,12 @@ def _plain_parquet(frame: pl.DataFrame, table: Table) -> pl.DataFrame | None:
         if (name not in frame.columns or frame[name].null_count()) and not column.optional:
             return None
         series = frame[name] if name in frame.columns else pl.Series(name, [None] * frame.height, _read_as(column.type))
-        if series.dtype != TEXT or column.type == TEXT:
+        if column.unit and series.dtype.is_integer():
+            moments = _moments(series, column.unit)
+            if moments is None:
+                return None
+            series = moments
+        elif series.dtype != TEXT or column.type == TEXT:
             if not _alike(series.dtype, column.type) or not _unchanged(series, column.type):
                 return None
             series = series.cast(column.type)
@@ -456,7 +467,7 @@ def _plain(data: bytes, table: Table, lines: int) -> pl.DataFrame | None:
         return None
     if len(data) > LINE_BYTES and _longest_line(data) > LINE_BYTES:
         return None
-    schema = {name: READ_AS.get(dtype, TEXT) for name, dtype in table.types.items()}
+    schema = {n: pl.Int64 if column.unit else READ_AS.get(column.type, TEXT) for n, column in table.fields.items()}
     marked = _nulls_marked(data, table)
     if marked is None:
         return None
@@ -470,7 +481,8 @@ def _plain(data: bytes, table: Table, lines: int) -> pl.DataFrame | None:
         return None
     if any((text[name].is_not_null() & text[mark].is_not_null()).any() for name, mark in marks.items()):
         return None  # the key came twice, once with null
-    typed = _all_typed(text.drop(marks.values()), table)
+    timed = _timed(text.drop(marks.values()), table)
+    typed = _all_typed(timed, table) if timed is not None else None
     if typed is None:
         return None
     typed = _filled(typed, table).with_columns(pl.lit(None, TEXT).alias(RESCUED))
@@ -519,8 +531,13 @@ def _all_typed(text: pl.DataFrame, table: Table) -> pl.DataFrame | None:
     formed = [_formed(name, dtype) for name, dtype in table.types.items() if _has_form(dtype)]
     if formed and not text.select(pl.all_horizontal(like.all() for like in formed)).item():
         return None
-    typed = text.select(_parsed(name, dtype) for name, dtype in table.types.items())
-    for name in [name for name, dtype in table.types.items() if dtype == TIME and typed[name].null_count()]:
+    given = text.schema
+    typed = text.select(
+        _parsed(name, dtype) if given[name] != dtype else pl.col(name) for name, dtype in table.types.items()
+    )
+    for name in [name for name, dtype in table.types.items() if dtype == TIME != given[name]]:
+        if not typed[name].null_count():
+            continue
         rest = (typed[name].is_null() & text[name].is_not_null()).arg_true()
         others = text.select(pl.col(name).gather(rest)).select(_typed(name, TIME)).select(_sayable(name))
         typed = typed.with_columns(typed[name].scatter(rest, others[name]))
@@ -601,7 +618,10 @@ def _unfit(error: Exception) -> Unfit:
 
 def _typed_rows(text: pl.DataFrame, table: Table) -> tuple[pl.DataFrame, dict[int, Unfit]]:
     """The rows that fit, of values as `_read_as` has them and `_rescued`; row number -> why, of the others."""
-    typed = text.select(*(_typed(name, dtype) for name, dtype in table.types.items()), RESCUED)
+    given = text.schema
+    typed = text.select(
+        *(_typed(name, dtype) if given[name] != dtype else pl.col(name) for name, dtype in table.types.items()), RESCUED
+    )
     typed = typed.with_columns(_sayable(name) for name, dtype in table.types.items() if dtype == TIME)
     whole = typed.null_count().equals(text.null_count())
     filled = _filled(typed, table)
@@ -660,7 +680,7 @@ def _object(line: bytes) -> Any:
 
 def _fields(table: Table) -> Callable[[Any], list[Any]]:
     """What takes the columns out of a JSON value: as `_taker`."""
-    columns = [(name, column, column.keys(name), _reader(column.type)) for name, column in table.fields.items()]
+    columns = [(name, column, column.keys(name), _reader_of(column)) for name, column in table.fields.items()]
 
     def take(value: Any) -> list[Any]:
         if not isinstance(value, dict):
@@ -713,6 +733,49 @@ def _without_empty(value: dict[str, Any], keys: tuple[str, ...]) -> None:
             _without_empty(inner, keys[1:])
         if not inner:
             del value[keys[0]]
+
+
+def _reader_of(column: Column) -> Callable[[Any], Any]:
+    """As `_reader`, of a column's values."""
+    unit = column.unit
+    return _reader(column.type) if unit is None else lambda value: _moment(value, unit)
+
+
+def _moment(value: Any, unit: str) -> str:
+    """A whole number of units since 1970 as the text of that time; a text as it is."""
+    if isinstance(value, str):
+        return _text(value, TIME)
+    if type(value) is not int:
+        raise _Wrong(value, f"is not a whole number of {UNITS[unit]} since 1970, and not {KINDS[TIME]}")
+    if unit == "ns" and value % 1000:
+        raise _Wrong(value, "nanoseconds since 1970 are not a whole number of microseconds, which a time has")
+    try:
+        moment = EPOCH + timedelta(microseconds=value // 1000 if unit == "ns" else value * MICROSECONDS[unit])
+    except OverflowError:
+        raise _Wrong(value, f"{UNITS[unit]} since 1970 are not within the years 1 to 9999") from None
+    return moment.isoformat(timespec="microseconds")
+
+
+def _moments(counted: pl.Series, unit: str) -> pl.Series | None:
+    """As `_moment`, of whole numbers; None where one does not fit."""
+    whole = counted.cast(pl.Int64, strict=False)
+    if whole.null_count() != counted.null_count():
+        return None
+    if unit == "ns":
+        return (whole // 1000).cast(TIME) if (whole % 1000 == 0).all() else None
+    first, last = ((end - EPOCH) // timedelta(microseconds=MICROSECONDS[unit]) for end in (FIRST, LAST))
+    return (whole * MICROSECONDS[unit]).cast(TIME) if whole.is_between(first, last).all() else None
+
+
+def _timed(read: pl.DataFrame, table: Table) -> pl.DataFrame | None:
+    """With times where whole numbers count since 1970; None where one does not fit."""
+    for name, column in table.fields.items():
+        if column.unit:
+            moments = _moments(read[name], column.unit)
+            if moments is None:
+                return None
+            read = read.with_columns(moments.alias(name))
+    return read
 
 
 def _reader(dtype: DataType) -> Callable[[Any], Any]:

@@ -13,7 +13,7 @@ from faults.lake_tables import TABLES_OF_ALL_KINDS
 from faults.lake_world import NotHeld
 
 from etl.lake import formats, parse
-from etl.lake.table import Table, decimal
+from etl.lake.table import Column, Table, decimal
 from etl.storage import Unreadable
 
 CELLS = {  # of a CSV, for a column of the type; the first of each fits everywhere
@@ -27,10 +27,15 @@ CELLS = {  # of a CSV, for a column of the type; the first of each fits everywhe
     "Date": ["2026-03-01", "1996-02-30", "2026-03-01T00:00:00", "0000-01-01", "", "01.03.2026"],
     "Datetime": ["2026-03-01T11:59:37.919Z", "2026-03-01 11:59:37+00", "2026-03-01 11:59:37", "1772366377919", ""],
     "Decimal": ["1.50", "1.5", "2", "1.505", "-1", "1e2", "", "1,50", "00001.5"],
+    "Epoch": ["0", "-1000", "1772366377000", "1772366377919001", "9223372036854775808", "9" * 20, "1.0", ""]
+    + ["2026-03-01T11:59:37.919Z", "253402300799", "253402300800", "-62135596800", "-62135596801", "+5", "007"],
 }
 MOMENT = datetime(2026, 3, 1, 11, 59, 37, 919123, tzinfo=UTC)
 VALUES = [  # of a column of Parquet: its type, and what is in it
-    (pl.Int64, [0, 1, -1, 127, 128, 2**31, 2**53, 2**53 + 1, 2**62, 2**63 - 1]),
+    (
+        pl.Int64,
+        [0, 1000, -1, 127, 128, 2**31, 253402300799, 253402300800, 1772366377919, 2**53, 2**53 + 1, 2**62, 2**63 - 1],
+    ),
     (pl.UInt64, [0, 1, 2**24 + 1, 2**63, 2**64 - 1]),
     (pl.Int8, [0, 1, -128]),
     (pl.Float64, [0.0, -0.0, 1.0, 1.5, 0.1, 1e300, 1e-400, float("nan"), float("inf"), 2.0**53, 1e18]),
@@ -51,8 +56,12 @@ VALUES = [  # of a column of Parquet: its type, and what is in it
 ]
 FITTING = {  # the number in VALUES of a type that fits, by the type of the column
     "Int64": 0, "Int16": 2, "Int8": 2, "Float64": 3, "Float32": 4, "Boolean": 8, "String": 9, "Date": 10,
-    "Datetime": 11, "Decimal": 5,
+    "Datetime": 11, "Decimal": 5, "Epoch": 0,
 }  # fmt: skip
+
+
+def _kind(column: Column) -> str:
+    return "Epoch" if column.unit else str(column.type.base_type())
 
 
 def csv_of(table: Table, pick: random.Random) -> bytes:
@@ -68,7 +77,7 @@ def csv_of(table: Table, pick: random.Random) -> bytes:
     for _ in range(pick.randint(1, 4)):
         cells = []
         for name in names:
-            kinds = CELLS[str(table.types.get(name, pl.String).base_type())]
+            kinds = CELLS[_kind(table.fields.get(name, Column(pl.String)))]
             cells.append(pick.choice(kinds) if pick.random() < odd else kinds[0])
         if pick.random() < odd / 4:
             cells = pick.choice([[*cells, "x"], cells[:-1], [""], [cells[0] + '"', *cells[1:]]])
@@ -82,7 +91,7 @@ def parquet_of(table: Table, pick: random.Random) -> bytes:
     for name, column in table.fields.items():
         if column.optional and pick.random() < 0.2:
             continue
-        fitting = VALUES[FITTING[str(column.type.base_type())]]
+        fitting = VALUES[FITTING[_kind(column)]]
         dtype, values = pick.choice(VALUES) if pick.random() < odd else fitting
         some = [pick.choice(values if pick.random() < max(odd, 0.2) else values[:2]) for _ in range(rows)]
         some = [None if pick.random() < odd / 4 else value for value in some]

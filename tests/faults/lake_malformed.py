@@ -249,6 +249,8 @@ VALUES = {  # JSON for a column of the type; the first of each fits everywhere
     "Date": ['"2026-03-01"', '"1996-02-30"', '"2026-03-01T00:00:00.000"', "5", '"0000-01-01"'],
     "Datetime": ['"2026-03-01T11:59:37.919Z"', '"2026-03-01T11:59:37.919+00:00"', '"2026-03-01 11:59:37+00"', '"x"'],
     "Decimal": ['"1.50"', "1.5", "2", '"1.505"', '"-1"', '"1e2"', "null"],
+    "Epoch": ["0", "-1000", "1772366377000", "1772366377919001", "9223372036854775807", "9223372036854775808", "1.0"]
+    + ["true", '"5"', '"2026-03-01T11:59:37.919Z"', "-62135596800", "253402300799", "253402300800", "-62135596801"],
 }
 
 
@@ -260,7 +262,7 @@ def mutated_lines(table: Table, n: int, pick: random.Random) -> list[bytes]:
 def _line_for(table: Table, pick: random.Random) -> bytes:
     pairs, odd = [], pick.choice([0.0, 0.0, 0.1, 0.3])
     for name, column in table.fields.items():
-        values = VALUES[str(column.type.base_type())]
+        values = VALUES["Epoch" if column.unit else str(column.type.base_type())]
         if column.optional and pick.random() < 0.4:
             if pick.random() < 0.6:
                 pairs.append((name, "null"))
