@@ -30,6 +30,7 @@ NOT_UTF8 = "not UTF-8"  # begins a reason: what quarantine keeps of the line is 
 SHOWN_KINDS = 3  # of reasons why a whole file is refused
 LINE_BYTES = 1 << 20  # a longer line is refused unread
 PIECE_BYTES = 64 << 10  # a piece that is not plain is cut down to this before it is read line by line
+OVER_LINES = "has JSON objects over several lines each: lines of JSON, each an object, or one array of them are read"
 WHOLE = 0  # in place of a line's number: what is said of the whole file
 REFUSED: dict[str, DataType] = {"line": pl.Int64, "reason": TEXT, "raw": TEXT, "kinds": pl.List(TEXT)}
 POSITION = re.compile(r" at (character|byte) \d+$")  # of a reason, in which lines differ that are wrong in the same way
@@ -176,10 +177,23 @@ def _parsed_file(content: Content, table: Table) -> tuple[pl.DataFrame, pl.DataF
     if content.kind == "parquet":
         return _parquet(content.frame, table)
     try:
-        return {"lines": parse, "array": _array, "csv": _csv}[content.kind](content.data, table)
+        rows, refused = {"lines": parse, "array": _array, "csv": _csv}[content.kind](content.data, table)
+        if rows.is_empty() and content.kind == "lines" and _over_lines(content.data):
+            raise Unreadable(OVER_LINES)
+        return rows, refused
     except Unreadable as error:
         refused = pl.DataFrame([(WHOLE, str(error), "", [str(error)])], schema=REFUSED, orient="row")
         return pl.DataFrame(schema=table.stored), refused
+
+
+def _over_lines(data: bytes) -> bool:
+    """Whether it begins with a JSON object that has several lines."""
+    text = data[:LINE_BYTES].decode("utf-8", "replace").lstrip()
+    try:
+        _, end = _DECODER.raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return text.startswith("{") and "\n" in text[:end]
 
 
 def _array(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
