@@ -115,15 +115,24 @@ def test_generate_again_gives_the_same_bytes_and_preprocess_again_changes_nothin
     assert {t: Lake(Root.at(landed)).table(t).version() for t in Lake(landed).columns} == versions
 
 
-def test_bad_input_stops_the_run_before_anything_is_written(root, made):
+def test_a_bad_file_is_refused_and_told_and_the_others_are_in(root, stream, made):
+    source.land(Root.at(root), stream, {1: made[1]})
     half_bad = source.to_json_lines(made[1]["orders"].head(1)) + b"{oops\n"
     Root.at(root).write("landing/orders/orders-00000000.json", half_bad)
-    done = orchestrate(PROJECT, "run", "preprocess", "--root", root, "--at", AT, "--json")
+    asked = ("run", "preprocess", "--root", root, "--at", AT, "--json")
+    done = orchestrate(PROJECT, *asked)
     (record,) = json.loads(done.stdout)
-    assert done.returncode == 1
-    assert (record["state"], record["attempt"]) == ("check_failed", 1)
-    assert Root.at(root).names("landing/orders") == ["orders-00000000.json"]
-    assert not Lake(root).published()
+    assert (done.returncode, record["state"], record["attempt"]) == (1, "check_failed", 1)
+    ((name, why),) = [(check["name"], check["detail"]) for check in record["checks"] if not check["ok"]]
+    assert name == "few lines of each file do not fit"
+    assert why.startswith(
+        "1 file, orders/orders-00000000.json: 1 of 2 lines do not fit: not JSON: Expecting property name"
+    )
+    assert (record["metrics"]["files"], record["metrics"]["files_refused"]) == (2, 1)
+    assert set(record["versions_written"]) == {"orders", "lineitem"}
+    assert Lake(root).snapshot().frame("orders").collect().height == made[1]["orders"].height
+    assert Root.at(root).names("landing/orders") == []
+    assert [row["file"] for row in Lake(root).refused_files()] == ["orders/orders-00000000.json"]
 
 
 def test_a_run_that_could_take_no_file_says_so_and_stands_in_the_way_of_none(root, stream, made):
@@ -133,7 +142,11 @@ def test_a_run_that_could_take_no_file_says_so_and_stands_in_the_way_of_none(roo
     (record,) = json.loads(done.stdout)
     failed = [(check["name"], check["detail"]) for check in record["checks"] if not check["ok"]]
     assert (done.returncode, record["state"]) == (1, "check_failed")
-    assert failed == [("not every file was refused", "0 taken, 1 refused")]
+    ((name, why),) = failed
+    assert name == "not every file was refused"
+    assert why.startswith(
+        "0 taken, 1 refused; too few lines fit: 1 file, orders/orders-00000009.json: 1 of 1 lines do not"
+    )
     assert [row["file"] for row in Lake(root).refused_files()] == ["orders/orders-00000009.json"]
     source.land(Root.at(root), stream, {1: made[1]})
     (record,) = json.loads(orchestrate(PROJECT, *asked).stdout)

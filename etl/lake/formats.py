@@ -9,7 +9,7 @@ import json
 import re
 import zlib
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import polars as pl
@@ -30,6 +30,7 @@ OTHERS = {
     b"{\x00": "is UTF-16, not UTF-8",
     b"\x00{": "is UTF-16, not UTF-8",
 }
+OBJECT = re.compile(rb"\s*\{")  # begins JSON lines, in whose texts the names of columns may stand
 ARRAY = re.compile(rb"\s*\[\s*[{\]]")
 BLANKS = re.compile(r"[ \t\r\n]*")
 DELIMITERS = ",;\t"
@@ -37,10 +38,16 @@ DELIMITERS = ",;\t"
 
 @dataclass(frozen=True)
 class Content:
-    """What is in a file. `kind`: `lines` (of JSON), `array` (of JSON), `csv` or `parquet`."""
+    """What is in a file. `kind`: `lines` (of JSON), `array` (of JSON), `csv` or `parquet`; its rows are in `frame`."""
 
     kind: str
     data: bytes
+    frame: pl.DataFrame = field(default_factory=pl.DataFrame)
+
+    @property
+    def size(self) -> int:
+        """The bytes that it takes in memory."""
+        return len(self.data) + int(self.frame.estimated_size())
 
 
 def opened(data: bytes, names: Collection[str], most: int = INFLATED_BYTES) -> Content:
@@ -56,10 +63,10 @@ def opened(data: bytes, names: Collection[str], most: int = INFLATED_BYTES) -> C
     if why := next((why for beginning, why in OTHERS.items() if data.startswith(beginning)), None):
         raise Unreadable(why)
     if data.startswith(b"PAR1"):
-        return Content("parquet", data)
+        return Content("parquet", b"", parquet(data, most))
     if ARRAY.match(data) or (data.lstrip().startswith(b"[") and data.rstrip().endswith(b"]")):
         return Content("array", data)
-    return Content("csv" if delimiter(data, names) else "lines", data)
+    return Content("lines" if OBJECT.match(data) or not delimiter(data, names) else "csv", data)
 
 
 def _inflated(data: bytes, most: int) -> bytes:

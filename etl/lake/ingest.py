@@ -4,17 +4,21 @@ A batch is numbered and written down first (`lake/batches/<n>.json`: the files w
 committed to each table under its number, the ledger `files` among them, then published, then its files are archived,
 then it is marked done. Each of these steps is on the disk before the next one is taken. A run that finds an unfinished
 batch finishes that one, from the same files. Rows that do not fit go to `quarantine` with file, line, reason and the
-raw text; files that cannot be read at all, or of which no line fits, go to `refused/`.
+raw text; files that cannot be read at all, or of which no line fits, or too few, go to `refused/`.
 """
 
 import contextlib
 import hashlib
+import itertools
+import math
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import polars as pl
 
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
     from etl.lake.lake import Lake
 
 MAX_BYTES = 256_000_000  # of JSON in a batch: about four times that in memory
-GROUP_BYTES = 16_000_000  # of files that are parsed at once
+GROUP_BYTES = 16_000_000  # in memory, of files that are parsed at once
 AHEAD = timedelta(days=1)  # of its batch that a row may be: `as_of` never goes back, so one far ahead would stay it
 EARLIEST = "1970-01-01T00:00:00+00:00"  # of `as_of`: what is asked for goes back from it, and time begins with year 1
 FILES: dict[str, DataType] = {
@@ -49,9 +53,19 @@ SUMMARY: dict[str, DataType] = {
     "refused": pl.Int64,
     "rescued": pl.Int64,  # rows with fields that no column takes
     "tables": pl.List(pl.String),
-    "committed": pl.Boolean,
-    "worst": pl.String,
+    "files_unfit": pl.Int64,  # of those refused: too few of their lines fit
+    "unfit": pl.List(pl.Struct({"lines": pl.Int64, "bad": pl.Int64, "file": pl.String, "why": pl.String})),
 }
+UNFIT: dict[str, DataType] = {
+    "table": pl.String,
+    "file": pl.String,
+    "lines": pl.Int64,
+    "bad": pl.Int64,
+    "why": pl.String,
+}
+SHOWN_FILES = 5  # of those of which too few lines fit
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 class Overtaken(RuntimeError):
@@ -98,6 +112,7 @@ class Parsed:
 
     `frames`: table -> typed rows. `refused`: rows for quarantine (columns of `table.QUARANTINE`).
     `files`: one row a file: table, file, bytes, sha256, lines, good, bad. `batch.refused`: all files that are refused.
+    `unfit`: of those the files of which too few lines fit, the worst first: table, file, lines, bad, why.
     """
 
     batch: Batch
@@ -105,28 +120,16 @@ class Parsed:
     refused: pl.DataFrame
     files: pl.DataFrame
     as_of: str | None
+    unfit: pl.DataFrame
 
     @property
     def rows(self) -> int:
         return int(self.files["lines"].sum())
 
     @property
-    def bad_share(self) -> float:
-        """The share of all lines that do not fit, 0 to 1."""
-        return int(self.files["bad"].sum()) / max(self.rows, 1)
-
-    @property
     def rescued(self) -> int:
         """How many rows have fields that no column takes."""
         return sum(frame[RESCUED].count() for frame in self.frames.values())
-
-    @property
-    def worst(self) -> str:
-        """The file with the most lines that do not fit, in words."""
-        if self.refused.is_empty():
-            return "every line fits"
-        file = self.files.sort("bad", descending=True).row(0, named=True)
-        return f"{file['file']} has {file['bad']:,} of {file['lines']:,}"
 
 
 def next_batch(
@@ -198,29 +201,44 @@ def rules(table: Table, at: str) -> Table:
     return table.until(moment + min(AHEAD, parse.LAST - moment))
 
 
-def read(batch: Batch) -> Parsed:
+def read(batch: Batch, *, max_bad_share: float = 1.0, max_inflated: int = formats.INFLATED_BYTES) -> Parsed:
     """Read a batch's files, type their rows and set apart those that do not fit. Writes nothing.
 
-    A file that cannot be read or has no line that fits is refused, and one that is no longer what the manifest of an
-    unfinished batch says.
+    A file is refused that cannot be read, of which no line fits, or a larger share of lines than `max_bad_share` (0 to
+    1) does not. So is one that is no longer what the manifest of an unfinished batch says; but none of those that it
+    names by its share, for its rows may be in the lake.
+
+    The batch ends before the file with which it would inflate to more than `max_inflated` bytes, or to more than its
+    files have as they are, whichever is more; the rest waits for the next batch. So the rows of that many bytes are
+    held, and while they are parsed `GROUP_BYTES` a table and two or three files a core, each of at most
+    `formats.INFLATED_BYTES`.
     """
-    lake = batch.lake
+    lake, cores = batch.lake, os.cpu_count() or 1
     expected = {f["path"]: f["sha256"] for f in batch.manifest["files"]} if batch.manifest else {}
     met: dict[str, File] = {}
+    most = 1.0 if batch.manifest else max_bad_share
+    room = math.inf if batch.manifest else max(max_inflated, sum(file.bytes for file in batch.files))
+    with ThreadPoolExecutor(cores + 1) as pool:  # one reads and hashes while Polars has the cores
+        opened = _within(_under_way(pool, lambda file: _open(batch, file, expected, met), batch.files, cores), room)
+        groups = list(_under_way(pool, lambda group: _look(batch, group, most), _groups(opened), cores))
+    ends = sum(len(looked.files) + len(looked.refused) for looked in groups)
+    if ends < len(batch.files):
+        groups = [looked.of(_first(batch, ends)) for looked in groups]
+    order = list(lake.tables)
+    groups.sort(key=lambda looked: order.index(looked.table))  # stable: a table's oldest first
     good: dict[str, list[pl.DataFrame]] = {}
-    quarantined, files, kept, refused = [], [], [], list(batch.refused)
-    with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as pool:  # one reads and hashes while Polars has the cores
-        for looked in pool.map(lambda group: _look(batch, group, expected, met), _groups(batch)):
-            for file, why in looked.refused:
-                refused.append(file.refused(why))
-            for (file, sha256, size), lines, bad in zip(looked.files, looked.lines, looked.bad, strict=True):
-                if bad.height:
-                    quarantined.append(_for_quarantine(bad, batch, file))
-                files.append((file.table, file.name, size, sha256, lines, lines - bad.height, bad.height))
-                kept.append(file)
-                crash_point(f"read: {file.table}")
-            if looked.files:
-                good.setdefault(looked.files[0][0].table, []).append(looked.rows)
+    quarantined, files, kept, refused, unfit = [], [], [], list(batch.refused), []
+    for looked in groups:
+        refused += [file.refused(why) for file, why in looked.refused]
+        unfit += looked.unfit
+        for (file, sha256, size), lines, bad in zip(looked.files, looked.lines, looked.bad, strict=True):
+            if bad.height:
+                quarantined.append(_for_quarantine(bad, batch, file))
+            files.append((file.table, file.name, size, sha256, lines, lines - bad.height, bad.height))
+            kept.append(file)
+            crash_point(f"read: {file.table}")
+        if looked.files:
+            good.setdefault(looked.table, []).append(looked.rows)
     frames = {table: pl.concat(parts) for table, parts in good.items()}
     columns = ((frame, lake.tables[table].time) for table, frame in frames.items() if frame.height)
     times: list[Any] = [frame[time].max() for frame, time in columns if time]  # datetimes
@@ -231,57 +249,131 @@ def read(batch: Batch) -> Parsed:
         pl.concat([pl.DataFrame(schema=QUARANTINE), *quarantined]),
         pl.DataFrame(files, schema=FILES, orient="row"),
         newest.isoformat() if newest else None,
+        pl.DataFrame(unfit, schema=UNFIT, orient="row").sort(pl.col("bad") / pl.col("lines"), "bad", descending=True),
     )
 
 
-class _Looked(NamedTuple):
-    """A group of files of one table, read: `rows` of all of them together; `lines` and `bad` of each."""
+def _first(batch: Batch, count: int) -> set[File]:
+    """The batch's first files, at most so many; those of a sequence stay together where that is possible."""
+    return set(landing.cut(batch.files[: count + 1], count, sum(file.bytes for file in batch.files)))
 
+
+class _Opened(NamedTuple):
+    """A file as it was read: its bytes, and what is in it, or why it is refused."""
+
+    file: File
+    sha256: str
+    bytes: int
+    content: formats.Content | None
+    why: str | None
+
+
+class _Looked(NamedTuple):
+    """A group of files of one table, parsed: `rows` of all of them together; `lines` and `bad` of each."""
+
+    table: str
     files: list[tuple[File, str, int]]  # with sha256 and bytes
     rows: pl.DataFrame
     lines: list[int]
     bad: list[pl.DataFrame]
     refused: list[tuple[File, str]]
+    unfit: list[tuple[str, str, int, int, str]]  # as `UNFIT`: of those refused
+
+    def of(self, taken: set[File]) -> "_Looked":
+        """What is of these files."""
+        kept = [number for number, (file, *_) in enumerate(self.files) if file in taken]
+        names = {file.name for file in taken}
+        return _Looked(
+            self.table,
+            [self.files[n] for n in kept],
+            _of_files(self.rows, [n - bad.height for n, bad in zip(self.lines, self.bad, strict=True)], kept),
+            [self.lines[n] for n in kept],
+            [self.bad[n] for n in kept],
+            [(file, why) for file, why in self.refused if file in taken],
+            [row for row in self.unfit if row[1] in names],
+        )
 
 
-def _groups(batch: Batch) -> list[list[File]]:
-    """Files of the same table, a few megabytes together: what is read at once, so that a small file costs little."""
-    groups: list[list[File]] = []
-    order = list(batch.lake.tables)
-    for file in sorted(batch.files, key=lambda file: order.index(file.table)):  # stable: a table's oldest first
-        last = groups[-1] if groups else []
-        if last and last[0].table == file.table and sum(f.bytes for f in last) + file.bytes <= GROUP_BYTES:
-            last.append(file)
-        else:
-            groups.append([file])
-    return groups
+def _under_way(
+    pool: ThreadPoolExecutor, work: Callable[[_Item], _Result], items: Iterable[_Item], most: int
+) -> Iterator[_Result]:
+    """The results in the order of the items, of which no more than `most` are worked at or wait to be taken."""
+    futures: deque[Future[_Result]] = deque()
+    for item in items:
+        futures.append(pool.submit(work, item))
+        if len(futures) > most:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
 
 
-def _look(batch: Batch, group: list[File], expected: dict[str, str], met: dict[str, File]) -> _Looked:
-    """Read the files of one group. `met`: by what stands for its content, the first file of the batch with it.
+def _open(batch: Batch, file: File, expected: dict[str, str], met: dict[str, File]) -> _Opened:
+    """Read one file. `expected`: path -> sha256, as the manifest of an unfinished batch has it. `met`: by what stands
+    for its content, the first file of the batch with it."""
+    try:
+        data, sha256 = _read(batch.lake.root, file, expected.get(file.path))
+        if expected.get(file.path, sha256) != sha256:
+            raise Unreadable(f"changed since batch {batch.number} was written down")
+        content = formats.opened(data, batch.lake.tables[file.table].named)
+        if same := _same_content(batch, file, sha256, met):
+            raise Unreadable(same)
+    except Unreadable as error:
+        return _Opened(file, "", 0, None, str(error))
+    return _Opened(file, sha256, len(data), content, None)
 
-    Raises AssertionError when a line is neither a row nor refused.
-    """
-    files, pieces, refused = [], [], []
-    for file in group:
-        try:
-            data, sha256 = _read(batch.lake.root, file, expected.get(file.path))
-            if expected.get(file.path, sha256) != sha256:
-                raise Unreadable(f"changed since batch {batch.number} was written down")
-            content = formats.opened(data, batch.lake.tables[file.table].named)
-            if same := _same_content(batch, file, sha256, met):
-                raise Unreadable(same)
-        except Unreadable as error:
-            refused.append((file, str(error)))
-            continue
-        files.append((file, sha256, len(data)))
-        pieces.append(content)
-    rows, bad, lines = parse.parse_all(pieces, rules(batch.lake.tables[group[0].table], batch.at))
+
+def _within(opened: Iterable[_Opened], room: float) -> Iterator[_Opened]:
+    """The first files, which together have at most `room` bytes in memory; one has as many as it has."""
+    size = 0
+    for number, file in enumerate(opened):
+        size += file.content.size if file.content else 0
+        if size > room and number:
+            return
+        yield file
+
+
+def _groups(opened: Iterable[_Opened]) -> Iterator[list[_Opened]]:
+    """Files of the same table, a few megabytes together: what is parsed at once, so that a small file costs little. A
+    large one is alone."""
+    groups: dict[str, list[_Opened]] = {}
+    sizes: dict[str, int] = {}
+    for file in opened:
+        table, size = file.file.table, file.content.size if file.content else 0
+        if table in groups and sizes[table] + size > GROUP_BYTES:
+            yield groups.pop(table)
+        sizes[table] = size + (sizes[table] if table in groups else 0)
+        groups.setdefault(table, []).append(file)
+    yield from groups.values()
+
+
+def _look(batch: Batch, group: list[_Opened], most: float) -> _Looked:
+    """Parse the files of one group. Raises AssertionError when a line is neither a row nor refused."""
+    table = group[0].file.table
+    refused = [(opened.file, opened.why) for opened in group if opened.why is not None]
+    files = [(opened.file, opened.sha256, opened.bytes) for opened in group if opened.content]
+    pieces = [opened.content for opened in group if opened.content]
+    rows, bad, lines = parse.parse_all(pieces, rules(batch.lake.tables[table], batch.at))
     if sum(lines) != rows.height + sum(frame.height for frame in bad):
-        raise AssertionError(f"{group[0].landing} and others: {sum(lines)} lines, but {rows.height} rows fit")
-    kept = [number for number, frame in enumerate(bad) if frame.height < lines[number]]
-    refused += [(files[n][0], parse.no_line_fits(bad[n])) for n in range(len(files)) if n not in kept]
-    return _Looked([files[n] for n in kept], rows, [lines[n] for n in kept], [bad[n] for n in kept], refused)
+        raise AssertionError(f"{group[0].file.landing} and others: {sum(lines)} lines, but {rows.height} rows fit")
+    kept, unfit = [], []
+    for number, (file, *_) in enumerate(files):
+        if bad[number].height < lines[number] and bad[number].height <= most * lines[number]:
+            kept.append(number)
+            continue
+        why = parse.why_whole(bad[number], lines[number])
+        refused.append((file, why))
+        if bad[number].height > most * lines[number] and bad[number]["line"][0] != parse.WHOLE:
+            unfit.append((file.table, file.name, lines[number], bad[number].height, why))
+    if any(number not in kept and bad[number].height < lines[number] for number in range(len(files))):
+        rows = _of_files(rows, [count - frame.height for count, frame in zip(lines, bad, strict=True)], kept)
+    counts = [lines[n] for n in kept]
+    return _Looked(table, [files[n] for n in kept], rows, counts, [bad[n] for n in kept], refused, unfit)
+
+
+def _of_files(rows: pl.DataFrame, heights: list[int], kept: list[int]) -> pl.DataFrame:
+    """The rows of some of the files. `heights`: how many each has, in their order."""
+    starts = [0, *itertools.accumulate(heights)]
+    return pl.concat([rows.head(0), *(rows.slice(starts[number], heights[number]) for number in kept)])
 
 
 def _same_content(batch: Batch, file: File, sha256: str, met: dict[str, File]) -> str | None:
@@ -371,8 +463,8 @@ def drain(
 ) -> pl.DataFrame:
     """Commit batch after batch until nothing waits; one row each, as `summary` has it.
 
-    None is begun that, going by the slowest so far, would not be over within `for_s` seconds. One with a larger share
-    than `max_bad_share` of lines that do not fit is not committed, and ends it.
+    None is begun that, going by the slowest so far, would not be over within `for_s` seconds. `max_bad_share`: as of
+    `read`.
     """
     done = [pl.DataFrame(schema=SUMMARY)]
     began, slowest = time.monotonic(), 0.0
@@ -381,26 +473,34 @@ def drain(
         batch = next_batch(lake, **limits, scheduled_for=scheduled_for, now=now, again=again)
         if batch is None:
             break
-        parsed = read(batch)
-        fits = parsed.bad_share <= max_bad_share
-        if fits:
-            try:
-                commit(parsed, run_id=run_id)
-            except Overtaken:  # what it did not take is still there: look again
-                continue
-        done.append(summary(parsed, committed=fits))
-        if not fits:
-            break
+        parsed = read(batch, max_bad_share=max_bad_share)
+        try:
+            commit(parsed, run_id=run_id)
+        except Overtaken:  # what it did not take is still there: look again
+            continue
+        done.append(summary(parsed))
         slowest = max(slowest, time.monotonic() - started)
     return pl.concat(done)
 
 
-def summary(parsed: Parsed, committed: bool = True) -> pl.DataFrame:
-    """A batch in one row: batch, files, files_refused, mb, rows, refused, rescued, tables, committed, worst."""
+def summary(parsed: Parsed) -> pl.DataFrame:
+    """A batch in one row: batch, files, files_refused, mb, rows, refused, rescued, tables, files_unfit, unfit."""
     batch, mb = parsed.batch, int(parsed.files["bytes"].sum()) / 1e6
     kept = int(parsed.files["good"].sum())
     row = (batch.number, len(batch.files), len(batch.refused), mb, kept, parsed.refused.height, parsed.rescued)
-    return pl.DataFrame([(*row, sorted(parsed.frames), committed, parsed.worst)], schema=SUMMARY, orient="row")
+    unfit = parsed.unfit.select("lines", "bad", "file", "why").to_dicts()
+    return pl.DataFrame([(*row, sorted(parsed.frames), len(unfit), unfit)], schema=SUMMARY, orient="row")
+
+
+def unfit(done: pl.DataFrame) -> str:
+    """The files of some batches (rows of `summary`) of which too few lines fit, and why: the worst first."""
+    files = done.select(pl.col("unfit").explode()).drop_nulls().unnest("unfit")
+    if files.is_empty():
+        return "none"
+    worst = files.sort(pl.col("bad") / pl.col("lines"), "bad", descending=True)
+    said = [f"{file}: {why}" for file, why in worst.head(SHOWN_FILES).select("file", "why").iter_rows()]
+    more = f"; and {files.height - SHOWN_FILES} others" if files.height > SHOWN_FILES else ""
+    return f"{files.height} file{'s' * (files.height > 1)}, {'; '.join(said)}{more}"
 
 
 def _read(root: Root, file: File, expected: str | None) -> tuple[bytes, str]:

@@ -85,6 +85,7 @@ class Lake:
     read = staticmethod(ingest.read)
     commit = staticmethod(ingest.commit)
     summary = staticmethod(ingest.summary)
+    unfit = staticmethod(ingest.unfit)
     batch_chart = staticmethod(ingest.chart)
     drain = ingest.drain
     survey = compaction.survey

@@ -11,28 +11,33 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from datetime import UTC, date, datetime, time
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any, NoReturn, Self
 
 import numpy as np
 import polars as pl
 
-from etl.lake.formats import Content, delimiter, elements, parquet, records
-from etl.lake.table import DAY, RESCUED, TEXT, TIME, Column, DataType, Table
+from etl.lake.formats import Content, delimiter, elements, opened, records
+from etl.lake.table import DAY, RESCUED, TEXT, TIME, UNITS, Column, DataType, Table
 from etl.storage import Unreadable
 
 RAW_CHARS = 4000  # of a refused line that quarantine keeps
 VALUE_CHARS = 80  # of a value that a reason shows
+INEXACT = "is a number that its column would round"
 NOT_UTF8 = "not UTF-8"  # begins a reason: what quarantine keeps of the line is not what it was
-SHOWN_REASONS = 3  # why a whole file is refused
+SHOWN_KINDS = 3  # of reasons why a whole file is refused
 LINE_BYTES = 1 << 20  # a longer line is refused unread
 PIECE_BYTES = 64 << 10  # a piece that is not plain is cut down to this before it is read line by line
+OVER_LINES = "has JSON objects over several lines each: lines of JSON, each an object, or one array of them are read"
 WHOLE = 0  # in place of a line's number: what is said of the whole file
-REFUSED: dict[str, DataType] = {"line": pl.Int64, "reason": TEXT, "raw": TEXT}
+REFUSED: dict[str, DataType] = {"line": pl.Int64, "reason": TEXT, "raw": TEXT, "kinds": pl.List(TEXT)}
+POSITION = re.compile(r" at (character|byte) \d+$")  # of a reason, in which lines differ that are wrong in the same way
 YEAR = "([1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"  # those that Python, JSON and Delta's statistics can say
 FIRST, LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1}  # in a unit; a thousand nanoseconds are one
 DAY_TEXT = rf"^{YEAR}-[0-9]{{2}}-[0-9]{{2}}$"  # beside the format, which alone takes year 6, year -1996 and blanks
 MIDNIGHT = r"(?:T00:00:00(?:\.0{1,9})?Z?)?$"  # behind a day, as pandas writes one
 # the seconds end at 59: of a 60th Polars would make the next minute
@@ -62,16 +67,56 @@ FLOAT_TEXT = r"^-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?$"
 TRUTHS = {"true": True, "false": False}
 
 
-def no_line_fits(refused: pl.DataFrame) -> str:
-    """Why a file of which every line is refused (`REFUSED`) is refused whole: its most frequent reasons, in words."""
-    if refused.is_empty():
+class Unfit(ValueError):
+    """Why a line does not fit. `kinds`: the same without what is the line's own, so that lines can be counted by it."""
+
+    def __init__(self, why: str, kinds: Sequence[str]):
+        super().__init__(why)
+        self.kinds = list(kinds)
+
+
+class _Wrong(ValueError):
+    """What is wrong with a value, which is shown before it."""
+
+    def __init__(self, value: Any, kind: str):
+        super().__init__(f"{_shown(value)} {kind}")
+        self.kind = kind
+
+
+def why_whole(refused: pl.DataFrame, lines: int) -> str:
+    """Why a file is refused whole, of whose `lines` lines these (`REFUSED`) do not fit: the kinds of reasons with how
+    many lines have each, the most frequent first, and the first line's own."""
+    if not lines:
         return "has no rows, only blank lines"
     if refused["line"][0] == WHOLE:
         return str(refused["reason"][0])
-    reasons = refused.group_by("reason", maintain_order=True).agg(pl.first("line"), pl.len())
-    often = reasons.sort("len", descending=True, maintain_order=True).head(SHOWN_REASONS)
-    said = [f"{why} (line {line}{f' and {n - 1:,} more' * (n > 1)})" for why, line, n in often.iter_rows()]
-    return f"has no line that fits: {'; '.join(said)}{'; ...' * (reasons.height > often.height)}"
+    kinds = refused.select(pl.col("kinds").explode()).group_by("kinds", maintain_order=True).len()
+    often = kinds.sort("len", descending=True, maintain_order=True).head(SHOWN_KINDS)
+    said = ", ".join(f"{kind} {count:,}" for kind, count in often.iter_rows())
+    others = f", and {kinds.height - SHOWN_KINDS} others" if kinds.height > SHOWN_KINDS else ""
+    first = refused.row(0, named=True)
+    return f"{refused.height:,} of {lines:,} lines do not fit: {said}{others}; line {first['line']}: {first['reason']}"
+
+
+def fits(raw: str, table: Table) -> bool:
+    """Whether a line that quarantine has fits the table: of JSON, or a header and a record of CSV."""
+    if "\n" not in raw:
+        return parse(raw.encode(), table)[0].height == 1
+    try:
+        content = opened(raw.encode(), table.named)
+    except Unreadable:
+        return False
+    rows, _, lines = parse_all([content], table)
+    return content.kind == "csv" and (rows.height, lines) == (1, [1])
+
+
+def as_file(raws: Sequence[str], table: Table) -> bytes:
+    """A file of lines that quarantine has of one file, as `fits`."""
+    header = ""
+    if "\n" in raws[0]:
+        _, (_, header) = next(records(raws[0], delimiter(raws[0].encode(), table.named) or ","))
+        header += "\n"
+    return (header + "".join(f"{raw.removeprefix(header)}\n" for raw in raws)).encode()
 
 
 def line_count(data: bytes) -> int:
@@ -129,12 +174,26 @@ def parse_all(files: Sequence[bytes | Content], table: Table) -> tuple[pl.DataFr
 
 
 def _parsed_file(content: Content, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
-    read = {"lines": parse, "array": _array, "csv": _csv, "parquet": _parquet}[content.kind]
+    if content.kind == "parquet":
+        return _parquet(content.frame, table)
     try:
-        return read(content.data, table)
+        rows, refused = {"lines": parse, "array": _array, "csv": _csv}[content.kind](content.data, table)
+        if rows.is_empty() and content.kind == "lines" and _over_lines(content.data):
+            raise Unreadable(OVER_LINES)
+        return rows, refused
     except Unreadable as error:
-        refused = pl.DataFrame([(WHOLE, str(error), "")], schema=REFUSED, orient="row")
+        refused = pl.DataFrame([(WHOLE, str(error), "", [str(error)])], schema=REFUSED, orient="row")
         return pl.DataFrame(schema=table.stored), refused
+
+
+def _over_lines(data: bytes) -> bool:
+    """Whether it begins with a JSON object that has several lines."""
+    text = data[:LINE_BYTES].decode("utf-8", "replace").lstrip()
+    try:
+        _, end = _DECODER.raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return text.startswith("{") and "\n" in text[:end]
 
 
 def _array(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -160,12 +219,13 @@ def _array(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
             raise value
         return fields(value)
 
-    return _each(elements(_decoded(data), _DECODER), table, take, lambda element: _on_a_line(element[1]))
+    return _each(elements(_decoded(data), _DECODER), table, take, _on_a_line)
 
 
-def _on_a_line(text: str) -> str:
-    """JSON without newlines: as lines of it are tried again."""
-    return re.sub(r"\s*\n\s*", " ", text)[:RAW_CHARS]
+def _on_a_line(element: tuple[Any, str]) -> str:
+    """An element without newlines: as a line it is tried again. One with a newline in a text stays as it is."""
+    value, text = element
+    return (text if isinstance(value, Exception) else re.sub(r"\s*\n\s*", " ", text))[:RAW_CHARS]
 
 
 def _decoded(data: bytes) -> str:
@@ -176,14 +236,14 @@ def _decoded(data: bytes) -> str:
 
 
 def _csv(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Rows and refused records of a CSV: a column is under its name, or its path."""
+    """Rows and refused records of a CSV: a column is under its name, or its path. Quarantine keeps the header too."""
     columns = {".".join(column.keys(name)): name for name, column in table.fields.items()}
     columns |= {name: name for name in table.fields}
     table = replace(table, columns={name: replace(column, path=None) for name, column in table.fields.items()})
     text = _decoded(data)
     mark = delimiter(data, columns) or ","
     every = records(text, mark)
-    _, (header, _) = next(every)
+    _, (header, first) = next(every)
     if header is None or None in header:
         raise Unreadable("is a CSV with a column without a name")
     names = [columns.get(str(name), str(name)) for name in header]
@@ -204,16 +264,17 @@ def _csv(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
             raise ValueError("not CSV: quotes that are not closed, or not around a whole field")
         if len(cells) != len(names):
             raise ValueError(f"not CSV: {len(cells)} fields, where the header has {len(names)}")
-        return fields({name: _cell(cell, table.types.get(name, TEXT)) for name, cell in zip(names, cells, strict=True)})
+        return fields({name: _cell(cell, table.fields.get(name)) for name, cell in zip(names, cells, strict=True)})
 
-    return _each(every, table, take, lambda record: record[1][:RAW_CHARS])
+    return _each(every, table, take, lambda record: f"{first}\n{record[1]}"[:RAW_CHARS])
 
 
-def _cell(cell: str | None, dtype: DataType) -> Any:
-    """A field of a CSV as JSON would have it; as it is where it does not have the form."""
-    if cell is None:
-        return None
-    if dtype in BOUNDS and re.fullmatch(WHOLE_TEXT, cell):
+def _cell(cell: str | None, column: Column | None) -> Any:
+    """A field of a CSV as JSON would have it; as it is where it does not have the form, or no column takes it."""
+    if cell is None or column is None:
+        return cell
+    dtype = column.type
+    if (dtype in BOUNDS or column.unit) and re.fullmatch(WHOLE_TEXT, cell):
         return int(cell)
     if dtype.is_float() and re.fullmatch(FLOAT_TEXT, cell):
         return _Number(cell)
@@ -261,18 +322,21 @@ def _plain_csv(data: bytes, header: list[str], mark: str, table: Table) -> pl.Da
         return None
     absent = [pl.lit(None, TEXT).alias(name) for name in table.fields if name not in header]
     cells = cells.with_columns(absent).select(*table.fields)
-    read = cells.select(_cells(name, dtype) for name, dtype in table.types.items())
+    read = cells.select(_cells(name, column) for name, column in table.fields.items())
     if not read.null_count().equals(cells.null_count()):
         return None
     if any(read[name].null_count() for name, column in table.fields.items() if not column.optional):
         return None
-    typed, reasons = _typed_rows(read.with_columns(pl.lit(None, TEXT).alias(RESCUED)), table)
+    timed = _timed(read, table)
+    if timed is None:
+        return None
+    typed, reasons = _typed_rows(timed.with_columns(pl.lit(None, TEXT).alias(RESCUED)), table)
     return None if reasons else typed
 
 
-def _cells(name: str, dtype: DataType) -> pl.Expr:
+def _cells(name: str, column: Column) -> pl.Expr:
     """As `_cell`, of a column; what does not have the form becomes null."""
-    cell, read = pl.col(name), READ_AS.get(dtype)
+    cell, dtype, read = pl.col(name), column.type, pl.Int64 if column.unit else READ_AS.get(column.type)
     if dtype == pl.Boolean:
         return cell.str.to_lowercase().replace_strict(TRUTHS, default=None, return_dtype=pl.Boolean)
     if read is None:
@@ -281,9 +345,8 @@ def _cells(name: str, dtype: DataType) -> pl.Expr:
     return pl.when(cell.str.contains(form)).then(cell).cast(read, strict=False).alias(name)
 
 
-def _parquet(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
+def _parquet(frame: pl.DataFrame, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Rows and refused rows of a Parquet file: columns by name; nothing is made another value to fit."""
-    frame = parquet(data)
     plain = _plain_parquet(frame, table)
     if plain is not None:
         return plain, pl.DataFrame(schema=REFUSED)
@@ -296,19 +359,20 @@ def _parquet(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
     )
     fields = _fields(table)
 
-    def take(row: dict[str, Any]) -> list[Any]:
-        return fields({name: _as_json(value, table.types.get(name)) for name, value in row.items()})
+    def values(row: dict[str, Any]) -> dict[str, Any]:
+        return {name: _as_json(value, table.types.get(name)) for name, value in row.items()}
 
     return _each(
         enumerate(frame.iter_rows(named=True), start=1),
         table,
-        take,
-        lambda row: json.dumps(row, default=str)[:RAW_CHARS],
+        lambda row: fields(values(row)),
+        lambda row: json.dumps(values(row), default=str)[:RAW_CHARS],
     )
 
 
 def _as_json(value: Any, dtype: Any) -> Any:
-    """A value of a Parquet file as JSON would have it, for a column of the type."""
+    """A value of a Parquet file as JSON would have it, for a column of the type. `_Inexact` where a float column would
+    round it: it is refused as that when it is read."""
     if isinstance(value, dict):
         inner = {field.name: field.dtype for field in dtype.fields} if isinstance(dtype, pl.Struct) else {}
         return {key: _as_json(item, inner.get(key)) for key, item in value.items()}
@@ -318,18 +382,33 @@ def _as_json(value: Any, dtype: Any) -> Any:
         if dtype in BOUNDS and value.is_integer():
             return int(value)
         return _Number(repr(value)) if _is_decimal(dtype) and math.isfinite(value) else value
+    if isinstance(value, int | Decimal) and not isinstance(value, bool) and dtype is not None and dtype.is_float():
+        return _as_float(value, dtype)
     if isinstance(value, Decimal):
         whole = value == value.to_integral_value() and dtype in BOUNDS
-        return (
-            int(value)
-            if whole
-            else float(value)
-            if dtype is not None and dtype.is_float()
-            else f"{value.normalize():f}"
-        )
+        return int(value) if whole else f"{value.normalize():f}"
     if isinstance(value, date | time):
         return value.isoformat()
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
+
+
+@dataclass(frozen=True)
+class _Inexact:
+    """An exact number that its column would round. Quarantine has it as a text, which is not taken when it is tried
+    again."""
+
+    value: int | Decimal
+
+    def __str__(self) -> str:
+        return f"{self.value:f}" if isinstance(self.value, Decimal) else str(self.value)
+
+
+def _as_float(value: int | Decimal, dtype: DataType) -> float | _Inexact:
+    """An exact number as the float that reads the same: equal, or written with the same digits."""
+    number = float(pl.Series([float(value)]).cast(pl.Float32)[0]) if dtype == pl.Float32 else float(value)
+    digits = str(np.float32(number)) if dtype == pl.Float32 else repr(number)
+    same = math.isfinite(number) and (number == value or (isinstance(value, Decimal) and Decimal(digits) == value))
+    return number if same else _Inexact(value)
 
 
 def _plain_parquet(frame: pl.DataFrame, table: Table) -> pl.DataFrame | None:
@@ -341,7 +420,12 @@ def _plain_parquet(frame: pl.DataFrame, table: Table) -> pl.DataFrame | None:
         if (name not in frame.columns or frame[name].null_count()) and not column.optional:
             return None
         series = frame[name] if name in frame.columns else pl.Series(name, [None] * frame.height, _read_as(column.type))
-        if series.dtype != TEXT or column.type == TEXT:
+        if column.unit and series.dtype.is_integer():
+            moments = _moments(series, column.unit)
+            if moments is None:
+                return None
+            series = moments
+        elif series.dtype != TEXT or column.type == TEXT:
             if not _alike(series.dtype, column.type) or not _unchanged(series, column.type):
                 return None
             series = series.cast(column.type)
@@ -397,7 +481,7 @@ def _plain(data: bytes, table: Table, lines: int) -> pl.DataFrame | None:
         return None
     if len(data) > LINE_BYTES and _longest_line(data) > LINE_BYTES:
         return None
-    schema = {name: READ_AS.get(dtype, TEXT) for name, dtype in table.types.items()}
+    schema = {n: pl.Int64 if column.unit else READ_AS.get(column.type, TEXT) for n, column in table.fields.items()}
     marked = _nulls_marked(data, table)
     if marked is None:
         return None
@@ -411,7 +495,8 @@ def _plain(data: bytes, table: Table, lines: int) -> pl.DataFrame | None:
         return None
     if any((text[name].is_not_null() & text[mark].is_not_null()).any() for name, mark in marks.items()):
         return None  # the key came twice, once with null
-    typed = _all_typed(text.drop(marks.values()), table)
+    timed = _timed(text.drop(marks.values()), table)
+    typed = _all_typed(timed, table) if timed is not None else None
     if typed is None:
         return None
     typed = _filled(typed, table).with_columns(pl.lit(None, TEXT).alias(RESCUED))
@@ -460,8 +545,13 @@ def _all_typed(text: pl.DataFrame, table: Table) -> pl.DataFrame | None:
     formed = [_formed(name, dtype) for name, dtype in table.types.items() if _has_form(dtype)]
     if formed and not text.select(pl.all_horizontal(like.all() for like in formed)).item():
         return None
-    typed = text.select(_parsed(name, dtype) for name, dtype in table.types.items())
-    for name in [name for name, dtype in table.types.items() if dtype == TIME and typed[name].null_count()]:
+    given = text.schema
+    typed = text.select(
+        _parsed(name, dtype) if given[name] != dtype else pl.col(name) for name, dtype in table.types.items()
+    )
+    for name in [name for name, dtype in table.types.items() if dtype == TIME != given[name]]:
+        if not typed[name].null_count():
+            continue
         rest = (typed[name].is_null() & text[name].is_not_null()).arg_true()
         others = text.select(pl.col(name).gather(rest)).select(_typed(name, TIME)).select(_sayable(name))
         typed = typed.with_columns(typed[name].scatter(rest, others[name]))
@@ -522,25 +612,36 @@ def _each(
             numbers.append(number)
             kept.append(line)
         except (ValueError, RecursionError) as error:  # ValueError: also what json and the decoder raise
-            reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
-            refused.append((number, _short(reason, 4 * VALUE_CHARS), shown(line)))
+            why = _unfit(error)
+            refused.append((number, _short(str(why), 4 * VALUE_CHARS), shown(line), why.kinds))
     types = [*((name, _read_as(dtype)) for name, dtype in table.types.items()), (RESCUED, TEXT)]
     columns = zip(*rows, strict=True) if rows else [[]] * len(types)
     text = pl.DataFrame([pl.Series(name, list(v), dtype) for (name, dtype), v in zip(types, columns, strict=True)])
     typed, reasons = _typed_rows(text, table)
-    refused += [(numbers[row], why, shown(kept[row])) for row, why in reasons.items()]
+    refused += [(numbers[row], str(why), shown(kept[row]), why.kinds) for row, why in reasons.items()]
     return typed, pl.DataFrame(refused, schema=REFUSED, orient="row").sort("line")
 
 
-def _typed_rows(text: pl.DataFrame, table: Table) -> tuple[pl.DataFrame, dict[int, str]]:
+def _unfit(error: Exception) -> Unfit:
+    """What a line was refused with, as a reason."""
+    if isinstance(error, Unfit):
+        return error
+    why = "nested too deep" if isinstance(error, RecursionError) else str(error)
+    return Unfit(why, [_short(POSITION.sub("", why), VALUE_CHARS)])
+
+
+def _typed_rows(text: pl.DataFrame, table: Table) -> tuple[pl.DataFrame, dict[int, Unfit]]:
     """The rows that fit, of values as `_read_as` has them and `_rescued`; row number -> why, of the others."""
-    typed = text.select(*(_typed(name, dtype) for name, dtype in table.types.items()), RESCUED)
+    given = text.schema
+    typed = text.select(
+        *(_typed(name, dtype) if given[name] != dtype else pl.col(name) for name, dtype in table.types.items()), RESCUED
+    )
     typed = typed.with_columns(_sayable(name) for name, dtype in table.types.items() if dtype == TIME)
     whole = typed.null_count().equals(text.null_count())
     filled = _filled(typed, table)
     if whole and filled.select(_fits(table)).item():
         return filled, {}
-    reasons = _misfits(filled, text, table)
+    reasons = _misfits(typed, filled, text, table)
     return filled.with_row_index("_row").filter(~pl.col("_row").is_in(list(reasons))).drop("_row"), reasons
 
 
@@ -593,7 +694,7 @@ def _object(line: bytes) -> Any:
 
 def _fields(table: Table) -> Callable[[Any], list[Any]]:
     """What takes the columns out of a JSON value: as `_taker`."""
-    columns = [(name, column, column.keys(name), _reader(column.type)) for name, column in table.fields.items()]
+    columns = [(name, column, column.keys(name), _reader_of(column)) for name, column in table.fields.items()]
 
     def take(value: Any) -> list[Any]:
         if not isinstance(value, dict):
@@ -603,9 +704,9 @@ def _fields(table: Table) -> Callable[[Any], list[Any]]:
             try:
                 row.append(_taken(value, keys, column, read))
             except ValueError as error:
-                wrong.append(f"{name}: {error}")
+                wrong.append((f"{name}: {error}", f"`{name}` {getattr(error, 'kind', error)}"))
         if wrong:
-            raise ValueError("; ".join(wrong))
+            raise Unfit("; ".join(why for why, _ in wrong), [kind for _, kind in wrong])
         row.append(json.dumps(value, allow_nan=False) if value else None)
         return row
 
@@ -648,6 +749,49 @@ def _without_empty(value: dict[str, Any], keys: tuple[str, ...]) -> None:
             del value[keys[0]]
 
 
+def _reader_of(column: Column) -> Callable[[Any], Any]:
+    """As `_reader`, of a column's values."""
+    unit = column.unit
+    return _reader(column.type) if unit is None else lambda value: _moment(value, unit)
+
+
+def _moment(value: Any, unit: str) -> str:
+    """A whole number of units since 1970 as the text of that time; a text as it is."""
+    if isinstance(value, str):
+        return _text(value, TIME)
+    if type(value) is not int:
+        raise _Wrong(value, f"is not a whole number of {UNITS[unit]} since 1970, and not {KINDS[TIME]}")
+    if unit == "ns" and value % 1000:
+        raise _Wrong(value, "nanoseconds since 1970 are not a whole number of microseconds, which a time has")
+    try:
+        moment = EPOCH + timedelta(microseconds=value // 1000 if unit == "ns" else value * MICROSECONDS[unit])
+    except OverflowError:
+        raise _Wrong(value, f"{UNITS[unit]} since 1970 are not within the years 1 to 9999") from None
+    return moment.isoformat(timespec="microseconds")
+
+
+def _moments(counted: pl.Series, unit: str) -> pl.Series | None:
+    """As `_moment`, of whole numbers; None where one does not fit."""
+    whole = counted.cast(pl.Int64, strict=False)
+    if whole.null_count() != counted.null_count():
+        return None
+    if unit == "ns":
+        return (whole // 1000).cast(TIME) if (whole % 1000 == 0).all() else None
+    first, last = ((end - EPOCH) // timedelta(microseconds=MICROSECONDS[unit]) for end in (FIRST, LAST))
+    return (whole * MICROSECONDS[unit]).cast(TIME) if whole.is_between(first, last).all() else None
+
+
+def _timed(read: pl.DataFrame, table: Table) -> pl.DataFrame | None:
+    """With times where whole numbers count since 1970; None where one does not fit."""
+    for name, column in table.fields.items():
+        if column.unit:
+            moments = _moments(read[name], column.unit)
+            if moments is None:
+                return None
+            read = read.with_columns(moments.alias(name))
+    return read
+
+
 def _reader(dtype: DataType) -> Callable[[Any], Any]:
     """What makes of a JSON value one of a column: of its own type, or as text that is typed later, all at once.
 
@@ -667,24 +811,26 @@ def _reader(dtype: DataType) -> Callable[[Any], Any]:
 
 def _whole(value: Any, bound: int) -> int:
     if type(value) is not int:
-        raise ValueError(f"{_shown(value)} is not a whole number")
+        raise _Wrong(value, "is not a whole number")
     if not -bound <= value < bound:
-        raise ValueError(f"{_shown(value)} is out of range")
+        raise _Wrong(value, "is out of range")
     return value
 
 
 def _float(value: Any) -> float:
+    if isinstance(value, _Inexact):
+        raise _Wrong(value.value, INEXACT)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{_shown(value)} is not a number")
+        raise _Wrong(value, "is not a number")
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(f"{_shown(value)} is out of range") from None
+        raise _Wrong(value, "is out of range") from None
 
 
 def _truth(value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"{_shown(value)} is not true or false")
+        raise _Wrong(value, "is not true or false")
     return value
 
 
@@ -695,7 +841,7 @@ def _text(value: Any, dtype: DataType) -> str:
     if _is_decimal(dtype) and type(value) is int:
         return str(value)
     if not isinstance(value, str):
-        raise ValueError(f"{_shown(value)} is not {_kind(dtype)}")
+        raise _Wrong(value, f"is not {_kind(dtype)}")
     if not value.isascii() and re.search("[\ud800-\udfff]", value):
         raise ValueError("a lone surrogate, which no text has")
     return value
@@ -707,13 +853,13 @@ def _nested(value: Any, dtype: Any) -> tuple[Any, Any]:
         return None, None
     if isinstance(dtype, pl.List):
         if not isinstance(value, list):
-            raise ValueError(f"{_shown(value)} is not a list")
+            raise _Wrong(value, "is not a list")
         pairs = [_nested(item, dtype.inner) for item in value]
         rest = [unknown for _, unknown in pairs]
         return [item for item, _ in pairs], rest if any(unknown is not None for unknown in rest) else None
     if isinstance(dtype, pl.Struct):
         if not isinstance(value, dict):
-            raise ValueError(f"{_shown(value)} is not an object")
+            raise _Wrong(value, "is not an object")
         fields = {field.name: _nested(value.get(field.name), field.dtype) for field in dtype.fields}
         unknown = {key: item for key, item in value.items() if key not in fields}
         unknown |= {key: item for key, (_, item) in fields.items() if item is not None}
@@ -727,10 +873,10 @@ def _alone(value: Any, dtype: DataType) -> Any:
         typed = pl.DataFrame({"it": [value]}).select(_typed("it", dtype))
         typed = typed.select(_sayable("it")) if dtype == TIME else typed
         if (value_typed := typed.item()) is None:
-            raise ValueError(f"{_shown(value)} is not {_kind(dtype)}")
+            raise _Wrong(value, f"is not {_kind(dtype)}")
         return value_typed
     if dtype == pl.Float32 and not math.isfinite(pl.Series([value]).cast(pl.Float32)[0]):
-        raise ValueError(f"{_shown(value)} is out of range")
+        raise _Wrong(value, "is out of range")
     return value
 
 
@@ -754,7 +900,8 @@ _DECODER = json.JSONDecoder(parse_float=_Number, parse_constant=_constant, objec
 
 
 def _shown(value: Any) -> str:
-    return _short(repr(value) if isinstance(value, str) else json.dumps(value), VALUE_CHARS)
+    text = repr(value) if isinstance(value, str) else f"{value:f}" if isinstance(value, Decimal) else json.dumps(value)
+    return _short(text, VALUE_CHARS)
 
 
 def _short(text: str, chars: int) -> str:
@@ -834,18 +981,23 @@ def _fits(table: Table) -> pl.Expr:
     return pl.all_horizontal(pl.lit(True), *(kept.all() for _, kept, _ in table.rules))
 
 
-def _misfits(frame: pl.DataFrame, text: pl.DataFrame, table: Table) -> dict[int, str]:
-    """Row number -> why it does not fit its table, for the rows that do not; `text`: what they were typed from."""
-    reasons: dict[int, dict[str, list[str]]] = {}
+def _misfits(typed: pl.DataFrame, filled: pl.DataFrame, text: pl.DataFrame, table: Table) -> dict[int, Unfit]:
+    """Row number -> why it does not fit its table, for the rows that do not.
+
+    `typed`: the rows, `filled`: with defaults where they have no value, `text`: what they were typed from.
+    """
+    reasons: dict[int, dict[str, list[tuple[str, str]]]] = {}  # row -> column -> what is shown of the value, and why
     for name, dtype in table.types.items():
-        for row in (frame[name].is_null() & text[name].is_not_null()).arg_true():
-            reasons.setdefault(row, {})[name] = [f"{name}: {_shown(text[name][row])} is not {_kind(dtype)}"]
+        for row in (typed[name].is_null() & text[name].is_not_null()).arg_true():
+            reasons.setdefault(row, {})[name] = [(_shown(text[name][row]), f"is not {_kind(dtype)}")]
     for name, kept, wrong in table.rules:
-        for row in frame.select(pl.arg_where(~kept)).to_series():
-            value = _short(str(frame[name][row]), VALUE_CHARS)
-            reasons.setdefault(row, {}).setdefault(name, []).append(f"{name}: {value} {wrong}")
+        for row in filled.select(pl.arg_where(~kept)).to_series():
+            value = _short(str(filled[name][row]), VALUE_CHARS)
+            reasons.setdefault(row, {}).setdefault(name, []).append((value, wrong))
     order = [*table.types]
-    return {
-        row: "; ".join(why for name in sorted(wrong, key=order.index) for why in wrong[name])
-        for row, wrong in reasons.items()
-    }
+    unfit = {}
+    for row, columns in reasons.items():
+        every = [(name, *why) for name in sorted(columns, key=order.index) for why in columns[name]]
+        why = "; ".join(f"{name}: {value} {wrong}" for name, value, wrong in every)
+        unfit[row] = Unfit(why, [f"`{name}` {wrong}" for name, _, wrong in every])
+    return unfit

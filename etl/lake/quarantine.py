@@ -9,7 +9,7 @@ import polars as pl
 
 from etl.lake import ingest, snapshot
 from etl.lake.landing import RETRIED, WHY
-from etl.lake.parse import NOT_UTF8, RAW_CHARS, parse
+from etl.lake.parse import NOT_UTF8, RAW_CHARS, as_file, fits
 from etl.lake.table import QUARANTINE
 
 if TYPE_CHECKING:
@@ -69,14 +69,12 @@ def retry(lake: "Lake", file: str) -> list[str]:
 
     A file that was refused whole comes back where it was. Of one whose lines were refused, those that fit by now come
     in a file of their own, whose name follows from batch and file: asked for twice, they are ingested once, and lines
-    that fit only later need a file of yours. The rows of quarantine stay, as what happened.
+    that fit only later need a file of yours. A line that quarantine does not have as it came, since it was not UTF-8
+    or too long, is not tried. The rows of quarantine stay, as what happened.
     Raises LookupError when there is nothing to try, FileExistsError when it waits already.
     """
     whole, lines = find(lake, file)
-    made = [_land_whole(lake, whole[0])] if whole else _land_lines(lake, lines)
-    if not made:
-        raise LookupError(f"nothing of {file} fits: `quarantine show {file}` tells why")
-    return made
+    return [_land_whole(lake, whole[0])] if whole else _land_lines(lake, file, lines)
 
 
 def _land_whole(lake: "Lake", refused: dict[str, Any]) -> str:
@@ -88,15 +86,20 @@ def _land_whole(lake: "Lake", refused: dict[str, Any]) -> str:
     return target
 
 
-def _land_lines(lake: "Lake", lines: pl.DataFrame) -> list[str]:
-    made, now = [], datetime.now(UTC).isoformat()
+def _land_lines(lake: "Lake", name: str, lines: pl.DataFrame) -> list[str]:
+    made, others, now = [], 0, datetime.now(UTC).isoformat()
     for (batch, table, file), group in lines.group_by("batch", "table", "file", maintain_order=True):
         whole = group.filter(
             pl.col("raw").str.len_bytes() < RAW_CHARS, ~pl.col("reason").str.starts_with(NOT_UTF8)
         )  # what is not here as it was would be ingested as something else
+        others += group.height - whole.height
         rules = ingest.rules(lake.tables[str(table)], now)
-        fit = [raw for raw in whole["raw"] if parse(raw.encode(), rules)[0].height]
+        fit = [raw for raw in whole["raw"] if fits(raw, rules)]
         target = f"landing/{RETRIED}/{table}/{zlib.crc32(f'{batch} {file}'.encode()):08x}-{batch}.json"
-        if fit and lake.root.create(target, "".join(f"{raw}\n" for raw in fit).encode()):
+        if fit and lake.root.create(target, as_file(fit, rules)):
             made.append(target)
+    if not made:
+        why = f"nothing of {name} fits: `quarantine show {name}` tells why"
+        changed = f"{others} lines are not kept as they came (not UTF-8, or longer than {RAW_CHARS:,} characters)"
+        raise LookupError(f"{why}; {changed}: put them right in a file of your own" if others else why)
     return made

@@ -27,6 +27,7 @@ LEDGER_KEY = ("batch", "path")
 RESERVED = ("files", "quarantine")  # tables that every lake has
 RESCUED = "_rescued"  # in the lake, beside a table's own columns: the fields of a line that no column takes, as JSON
 NAME = re.compile(r"\w[\w-]*", re.ASCII)  # of a table: a folder's, and part of URLs
+UNITS = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}  # since 1970, UTC
 UNNAMEABLE = re.compile(r'[ ,;{}()\n\t="\\]')  # what Parquet, Delta or JSON do not take in a name as it is
 
 
@@ -42,7 +43,8 @@ class Column:
     `nullable`: a field that is missing or null is null. `default`: what stands for it instead. `path`: where the value
     is in nested JSON, as `user.id`; a dot in a key is written `\\.`. `range`: (lowest, highest) allowed, None for open.
     `choices`: the values allowed. `check`: (expression, message): a row for which it is false is refused with the
-    message; it goes by one row, not by its neighbours.
+    message; it goes by one row, not by its neighbours. `unit`, of a `TIME`: what a whole number counts since 1970, `s`,
+    `ms`, `us` or `ns`; without it no number is a time.
     """
 
     type: DataType
@@ -52,6 +54,7 @@ class Column:
     range: tuple[Any, Any] | None = None
     choices: Sequence[Any] | None = None
     check: tuple[pl.Expr, str] | None = field(default=None, compare=False)
+    unit: str | None = None
 
     @property
     def optional(self) -> bool:
@@ -216,6 +219,8 @@ def _unstorable(name: str, column: Column) -> Iterator[str]:
         return
     if not name or UNNAMEABLE.search(name) or name == RESCUED:
         yield f'is no name for a column: {RESCUED!r} and what has a blank or one of ,;{{}}()="\\ are none'
+    if column.unit is not None and (column.type != TIME or column.unit not in UNITS):
+        yield f"has the unit {column.unit!r}: only a TIME has any, {', '.join(UNITS)}"
     if column.default is not None and not _holds(column, column.default):
         yield f"has the default {column.default!r}, which does not fit"
 

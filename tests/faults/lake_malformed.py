@@ -99,14 +99,14 @@ def _files() -> list[tuple[str, object, str | None]]:
         ("UTF-16", whole.decode().encode("utf-16"), "is UTF-16, not UTF-8"),
         ("UTF-16 without a mark", whole.decode().encode("utf-16-be"), "is UTF-16, not UTF-8"),
         ("blank lines", b"\n" + whole.replace(b"\n", b"\n \t\r\n\n"), None),
-        ("only NUL bytes", b"\0" * 4096, "has no line that fits: not JSON"),
+        ("only NUL bytes", b"\0" * 4096, "1 of 1 lines do not fit: not JSON"),
         ("only newlines", b"\n" * 100, "has no rows, only blank lines"),
         (
             "an array that ends early",
             f"[{text},{text}".encode(),
             "is a JSON array that cannot be read beyond element 2",
         ),
-        ("pretty printed", json.dumps(GOOD, indent=2).encode(), "has no line that fits: not JSON"),
+        ("pretty printed", json.dumps(GOOD, indent=2).encode(), "has JSON objects over several lines each"),
         ("an empty array", b" [ ]\n", "has no rows"),
         ("CSV", b"o_orderkey,o_custkey\n1,2\n", "is a CSV without the column 'o_orderstatus'"),
         ("Parquet", b"PAR1" + b"\x15" * 100, "is damaged Parquet"),
@@ -248,6 +248,8 @@ VALUES = {  # JSON for a column of the type; the first of each fits everywhere
     "Date": ['"2026-03-01"', '"1996-02-30"', '"2026-03-01T00:00:00.000"', "5", '"0000-01-01"'],
     "Datetime": ['"2026-03-01T11:59:37.919Z"', '"2026-03-01T11:59:37.919+00:00"', '"2026-03-01 11:59:37+00"', '"x"'],
     "Decimal": ['"1.50"', "1.5", "2", '"1.505"', '"-1"', '"1e2"', "null"],
+    "Epoch": ["0", "-1000", "1772366377000", "1772366377919001", "9223372036854775807", "9223372036854775808", "1.0"]
+    + ["true", '"5"', '"2026-03-01T11:59:37.919Z"', "-62135596800", "253402300799", "253402300800", "-62135596801"],
 }
 
 
@@ -259,7 +261,7 @@ def mutated_lines(table: Table, n: int, pick: random.Random) -> list[bytes]:
 def _line_for(table: Table, pick: random.Random) -> bytes:
     pairs, odd = [], pick.choice([0.0, 0.0, 0.1, 0.3])
     for name, column in table.fields.items():
-        values = VALUES[str(column.type.base_type())]
+        values = VALUES["Epoch" if column.unit else str(column.type.base_type())]
         if column.optional and pick.random() < 0.4:
             if pick.random() < 0.6:
                 pairs.append((name, "null"))

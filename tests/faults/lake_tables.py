@@ -1,5 +1,7 @@
 """Tables that are not TPC-H's, with columns of all kinds: what the two ways of reading are held against."""
 
+from datetime import UTC, datetime
+
 import polars as pl
 
 from etl.lake.table import DAY, INT, TEXT, TIME, Column, Table, decimal
@@ -31,4 +33,16 @@ LOGS = Table(
     (),
 )
 SWITCHES = Table("switches", {"on": pl.Boolean, "weight": pl.Float64, "note": Column(TEXT, nullable=True)}, ())
-TABLES_OF_ALL_KINDS = (EVENTS, LOGS, SWITCHES)
+CLOCKS = Table(
+    "clocks",
+    {
+        "ms": Column(TIME, unit="ms"),
+        "s": Column(TIME, unit="s", nullable=True),
+        "us": Column(TIME, unit="us", default=datetime(2026, 3, 1, tzinfo=UTC)),
+        "ns": Column(TIME, unit="ns", nullable=True, range=(None, datetime(2100, 1, 1, tzinfo=UTC))),
+        "plain": Column(TIME, nullable=True),
+    },
+    ("ms",),
+    time="ms",
+)
+TABLES_OF_ALL_KINDS = (EVENTS, LOGS, SWITCHES, CLOCKS)

@@ -14,7 +14,7 @@ from polars.testing import assert_frame_equal
 
 from etl import delta
 from etl.lake import parse
-from etl.lake.table import DAY, INT, RESCUED, TEXT, Column, Table, decimal
+from etl.lake.table import DAY, INT, RESCUED, TEXT, TIME, Column, Table, decimal
 
 NESTED = Table(
     "orders",
@@ -42,6 +42,39 @@ def test_what_may_be_missing_is_null_or_its_default_and_the_rest_is_refused():
     want = {"id": 1, "kind": "click", "price": None, "score": 1.0, "ok": True, "small": None, "day": None, "at": moment}
     assert rows == [{**want, RESCUED: None}]
     assert reasons == ["id: null", "kind: missing; at: missing"]
+
+
+def test_a_default_stands_for_no_value_and_not_for_one_that_does_not_fit():
+    day = Column(DAY, default=date(2026, 1, 1))
+    table = Table("t", {"id": INT, "day": day, "net": Column(decimal(9, 2), default=Decimal(0))}, ("id",))
+    rows, reasons = parsed(table, {"id": 1}, {"id": 2, "day": "1996-02-30"}, {"id": 3, "net": "x"})
+    assert [row["id"] for row in rows] == [1]
+    assert reasons == ["day: '1996-02-30' is not a date of the years 1 to 9999", "net: 'x' is not an amount"]
+
+
+MOMENT = datetime(2026, 3, 1, 11, 59, 37, 919000, tzinfo=UTC)
+COUNTS = {  # unit -> what fits, and what does not
+    "s": ([(1772366377, MOMENT.replace(microsecond=0)), (-62135596800, datetime(1, 1, 1, tzinfo=UTC))], [253402300800]),
+    "ms": ([(1772366377919, MOMENT), (-1, datetime(1969, 12, 31, 23, 59, 59, 999000, tzinfo=UTC))], [1772366377919.5]),
+    "us": ([(1772366377919000, MOMENT), ("2026-03-01T11:59:37.919Z", MOMENT)], ["1772366377919000"]),
+    "ns": ([(1772366377919000000, MOMENT)], [1772366377919000001, 1772366377919.0, True]),
+}
+
+
+@pytest.mark.parametrize("unit", COUNTS)
+def test_a_whole_number_is_a_time_where_its_unit_is_declared(unit):
+    fit, unfit = COUNTS[unit]
+    table = Table("t", {"id": INT, "at": Column(TIME, unit=unit)}, ("id",))
+    plain = Table("t", {"id": INT, "at": TIME}, ("id",))
+    for values in ([value for value, _ in fit], [value for value, _ in fit] + unfit):
+        rows, reasons = parsed(table, *({"id": 1, "at": value} for value in values))
+        assert [row["at"] for row in rows] == [moment for _, moment in fit]
+        assert len(reasons) == len(values) - len(fit) and all("since 1970" in why or "not a" in why for why in reasons)
+    whole = "".join(json.dumps({"id": 1, "at": value}) + "\n" for value, _ in fit if type(value) is int).encode()
+    assert parse._plain(whole, table, whole.count(b"\n")) is not None
+    assert parsed(plain, {"id": 1, "at": 1772366377919})[1] == [
+        "at: 1772366377919 is not a time with zone of the years 1 to 9999 in UTC"
+    ]
 
 
 def test_a_value_is_taken_from_where_its_path_leads_and_the_rest_is_kept():
@@ -94,6 +127,8 @@ def test_a_check_may_look_at_the_whole_row():
         ({"id": Column(INT, path="a.b"), "b": Column(INT, path="a.b")}, (), "t.b is read from a.b, which id takes"),
         ({"a": pl.Struct({"b": INT}), "b": Column(INT, path="a.b")}, (), "t.b is read from a.b, which a takes"),
         ({"id": Column(INT, path="a..b")}, (), "t.id has a path with an empty key"),
+        ({"id": Column(INT, unit="ms")}, (), "t.id has the unit 'ms': only a TIME has any, s, ms, us, ns"),
+        ({"id": Column(TIME, unit="h")}, (), "t.id has the unit 'h'"),
         ({"id": INT, "ID": INT}, (), "t.ID is there twice"),
         ({"a b": INT}, (), "t.a b is no name for a column"),
         ({RESCUED: TEXT}, (), "t._rescued is no name for a column"),

@@ -14,7 +14,7 @@ import pytest
 from faults.lake_tables import EVENTS
 
 from etl.lake import formats, parse
-from etl.lake.table import INT, RESCUED, TEXT, Column, Table
+from etl.lake.table import INT, RESCUED, TEXT, Column, Table, decimal
 from etl.storage import Unreadable
 
 ROWS = [
@@ -103,3 +103,33 @@ def test_what_does_not_fit_is_refused_by_its_number():
 def test_what_cannot_be_opened_says_why(data, why):
     with pytest.raises(Unreadable, match=why):
         formats.opened(data, NOTES.named, most=1_000_000)
+
+
+NUMBERS = Table("numbers", {"x": Column(pl.Float64, nullable=True), "y": Column(pl.Float32, nullable=True)}, ())
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "fits", "rounded"),
+    [
+        ("x", pl.Int64, [2**53, -(2**53), 2**62], [2**53 + 1, 2**63 - 1]),
+        ("x", pl.UInt64, [2**63], [2**64 - 1]),
+        ("y", pl.Int64, [2**24, 2**30], [2**24 + 1]),
+        ("x", decimal(38, 4), [Decimal("0.1"), Decimal("12345678.9012")], [Decimal("9007199254740993.5")]),
+        ("y", decimal(38, 4), [Decimal("0.1"), Decimal("1234.5")], [Decimal("12345678.9012")]),
+    ],
+)
+def test_a_float_column_rounds_no_exact_number_of_parquet(name, dtype, fits, rounded):
+    for values in (fits, fits + rounded):  # all at once, then row by row
+        buffer = io.BytesIO()
+        pl.DataFrame({name: pl.Series(values, dtype=dtype)}).write_parquet(buffer)
+        rows, refused = read(buffer.getvalue(), NUMBERS)
+        assert [row[name == "y"] for row in rows] == pl.Series(fits, dtype=dtype).cast(NUMBERS.types[name]).to_list()
+        assert len(refused) == len(values) - len(fits)
+        assert all(why.endswith("is a number that its column would round") for _, why in refused)
+        assert all(str(int(value)) in why for value, (_, why) in zip(rounded, refused, strict=False))
+
+
+def test_a_text_with_the_names_of_columns_makes_no_csv_of_json():
+    data = b'{"note":"a,id,note,b","id":1}\n{"id":2,"note":"c"}\n'
+    assert formats.opened(data, NOTES.named).kind == "lines"
+    assert read(data, NOTES) == ([(1, "a,id,note,b", None), (2, "c", None)], [])

@@ -10,7 +10,7 @@ from faults.lake_malformed import GOOD, LINES, line
 from polars.testing import assert_frame_equal
 
 from etl.lake import parse
-from etl.lake.table import TEXT, Column, Table, decimal
+from etl.lake.table import INT, TEXT, Column, Table, decimal
 from pipeline.tables import RESCUED, TABLES
 
 ORDERS = TABLES["orders"]
@@ -196,7 +196,7 @@ def test_a_row_that_does_not_fit_says_why_and_only_such_a_row():
                     row[name] = pl.Series(name, [value + shift], dtype)
                     frame = pl.DataFrame(row)
                     text = frame.cast(pl.String)
-                    assert frame.select(parse._fits(table)).item() == (not parse._misfits(frame, text, table))
+                    assert frame.select(parse._fits(table)).item() == (not parse._misfits(frame, frame, text, table))
 
 
 def _fitting(table, name):
@@ -294,3 +294,28 @@ def test_decimals_of_any_size_are_the_same_either_way_through_a_long_file():
     together, bad, counts = parse.parse_all([data, data], MEASURED)
     assert_frame_equal(together, pl.concat([kept, kept]))
     assert [one.equals(refused) for one in bad] == [True, True] and counts == [len(lines)] * 2
+
+
+PAIR = Table("pair", {"id": INT, "note": TEXT}, ("id",))
+
+
+def whole(*lines: bytes) -> str:
+    *_, (bad,), (count,) = parse.parse_all([b"\n".join(lines)], PAIR)
+    return parse.why_whole(bad, count)
+
+
+def test_why_a_file_is_refused_is_counted_by_kind_the_most_frequent_first():
+    lines = [b"{oops", *[b'{"id": "a%d"}' % n for n in range(3)], b'{"id": 1, "note": 2}', b'{"id": null, "note": "a"}']
+    assert whole(*lines) == (
+        "6 of 6 lines do not fit: `id` is not a whole number 3, `note` missing 3, not JSON: Expecting property name "
+        "enclosed in double quotes 1, and 2 others; line 1: not JSON: Expecting property name enclosed in double "
+        "quotes at character 2"
+    )
+    assert whole(b"", b" ") == "has no rows, only blank lines"
+
+
+def test_a_value_that_reads_like_a_reason_is_not_counted_as_one():
+    assert whole(b'{"id": "x; note: missing", "note": "a"}', b'{"id": 1}') == (
+        "2 of 2 lines do not fit: `id` is not a whole number 1, `note` missing 1; "
+        "line 1: id: 'x; note: missing' is not a whole number"
+    )

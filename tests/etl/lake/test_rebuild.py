@@ -143,7 +143,7 @@ def test_a_line_that_was_not_kept_as_it_came_is_not_tried_again(root, stream, ma
     place.write(name, b"\n".join(lines))
     ingest_all(root)
     assert Lake(root).refused_lines()["line"].to_list() == [1, 2]
-    with pytest.raises(LookupError, match="nothing of orders-00000001.json fits"):
+    with pytest.raises(LookupError, match="nothing of orders-00000001.json fits.* 2 lines are not kept as they came"):
         Lake(root).retry("orders-00000001.json")
     assert place.names("landing/orders") == []
 

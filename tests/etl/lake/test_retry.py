@@ -1,0 +1,82 @@
+"""What did not fit is tried again: each line as it came, whatever kind of file it came in."""
+
+import io
+import json
+from dataclasses import replace
+from typing import ClassVar
+
+import polars as pl
+import pytest
+from support import AT
+
+from etl import lake as lakes
+from etl.lake.table import INT, TEXT, Column, Table
+
+NOTES = Table("notes", {"id": INT, "kind": Column(TEXT, choices=("a",)), "note": Column(TEXT, nullable=True)}, ("id",))
+LATER = replace(NOTES, columns=NOTES.columns | {"kind": TEXT})
+ROWS = [(1, "a", "x"), (2, "b", 'b,1;q"\n\tz'), (3, "a", None), (4, "c", "{"), (5, "", "id,kind,note")]
+
+
+def csv_of(mark: str) -> bytes:
+    cells = [[note, number, kind] for number, kind, note in ROWS]
+    quoted = [["" if c is None else '"{}"'.format(str(c).replace('"', '""')) for c in row] for row in cells]
+    return "".join(mark.join(row) + "\n" for row in [["note", "id", "kind"], *quoted]).encode()
+
+
+def as_objects() -> list[dict]:
+    return [dict(zip(("id", "kind", "note"), row, strict=True)) for row in ROWS]
+
+
+def parquet() -> bytes:
+    buffer = io.BytesIO()
+    pl.DataFrame(as_objects()).with_columns(pl.col("id").cast(pl.Float64)).write_parquet(buffer)
+    return buffer.getvalue()
+
+
+CONTENTS = {
+    "CSV": csv_of(","),
+    "CSV with semicolons": csv_of(";"),
+    "CSV with tabs and a mark": b"\xef\xbb\xbf" + csv_of("\t"),
+    "array": json.dumps(as_objects(), indent=1).encode(),
+    "array on a line": json.dumps(as_objects()).encode(),
+    "lines": "".join(json.dumps(row) + "\n" for row in as_objects()).encode(),
+    "Parquet": parquet(),
+}
+
+
+@pytest.mark.parametrize("what", CONTENTS)
+def test_a_line_of_any_kind_of_file_is_tried_again_as_it_came(root, what):
+    class Before(lakes.Lake):
+        tables: ClassVar = {"notes": NOTES}
+
+    class After(lakes.Lake):
+        tables: ClassVar = {"notes": LATER}
+
+    before, after = Before(root), After(root)
+    before.root.write("landing/notes/notes-00000001.csv", CONTENTS[what])
+    limits = {"max_files": 9, "max_bytes": 10**6, "max_bad_share": 1.0, "for_s": 60.0, "scheduled_for": AT}
+    assert before.drain(**limits, run_id="one")["refused"].to_list() == [3]
+    with pytest.raises(LookupError, match="nothing of notes-00000001.csv fits"):
+        before.retry("notes-00000001.csv")
+    (landed,) = after.retry("notes-00000001.csv")
+    done = after.drain(**limits, run_id="two")
+    assert done.select("rows", "refused", "files_refused").rows() == [(3, 0, 0)], after.root.exists(landed)
+    assert after.snapshot().frame("notes").collect().sort("id").rows() == ROWS
+
+
+def test_a_line_of_which_a_part_would_fit_is_not_taken_for_it(root):
+    """A line that is an array, an element with a newline in a text, a record with quotes that are not closed."""
+
+    class Some(lakes.Lake):
+        tables: ClassVar = {"notes": LATER}
+
+    lake = Some(root)
+    lines = b'{"id":1,"kind":"a"}\n[{"id":7,"kind":"a"}]\nid,kind\n'
+    lake.root.write("landing/notes/notes-00000001.json", lines)
+    lake.root.write("landing/notes/notes-00000002.json", b'[{"id":2,"kind":"a"},{"id":3,"kind":"a\nb"}]')
+    lake.root.write("landing/notes/notes-00000003.csv", b'id,kind\n4,a\n5,"b\n6,c\n')
+    ingest = {"max_files": 9, "max_bytes": 10**6, "max_bad_share": 1.0, "for_s": 60.0, "scheduled_for": AT}
+    assert lake.drain(**ingest, run_id="one").select("rows", "refused").rows() == [(4, 4)]
+    for file in ("notes-00000001.json", "notes-00000002.json", "notes-00000003.csv"):
+        with pytest.raises(LookupError, match=f"nothing of {file} fits"):
+            lake.retry(file)
