@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import polars as pl
 
 from etl.lake import commit as commits
-from etl.lake import formats, landing, ledger, parse, schemas, snapshot
+from etl.lake import evolution, formats, landing, ledger, parse, schemas, snapshot
 from etl.lake.landing import File
 from etl.lake.table import QUARANTINE, RESCUED, DataType, Table
 from etl.storage import Damaged, Root, Unreadable, crash_point
@@ -276,7 +276,11 @@ def _commit_tables(parsed: Parsed, run_id: str) -> dict[str, int]:
     frames = {t: frame for t, frame in (parsed.frames | {"quarantine": parsed.refused}).items() if frame.height}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         encoded = pool.map(lambda table: commits.encode(lake, table, frames[table]), frames)
+        if parsed.batch.manifest:
+            heights = {table: frame.height for table, frame in frames.items()}
+            commits.require_same_rows(lake, heights, batch=number, published=before["tables"])
         commits.create_tables(lake, run_id, known=before["tables"])
+        versions |= evolution.move(lake, pointer, run_id)
         for table, rows in zip(frames, encoded, strict=True):
             crash_point(f"before the commit: {table}")
             after = before["tables"].get(table, -1)

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from etl.lake import compaction, doctor, ingest, quarantine, schemas
 from etl.lake.rebuild import rebuild
@@ -55,9 +55,17 @@ class Lake:
         return {name: table.required for name, table in self.tables.items()} | {"quarantine": QUARANTINE_KEY}
 
     @cached_property
+    def defaults(self) -> dict[str, dict[str, Any]]:
+        """Table -> column -> what stands where a row has no value, for the columns that have such a default."""
+        given = {t: {n: c.default for n, c in table.fields.items()} for t, table in self.tables.items()}
+        return {t: {n: value for n, value in of.items() if value is not None} for t, of in given.items()} | {
+            "quarantine": {}
+        }
+
+    @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Table -> what stands for its declared columns and types."""
-        return {table: schemas.fingerprint(columns) for table, columns in schemas.declared(self).items()}
+        """Table -> what stands for its declared columns, their types and what may be null."""
+        return {table: schemas.fingerprint(fields) for table, fields in schemas.declared(self).items()}
 
     def table(self, name: str, version: int | None = None) -> "DeltaTable":
         """A handle on a table, at its newest version when none is given: for its writers. Readers take `snapshot`."""
