@@ -10,7 +10,7 @@ import json
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
 import polars as pl
@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 
     from etl.lake.lake import Lake
 
-Change = Callable[[pa.Table], pa.Table | None]  # of a file's rows, None when nothing of them changes
+Change = Callable[[str, pa.Table], pa.Table | None]  # of a file's path and rows; None when nothing of them changes
+
+
+class Changed(NamedTuple):
+    """What came of it: the version of the table now, and the one whose files were looked at."""
+
+    version: int
+    read: int
 
 
 @dataclass(frozen=True)
@@ -48,13 +55,15 @@ def move(lake: "Lake", pointer: dict[str, Any] | None, run_id: str) -> dict[str,
     schemas.check(lake, pointer)
     published, versions = (pointer or {}).get("tables", {}), {}
     for table in schemas.unsettled(lake, pointer):
-        versions[table] = change(lake, table, run_id)
+        versions[table] = change(lake, table, run_id).version
         delta.sync(lake.root, f"lake/{table}", after=published.get(table, -1), until=versions[table])
     return versions
 
 
-def change(lake: "Lake", table: str, run_id: str, rows: Change | None = None, operation: str = "CHANGE COLUMN") -> int:
-    """Give a table its declared columns, and its rows what `rows` makes of them, in one commit; returns the version.
+def change(
+    lake: "Lake", table: str, run_id: str, rows: Change | None = None, operation: str = "CHANGE COLUMN"
+) -> Changed:
+    """Give a table its declared columns, and its rows what `rows` makes of them, in one commit.
 
     The commit is the version after the one that was read or none, so that nothing comes between; then it is tried
     again, and files that were written are used again. No commit is made where nothing changes. Raises SchemasDiffer.
@@ -65,20 +74,18 @@ def change(lake: "Lake", table: str, run_id: str, rows: Change | None = None, op
         todo, wrong = schemas.plan(lake, table, handle)
         if wrong:
             raise schemas.SchemasDiffer(schemas.refusal([wrong]))
-        if todo is None and rows is None:
-            return handle.version()
-        lines = [] if todo is None else [_meta_data(handle, table, todo.fields)]
+        read, lines = handle.version(), [] if todo is None else [_meta_data(handle, table, todo.fields)]
         if (todo and todo.rewrites) or rows:
             fields = todo.fields if todo else [*schemas.stored(handle).values()]
             lines += _files_again(lake, table, handle, fields, todo, rows, made)
         if not lines:
-            return handle.version()
+            return Changed(read, read)
         crash_point(f"before its columns are changed: {table}")
-        version, about = handle.version() + 1, {"run_id": run_id, "stage": lake.ingested_by}
-        how = {"operationParameters": {}, "readVersion": handle.version(), "isBlindAppend": False}
-        if delta.commit(lake.root, f"lake/{table}", version, [delta.commit_info(operation, how | about), *lines]):
+        how = {"operationParameters": {}, "readVersion": read, "isBlindAppend": False}
+        info = delta.commit_info(operation, how | {"run_id": run_id, "stage": lake.ingested_by})
+        if delta.commit(lake.root, f"lake/{table}", read + 1, [info, *lines]):
             crash_point(f"its columns are changed: {table}")
-            return version
+            return Changed(read + 1, read)
 
 
 def _meta_data(handle: "DeltaTable", table: str, fields: list[delta.Action]) -> delta.Action:
@@ -107,7 +114,7 @@ def _files_again(
     every = bool(todo and todo.rewrites)
     defaults = {name: (lake.columns[table][name], value) for name, value in (todo.defaults if todo else {}).items()}
     lines = []
-    for path, size in _files(handle):
+    for path, size in files(handle):
         if (path, text) not in made:
             made[path, text] = _again(lake, table, path, arrow, defaults, rows, every=every)
             crash_point(f"written again, not committed: {table}")
@@ -119,7 +126,7 @@ def _files_again(
     return lines
 
 
-def _files(handle: "DeltaTable") -> list[tuple[str, int]]:
+def files(handle: "DeltaTable") -> list[tuple[str, int]]:
     """The files of a version: path, bytes."""
     actions = pa.table(handle.get_add_actions(flatten=True))
     return [*zip(actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True)]
@@ -141,7 +148,7 @@ def _again(
     """
     part = pq.read_table(io.BytesIO(lake.root.read(f"lake/{table}/{unquote(path)}")))
     whole = compaction.as_declared(part, arrow, defaults)
-    changed = rows(whole) if rows else None
+    changed = rows(path, whole) if rows else None
     if changed is None and not every:
         return None
     made = whole if changed is None else changed
@@ -150,7 +157,7 @@ def _again(
     name = f"changed-{uuid.uuid4()}.snappy.parquet"
     lake.root.write(f"lake/{table}/{name}", buffer.getvalue())
     back = pq.read_table(io.BytesIO(lake.root.read(f"lake/{table}/{name}")))
-    if _sum(back.cast(made.schema)) != _sum(made) or (
+    if (made.num_rows, *_sum(back.cast(made.schema))) != (whole.num_rows, *_sum(made)) or (
         changed is None and _sum(back.select(part.column_names).cast(part.schema)) != _sum(part)
     ):
         lake.root.remove(f"lake/{table}/{name}")

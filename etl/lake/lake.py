@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from etl.lake import compaction, doctor, ingest, quarantine, schemas
+from etl.lake import compaction, doctor, ingest, promotion, quarantine, schemas
 from etl.lake.rebuild import rebuild
 from etl.lake.snapshot import published, snapshot
 from etl.lake.table import QUARANTINE, QUARANTINE_KEY, DataType, Table
@@ -87,6 +87,8 @@ class Lake:
     refused_lines = quarantine.refused_lines
     refused = quarantine.overview
     retry = quarantine.retry
+    promote = promotion.promote
+    propose = promotion.propose
     rebuild = rebuild
     examine = doctor.examine
     look = doctor.look

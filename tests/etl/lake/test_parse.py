@@ -10,7 +10,7 @@ from faults.lake_malformed import GOOD, LINES, line
 from polars.testing import assert_frame_equal
 
 from etl.lake import parse
-from etl.lake.table import TEXT, Column, Table, decimal
+from etl.lake.table import INT, TEXT, Column, Table, decimal
 from pipeline.tables import RESCUED, TABLES
 
 ORDERS = TABLES["orders"]
@@ -294,3 +294,12 @@ def test_decimals_of_any_size_are_the_same_either_way_through_a_long_file():
     together, bad, counts = parse.parse_all([data, data], MEASURED)
     assert_frame_equal(together, pl.concat([kept, kept]))
     assert [one.equals(refused) for one in bad] == [True, True] and counts == [len(lines)] * 2
+
+
+def test_a_table_without_texts_is_read_however_polars_cuts_the_piece():
+    """Of no column at all Polars gives a row for each of its chunks."""
+    table = Table("number", {"id": INT}, ("id",))
+    values = (1, -(2**63), 2**63, 1.5, "1", True)
+    data = "\n".join(json.dumps({"id": n, "it": value}) for n, value in enumerate(values)).encode()
+    rows, refused = parse.parse(data, table)
+    assert (rows["id"].to_list(), refused.height) == ([*range(6)], 0)
