@@ -276,7 +276,7 @@ def _commit_tables(parsed: Parsed, run_id: str) -> dict[str, int]:
     frames = {t: frame for t, frame in (parsed.frames | {"quarantine": parsed.refused}).items() if frame.height}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         encoded = pool.map(lambda table: commits.encode(lake, table, frames[table]), frames)
-        if parsed.batch.manifest:
+        if parsed.batch.manifest and parsed.batch.manifest.get("declared", lake.declaration) != lake.declaration:
             heights = {table: frame.height for table, frame in frames.items()}
             commits.require_same_rows(lake, heights, batch=number, published=before["tables"])
         commits.create_tables(lake, run_id, known=before["tables"])
@@ -370,6 +370,7 @@ def _write_down(parsed: Parsed, run_id: str) -> None:
     known = ledger.read(root, batch.number)
     if known is None:
         manifest = {"batch": batch.number, "run_id": run_id, "date": batch.date, "at": batch.at, "files": files}
+        manifest["declared"] = batch.lake.declaration
         manifest["ingested"] = _ingested(root, batch.number, files)
         crash_point("before it is written down")
         if root.create(ledger.manifest(batch.number), _json(manifest)):

@@ -1,5 +1,6 @@
 """The lake under one root, with the tables that a project declares: what notebooks, commands and readers hold."""
 
+import hashlib
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -61,6 +62,11 @@ class Lake:
         return {t: {n: value for n, value in of.items() if value is not None} for t, of in given.items()} | {
             "quarantine": {}
         }
+
+    @cached_property
+    def declaration(self) -> str:
+        """What stands for all that is declared of the tables, the rules of their rows too."""
+        return hashlib.sha256(repr([*self.tables.values()]).encode()).hexdigest()[:16]
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:

@@ -20,7 +20,7 @@ def done(number: int) -> str:
 
 def read(root: Root, number: int) -> dict[str, Any] | None:
     """A manifest: batch, run_id, date (of the archive), at (the batch's time), files (name, table, bytes, sha256),
-    ingested. Raises storage.Damaged."""
+    declared (what stands for the declaration of the tables), ingested. Raises storage.Damaged."""
     return root.read_json(manifest(number))
 
 
