@@ -10,7 +10,7 @@ import json
 import tempfile
 import time
 import uuid
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -59,6 +59,21 @@ def actions(root: Root, table: str, version: int) -> list[Action]:
     if not all(isinstance(line, dict) for line in lines):
         raise Damaged(f"{path} is damaged: it is no JSON object a line")
     return lines
+
+
+def since(root: Root, table: str, after: int) -> Iterator[tuple[int, list[Action]]]:
+    """The commits after version `after` that there are, in order: version, lines. Raises Damaged.
+
+    As delta-rs would say it, but at the cost of these few commits: to open a table it lists the whole log.
+    """
+    version = after
+    while True:
+        version += 1
+        try:
+            lines = actions(root, table, version)
+        except FileNotFoundError:
+            return
+        yield version, lines
 
 
 def create_table(
@@ -156,12 +171,12 @@ def add(path: str, size: int, stats: str, *, changes: bool) -> Action:
     }
 
 
-def remove(path: str, size: int) -> Action:
-    """A commit's line that removes a file whose rows another one has."""
+def remove(path: str, size: int, *, changes: bool = False) -> Action:
+    """A commit's line that removes a file whose rows another one has. `changes`: whether it has them otherwise."""
     return {
         "remove": {
             "path": path,
-            "dataChange": False,
+            "dataChange": changes,
             "deletionTimestamp": time.time_ns() // 1_000_000,
             "extendedFileMetadata": True,
             "partitionValues": {},
@@ -212,12 +227,7 @@ def sync(root: Root, table: str, after: int, until: int) -> None:
 
 def columns_of(handle: "DeltaTable") -> dict[str, str]:
     """Column -> type, as Delta names them."""
-    return columns(handle.schema().to_json())
-
-
-def columns(schema: str) -> dict[str, str]:
-    """As `columns_of`, of a schema as JSON."""
-    return {field["name"]: name_of(field["type"]) for field in json.loads(schema)["fields"]}
+    return {field["name"]: name_of(field["type"]) for field in json.loads(handle.schema().to_json())["fields"]}
 
 
 def file_stats(handle: "DeltaTable") -> tuple[list[int], int]:

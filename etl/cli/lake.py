@@ -1,4 +1,4 @@
-"""The commands about the data: `doctor`, `whence`, `rebuild`, `quarantine`."""
+"""The commands about the data: `doctor`, `whence`, `promote`, `rebuild`, `quarantine`."""
 
 import contextlib
 import importlib
@@ -42,6 +42,7 @@ FileName = Annotated[str, typer.Argument(help="A file's name, as `quarantine lis
 def register(app: typer.Typer, timetable: Timetable) -> None:
     app.command()(whence)
     app.command()(with_ports(doctor, timetable.ports))
+    app.command()(promote)
     app.command("rebuild")(rebuild_lake)
 
 
@@ -162,6 +163,55 @@ def rebuild_lake(
         verdict = {True: "[green]equal", False: "[yellow]differs", None: "was not readable"}[equal]
         table.add_row(name, f"{rows:,}", "" if before is None else f"{before:,}", verdict)
     out.print(table)
+
+
+def promote(
+    context: typer.Context,
+    table: Annotated[str, typer.Argument(metavar="TABLE")],
+    field: Annotated[str, typer.Argument(metavar="FIELD", help="As it is in _rescued; one in an object as user.id.")],
+    as_type: Annotated[
+        str | None,
+        typer.Option("--as", metavar="TYPE", help="As in a declaration: INT, TEXT, decimal(9,2), pl.Float64."),
+    ] = None,
+    env: Env = "local",
+    root: RootOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Give a field that no column took its column, in the rows of before as well, out of `_rescued`.
+
+    Declare the column first; until then this says the line to add, and ends with status 1. A value that does not fit
+    stays in `_rescued`. Asked for twice it does nothing the second time.
+    """
+    from etl.lake import promotion
+    from etl.lake.schemas import SchemasDiffer
+
+    lake = _lake(context, env, root)
+    if table not in lake.tables:
+        raise typer.BadParameter(f"{table!r} is no table: one of {', '.join(lake.tables)}")
+    try:
+        dtype = promotion.type_named(as_type) if as_type else None
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    column = promotion.column_for(lake.tables[table], field)
+    if column and dtype is not None and lake.tables[table].types[column] != dtype:
+        raise typer.BadParameter(f"{table}.{column} is declared as {lake.tables[table].types[column]}, not {as_type}")
+    try:
+        if column is None:
+            proposal = lake.propose(table, field, dtype)
+            fit = "all of them fit" if not proposal.left else f"{proposal.left:,} would not fit, and stay in _rescued"
+            refuse(
+                f"{table} has no column for {field}, which {proposal.rows:,} rows have: {fit}. Declare it, then ask "
+                f"again:\n    {proposal.line}"
+            )
+        done = lake.promote(table, field, f"promote-{datetime.now(UTC):%Y%m%dT%H%M%S}")
+    except (LookupError, ValueError, SchemasDiffer, LeaseHeld, promotion.NotFinished) as error:
+        refuse(str(error.args[0]))
+    if as_json:
+        print_json(asdict(done))
+        return
+    say(f"{table}@{done.version}: {done.rows:,} rows have their {field} in {done.column} now")
+    for reason, rows in done.why.items():
+        say(f"{rows:,} as before in _rescued: {reason}")
 
 
 def _lake(context: typer.Context, env: str, root: str | None) -> "Lake":

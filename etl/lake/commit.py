@@ -3,7 +3,7 @@
 import io
 import json
 import uuid
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -89,23 +89,37 @@ def append(lake: "Lake", table: str, rows: Encoded, *, batch: int, run_id: str, 
 def head(lake: "Lake", table: str, after: int) -> tuple[int, int]:
     """The newest version of a table, and the newest batch in the commits after version `after`, 0 when there is none.
 
-    As delta-rs would say it, but at the cost of these few commits: to open a table it lists the whole log.
-    Raises SchemasDiffer when somebody gave the table other columns in them.
+    Raises SchemasDiffer when somebody gave the table other columns in them, or what this engine does not write.
     """
-    version, batch, columns = after, 0, None
-    while True:
-        try:
-            lines = delta.actions(lake.root, f"lake/{table}", version + 1)
-        except FileNotFoundError:
-            if columns is not None and (differs := schemas.difference(lake, table, columns)):
-                raise schemas.SchemasDiffer(schemas.refusal([differs], schemas.remedy(lake, table, columns))) from None
-            return version, batch
-        version += 1
+    version, batch, touched = after, 0, False
+    for number, lines in delta.since(lake.root, f"lake/{table}", after):
+        version = number
         for line in lines:
-            if "metaData" in line:
-                columns = delta.columns(line["metaData"]["schemaString"])
+            schemas.require_protocol(table, line.get("protocol", {}))
+            touched |= "metaData" in line
             if line.get("txn", {}).get("appId") == APP_ID:
                 batch = max(batch, line["txn"]["version"])
+    if touched and any(planned := schemas.plan(lake, table, lake.table(table, version))):
+        raise schemas.SchemasDiffer(schemas.refusal([planned[1] or f"{table}: somebody changed its columns meanwhile"]))
+    return version, batch
+
+
+def require_same_rows(lake: "Lake", rows: Mapping[str, int], *, batch: int, published: Mapping[str, int]) -> None:
+    """Raise SchemasDiffer when a table has rows of the batch already, and they are not as many as `rows` says.
+
+    A batch that was begun by another declaration would be ended by this one: a line that fitted then and does not now
+    would be in its table and in quarantine, or in none of them.
+    """
+    for table in lake.columns:
+        for _, lines in delta.since(lake.root, f"lake/{table}", published.get(table, -1)):
+            transactions = [(line["txn"]["appId"], line["txn"]["version"]) for line in lines if "txn" in line]
+            had = sum(json.loads(line["add"]["stats"])["numRecords"] for line in lines if "add" in line)
+            if (APP_ID, batch) in transactions and had != rows.get(table, 0):
+                raise schemas.SchemasDiffer(
+                    f"batch {batch} was begun by another declaration: {table} has {had:,} rows of it already, and now "
+                    f"{rows.get(table, 0):,} would fit. Nothing was written; what to do: take the change of the "
+                    f"declaration back until the next run has ended the batch"
+                )
 
 
 def _append_lines(

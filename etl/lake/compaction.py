@@ -10,7 +10,7 @@ import io
 import json
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from etl import delta
-from etl.lake import commit, ledger, snapshot
+from etl.lake import commit, ledger, schemas, snapshot
 from etl.storage import Damaged, LeaseHeld, Root, crash_point
 
 if TYPE_CHECKING:
@@ -158,6 +158,7 @@ def _compact_table(
     lake: "Lake", table: str, handle: "DeltaTable", target_mb: int, min_small_files: int, run_id: str
 ) -> dict[str, Any]:
     """Rewrite what is small among the files of a version: the published one, or the newest where none is."""
+    schemas.require_ours(table, handle)
     sizes, rows = delta.file_stats(handle)
     groups = _worth_it(lake, handle, table, target_mb * 1_000_000, min_small_files)
     if groups:
@@ -215,7 +216,7 @@ def _rewrite(lake: "Lake", table: str, files: list[tuple[str, int]], declared: p
     `declared`: the table's own schema, which every file's rows are given.
     """
     parts = [pq.read_table(io.BytesIO(lake.root.read(f"lake/{table}/{path}"))) for path, _ in files]
-    before = pa.concat_tables([_as_declared(part, declared) for part in parts])
+    before = pa.concat_tables([as_declared(part, declared) for part in parts])
     frame = pl.from_arrow(before)
     assert isinstance(frame, pl.DataFrame), "a table is no column"
     keys = [key for key in lake.keys.get(table, ()) if key in frame.columns]
@@ -236,15 +237,22 @@ def _rewrite(lake: "Lake", table: str, files: list[tuple[str, int]], declared: p
     return Rewrite(tuple(files), path, len(buffer.getvalue()), after.height, checksum(after), delta.statistics(after))
 
 
-def _as_declared(part: pa.Table, declared: pa.Schema) -> pa.Table:
+def as_declared(part: pa.Table, declared: pa.Schema, defaults: Mapping[str, tuple[Any, Any]] = {}) -> pa.Table:
     """A file's rows in the table's types: Delta knows one string, writers have string, large_string and string_view.
 
+    A column that the file has not is null, or what `defaults` says: name -> its Polars type, the value.
     Raises pyarrow.ArrowInvalid for a value that its column's type does not hold.
     """
-    columns = [
-        part[field.name].cast(field.type) if field.name in part.column_names else pa.nulls(part.num_rows, field.type)
-        for field in declared
-    ]
+    columns = []
+    for field in declared:
+        if field.name in part.column_names:
+            columns.append(part[field.name].cast(field.type))
+        elif field.name in defaults:
+            dtype, value = defaults[field.name]
+            column = pl.Series([value], dtype=dtype).new_from_index(0, part.num_rows)
+            columns.append(column.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(field.type))
+        else:
+            columns.append(pa.nulls(part.num_rows, field.type))
     return pa.table(columns, schema=declared)
 
 
@@ -263,6 +271,7 @@ def _swap(lake: "Lake", table: str, rewrites: list[Rewrite], run_id: str) -> int
     gone = {path for rewrite in rewrites for path, _ in rewrite.removed}
     while True:
         handle = lake.table(table)
+        schemas.require_ours(table, handle)
         _require_live(handle, table, gone)
         version = handle.version() + 1
         if delta.commit(lake.root, f"lake/{table}", version, _actions(lake, rewrites, handle.version(), run_id)):
@@ -460,6 +469,7 @@ def _publishable(lake: "Lake", table: str, newest: "DeltaTable", version: int, b
     """The newest version of a table, made durable; the published `version` when it holds a batch after `batch`."""
     if newest.version() == version or (newest.transaction_version(commit.APP_ID) or 0) > batch:
         return version
+    schemas.require_ours(table, newest)
     delta.sync(lake.root, f"lake/{table}", after=version, until=newest.version())
     crash_point(f"compaction synced: {table}")
     return newest.version()

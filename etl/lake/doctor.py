@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from etl import delta, findings
+from etl import findings
 from etl.findings import Finding, inspect
 from etl.lake import compaction, landing, ledger, schemas, snapshot
 from etl.storage import Damaged, Root
@@ -80,9 +80,18 @@ def _table(lake: "Lake", table: str) -> Iterator[tuple[str, str]]:
     version = pointer["tables"].get(table) if pointer else None
     yield from ((problem, REBUILD) for problem in findings.damages(lake.root, f"lake/{table}", version))
     with contextlib.suppress(Exception):  # then it was named
-        columns = delta.columns_of(lake.table(table, version))
-        if differs := schemas.difference(lake, table, columns):
-            yield f"it is not as it is declared: {differs}", schemas.remedy(lake, table, columns)
+        yield from _undeclared(lake, table)
+
+
+def _undeclared(lake: "Lake", table: str) -> Iterator[tuple[str, str]]:
+    """Where it cannot become what it is declared to be. What the next batch changes by itself is no problem."""
+    try:
+        _, why = schemas.plan(lake, table, lake.table(table))
+    except schemas.SchemasDiffer as error:
+        yield str(error), "undo it: nothing is written until then"
+        return
+    if why:
+        yield f"it is not as it is declared: {why}", schemas.REMEDY
 
 
 def _landing(lake: "Lake") -> Iterator[tuple[str, str]]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import polars as pl
 
 from etl.lake import commit as commits
-from etl.lake import formats, landing, ledger, parse, schemas, snapshot
+from etl.lake import evolution, formats, landing, ledger, parse, schemas, snapshot
 from etl.lake.landing import File
 from etl.lake.table import QUARANTINE, RESCUED, DataType, Table
 from etl.storage import Damaged, Root, Unreadable, crash_point
@@ -433,7 +433,11 @@ def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], run_id: str) ->
     frames = {table: frame for table, frame in of_all.items() if frame.height}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         encoded = pool.map(lambda table: commits.encode(lake, table, frames[table]), frames)
+        if parsed.batch.manifest and parsed.batch.manifest.get("declared", lake.declaration) != lake.declaration:
+            heights = {table: frame.height for table, frame in frames.items()}
+            commits.require_same_rows(lake, heights, batch=number, published=before["tables"])
         commits.create_tables(lake, run_id, known=before["tables"])
+        versions |= evolution.move(lake, pointer, run_id)
         for table, rows in zip(frames, encoded, strict=True):
             crash_point(f"before the commit: {table}")
             after = before["tables"].get(table, -1)
@@ -537,6 +541,7 @@ def _write_down(parsed: Parsed, run_id: str) -> list[dict[str, Any]]:
         known = (batch.known or ledger.Known(root)).folded(batch.number)
         document = {"batch": batch.number, "run_id": run_id, "date": batch.date, "at": batch.at, "files": files}
         document["known"] = {"index": known.index, "recent": known.recent}
+        document["declared"] = batch.lake.declaration
         crash_point("before it is written down")
         if root.create(ledger.manifest(batch.number), ledger.written(document)):
             crash_point("written down")

@@ -1,11 +1,12 @@
 """The lake under one root, with the tables that a project declares: what notebooks, commands and readers hold."""
 
+import hashlib
 import re
 from collections.abc import Collection, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
-from etl.lake import compaction, doctor, ingest, landing, quarantine, schemas
+from etl.lake import compaction, doctor, ingest, landing, promotion, quarantine, schemas
 from etl.lake.rebuild import rebuild
 from etl.lake.snapshot import published, snapshot
 from etl.lake.table import LEDGER, LEDGER_KEY, QUARANTINE, QUARANTINE_KEY, DataType, Table
@@ -71,9 +72,21 @@ class Lake:
         return int(match[1]) if match else None
 
     @cached_property
+    def defaults(self) -> dict[str, dict[str, Any]]:
+        """Table -> column -> what stands where a row has no value, for the columns that have such a default."""
+        given = {t: {n: c.default for n, c in table.fields.items()} for t, table in self.tables.items()}
+        of_tables = {t: {n: value for n, value in of.items() if value is not None} for t, of in given.items()}
+        return self._with_ours(of_tables, {}, {})
+
+    @cached_property
+    def declaration(self) -> str:
+        """What stands for all that is declared of the tables, the rules of their rows too."""
+        return hashlib.sha256(repr([*self.tables.values()]).encode()).hexdigest()[:16]
+
+    @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Table -> what stands for its declared columns and types."""
-        return {table: schemas.fingerprint(columns) for table, columns in schemas.declared(self).items()}
+        """Table -> what stands for its declared columns, their types and what may be null."""
+        return {table: schemas.fingerprint(fields) for table, fields in schemas.declared(self).items()}
 
     def table(self, name: str, version: int | None = None) -> "DeltaTable":
         """A handle on a table, at its newest version when none is given: for its writers. Readers take `snapshot`."""
@@ -99,6 +112,8 @@ class Lake:
     refused = quarantine.overview
     find_refused = quarantine.find
     retry = quarantine.retry
+    promote = promotion.promote
+    propose = promotion.propose
     rebuild = rebuild
     examine = doctor.examine
     look = doctor.look

@@ -49,7 +49,7 @@ def done(number: int) -> str:
 
 def read(root: Root, number: int) -> dict[str, Any] | None:
     """A manifest: batch, run_id, date (of the archive), at (the batch's time), files (path, table, bytes, sha256),
-    known (what was before it). Raises storage.Damaged."""
+    declared (what stands for the declaration of the tables), known (what was before it). Raises storage.Damaged."""
     document = root.read_json(manifest(number))
     if document:  # until November 2026 a file had a name in the folder of its table
         for file in document["files"]:

@@ -508,12 +508,18 @@ def _nothing_odd(text: pl.DataFrame, data: bytes, table: Table) -> bool:
     nulls = dict(zip(text.columns, text.null_count().row(0), strict=True))
     if any(nulls[name] for name, column in table.fields.items() if not column.optional):
         return False
-    free = pl.col([name for name, dtype in table.types.items() if dtype == TEXT])  # the others are typed: no bracket
-    if (b"[" in data or _count(data, b"{") != text.height) and text.select(
-        pl.any_horizontal(pl.lit(False), (free.str.starts_with("[") | free.str.starts_with("{")).any())
-    ).item():
+    names = [name for name, dtype in table.types.items() if dtype == TEXT]  # the others are typed: no bracket
+    free = pl.col(names)
+    if (
+        names
+        and (b"[" in data or _count(data, b"{") != text.height)
+        and text.select(
+            pl.any_horizontal(pl.lit(False), (free.str.starts_with("[") | free.str.starts_with("{")).any())
+        ).item()
+    ):
         return False
-    inside = text.select(pl.sum_horizontal(pl.lit(0), free.str.count_matches(",", literal=True).sum())).item() or 0
+    commas = pl.sum_horizontal(pl.lit(0), free.str.count_matches(",", literal=True).sum())
+    inside = text.select(commas).item() or 0 if names else 0  # of no column Polars makes a row a chunk
     keys = text.height * text.width - sum(nulls.values())
     texts = sum(text.height - nulls[name] for name, dtype in text.schema.items() if dtype == TEXT)
     return bool(_count(data, b",") == keys - text.height + inside and _count(data, b'"') == 2 * (keys + texts))
@@ -1001,3 +1007,51 @@ def _misfits(typed: pl.DataFrame, filled: pl.DataFrame, text: pl.DataFrame, tabl
         why = "; ".join(f"{name}: {value} {wrong}" for name, value, wrong in every)
         unfit[row] = Unfit(why, [f"`{name}` {wrong}" for name, _, wrong in every])
     return unfit
+
+
+def promoted(rows: pl.DataFrame, name: str, table: Table) -> tuple[pl.DataFrame, dict[int, str]]:
+    """Rows of a table with a column's value out of their `_rescued`, typed and judged as if it came in a line.
+
+    `rows`: `_rescued`, in which each has the column's field, and the columns that the column's rules look at. Returns
+    them, and row number -> why, of those whose value does not fit: they are as they were.
+    """
+    column, reasons = table.fields[name], dict[int, str]()
+    keys, read = column.keys(name), _reader_of(column)
+    values: list[Any] = []
+    rest: list[str | None] = []
+    for row, text in enumerate(rows[RESCUED]):
+        unknown = _DECODER.decode(text)
+        try:
+            values.append(_taken(unknown, keys, column, read))
+            rest.append(json.dumps(unknown, allow_nan=False) if unknown else None)
+        except (ValueError, RecursionError) as error:
+            values.append(None)
+            rest.append(text)
+            reasons[row] = f"{name}: {_short(str(error), 4 * VALUE_CHARS)}"
+    read_as = pl.DataFrame([pl.Series(name, values, _read_as(column.type))])
+    typed = read_as.select(_typed(name, column.type))
+    typed = typed.select(_sayable(name)) if column.type == TIME else typed
+    for row in (typed[name].is_null() & read_as[name].is_not_null()).arg_true():
+        reasons.setdefault(row, f"{name}: {_shown(read_as[name][row])} is not {_kind(column.type)}")
+    typed = _filled(typed, replace(table, columns={name: column}, key=(), time=None))
+    made = rows.with_columns(typed[name], pl.Series(RESCUED, rest, TEXT))
+    for about, kept, wrong in table.rules:
+        if name in kept.meta.root_names():
+            for row in made.select(pl.arg_where(~kept)).to_series():
+                reasons.setdefault(row, f"{about}: {_short(str(made[about][row]), VALUE_CHARS)} {wrong}")
+    stays = pl.Series(range(rows.height), dtype=pl.Int64).is_in(list(reasons))
+    had = rows[name] if name in rows.columns else pl.Series(name, [None] * rows.height, column.type)
+    return made.with_columns(
+        pl.when(stays).then(had.cast(column.type)).otherwise(pl.col(name)).alias(name),
+        pl.when(stays).then(rows[RESCUED]).otherwise(pl.col(RESCUED)).alias(RESCUED),
+    ), reasons
+
+
+def has_field(rescued: str, keys: tuple[str, ...]) -> bool:
+    """Whether `_rescued` of a row has what these keys lead to."""
+    inner: Any = _DECODER.decode(rescued)
+    for key in keys:
+        if not isinstance(inner, dict) or key not in inner:
+            return False
+        inner = inner[key]
+    return True

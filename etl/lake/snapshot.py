@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from etl import delta
+from etl.lake import schemas
 from etl.lake.table import RESCUED
 from etl.storage import Damaged, Root
 
@@ -41,6 +42,7 @@ class Snapshot:
     versions: dict[str, int]
     run_id: str  # the run that published it
     _handles: "dict[str, DeltaTable]" = field(default_factory=dict, repr=False, compare=False)
+    _stored: dict[str, dict[str, str | delta.Action]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def root(self) -> Root:
@@ -48,12 +50,30 @@ class Snapshot:
         return self.lake.root
 
     def frame(self, table: str, columns: list[str] | None = None) -> pl.LazyFrame:
-        """The table's rows, lazily; `columns` in that order; when None all that it has, but `_rescued`."""
+        """The table's rows, lazily; `columns` in that order; when None all that are declared, but `_rescued`.
+
+        A declared column that the version does not have yet is its default, or null; one that it has in a narrower
+        type has the declared one. A column that is declared no more is there when it is asked for.
+        """
         handle = self.table(table)
-        stored = delta.columns_of(handle) if columns is None else {}
-        lazy = pl.scan_delta(handle)
-        declared = self.lake.columns[table]
-        return lazy.select(columns or [name for name in declared if name != RESCUED and name in stored])
+        names = columns or [name for name in self.lake.columns[table] if name != RESCUED]
+        return pl.scan_delta(handle).with_columns(self._otherwise(table)).select(names)
+
+    def _otherwise(self, table: str) -> list[pl.Expr]:
+        """The declared columns that the version has otherwise, as they are declared."""
+        has, defaults = self.stored(table), self.lake.defaults[table]
+        return [
+            schemas.column(name, has.get(name), dtype, defaults.get(name))
+            for name, dtype in self.lake.columns[table].items()
+            if has.get(name) != delta.type_of(dtype)
+        ]
+
+    def stored(self, table: str) -> dict[str, str | delta.Action]:
+        """The columns that the version has -> their types, as Delta's schema has them."""
+        if table not in self._stored:
+            fields = schemas.stored(self.table(table))
+            self._stored[table] = {name: field["type"] for name, field in fields.items()}
+        return self._stored[table]
 
     def files(self, table: str) -> list[str]:
         """The full paths or URLs of the Parquet files that hold the table's rows, as they are called."""

@@ -91,8 +91,9 @@ def pieces(snapshot: "Snapshot", table: str, since: tuple[str, datetime] | None 
     files = pl.DataFrame(snapshot.table(table).get_add_actions(flatten=True))
     if since is not None:
         column, oldest = since
-        newest = pl.col(f"max.{column}").dt.offset_by("1ms")  # the log cuts times to whole milliseconds
-        files = files.filter((newest >= oldest).fill_null(True))
+        if f"max.{column}" in files.columns:  # not where the version does not have the column yet
+            newest = pl.col(f"max.{column}").dt.offset_by("1ms")  # the log cuts times to whole milliseconds
+            files = files.filter((newest >= oldest).fill_null(True))
     folder = snapshot.root.url_of(f"lake/{table}")
     return [
         Piece(f"{folder}/{unquote(path)}", first, PIECE_ROWS)  # the log has it percent-encoded
@@ -107,11 +108,21 @@ def _dask_frame(
     import dask.dataframe as dd
     import narwhals as nw
 
-    empty = _pandas(_rows(snapshot.frame(table).clear(), columns, since))
+    typed = snapshot.frame(table).clear().collect()
+    empty = _pandas(_rows(typed.lazy(), columns, since))
     parts = pieces(snapshot, table, since)
     if parts:
+        named = {*columns} | ({since[0]} if since else set())
+        defaults = snapshot.lake.defaults[table]
+        wanted = [(name, dtype, defaults.get(name)) for name, dtype in typed.schema.items() if name in named]
         frame = dd.from_map(
-            _Sent(_read), *zip(*parts, strict=True), columns=columns, since=since, meta=empty, enforce_metadata=False
+            _Sent(_read),
+            *zip(*parts, strict=True),
+            wanted=wanted,
+            columns=columns,
+            since=since,
+            meta=empty,
+            enforce_metadata=False,
         )
     else:
         frame = dd.from_pandas(empty, npartitions=1)
@@ -169,11 +180,27 @@ def _code(function: Callable[..., Any]) -> bytes:
             cloudpickle.unregister_pickle_by_value(module)
 
 
-def _read(url: str, first: int, rows: int, columns: list[str], since: tuple[str, datetime] | None) -> "pd.DataFrame":
-    """A piece, on a worker: credentials are those of its own environment."""
+def _read(
+    url: str,
+    first: int,
+    rows: int,
+    wanted: list[tuple[str, pl.DataType, Any]],
+    columns: list[str],
+    since: tuple[str, datetime] | None,
+) -> "pd.DataFrame":
+    """A piece, on a worker: credentials are those of its own environment.
+
+    `wanted`: name, type and default of the columns; a file from before one was added does not have it.
+    """
     options = object_store_options() if "://" in url else None
     file = pl.scan_parquet(url, glob=False, storage_options=options)
-    return _pandas(_rows(file.slice(first, rows), columns, since))
+    has = file.collect_schema()
+    otherwise = [
+        pl.col(name).cast(dtype) if name in has else pl.lit(pl.Series([default], dtype=dtype)).first().alias(name)
+        for name, dtype, default in wanted
+        if has.get(name) != dtype
+    ]
+    return _pandas(_rows(file.slice(first, rows).with_columns(otherwise), columns, since))
 
 
 def _rows(frame: pl.LazyFrame, columns: list[str], since: tuple[str, datetime] | None) -> pl.LazyFrame:

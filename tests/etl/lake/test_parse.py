@@ -319,3 +319,12 @@ def test_a_value_that_reads_like_a_reason_is_not_counted_as_one():
         "2 of 2 lines do not fit: `id` is not a whole number 1, `note` missing 1; "
         "line 1: id: 'x; note: missing' is not a whole number"
     )
+
+
+def test_a_table_without_texts_is_read_however_polars_cuts_the_piece():
+    """Of no column at all Polars gives a row for each of its chunks."""
+    table = Table("number", {"id": INT}, ("id",))
+    values = (1, -(2**63), 2**63, 1.5, "1", True)
+    data = "\n".join(json.dumps({"id": n, "it": value}) for n, value in enumerate(values)).encode()
+    rows, refused = parse.parse(data, table)
+    assert (rows["id"].to_list(), refused.height) == ([*range(6)], 0)
