@@ -509,7 +509,7 @@ def test_it_is_made_again_and_compacted_as_it_is_declared_by_now(begun):
     ingested(lake)
     before = rows_of(lake)
     compared = lake.rebuild()
-    assert dict(compared.select("table", "rows").rows()) == {"item": 5, "other": 2, "quarantine": 0}
+    assert dict(compared.select("table", "rows").rows()) == {"item": 5, "other": 2, "quarantine": 0, "files": 5}
     assert rows_of(lake) == before
     assert [json.loads(row["_rescued"]) for row in rows_of(lake, ["id", "_rescued"])] == [
         {"name": f"n{n}"} for n in range(5)

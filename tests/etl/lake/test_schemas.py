@@ -134,8 +134,8 @@ def test_rebuild_asks_before_rows_would_go(filled, declare):
     with pytest.raises(rebuild.RowsWouldGo) as error:
         Lake(filled).rebuild()
     assert str(error.value) == (
-        f"{kept['orders']:,} of {kept['orders']:,} rows of orders would go: 3 files to refused/, as has no line that "
-        f"fits: o_channel: missing (line 1 and 374 more). Nothing was changed"
+        f"{kept['orders']:,} of {kept['orders']:,} rows of orders would go: 3 files to refused/, as 375 of 375 "
+        "lines do not fit: `o_channel` missing 375; line 1: o_channel: missing. Nothing was changed"
     )
     assert files(filled) == before
     compared = Lake(filled).rebuild(accept_quarantine=True)
