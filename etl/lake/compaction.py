@@ -12,8 +12,9 @@ import traceback
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from etl import delta
-from etl.lake import commit, ledger, schemas, snapshot
+from etl.lake import commit, ledger, schemas, snapshot, upsert
 from etl.storage import Damaged, LeaseHeld, Root, crash_point
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ class Overlapped(RuntimeError):
 
 @dataclass(frozen=True)
 class Rewrite:
-    """Small files, and the one that holds the same rows. `checksum`: of the rows, whatever their order."""
+    """A file that was written, and the ones whose place it takes: of several for the same ones the first has them.
+    `checksum`: of its rows, whatever their order."""
 
     removed: tuple[tuple[str, int], ...]  # path, bytes
     path: str
@@ -60,6 +62,7 @@ class Rewrite:
     rows: int
     checksum: int
     stats: dict[str, Any]
+    superseded: int = 0  # rows of `removed` that newer ones of the same key replaced
 
 
 def tables(lake: "Lake") -> list[str]:
@@ -95,11 +98,12 @@ def compact(
 ) -> pl.DataFrame:
     """Compact every table with at least `min_small_files` files below half of `target_mb`, publish, and sweep.
 
-    Returns one row a table: table, version, rows_before, rows_after, files_before, files_after, mb_before, mb_after,
-    removed (files that nothing has needed for `vacuum_hours`), note (why something was left out), failed (what went
-    wrong with it, null when nothing did). The snapshot moves to the compacted versions; its batch stays. A table that
-    another compaction is at work on is left to it, and one that fails, RowsDiffer above all, stays as it was and keeps
-    no other from its turn. Raises ValueError when `vacuum_hours` is under 24.
+    Returns one row a table: table, version, rows_before (but those that newer ones replaced), rows_after, files_before,
+    files_after, mb_before, mb_after, removed (files that nothing has needed for `vacuum_hours`), note (why something
+    was left out), failed (what went wrong with it, null when nothing did). Of a table in which the newest row of a key
+    counts all files are made new as soon as there is something newer. The snapshot moves to the compacted versions; its
+    batch stays. A table that another compaction is at work on is left to it, and one that fails, RowsDiffer above all,
+    stays as it was and keeps no other from its turn. Raises ValueError when `vacuum_hours` is under 24.
     """
     if vacuum_hours < VACUUM_HOURS:
         raise ValueError(f"vacuum_hours is {vacuum_hours}: readers may be on versions up to {VACUUM_HOURS} hours old")
@@ -160,11 +164,13 @@ def _compact_table(
     """Rewrite what is small among the files of a version: the published one, or the newest where none is."""
     schemas.require_ours(table, handle)
     sizes, rows = delta.file_stats(handle)
-    groups = _worth_it(lake, handle, table, target_mb * 1_000_000, min_small_files)
+    target, upserts = target_mb * 1_000_000, table in lake.tables and lake.tables[table].upserts
+    groups = _with_later(handle) if upserts else _worth_it(lake, handle, table, target, min_small_files)
     if groups:
         _require_live(lake.table(table), table, {path for group in groups for path, _ in group})
     declared = pa.schema(handle.schema().to_arrow())
-    rewrites = [_rewrite(lake, table, files, declared) for files in groups]
+    rewrite = partial(_newest, target=target) if upserts else _rewrite
+    rewrites = [made for files in groups for made in rewrite(lake, table, files, declared)]
     crash_point(f"rewritten: {table}")
     if rewrites:
         version = _swap(lake, table, rewrites, run_id)
@@ -173,7 +179,7 @@ def _compact_table(
     moved = [size for rewrite in rewrites for _, size in rewrite.removed]
     made = [rewrite.bytes for rewrite in rewrites]
     return {
-        "rows_before": rows,
+        "rows_before": rows - sum(rewrite.superseded for rewrite in rewrites),
         "rows_after": rows - sum(_rows(handle, rewrite) for rewrite in rewrites) + sum(r.rows for r in rewrites),
         "files_before": len(sizes),
         "files_after": len(sizes) - len(moved) + len(made),
@@ -210,31 +216,59 @@ def _worth_it(
     return [group for group in groups if len(group) > 1]
 
 
-def _rewrite(lake: "Lake", table: str, files: list[tuple[str, int]], declared: pa.Schema) -> Rewrite:
-    """Write the rows of `files` into one, sorted by key, and read it again. Raises RowsDiffer.
+def _with_later(handle: "DeltaTable") -> list[list[tuple[str, int]]]:
+    """All files of a table of which the newest row of a key counts, as a group, when some came after the compacted."""
+    if not upsert.files(handle)[1]:
+        return []
+    actions = pa.table(handle.get_add_actions(flatten=True))
+    return [[*zip(actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True)]]
 
-    `declared`: the table's own schema, which every file's rows are given.
+
+def _newest(
+    lake: "Lake", table: str, files: list[tuple[str, int]], declared: pa.Schema, *, target: int
+) -> list[Rewrite]:
+    """Write the newest row of each key of `files`, all of a table's, into files of about `target` bytes, sorted by key.
+
+    All of the table is in memory meanwhile.
     """
-    parts = [pq.read_table(io.BytesIO(lake.root.read(f"lake/{table}/{path}"))) for path, _ in files]
-    before = pa.concat_tables([as_declared(part, declared) for part in parts])
-    frame = pl.from_arrow(before)
-    assert isinstance(frame, pl.DataFrame), "a table is no column"
+    frame = _read(lake, table, files, declared)
+    rows = upsert.newest(frame, lake.tables[table]).sort(lake.keys[table])
+    most = max(1, rows.height * target // max(1, sum(size for _, size in files)))
+    parts = [rows.slice(first, most) for first in range(0, max(1, rows.height), most)]
+    made = [_write(lake, table, part, declared, upsert.NEWEST) for part in parts]
+    return [replace(made[0], removed=tuple(files), superseded=frame.height - rows.height), *made[1:]]
+
+
+def _rewrite(lake: "Lake", table: str, files: list[tuple[str, int]], declared: pa.Schema) -> list[Rewrite]:
+    """Write the rows of `files` into one, sorted by key. `declared`: the table's own schema."""
+    frame = _read(lake, table, files, declared)
     keys = [key for key in lake.keys.get(table, ()) if key in frame.columns]
+    made = _write(lake, table, frame.sort(keys) if keys else frame, declared, "compacted-")
+    return [replace(made, removed=tuple(files))]
+
+
+def _read(lake: "Lake", table: str, files: list[tuple[str, int]], declared: pa.Schema) -> pl.DataFrame:
+    """The rows of some files, all in the types of the table."""
+    parts = [pq.read_table(io.BytesIO(lake.root.read(f"lake/{table}/{path}"))) for path, _ in files]
+    frame = pl.from_arrow(pa.concat_tables([as_declared(part, declared) for part in parts]))
+    assert isinstance(frame, pl.DataFrame), "a table is no column"
+    return frame
+
+
+def _write(lake: "Lake", table: str, frame: pl.DataFrame, declared: pa.Schema, name: str) -> Rewrite:
+    """Write rows into a file whose name begins with `name`, and read it again. Raises RowsDiffer."""
     buffer = io.BytesIO()
-    ordered = frame.sort(keys) if keys else frame
-    as_before = ordered.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(before.schema)
-    pq.write_table(as_before, buffer, row_group_size=LEDGER_ROW_GROUP if table == "files" else ROW_GROUP)
-    path = f"compacted-{uuid.uuid4()}.snappy.parquet"
+    rows = frame.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(declared)
+    pq.write_table(rows, buffer, row_group_size=LEDGER_ROW_GROUP if table == "files" else ROW_GROUP)
+    path = f"{name}{uuid.uuid4()}.snappy.parquet"
     lake.root.write(f"lake/{table}/{path}", buffer.getvalue())
     crash_point(f"written, not swapped: {table}")
     after = pl.from_arrow(pq.read_table(io.BytesIO(lake.root.read(f"lake/{table}/{path}"))))
     assert isinstance(after, pl.DataFrame), "a table is no column"
     if (frame.height, checksum(frame)) != (after.height, checksum(after)):
         lake.root.remove(f"lake/{table}/{path}")
-        raise RowsDiffer(
-            f"{table}: {frame.height} rows of {len(files)} files do not come back from one: left as it was"
-        )
-    return Rewrite(tuple(files), path, len(buffer.getvalue()), after.height, checksum(after), delta.statistics(after))
+        raise RowsDiffer(f"{table}: {frame.height} rows do not come back from one file: left as it was")
+    return Rewrite((), path, len(buffer.getvalue()), after.height, checksum(after), delta.statistics(after))
 
 
 def as_declared(part: pa.Table, declared: pa.Schema, defaults: Mapping[str, tuple[Any, Any]] = {}) -> pa.Table:
@@ -290,6 +324,7 @@ def _live(handle: "DeltaTable") -> set[str]:
 
 def _actions(lake: "Lake", rewrites: list[Rewrite], read_version: int, run_id: str) -> list[delta.Action]:
     removed = [file for rewrite in rewrites for file in rewrite.removed]
+    changes = any(rewrite.superseded for rewrite in rewrites)
     about = {
         "operationParameters": {"predicate": "[]"},
         "readVersion": read_version,
@@ -306,7 +341,7 @@ def _actions(lake: "Lake", rewrites: list[Rewrite], read_version: int, run_id: s
             {
                 "remove": {
                     "path": path,
-                    "dataChange": False,
+                    "dataChange": changes,
                     "deletionTimestamp": info["commitInfo"]["timestamp"],
                     "extendedFileMetadata": True,
                     "partitionValues": {},
@@ -315,7 +350,7 @@ def _actions(lake: "Lake", rewrites: list[Rewrite], read_version: int, run_id: s
             }
             for path, size in removed
         ),
-        *(delta.add(rewrite.path, rewrite.bytes, json.dumps(rewrite.stats), changes=False) for rewrite in rewrites),
+        *(delta.add(rewrite.path, rewrite.bytes, json.dumps(rewrite.stats), changes=changes) for rewrite in rewrites),
     ]
 
 
@@ -328,7 +363,7 @@ def _assert_same(lake: "Lake", table: str, version: int, rewrites: list[Rewrite]
     gone = {path for rewrite in rewrites for path, _ in rewrite.removed}
     same_files = _live(after) == _live(before) - gone | {rewrite.path for rewrite in rewrites}
     rows = delta.file_stats(before)[1], delta.file_stats(after)[1]
-    if same_files and rows[0] == rows[1]:
+    if same_files and rows[0] == rows[1] + sum(rewrite.superseded for rewrite in rewrites):
         return
     from deltalake import CommitProperties
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import polars as pl
 
 from etl.lake import commit as commits
-from etl.lake import evolution, formats, landing, ledger, parse, schemas, snapshot
+from etl.lake import evolution, formats, landing, ledger, parse, schemas, snapshot, upsert
 from etl.lake.landing import File
 from etl.lake.table import QUARANTINE, RESCUED, DataType, Table
 from etl.storage import Damaged, Root, Unreadable, crash_point
@@ -160,7 +160,7 @@ def next_batch(
     for unfinished in (number + 1, number):
         manifest = ledger.read(root, unfinished)
         if manifest and not root.exists(ledger.done(unfinished)):
-            files = tuple(landing.of(lake, file["path"], file["bytes"]) for file in manifest["files"])
+            files = tuple(replace(landing.of(lake, f["path"], f["bytes"]), again=True) for f in manifest["files"])
             return Batch(lake, unfinished, date, ledger.time_of(manifest, now), files, manifest=manifest)
     if pointer and "files" not in pointer["tables"]:
         pointer = _adopt(lake)
@@ -240,6 +240,9 @@ def read(batch: Batch, *, max_bad_share: float = 1.0, max_inflated: int = format
         if looked.files:
             good.setdefault(looked.table, []).append(looked.rows)
     frames = {table: pl.concat(parts) for table, parts in good.items()}
+    for table in frames:
+        if lake.tables[table].upserts:
+            frames[table] = upsert.of_batch(frames[table], lake.tables[table], batch.number)
     columns = ((frame, lake.tables[table].time) for table, frame in frames.items() if frame.height)
     times: list[Any] = [frame[time].max() for frame, time in columns if time]  # datetimes
     newest = max(times, default=None)
@@ -379,7 +382,7 @@ def _of_files(rows: pl.DataFrame, heights: list[int], kept: list[int]) -> pl.Dat
 def _same_content(batch: Batch, file: File, sha256: str, met: dict[str, File]) -> str | None:
     """Why a file is refused that has the content of another one of its table; None where it is not."""
     lake, digest = batch.lake, ledger.of_content(file.table, sha256)
-    if batch.manifest or batch.again or lake.tables[file.table].on_duplicate == "keep":
+    if batch.manifest or batch.again or lake.tables[file.table].on_duplicate != "refuse":
         return None
     first = met.setdefault(digest, file)
     if first is not file:
@@ -513,11 +516,12 @@ def _read(root: Root, file: File, expected: str | None) -> tuple[bytes, str]:
         data = root.read_at_most(file.landing, file.bytes)
         return data, hashlib.sha256(data).hexdigest()
     for date in reversed(root.names("archive")):  # a replay after some of its files were archived
-        with contextlib.suppress(FileNotFoundError, Unreadable):
-            data = root.read_at_most(file.archived(date), file.bytes)
-            sha256 = hashlib.sha256(data).hexdigest()
-            if expected in (sha256, None):
-                return data, sha256
+        for rel in landing.in_archive(root, file, date):
+            with contextlib.suppress(FileNotFoundError, Unreadable):
+                data = root.read_at_most(rel, file.bytes)
+                sha256 = hashlib.sha256(data).hexdigest()
+                if expected in (sha256, None):
+                    return data, sha256
     raise Unreadable("is gone from landing, and not in the archive")
 
 

@@ -6,6 +6,7 @@ that says why. Nothing is deleted.
 """
 
 import hashlib
+import itertools
 import json
 import posixpath
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 WHY = ".why.json"
 RETRIED = ".retried"  # below landing/: a folder a table, of the lines that are tried again
 REPEATED = ".repeated"  # below a day of the archive
+AGAIN = ".again"  # the same, with a folder each: other content under a path that is there already
 NAME_BYTES = 200  # of a name that others are made of: none has more than 255
 PATIENCE = timedelta(days=1)  # with a file that is no table's, and with one that was written by a clock ahead of ours
 
@@ -38,6 +40,7 @@ class File:
     sequence: int | None = None
     modified: datetime | None = None
     why: str | None = None  # it is refused
+    again: bool = False  # other content was ingested under this path
 
     @property
     def name(self) -> str:
@@ -140,7 +143,9 @@ def look(
     repeated: list[File] = []
     for file, why in _met_before(lake, known, pointer, waiting, max_bytes):
         waiting.remove(file)
-        if why:
+        if why and lake.tables[file.table].on_duplicate == "newest":
+            waiting.append(replace(file, again=True))
+        elif why:
             refused.append(file.refused(why))
         else:
             repeated.append(file)
@@ -180,22 +185,22 @@ def _met_before(
     batches = known.find([*digests])
     if not batches or not pointer:
         return []
-    before: dict[str, dict[str, int]] = {}  # path -> sha256 -> batch
-    for path, sha256, batch in (
-        ledger.published(lake, pointer, batches.values()).select("path", "sha256", "batch").rows()
-    ):
-        before.setdefault(path, {})[sha256] = batch
-    met = [digests[digest] for digest in batches if digests[digest].name in before]
-    return [(file, _unlike(lake.root, file, before[file.name], max_bytes)) for file in met]
+    rows = ledger.published(lake, pointer, batches.values())
+    met = [digests[digest] for digest in batches if digests[digest].name in {*rows["path"]}]
+    return [(file, _unlike(lake, known, pointer, file, max_bytes)) for file in met]
 
 
-def _unlike(root: Root, file: File, before: dict[str, int], max_bytes: int) -> str | None:
-    """Why a file whose path was ingested is not the same file; None when it is. `before`: sha256 -> batch."""
+def _unlike(lake: "Lake", known: ledger.Known, pointer: dict[str, Any], file: File, max_bytes: int) -> str | None:
+    """Why a file whose path was ingested is not the same file; None when it is."""
     try:
-        sha256 = hashlib.sha256(root.read_at_most(file.landing, max_bytes)).hexdigest()
+        sha256 = hashlib.sha256(lake.root.read_at_most(file.landing, max_bytes)).hexdigest()
     except Unreadable as error:
         return str(error)
-    return None if sha256 in before else f"was ingested in batch {max(before.values())} with other content"
+    digests = ledger.of_path(file.path), ledger.of_content(file.table, sha256)
+    rows = ledger.published(lake, pointer, known.find(digests).values()).filter(path=file.name)
+    if sha256 in {*rows["sha256"]}:
+        return None
+    return f"was ingested in batch {rows['batch'].max()} with other content"
 
 
 def cut(files: tuple[File, ...], max_files: int, max_bytes: int) -> tuple[File, ...]:
@@ -223,11 +228,31 @@ def archive(root: Root, files: Iterable[tuple[File, str]], date: str, run_id: st
         else:
             folders.add(posixpath.dirname(file.archived(date)))
             if entry:  # when it is not there it was moved before, by a run that may have died before it was synced
-                root.move(file.landing, file.archived(date))
+                root.move(file.landing, _free(root, file, date))
         crash_point(f"after the archive: {file.table}")
     root.sync(filter(root.exists, sorted(folders)))
     refuse(root, changed, date, run_id)
     return changed
+
+
+def _free(root: Root, file: File, date: str) -> str:
+    """A path of the archive that has nothing yet: of a file under whose path others came before one of its own."""
+    if not file.again:
+        return file.archived(date)
+    others = (f"archive/{date}/{AGAIN}/{number}/{file.path}" for number in itertools.count(1))
+    return next(rel for rel in itertools.chain([file.archived(date)], others) if not root.exists(rel))
+
+
+def in_archive(root: Root, file: File, date: str) -> list[str]:
+    """Where a file may be in the archive of a day."""
+    others = [f"archive/{date}/{AGAIN}/{name}/{file.path}" for name in root.names(f"archive/{date}/{AGAIN}")]
+    return [file.archived(date), *others]
+
+
+def path_of(rel: str) -> str:
+    """The path below landing/ that a file in the archive has, or had."""
+    path = rel.split("/", 2)[2]
+    return path.split("/", 2)[2] if path.startswith(f"{AGAIN}/") else path
 
 
 def _is(root: Root, file: File, sha256: str) -> bool:
@@ -288,7 +313,10 @@ def grown(root: Root, document: dict[str, Any]) -> Iterator[Grown]:
         if entry and entry.problem is None and entry.bytes > file["bytes"]:
             path = f"{RETRIED}/{file['table']}/{ledger.of_path(file['path'])}-{batch}"
             why = f"was written to {ledger.shown(file['path'])} after that was ingested in batch {batch}"
-            added = root.read(rel)[file["bytes"] :]
+            content = root.read(rel)
+            if hashlib.sha256(content[: file["bytes"]]).hexdigest() != file["sha256"]:
+                continue
+            added = content[file["bytes"] :]
             rest = File(path, file["table"], len(added), f"{len(added)}", why=why)
             if not root.exists(_refused(rest, date) + WHY):
                 yield Grown(rest, added, date)

@@ -150,9 +150,10 @@ def _archived(lake: "Lake") -> dict[str, list[str]]:
     root = lake.root
     rels: dict[str, list[str]] = {}
     for date in root.names("archive"):
-        for path, entry in root.tree(f"archive/{date}"):
+        for below, entry in root.tree(f"archive/{date}"):
+            path = _landing_path(rel := f"archive/{date}/{below}")
             if landing.table_of(lake, path) and not entry.problem:
-                rels.setdefault(ledger.shown(path), []).append(f"archive/{date}/{path}")
+                rels.setdefault(ledger.shown(path), []).append(rel)
     published = _published_batch(root)
     for number in (published, published + 1):
         for file in (_readable(root, number) or {"files": []})["files"]:
@@ -163,8 +164,7 @@ def _archived(lake: "Lake") -> dict[str, list[str]]:
 
 def _landing_path(rel: str) -> str:
     """The path below landing/ of a file that is in the archive or in landing."""
-    folder, _, path = rel.partition("/")
-    return path.partition("/")[2] if folder == "archive" else path
+    return landing.path_of(rel) if rel.startswith("archive/") else rel.partition("/")[2]
 
 
 def _published_batch(root: Root) -> int:

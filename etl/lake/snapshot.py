@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from etl import delta
-from etl.lake import schemas
-from etl.lake.table import RESCUED
+from etl.lake import schemas, upsert
+from etl.lake.table import BATCH, RESCUED
 from etl.storage import Damaged, Root
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Snapshot:
     versions: dict[str, int]
     run_id: str  # the run that published it
     _handles: "dict[str, DeltaTable]" = field(default_factory=dict, repr=False, compare=False)
+    _overlays: dict[str, upsert.Overlay | None] = field(default_factory=dict, repr=False, compare=False)
     _stored: dict[str, dict[str, str | delta.Action]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -50,16 +51,36 @@ class Snapshot:
         return self.lake.root
 
     def frame(self, table: str, columns: list[str] | None = None) -> pl.LazyFrame:
-        """The table's rows, lazily; `columns` in that order; when None all that are declared, but `_rescued`.
+        """The table's rows, lazily; `columns` in that order; when None all declared ones, but not what begins with _.
 
-        A declared column that the version does not have yet is its default, or null; one that it has in a narrower
-        type has the declared one. A column that is declared no more is there when it is asked for.
+        Of a table in which the newest row of a key counts that one. A declared column that the version does not have
+        yet is its default, or null; one that it has in a narrower type has the declared one. A column that is declared no more is there when it is asked for.
         """
-        handle = self.table(table)
-        names = columns or [name for name in self.lake.columns[table] if name != RESCUED]
-        return pl.scan_delta(handle).with_columns(self._otherwise(table)).select(names)
+        names = columns or [name for name in self.lake.columns[table] if name not in (RESCUED, BATCH)]
+        return self._rows(table).with_columns(self.otherwise(table)).select(names)
 
-    def _otherwise(self, table: str) -> list[pl.Expr]:
+    def _rows(self, table: str) -> pl.LazyFrame:
+        """All that counts, in the columns of the version."""
+        handle, over = self.table(table), self.overlay(table)
+        if over is None:
+            return pl.scan_delta(handle)
+        if not over.kept:
+            return over.rows.lazy()
+        schema = over.rows.schema
+        kept = upsert.scan(over.kept, schema, self.root.storage_options).select(schema.names())
+        others = kept.join(over.keys.lazy(), on=over.keys.columns, how="anti")
+        return pl.concat([others, over.rows.lazy()])
+
+    def overlay(self, table: str) -> upsert.Overlay | None:
+        """Of a table in which the newest row of a key counts, what counts beside its compacted files."""
+        declared = self.lake.tables.get(table)
+        if declared is None or not declared.upserts:
+            return None
+        if table not in self._overlays:
+            self._overlays[table] = upsert.overlay(self.table(table), declared, self.root.storage_options)
+        return self._overlays[table]
+
+    def otherwise(self, table: str) -> list[pl.Expr]:
         """The declared columns that the version has otherwise, as they are declared."""
         has, defaults = self.stored(table), self.lake.defaults[table]
         return [
@@ -86,11 +107,13 @@ class Snapshot:
         return self._handles[table]
 
     def row_count(self, table: str) -> int:
-        """How many rows the table has, from the log."""
+        """How many rows the table has: from the log, where none has to be put over another."""
+        if self.overlay(table):
+            return int(self.frame(table).select(pl.len()).collect().item())
         return delta.file_stats(self.table(table))[1]
 
     def rows(self) -> pl.DataFrame:
-        """One row a table: table, version, rows, files, mb (counted from the log, no data is read)."""
+        """One row a table: table, version, rows, files, mb (from the log: also rows that newer ones have replaced)."""
         lines = []
         for name, version in self.versions.items():
             sizes, rows = delta.file_stats(self.table(name))

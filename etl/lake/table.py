@@ -25,6 +25,7 @@ LEDGER: dict[str, DataType] = {
 }
 LEDGER_KEY = ("batch", "path")
 RESERVED = ("files", "quarantine")  # tables that every lake has
+BATCH = "_batch"  # in the lake, in a table of which the newest row of a key counts: the number of the row's batch
 RESCUED = "_rescued"  # in the lake, beside a table's own columns: the fields of a line that no column takes, as JSON
 NAME = re.compile(r"\w[\w-]*", re.ASCII)  # of a table: a folder's, and part of URLs
 UNITS = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}  # since 1970, UTC
@@ -76,7 +77,9 @@ class Table:
     the lake is. `files`: a glob of the paths below landing/ of its files, `**` for any folders; by default all that is
     in the folder of its name. Names that begin with a dot are taken where the glob has one. `on_duplicate`: what
     becomes of a file with the content of another one of the table's that is in the lake: `refuse`, or `keep` to have
-    its rows again. Raises ValueError, with table and column, for what cannot be stored or read.
+    its rows again. `mode`: with `upsert` the newest row of a key counts, which is the one with the highest `order_by`,
+    a column, and of equal ones the one that came last; its files may come again with other content under the same path
+    where `on_duplicate` is `newest`. Raises ValueError, with table and column, for what cannot be stored or read.
     """
 
     name: str
@@ -84,11 +87,13 @@ class Table:
     key: tuple[str, ...]
     time: str | None = None
     files: str | None = None
-    on_duplicate: Literal["refuse", "keep"] = "refuse"
+    on_duplicate: Literal["refuse", "keep", "newest"] = "refuse"
+    mode: Literal["append", "upsert"] = "append"
+    order_by: str | None = None
 
     def __post_init__(self) -> None:
-        if self.on_duplicate not in ("refuse", "keep"):
-            raise ValueError(f"{self.name} has on_duplicate={self.on_duplicate!r}: it is 'refuse' or 'keep'")
+        for wrong in _wrong_modes(self):
+            raise ValueError(f"{self.name} {wrong}")
         if not NAME.fullmatch(self.name) or self.name in RESERVED:
             raise ValueError(
                 f"{self.name!r} is no name for a table: letters, digits, _ and -, and not {' or '.join(RESERVED)}"
@@ -134,9 +139,14 @@ class Table:
         return {name: column.type for name, column in self.fields.items()}
 
     @property
+    def upserts(self) -> bool:
+        """Whether only the newest row of a key counts."""
+        return self.mode == "upsert"
+
+    @property
     def stored(self) -> dict[str, DataType]:
         """Its columns as they are in the lake."""
-        return {**self.types, RESCUED: TEXT}
+        return {**self.types, RESCUED: TEXT} | ({BATCH: INT} if self.upserts else {})
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -185,6 +195,17 @@ def _rules(name: str, column: Column) -> Iterator[tuple[pl.Expr, str]]:
         yield column.check
 
 
+def _wrong_modes(table: Table) -> Iterator[str]:
+    if table.mode not in ("append", "upsert"):
+        yield f"has mode={table.mode!r}: it is 'append' or 'upsert'"
+    if table.on_duplicate not in ("refuse", "keep", "newest"):
+        yield f"has on_duplicate={table.on_duplicate!r}: it is 'refuse', 'keep' or 'newest'"
+    if not table.upserts and (table.on_duplicate == "newest" or table.order_by):
+        yield "has on_duplicate='newest' or an order_by, which only mode='upsert' has"
+    if table.order_by and (table.order_by not in table.fields or table.types[table.order_by].is_nested()):
+        yield f"has order_by={table.order_by!r}: it is a column, and no list or struct"
+
+
 def _faults(table: Table) -> Iterator[tuple[str, str]]:
     """(column, what is wrong with how it is declared)."""
     taken: dict[tuple[str, ...], str] = {}
@@ -217,8 +238,8 @@ def _unstorable(name: str, column: Column) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
         return
-    if not name or UNNAMEABLE.search(name) or name == RESCUED:
-        yield f'is no name for a column: {RESCUED!r} and what has a blank or one of ,;{{}}()="\\ are none'
+    if not name or UNNAMEABLE.search(name) or name in (RESCUED, BATCH):
+        yield f'is no name for a column: {RESCUED!r}, {BATCH!r} and what has a blank or one of ,;{{}}()="\\ are none'
     if column.unit is not None and (column.type != TIME or column.unit not in UNITS):
         yield f"has the unit {column.unit!r}: only a TIME has any, {', '.join(UNITS)}"
     if column.default is not None and not _holds(column, column.default):

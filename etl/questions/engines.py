@@ -89,6 +89,9 @@ def by_dask(
 def pieces(snapshot: "Snapshot", table: str, since: tuple[str, datetime] | None = None) -> list[Piece]:
     """A table in pieces of PIECE_ROWS rows, without the files whose newest row is older than `since`; at least one."""
     files = pl.DataFrame(snapshot.table(table).get_add_actions(flatten=True))
+    if over := snapshot.overlay(table):
+        names = [url.rpartition("/")[2] for url in over.kept]
+        files = files.filter(pl.col("path").str.split("/").list.last().is_in(names))
     if since is not None:
         column, oldest = since
         if f"max.{column}" in files.columns:  # not where the version does not have the column yet
@@ -110,7 +113,7 @@ def _dask_frame(
 
     typed = snapshot.frame(table).clear().collect()
     empty = _pandas(_rows(typed.lazy(), columns, since))
-    parts = pieces(snapshot, table, since)
+    parts, over = pieces(snapshot, table, since), snapshot.overlay(table)
     if parts:
         named = {*columns} | ({since[0]} if since else set())
         defaults = snapshot.lake.defaults[table]
@@ -121,11 +124,15 @@ def _dask_frame(
             wanted=wanted,
             columns=columns,
             since=since,
+            without=over.keys if over else None,
             meta=empty,
             enforce_metadata=False,
         )
     else:
         frame = dd.from_pandas(empty, npartitions=1)
+    if over:
+        later = over.rows.lazy().with_columns(snapshot.otherwise(table))
+        frame = dd.concat([frame, dd.from_pandas(_pandas(_rows(later, columns, since)), npartitions=1)])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Dask support is moving out of Narwhals", FutureWarning)
         lazy: nw.LazyFrame[Any] = nw.from_native(frame)
@@ -187,10 +194,12 @@ def _read(
     wanted: list[tuple[str, pl.DataType, Any]],
     columns: list[str],
     since: tuple[str, datetime] | None,
+    without: pl.DataFrame | None,
 ) -> "pd.DataFrame":
     """A piece, on a worker: credentials are those of its own environment.
 
-    `wanted`: name, type and default of the columns; a file from before one was added does not have it.
+    `wanted`: name, type and default of the columns; a file from before one was added does not have it. `without`: keys
+    of which the rows do not count.
     """
     options = object_store_options() if "://" in url else None
     file = pl.scan_parquet(url, glob=False, storage_options=options)
@@ -200,7 +209,10 @@ def _read(
         for name, dtype, default in wanted
         if has.get(name) != dtype
     ]
-    return _pandas(_rows(file.slice(first, rows).with_columns(otherwise), columns, since))
+    piece = file.slice(first, rows)
+    if without is not None:
+        piece = piece.join(without.lazy(), on=without.columns, how="anti")
+    return _pandas(_rows(piece.with_columns(otherwise), columns, since))
 
 
 def _rows(frame: pl.LazyFrame, columns: list[str], since: tuple[str, datetime] | None) -> pl.LazyFrame:
