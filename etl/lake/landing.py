@@ -200,7 +200,7 @@ def _unlike(lake: "Lake", known: ledger.Known, pointer: dict[str, Any], file: Fi
     rows = ledger.published(lake, pointer, known.find(digests).values()).filter(path=file.name)
     if sha256 in {*rows["sha256"]}:
         return None
-    return f"was ingested in batch {rows['batch'].max()} with other content"
+    return f"was ingested in batch {max(rows['batch'].to_list())} with other content"
 
 
 def cut(files: tuple[File, ...], max_files: int, max_bytes: int) -> tuple[File, ...]:

@@ -54,7 +54,8 @@ class Snapshot:
         """The table's rows, lazily; `columns` in that order; when None all declared ones, but not what begins with _.
 
         Of a table in which the newest row of a key counts that one. A declared column that the version does not have
-        yet is its default, or null; one that it has in a narrower type has the declared one. A column that is declared no more is there when it is asked for.
+        yet is its default, or null; one that it has in a narrower type has the declared one. A column that is declared
+        no more is there when it is asked for.
         """
         names = columns or [name for name in self.lake.columns[table] if name not in (RESCUED, BATCH)]
         return self._rows(table).with_columns(self.otherwise(table)).select(names)
