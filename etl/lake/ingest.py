@@ -440,7 +440,12 @@ def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], run_id: str) ->
             heights = {table: frame.height for table, frame in frames.items()}
             commits.require_same_rows(lake, heights, batch=number, published=before["tables"])
         commits.create_tables(lake, run_id, known=before["tables"])
-        versions |= evolution.move(lake, pointer, run_id)
+        moved = evolution.move(lake, pointer, run_id)
+        if (
+            moved and snapshot.read_pointer(lake.root) != pointer
+        ):  # an object store's lease ends while files are written
+            raise Overtaken("another run published while tables were given their columns; run this one again")
+        versions |= moved
         for table, rows in zip(frames, encoded, strict=True):
             crash_point(f"before the commit: {table}")
             after = before["tables"].get(table, -1)

@@ -32,7 +32,7 @@ class NotDeclared(LookupError):
 
 
 class NotFinished(RuntimeError):
-    """A batch was begun, and the table has rows of it that are not published."""
+    """The table has rows of a batch that is not published yet, or another run published meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,8 @@ def promote(lake: "Lake", table: str, name: str, run_id: str) -> Promoted:
             raise NotFinished(f"batch {pointer['batch'] + 1} is not finished: run {lake.ingested_by} first")
         done = evolution.change(lake, table, run_id, work, "UPDATE")
         delta.sync(root, f"lake/{table}", after=published, until=done.version)
+        if snapshot.read_pointer(root) != pointer:  # an object store's lease ends while files are written
+            raise NotFinished("another run published meanwhile: ask again")
         known = pointer.get("schemas", {}) | {table: lake.fingerprints[table]}
         if done.version != published or known != pointer.get("schemas"):
             crash_point("before the promotion is published")

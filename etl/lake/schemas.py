@@ -26,6 +26,11 @@ WIDER = {
     "float": {"double"},
 }
 DIGITS = {"byte": 3, "short": 5, "integer": 10, "long": 19}  # of their largest values
+FOREIGN = {  # properties of a table that ask of writers what this engine does not do
+    "delta.columnMapping.mode": {"name", "id"},
+    "delta.enableDeletionVectors": {"true"},
+    "delta.appendOnly": {"true"},
+}
 DECIMAL = re.compile(r"decimal\((\d+),(\d+)\)")
 REMEDY = "take the change of its declaration back, or give the column another name"
 
@@ -128,13 +133,6 @@ def require_ours(table: str, handle: "DeltaTable") -> None:
             f"{table}: another writer gave the table {' and '.join(odd)}, which this engine does not write. Nothing "
             f"was written; what to do: undo that"
         )
-
-
-FOREIGN = {
-    "delta.columnMapping.mode": {"name", "id"},
-    "delta.enableDeletionVectors": {"true"},
-    "delta.appendOnly": {"true"},
-}
 
 
 def stored(handle: "DeltaTable") -> dict[str, delta.Action]:

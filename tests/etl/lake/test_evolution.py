@@ -253,7 +253,7 @@ def test_any_other_type_is_refused(root, dtype, other):
     assert f"item: it is declared as {wanted} and {had} in the table" in str(error.value)
     assert files(lake) == before
     assert changed.snapshot().frame("item").collect().columns == ["id", "it", "new"]
-    (finding,) = [one for one in changed.examine() if one.problem]
+    (finding,) = [finding for finding in changed.examine() if finding.problem]
     assert finding.what == "table item" and "it is declared as" in finding.problem
     ingested(lake)
 
@@ -279,7 +279,7 @@ def test_a_column_may_be_null_from_now_on_and_never_again(begun):
         begun.root, {"id": INT, "x": Column(INT, nullable=True)}, id=INT32, name=Column(TEXT, nullable=True)
     )
     ingested(other)
-    assert not [one for one in other.examine() if one.problem]
+    assert not [finding for finding in other.examine() if finding.problem]
 
 
 def test_a_column_without_nulls_is_made_one_that_has_none(root):
@@ -403,7 +403,7 @@ def test_a_run_that_dies_while_tables_are_moved_is_ended_by_the_next(begun, tmp_
         assert lake.snapshot().frame("other").collect().sort("id")["id"].to_list() == [0, 1, 2]
         changes = [lines for _, lines in delta.since(lake.root, "lake/item", -1) if any("metaData" in x for x in lines)]
         assert len(changes) == 2  # made, and moved once
-        assert not [one for one in lake.examine() if one.problem]
+        assert not [finding for finding in lake.examine() if finding.problem]
     wanted = {
         f"{what}: {table}"
         for what in ("written again, not committed", "before its columns are changed", "its columns are changed")
@@ -480,6 +480,24 @@ def test_a_table_is_moved_while_it_is_compacted(begun, monkeypatch, point):
     assert [(row["id"], row["colour"]) for row in rows_of(lake)] == [*((n, None) for n in range(4)), (4, "red")]
     assert lake.snapshot().row_count("item") == 5 and len(data_files(lake)) == 1
     read_by_others(lake)
+
+
+def test_the_pointer_is_not_moved_back_where_a_lease_ended_meanwhile(begun, monkeypatch):
+    """As in an object store, when files take longer to be written again than a lease lasts."""
+    lake = moved(begun.root)
+    land(lake, 2, {"id": 4, "colour": "red", "price": 2})
+    newer = {**snapshot.read_pointer(lake.root), "published_at": "2026-03-01T12:00:00+00:00", "run_id": "another"}
+
+    def meanwhile(name: str) -> None:
+        if name == "before its columns are changed: item":
+            lake.root.write(snapshot.POINTER, json.dumps(newer).encode())
+
+    monkeypatch.setattr(evolution, "crash_point", meanwhile)
+    with pytest.raises(ingest.Overtaken, match="another run published while tables were given their columns"):
+        ingested(lake)
+    assert snapshot.read_pointer(lake.root) == newer
+    ingested(lake)
+    assert [row["id"] for row in rows_of(lake)] == [0, 1, 2, 3, 4]
 
 
 def test_rows_that_others_append_while_files_are_written_again_are_in(begun, monkeypatch):
@@ -590,4 +608,4 @@ def test_readers_never_fail_while_columns_come_go_and_are_widened(root):
     named = [0 <= batch < 24 or 40 <= batch < 48 for batch in range(60) for _ in range(3)]
     assert [name is not None for name in frame["name"]] == named
     read_by_others(lake)
-    assert not [one for one in lake.examine() if one.problem]
+    assert not [finding for finding in lake.examine() if finding.problem]

@@ -64,7 +64,7 @@ def test_values_of_before_are_typed_and_what_does_not_fit_stays(rescued):
     }  # fmt: skip
     read_by_others(lake)
     assert before.frame("item").collect().height == 9
-    assert not [one for one in lake.examine() if one.problem]
+    assert not [finding for finding in lake.examine() if finding.problem]
 
     now = files(lake)
     again = lake.promote("item", "size", "promote-2")
