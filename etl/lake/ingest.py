@@ -215,11 +215,11 @@ def read(batch: Batch, *, max_bad_share: float = 1.0, max_inflated: int = format
     """
     lake, cores = batch.lake, os.cpu_count() or 1
     expected = {f["path"]: f["sha256"] for f in batch.manifest["files"]} if batch.manifest else {}
-    met: dict[str, File] = {}
     most = 1.0 if batch.manifest else max_bad_share
     room = math.inf if batch.manifest else max(max_inflated, sum(file.bytes for file in batch.files))
     with ThreadPoolExecutor(cores + 1) as pool:  # one reads and hashes while Polars has the cores
-        opened = _within(_under_way(pool, lambda file: _open(batch, file, expected, met), batch.files, cores), room)
+        opened = _under_way(pool, lambda file: _open(batch, file, expected), batch.files, cores)
+        opened = _within(_without_copies(batch, opened), room)
         groups = list(_under_way(pool, lambda group: _look(batch, group, most), _groups(opened), cores))
     ends = sum(len(looked.files) + len(looked.refused) for looked in groups)
     if ends < len(batch.files):
@@ -310,16 +310,13 @@ def _under_way(
         yield futures.popleft().result()
 
 
-def _open(batch: Batch, file: File, expected: dict[str, str], met: dict[str, File]) -> _Opened:
-    """Read one file. `expected`: path -> sha256, as the manifest of an unfinished batch has it. `met`: by what stands
-    for its content, the first file of the batch with it."""
+def _open(batch: Batch, file: File, expected: dict[str, str]) -> _Opened:
+    """Read one file. `expected`: path -> sha256, as the manifest of an unfinished batch has it."""
     try:
         data, sha256 = _read(batch.lake.root, file, expected.get(file.path))
         if expected.get(file.path, sha256) != sha256:
             raise Unreadable(f"changed since batch {batch.number} was written down")
         content = formats.opened(data, batch.lake.tables[file.table].named)
-        if same := _same_content(batch, file, sha256, met):
-            raise Unreadable(same)
     except Unreadable as error:
         return _Opened(file, "", 0, None, str(error))
     return _Opened(file, sha256, len(data), content, None)
@@ -379,14 +376,23 @@ def _of_files(rows: pl.DataFrame, heights: list[int], kept: list[int]) -> pl.Dat
     return pl.concat([rows.head(0), *(rows.slice(starts[number], heights[number]) for number in kept)])
 
 
+def _without_copies(batch: Batch, opened: Iterable[_Opened]) -> Iterator[_Opened]:
+    """The files in their order, those refused that have the content of another one of their table."""
+    met: dict[str, File] = {}
+    for file in opened:
+        why = _same_content(batch, file.file, file.sha256, met) if file.content else None
+        yield file if why is None else file._replace(content=None, why=why)
+
+
 def _same_content(batch: Batch, file: File, sha256: str, met: dict[str, File]) -> str | None:
-    """Why a file is refused that has the content of another one of its table; None where it is not."""
+    """Why a file is refused that has the content of another one of its table; None where it is not. `met`: by what
+    stands for its content, the first file of the batch with it."""
     lake, digest = batch.lake, ledger.of_content(file.table, sha256)
     if batch.manifest or batch.again or lake.tables[file.table].on_duplicate != "refuse":
         return None
-    first = met.setdefault(digest, file)
-    if first is not file:
-        return f"has the same content as {first.name}"
+    if digest in met:
+        return f"has the same content as {met[digest].name}"
+    met[digest] = file
     known = batch.known.find([digest]) if batch.known else {}
     pointer = snapshot.read_pointer(lake.root) if known else None
     if not pointer:

@@ -194,7 +194,7 @@ def _read(
     wanted: list[tuple[str, pl.DataType, Any]],
     columns: list[str],
     since: tuple[str, datetime] | None,
-    without: pl.DataFrame | None,
+    without: pl.DataFrame | None = None,
 ) -> "pd.DataFrame":
     """A piece, on a worker: credentials are those of its own environment.
 
