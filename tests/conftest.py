@@ -74,19 +74,19 @@ def prepared(tmp_path_factory, stream, made) -> Callable[[str], Path]:
 @pytest.fixture
 def landed(root, prepared) -> str:
     """A root with the three ticks' files in landing."""
-    return shutil.copytree(prepared("landed"), root)
+    return shutil.copytree(prepared("landed"), root, dirs_exist_ok=True)
 
 
 @pytest.fixture
 def filled(root, prepared) -> str:
     """A root with the three ticks in the lake, published."""
-    return shutil.copytree(prepared("filled"), root)
+    return shutil.copytree(prepared("filled"), root, dirs_exist_ok=True)
 
 
 @pytest.fixture
 def scattered(root, prepared) -> str:
     """A lake with three files in each streamed table."""
-    return shutil.copytree(prepared("scattered"), root)
+    return shutil.copytree(prepared("scattered"), root, dirs_exist_ok=True)
 
 
 @pytest.fixture

@@ -86,6 +86,17 @@ def append(lake: "Lake", table: str, rows: Encoded, *, batch: int, run_id: str, 
             return newest + 1
 
 
+def committed(lake: "Lake", published: Mapping[str, int], *, batch: int) -> dict[str, int]:
+    """Of tables, each with its published version, those that have rows of a batch: table -> the newest version."""
+    versions = {}
+    for table, after in published.items():
+        newest, last = head(lake, table, after)
+        if last >= batch:
+            delta.sync(lake.root, f"lake/{table}", after, newest)
+            versions[table] = newest
+    return versions
+
+
 def head(lake: "Lake", table: str, after: int) -> tuple[int, int]:
     """The newest version of a table, and the newest batch in the commits after version `after`, 0 when there is none.
 

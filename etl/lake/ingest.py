@@ -447,9 +447,8 @@ def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], run_id: str) ->
             commits.require_same_rows(lake, heights, batch=number, published=before["tables"])
         commits.create_tables(lake, run_id, known=before["tables"])
         moved = evolution.move(lake, pointer, run_id)
-        if (
-            moved and snapshot.read_pointer(lake.root) != pointer
-        ):  # an object store's lease ends while files are written
+        # an object store's lease ends while files are written
+        if moved and snapshot.read_pointer(lake.root) != pointer:
             raise Overtaken("another run published while tables were given their columns; run this one again")
         versions |= moved
         for table, rows in zip(frames, encoded, strict=True):
@@ -457,6 +456,9 @@ def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], run_id: str) ->
             after = before["tables"].get(table, -1)
             versions[table] = commits.append(lake, table, rows, batch=number, run_id=run_id, after=after)
             crash_point(f"after the commit: {table}")
+        if parsed.batch.manifest:  # rows of files that are gone by now may be in the others
+            others = {table: before["tables"].get(table, -1) for table in lake.columns if table not in frames}
+            versions |= commits.committed(lake, others, batch=number)
     as_of = max(filter(None, (before["as_of"], parsed.as_of, EARLIEST)))
     crash_point("before it is published")
     snapshot.swap_pointer(

@@ -144,7 +144,7 @@ def parse(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
     plain = _plain(data, table, line_count(data))
     if plain is not None:
         return plain, pl.DataFrame(schema=REFUSED)
-    good = [pl.DataFrame(schema=table.stored)]
+    good = [pl.DataFrame(schema=table.parsed)]
     bad, line = [pl.DataFrame(schema=REFUSED)], 1
     for piece in _pieces(data):
         lines = line_count(piece)
@@ -169,7 +169,7 @@ def parse_all(files: Sequence[bytes | Content], table: Table) -> tuple[pl.DataFr
         if plain is not None and plain.height == sum(lines):
             return plain, [pl.DataFrame(schema=REFUSED)] * len(files), lines
     parsed = [_parsed_file(content, table) for content in contents]
-    rows = [pl.DataFrame(schema=table.stored), *(rows for rows, _ in parsed)]
+    rows = [pl.DataFrame(schema=table.parsed), *(rows for rows, _ in parsed)]
     return pl.concat(rows), [bad for _, bad in parsed], [rows.height + bad.height for rows, bad in parsed]
 
 
@@ -183,7 +183,7 @@ def _parsed_file(content: Content, table: Table) -> tuple[pl.DataFrame, pl.DataF
         return rows, refused
     except Unreadable as error:
         refused = pl.DataFrame([(WHOLE, str(error), "", [str(error)])], schema=REFUSED, orient="row")
-        return pl.DataFrame(schema=table.stored), refused
+        return pl.DataFrame(schema=table.parsed), refused
 
 
 def _over_lines(data: bytes) -> bool:

@@ -144,9 +144,14 @@ class Table:
         return self.mode == "upsert"
 
     @property
+    def parsed(self) -> dict[str, DataType]:
+        """The columns of its rows as they are read from files."""
+        return {**self.types, RESCUED: TEXT}
+
+    @property
     def stored(self) -> dict[str, DataType]:
         """Its columns as they are in the lake."""
-        return {**self.types, RESCUED: TEXT} | ({BATCH: INT} if self.upserts else {})
+        return self.parsed | ({BATCH: INT} if self.upserts else {})
 
     @property
     def required(self) -> tuple[str, ...]:

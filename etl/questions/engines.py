@@ -8,7 +8,7 @@ import contextlib
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
@@ -191,9 +191,9 @@ def _read(
     url: str,
     first: int,
     rows: int,
-    wanted: list[tuple[str, pl.DataType, Any]],
     columns: list[str],
     since: tuple[str, datetime] | None,
+    wanted: Sequence[tuple[str, pl.DataType, Any]] = (),
     without: pl.DataFrame | None = None,
 ) -> "pd.DataFrame":
     """A piece, on a worker: credentials are those of its own environment.

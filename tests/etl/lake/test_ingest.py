@@ -342,6 +342,19 @@ def test_a_file_that_changes_after_it_was_written_down_is_refused(landed, made, 
     assert len(batch.files) == (0 if step == "swap_pointer" else 1)
 
 
+def test_rows_of_a_file_that_vanishes_after_they_were_committed_are_published_with_their_batch(
+    landed, made, monkeypatch
+):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_before(patched, "swap_pointer")
+        Lake.commit(Lake.read(Lake(landed).next_batch(max_files=8, scheduled_for=AT)), run_id="one")
+    Root.at(landed).remove("landing/region/region-00000000.json")
+    ingest_all(landed)
+    assert_frame_equal(rows(landed, "region"), made[0]["region"].sort("r_regionkey"))
+    ingest_all(landed)
+    assert_exactly(landed, made)
+
+
 def test_a_file_that_changes_while_it_is_ingested_does_not_reach_the_archive(landed):
     parsed = Lake.read(Lake(landed).next_batch(max_files=500, scheduled_for=AT))
     Root.at(landed).write("landing/orders/orders-00000001.json", b"{}\n")

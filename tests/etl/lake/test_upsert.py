@@ -82,6 +82,15 @@ def test_the_newest_row_of_a_key_counts(tmp_path):
     assert users(lake) == wanted
 
 
+def test_lines_that_do_not_fit_are_set_apart(tmp_path):
+    lake = Lake(tmp_path)
+    lake.root.write("landing/last/1.json", b'{"id": 1, "value": 1}\n{oops\n{"id": 2}\n')
+    lake.root.write("landing/last/2.csv", b"id,value\n1,2\nx,3\n")
+    assert ingest(lake) == [(2, 0)]
+    assert lake.snapshot().frame("last").collect().rows() == [(1, 2)]
+    assert lake.refused_lines().height == 3
+
+
 def test_without_an_order_what_comes_last_counts(tmp_path):
     lake = Lake(tmp_path)
     for value, compact in ((1, False), (2, True), (3, False), (1, False)):
