@@ -116,19 +116,19 @@ def head(lake: "Lake", table: str, after: int) -> tuple[int, int]:
 
 
 def require_same_rows(lake: "Lake", rows: Mapping[str, int], *, batch: int, published: Mapping[str, int]) -> None:
-    """Raise SchemasDiffer when a table has rows of the batch already, and they are not as many as `rows` says.
+    """Raise SchemasDiffer when one of these tables has rows of the batch already, and not as many as `rows` says.
 
     A batch that was begun by another declaration would be ended by this one: a line that fitted then and does not now
     would be in its table and in quarantine, or in none of them.
     """
-    for table in lake.columns:
+    for table, count in rows.items():
         for _, lines in delta.since(lake.root, f"lake/{table}", published.get(table, -1)):
             transactions = [(line["txn"]["appId"], line["txn"]["version"]) for line in lines if "txn" in line]
             had = sum(json.loads(line["add"]["stats"])["numRecords"] for line in lines if "add" in line)
-            if (APP_ID, batch) in transactions and had != rows.get(table, 0):
+            if (APP_ID, batch) in transactions and had != count:
                 raise schemas.SchemasDiffer(
                     f"batch {batch} was begun by another declaration: {table} has {had:,} rows of it already, and now "
-                    f"{rows.get(table, 0):,} would fit. Nothing was written; what to do: take the change of the "
+                    f"{count:,} would fit. Nothing was written; what to do: take the change of the "
                     f"declaration back until the next run has ended the batch"
                 )
 

@@ -200,7 +200,7 @@ def _worth_it(
 ) -> list[list[tuple[str, int]]]:
     """The small files of a table, in order of their keys, in groups that make one file of about `target` bytes."""
     actions = pa.table(handle.get_add_actions(flatten=True))
-    first = f"min.{lake.keys[table][0]}" if table in lake.keys else None
+    first = f"min.{lake.sorted_by[table][0]}" if table in lake.sorted_by else None
     keys = actions[first].to_pylist() if first in actions.schema.names else [None] * len(actions)
     files = zip(keys, actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True)
     small = sorted(
@@ -232,7 +232,7 @@ def _newest(
     All of the table is in memory meanwhile.
     """
     frame = _read(lake, table, files, declared)
-    rows = upsert.newest(frame, lake.tables[table]).sort(lake.keys[table])
+    rows = upsert.newest(frame, lake.tables[table]).sort(lake.sorted_by[table])
     most = max(1, rows.height * target // max(1, sum(size for _, size in files)))
     parts = [rows.slice(first, most) for first in range(0, max(1, rows.height), most)]
     made = [_write(lake, table, part, declared, upsert.NEWEST) for part in parts]
@@ -242,7 +242,7 @@ def _newest(
 def _rewrite(lake: "Lake", table: str, files: list[tuple[str, int]], declared: pa.Schema) -> list[Rewrite]:
     """Write the rows of `files` into one, sorted by key. `declared`: the table's own schema."""
     frame = _read(lake, table, files, declared)
-    keys = [key for key in lake.keys.get(table, ()) if key in frame.columns]
+    keys = [key for key in lake.sorted_by.get(table, ()) if key in frame.columns]
     made = _write(lake, table, frame.sort(keys) if keys else frame, declared, "compacted-")
     return [replace(made, removed=tuple(files))]
 

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import polars as pl
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 256_000_000  # of JSON in a batch: about four times that in memory
 GROUP_BYTES = 16_000_000  # in memory, of files that are parsed at once
-AHEAD = timedelta(days=1)  # of its batch that a row may be: `as_of` never goes back, so one far ahead would stay it
 EARLIEST = "1970-01-01T00:00:00+00:00"  # of `as_of`: what is asked for goes back from it, and time begins with year 1
+GONE, CHANGED = "is gone from landing", "changed since"  # begin why a file of an unfinished batch is refused
 FILES: dict[str, DataType] = {
     "table": pl.String,
     "file": pl.String,
@@ -112,14 +112,15 @@ class Parsed:
 
     `frames`: table -> typed rows. `refused`: rows for quarantine (columns of `table.QUARANTINE`).
     `files`: one row a file: table, file, bytes, sha256, lines, good, bad. `batch.refused`: all files that are refused.
-    `unfit`: of those the files of which too few lines fit, the worst first: table, file, lines, bad, why.
+    `clocks`: table -> its newest time, ISO 8601, of those that have one. `unfit`: of the refused files those of which
+    too few lines fit, the worst first: table, file, lines, bad, why.
     """
 
     batch: Batch
     frames: dict[str, pl.DataFrame]
     refused: pl.DataFrame
     files: pl.DataFrame
-    as_of: str | None
+    clocks: dict[str, str]
     unfit: pl.DataFrame
 
     @property
@@ -196,9 +197,9 @@ def _utc(moment: str) -> datetime:
 
 
 def rules(table: Table, at: str) -> Table:
-    """A table as a batch of the time `at` (ISO 8601) takes its rows: none is more than a day ahead of it."""
+    """A table as a batch of the time `at` (ISO 8601) takes its rows: none is further ahead of it than its slack."""
     moment = _utc(at)
-    return table.until(moment + min(AHEAD, parse.LAST - moment))
+    return table.until(moment + min(table.slack, parse.LAST - moment))
 
 
 def read(batch: Batch, *, max_bad_share: float = 1.0, max_inflated: int = formats.INFLATED_BYTES) -> Parsed:
@@ -243,15 +244,15 @@ def read(batch: Batch, *, max_bad_share: float = 1.0, max_inflated: int = format
     for table in frames:
         if lake.tables[table].upserts:
             frames[table] = upsert.of_batch(frames[table], lake.tables[table], batch.number)
-    columns = ((frame, lake.tables[table].time) for table, frame in frames.items() if frame.height)
-    times: list[Any] = [frame[time].max() for frame, time in columns if time]  # datetimes
-    newest = max(times, default=None)
+    timed = {table: frame[time] for table, frame in frames.items() if (time := lake.tables[table].time)}
+    newest: dict[str, Any] = {table: times.max() for table, times in timed.items() if times.len()}  # datetimes
+    clocks = {table: time.isoformat() for table, time in newest.items()}
     return Parsed(
         replace(batch, files=tuple(kept), refused=tuple(refused)),
         frames,
         pl.concat([pl.DataFrame(schema=QUARANTINE), *quarantined]),
         pl.DataFrame(files, schema=FILES, orient="row"),
-        newest.isoformat() if newest else None,
+        clocks,
         pl.DataFrame(unfit, schema=UNFIT, orient="row").sort(pl.col("bad") / pl.col("lines"), "bad", descending=True),
     )
 
@@ -315,7 +316,7 @@ def _open(batch: Batch, file: File, expected: dict[str, str]) -> _Opened:
     try:
         data, sha256 = _read(batch.lake.root, file, expected.get(file.path))
         if expected.get(file.path, sha256) != sha256:
-            raise Unreadable(f"changed since batch {batch.number} was written down")
+            raise Unreadable(f"{CHANGED} batch {batch.number} was written down")
         content = formats.opened(data, batch.lake.tables[file.table].named)
     except Unreadable as error:
         return _Opened(file, "", 0, None, str(error))
@@ -443,7 +444,10 @@ def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], run_id: str) ->
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         encoded = pool.map(lambda table: commits.encode(lake, table, frames[table]), frames)
         if parsed.batch.manifest and parsed.batch.manifest.get("declared", lake.declaration) != lake.declaration:
-            heights = {table: frame.height for table, frame in frames.items()}
+            # a table whose files are gone, or others by now, may have more rows than there are to be read
+            gone = {file.table for file in parsed.batch.refused if (file.why or "").startswith((GONE, CHANGED))}
+            asked = [table for table in lake.columns if table not in gone | ({"quarantine"} if gone else set())]
+            heights = {table: frames[table].height if table in frames else 0 for table in asked}
             commits.require_same_rows(lake, heights, batch=number, published=before["tables"])
         commits.create_tables(lake, run_id, known=before["tables"])
         moved = evolution.move(lake, pointer, run_id)
@@ -459,10 +463,21 @@ def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], run_id: str) ->
         if parsed.batch.manifest:  # rows of files that are gone by now may be in the others
             others = {table: before["tables"].get(table, -1) for table in lake.columns if table not in frames}
             versions |= commits.committed(lake, others, batch=number)
-    as_of = max(filter(None, (before["as_of"], parsed.as_of, EARLIEST)))
+    clocks = snapshot.clocks_of(pointer)
+    for table, newest in parsed.clocks.items():
+        clocks[table] = max(newest, clocks.get(table, newest))
+    # rows without a time are as new as the run that brought them
+    as_of = max(EARLIEST, *clocks.values()) if clocks else max(parsed.batch.at, before["as_of"] or "")
     crash_point("before it is published")
     snapshot.swap_pointer(
-        lake.root, pointer, batch=number, as_of=as_of, versions=versions, run_id=run_id, schemas=lake.fingerprints
+        lake.root,
+        pointer,
+        batch=number,
+        as_of=as_of,
+        versions=versions,
+        run_id=run_id,
+        schemas=lake.fingerprints,
+        clocks=clocks,
     )
     crash_point("published")
     return versions
@@ -535,7 +550,7 @@ def _read(root: Root, file: File, expected: str | None) -> tuple[bytes, str]:
                 sha256 = hashlib.sha256(data).hexdigest()
                 if expected in (sha256, None):
                     return data, sha256
-    raise Unreadable("is gone from landing, and not in the archive")
+    raise Unreadable(f"{GONE}, and not in the archive")
 
 
 def _for_quarantine(bad: pl.DataFrame, batch: Batch, file: File) -> pl.DataFrame:

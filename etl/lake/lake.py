@@ -57,6 +57,11 @@ class Lake:
         return self._with_ours({name: table.key for name, table in self.tables.items()}, QUARANTINE_KEY, LEDGER_KEY)
 
     @cached_property
+    def sorted_by(self) -> dict[str, tuple[str, ...]]:
+        """Table -> the columns by which its compacted files are sorted."""
+        return self.keys | {name: table.cluster_by for name, table in self.tables.items() if table.cluster_by}
+
+    @cached_property
     def required(self) -> dict[str, tuple[str, ...]]:
         """Table -> the columns that are never null."""
         of_ledger = tuple(name for name in LEDGER if name not in ("rows", "refused"))

@@ -34,13 +34,14 @@ class NothingPublished(LookupError):
 @dataclass(frozen=True)
 class Snapshot:
     """One version of every table, all of the same batch; each is opened once. `as_of`: UTC, the newest time of a row
-    in the tables that have one."""
+    in the tables that have one; without such a table when the batch came."""
 
     lake: "Lake"  # where its tables are
     batch: int
     as_of: datetime
     versions: dict[str, int]
     run_id: str  # the run that published it
+    clocks: dict[str, datetime] = field(default_factory=dict, compare=False)  # table -> its newest time, if it has one
     _handles: "dict[str, DeltaTable]" = field(default_factory=dict, repr=False, compare=False)
     _overlays: dict[str, upsert.Overlay | None] = field(default_factory=dict, repr=False, compare=False)
     _stored: dict[str, dict[str, str | delta.Action]] = field(default_factory=dict, repr=False, compare=False)
@@ -143,7 +144,15 @@ def published(lake: "Lake") -> Snapshot | None:
 def of_pointer(lake: "Lake", pointer: dict[str, Any]) -> Snapshot:
     """The snapshot that a pointer names."""
     as_of = datetime.fromisoformat(pointer["as_of"])
-    return Snapshot(lake, pointer["batch"], as_of, pointer["tables"], pointer["run_id"])
+    newest = {table: datetime.fromisoformat(time) for table, time in clocks_of(pointer).items() if table}
+    return Snapshot(lake, pointer["batch"], as_of, pointer["tables"], pointer["run_id"], newest)
+
+
+def clocks_of(pointer: dict[str, Any] | None) -> dict[str, str]:
+    """Table -> its newest time, ISO 8601; of all tables under no name where an earlier release wrote the pointer."""
+    if pointer is None or "clocks" in pointer:
+        return dict(pointer["clocks"]) if pointer else {}
+    return {"": pointer["as_of"]} if pointer["as_of"] > "1971" else {}
 
 
 def read_pointer(root: Root) -> dict[str, Any] | None:
@@ -166,12 +175,14 @@ def swap_pointer(
     versions: dict[str, int],
     run_id: str,
     schemas: dict[str, str] | None = None,
+    clocks: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Have the pointer name these versions; returns it. Only under the writer's lease, by which `before` was read.
 
     `schemas`: table -> the fingerprint of the columns that it is known to have; None where nobody looked: then what was
     known stays so of the tables whose version does.
     """
+    known = clocks_of(before)
     if schemas is None:
         before = before or {"tables": {}}
         same = {table for table, version in versions.items() if before["tables"].get(table) == version}
@@ -181,6 +192,7 @@ def swap_pointer(
         "as_of": as_of,
         "tables": versions,
         "schemas": schemas,
+        "clocks": known if clocks is None else clocks,
         "run_id": run_id,
         "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -74,24 +74,31 @@ class Table:
     """One table. `columns`: name -> type or `Column`, in order. `key`: the columns that name a row, never null.
 
     `time`: the column that says when a row came to be (UTC), where there is one; the newest over all tables is how new
-    the lake is. `files`: a glob of the paths below landing/ of its files, `**` for any folders; by default all that is
-    in the folder of its name. Names that begin with a dot are taken where the glob has one. `on_duplicate`: what
-    becomes of a file with the content of another one of the table's that is in the lake: `refuse`, or `keep` to have
-    its rows again. `mode`: with `upsert` the newest row of a key counts, which is the one with the highest `order_by`,
-    a column, and of equal ones the one that came last; its files may come again with other content under the same path
-    where `on_duplicate` is `newest`. Raises ValueError, with table and column, for what cannot be stored or read.
+    the lake is. `slack`: how far ahead of its batch a row's time may be, since a lake's newest time never goes back.
+    `cluster_by`: the columns by which compacted files are sorted, the key where it is None. `files`: a glob of the
+    paths below landing/ of its files, `**` for any folders; by default all that is in the folder of its name. Names
+    that begin with a dot are taken where the glob has one. `on_duplicate`: what becomes of a file with the content of
+    another one of the table's that is in the lake: `refuse`, or `keep` to have its rows again. `mode`: with `upsert`
+    the newest row of a key counts, which is the one with the highest `order_by`, a column, and of equal ones the one
+    that came last; its files may come again with other content under the same path where `on_duplicate` is `newest`.
+    Raises ValueError, with table and column, for what cannot be stored or read.
     """
 
     name: str
     columns: Mapping[str, Column | DataType]
     key: tuple[str, ...]
     time: str | None = None
+    slack: timedelta = timedelta(days=1)
+    cluster_by: tuple[str, ...] | None = None
     files: str | None = None
     on_duplicate: Literal["refuse", "keep", "newest"] = "refuse"
     mode: Literal["append", "upsert"] = "append"
     order_by: str | None = None
 
     def __post_init__(self) -> None:
+        for name in self.cluster_by or ():
+            if name not in self.fields or self.types[name].is_nested():
+                raise ValueError(f"{self.name} has cluster_by={self.cluster_by}: its columns, no list and no struct")
         for wrong in _wrong_modes(self):
             raise ValueError(f"{self.name} {wrong}")
         if not NAME.fullmatch(self.name) or self.name in RESERVED:

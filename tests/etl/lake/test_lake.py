@@ -124,6 +124,23 @@ def test_a_lake_of_other_tables_is_ingested(gathered):
     assert gathered.next_batch(max_files=9, scheduled_for=None) is None
 
 
+def test_each_table_has_its_own_newest_time(gathered):
+    snapshot = gathered.snapshot()
+    assert snapshot.clocks == {"reading": snapshot.as_of}
+    gathered.compact(target_mb=64, min_small_files=2, vacuum_hours=24, run_id="tidy-1")
+    assert gathered.snapshot().clocks == snapshot.clocks
+
+
+def test_rows_without_a_time_are_as_new_as_their_batch(weather):
+    """Until the first row with a time comes: that says more than when somebody ran something."""
+    land(weather, "sensor", 1, [{"name": "roof", "built": "2020-01-01", "kind": "wind"}])
+    ingest(weather, "gather-1", START + timedelta(days=30))
+    assert weather.snapshot().as_of == START + timedelta(days=30)
+    land(weather, "reading", 1, readings(1))
+    ingest(weather, "gather-2", START + timedelta(days=30, minutes=1))
+    assert weather.snapshot().as_of == START + timedelta(minutes=1, seconds=ROWS - 1)
+
+
 def test_what_waits_is_drained_lowest_sequence_first(weather, monkeypatch):
     monkeypatch.setattr(Weather, "sequence", r"-(\d+)")
     for sequence in (2, 0, 1):

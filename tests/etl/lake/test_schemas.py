@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import polars as pl
@@ -9,7 +10,7 @@ import pytest
 from deltalake import Field, Schema
 from support import AT, ingest_all, orchestrate
 
-from etl.lake import commit, ingest, rebuild, schemas
+from etl.lake import commit, rebuild, schemas
 from etl.lake import snapshot as snapshots
 from etl.storage import Root
 from pipeline import Lake, queries, source
@@ -157,7 +158,8 @@ def test_rebuild_asks_for_single_rows_too(root, stream, made, monkeypatch):
     )
     Root.at(root).write("landing/orders/orders-00000001.json", source.to_json_lines(far))
     with monkeypatch.context() as patched:
-        patched.setattr(ingest, "AHEAD", ingest.timedelta(days=365 * 7980))
+        far_ahead = replace(TABLES["orders"], slack=timedelta(days=365 * 7980))
+        patched.setattr(Lake, "tables", TABLES | {"orders": far_ahead})
         ingest_all(root)
     assert Lake(root).snapshot().as_of.year == 9998
     with pytest.raises(
