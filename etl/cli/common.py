@@ -49,6 +49,11 @@ class Timetable:
     lake: str
     model: str | None = None
 
+    @property
+    def domain(self) -> str:
+        """The project's package, which has its tables and questions."""
+        return self.lake.partition(":")[0].partition(".")[0]
+
     def lake_at(self, root: Root) -> "Lake":
         """The project's lake under a root; imports what it needs."""
         module, _, name = self.lake.partition(":")

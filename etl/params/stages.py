@@ -151,7 +151,7 @@ def without_yaml(project: Path) -> list[Problem]:
 
     Those that are called `Untitled...`, as JupyterLab does it, or that begin with `_` are left alone.
     """
-    notebooks, params = _names(Path(project))
+    notebooks, params = names(Path(project))
     return [
         Problem(f"notebooks/{name}.ipynb", None, f"there is no params/{name}.yml{nearest(name, params - notebooks)}")
         for name in sorted(notebooks - params)
@@ -361,7 +361,7 @@ def _discover(project: Path, wanted: str | None, problems: list[Problem]) -> tup
 
     A notebook without its YAML is no stage, and stops none.
     """
-    notebooks, params = _names(project)
+    notebooks, params = names(project)
     unpaired = []
     if wanted in notebooks - params:
         what = f"there is no params/{wanted}.yml{nearest(wanted, params - notebooks)}"
@@ -382,8 +382,8 @@ def _discover(project: Path, wanted: str | None, problems: list[Problem]) -> tup
     return sorted(notebooks & params), notebooks | params
 
 
-def _names(project: Path) -> tuple[set[str], set[str]]:
-    """(the names of the notebooks, those of the YAML files)"""
+def names(project: Path) -> tuple[set[str], set[str]]:
+    """(the names of the notebooks, those of the YAML files): a stage has both."""
     notebooks = {path.stem for path in project.glob("notebooks/[!.]*.ipynb")}
     return notebooks, {path.stem for path in project.glob("params/[!.]*.yml")}
 
