@@ -423,12 +423,12 @@ def _nothing_odd(text: pl.DataFrame, data: bytes, table: Table) -> bool:
     nulls = dict(zip(text.columns, text.null_count().row(0), strict=True))
     if any(nulls[name] for name, column in table.fields.items() if not column.optional):
         return False
-    free = pl.col([name for name, dtype in table.types.items() if dtype == TEXT])  # the others are typed: no bracket
-    if (b"[" in data or _count(data, b"{") != text.height) and text.select(
-        pl.any_horizontal(pl.lit(False), (free.str.starts_with("[") | free.str.starts_with("{")).any())
-    ).item():
+    free = text.select(name for name, dtype in table.types.items() if dtype == TEXT)  # others are typed: no bracket
+    if (b"[" in data or _count(data, b"{") != text.height) and any(
+        (column.str.starts_with("[") | column.str.starts_with("{")).any() for column in free
+    ):
         return False
-    inside = text.select(pl.sum_horizontal(pl.lit(0), free.str.count_matches(",", literal=True).sum())).item() or 0
+    inside = sum(column.str.count_matches(",", literal=True).sum() for column in free)
     keys = text.height * text.width - sum(nulls.values())
     texts = sum(text.height - nulls[name] for name, dtype in text.schema.items() if dtype == TEXT)
     return bool(_count(data, b",") == keys - text.height + inside and _count(data, b'"') == 2 * (keys + texts))

@@ -10,7 +10,7 @@ from faults.lake_malformed import GOOD, LINES, line
 from polars.testing import assert_frame_equal
 
 from etl.lake import parse
-from etl.lake.table import TEXT, Column, Table, decimal
+from etl.lake.table import FLOAT, INT, TEXT, Column, Table, decimal
 from pipeline.tables import RESCUED, TABLES
 
 ORDERS = TABLES["orders"]
@@ -294,3 +294,15 @@ def test_decimals_of_any_size_are_the_same_either_way_through_a_long_file():
     together, bad, counts = parse.parse_all([data, data], MEASURED)
     assert_frame_equal(together, pl.concat([kept, kept]))
     assert [one.equals(refused) for one in bad] == [True, True] and counts == [len(lines)] * 2
+
+
+def test_a_table_without_a_text_is_read_as_any_other():
+    """It had no row that could be read: what is asked of all texts gave a value a row, where there are none."""
+    table = Table("sizes", {"id": INT, "mb": Column(FLOAT, nullable=True)}, ("id",))
+    for data, rescued in (
+        (b'{"id": 1, "mb": 0.5}\n{"id": 2, "mb": 1.5}\n', [None, None]),
+        (b'{"id": 1}\n{"id": 2, "a": [1, 2]}\n', [None, '{"a": [1, 2]}']),
+    ):
+        rows, refused = parse.parse(data, table)
+        assert rows["id"].to_list() == [1, 2] and refused.is_empty()
+        assert rows[RESCUED].to_list() == rescued
