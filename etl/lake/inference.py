@@ -79,8 +79,7 @@ def infer(
 ) -> Inferred:
     """The table that a file's bytes are rows of. `key`, `time`: its columns, by name or path; guessed when not given.
 
-    Raises Unreadable for what no line of can be read, NotInferable for a key or time that is none, ValueError for a
-    name that is none.
+    Raises Unreadable for what no line of can be read, NotInferable for a name, a key, a time or a glob that is none.
     """
     content = _content(data)
     if content.kind == "parquet":
@@ -107,13 +106,17 @@ def infer(
         if columns[column].nullable or columns[column].type.is_nested():
             raise NotInferable(f"{column!r} is missing or null in a row, or a list: it cannot be in the key")
     guessed_time = times[0] if len(times) == 1 else None
-    table = Table(
-        name,
-        {column: said if said != Column(said.type) else said.type for column, said in columns.items()},
-        asked_key or _key(name, columns, rows),
-        asked_time or guessed_time,
-        files,
-    )
+    key_columns = asked_key or _key(name, columns, rows)
+    try:
+        table = Table(
+            name,
+            {column: said if said != Column(said.type) else said.type for column, said in columns.items()},
+            key_columns,
+            asked_time or guessed_time,
+            files,
+        )
+    except ValueError as error:  # what a declaration may not have
+        raise NotInferable(str(error)) from None
     _, (refused,), (lines,) = parse_all([content], table)
     reasons = tuple(f"line {line}: {reason}" for line, reason in refused.select("line", "reason").head(3).iter_rows())
     return Inferred(
@@ -198,13 +201,13 @@ def _of_rows(rows: list[dict[str, Any]], is_csv: bool) -> Columns:
             continue
         values = [value for value in seen.values if value is not None]
         try:
+            path = _path(keys)
             dtype, note = (_of_cells if is_csv else _of_values)(values)
         except NotInferable as error:
             left_out[shown] = str(error)
             continue
         name = _named(keys, columns)
-        path = None if keys == (name,) else ".".join(key.replace(".", r"\.") for key in keys)
-        columns[name] = Column(dtype, nullable=seen.seen < len(rows), path=path)
+        columns[name] = Column(dtype, nullable=seen.seen < len(rows), path=None if keys == (name,) else path)
         if note:
             notes[name] = note
     return columns, notes, left_out
@@ -229,6 +232,14 @@ def _named(keys: tuple[str, ...], taken: Mapping[str, Any]) -> str:
     while unique.lower() in lower:
         unique, number = f"{name}_{number}", number + 1
     return unique
+
+
+def _path(keys: tuple[str, ...]) -> str:
+    """The `Column.path` that leads by these keys. Raises NotInferable where none does."""
+    path = ".".join(key.replace(".", r"\.") for key in keys)
+    if not all(keys) or Column(TEXT, path=path).keys("") != keys:
+        raise NotInferable("has a key that no path names: an empty one, or one with a backslash at its end")
+    return path
 
 
 def _kind(value: Any) -> str:
@@ -352,14 +363,14 @@ def _of_frame(frame: pl.DataFrame) -> Columns:
             fields[:0] = [((*keys, name), unnested[name]) for name in unnested.columns]
             continue
         try:
+            path = _path(keys)
             dtype, note = _stored(series.dtype)
         except NotInferable as error:
             left_out[".".join(keys)] = str(error)
             continue
         name = _named(keys, columns)
-        path = None if keys == (name,) else ".".join(key.replace(".", r"\.") for key in keys)
         odd = bool(dtype == FLOAT and not series.cast(pl.Float64).is_finite().all())
-        columns[name] = Column(dtype, nullable=series.null_count() > 0, path=path)
+        columns[name] = Column(dtype, nullable=series.null_count() > 0, path=None if keys == (name,) else path)
         notes |= {name: "has values that are no finite numbers: their rows do not fit"} if odd else {}
         notes |= {name: note} if note else {}
     return columns, notes, left_out

@@ -86,8 +86,6 @@ def add(
         )
     except (Unreadable, NotInferable) as error:
         raise Refused(f"the sample {error}" if isinstance(error, Unreadable) else str(error)) from None
-    except ValueError as error:  # what a declaration may not have
-        raise Refused(str(error)) from None
     text = declaration(inferred)
     used = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
     if eval(text, {name: getattr(declared, name) for name in used}) != inferred.table:
@@ -107,7 +105,10 @@ def add(
 def _bare(name: str, key: tuple[str, ...], time: str | None, files: str | None) -> Inferred:
     columns: dict[str, Column | DataType] = dict.fromkeys(key or ("id",), declared.INT)
     columns |= {time: declared.TIME} if time else {}
-    table = Table(name, columns, key or ("id",), time, files)
+    try:
+        table = Table(name, columns, key or ("id",), time, files)
+    except ValueError as error:
+        raise NotInferable(str(error)) from None
     notes = dict.fromkeys(table.key, "guessed: no sample")
     return Inferred(table, notes, {}, not key, False, 0, 0)
 

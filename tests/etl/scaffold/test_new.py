@@ -223,6 +223,12 @@ def test_names_that_no_column_has():
     assert eval(tables.declaration(inferred), names) == inferred.table
 
 
+def test_what_no_path_leads_to_is_kept_all_the_same():
+    inferred = infer(rb'{"id": 1, "a\\": {"b": 1}, "c": {"": 2, "d": 3}}', "sample")
+    assert [*inferred.table.fields] == ["id", "c_d"] and [*inferred.left_out] == ["a\\.b", "c."]
+    assert (inferred.rows, inferred.fitting) == (1, 1)
+
+
 def test_what_does_not_fit_is_told():
     inferred = infer(b'{"id": 1}\n{"id": 2}\n{"id": \n\n{"id": NaN}\n', "sample")
     assert (inferred.rows, inferred.fitting) == (4, 2)
