@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from datetime import UTC, date, datetime, time
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any, NoReturn, Self
 
@@ -329,6 +329,8 @@ def _as_json(value: Any, dtype: Any) -> Any:
         )
     if isinstance(value, date | time):
         return value.isoformat()
+    if isinstance(value, timedelta):
+        return str(value)
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
 
 

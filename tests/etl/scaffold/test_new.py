@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from datetime import datetime, time, timedelta
 from decimal import Decimal
 
 import duckdb
@@ -29,6 +30,7 @@ from orchestrate import app as orchestrate_app
 from pipeline import Lake, charts, queries
 from pipeline.tables import TABLES
 
+AT = datetime(2026, 1, 1, 3, 4, 5)
 ROWS = [
     {
         "id": n,
@@ -223,6 +225,33 @@ def test_names_that_no_column_has():
     assert inferred.fitting == 1
     names = {name: getattr(tables.declared, name) for name in ("Table", "Column", "INT")}
     assert eval(tables.declaration(inferred), names) == inferred.table
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        (pl.Series([1, 2**64 - 1], dtype=pl.UInt64), decimal(20, 0)),
+        (pl.Series([1, None], dtype=pl.Int8), INT),
+        (pl.Series([time(1), time(2)]), TEXT),
+        (pl.Series([AT, AT]), TEXT),
+        (pl.Series([AT, AT]).dt.replace_time_zone("Europe/Paris").dt.cast_time_unit("ns"), TIME),
+        (pl.Series(["a", "b"], dtype=pl.Categorical), TEXT),
+        (pl.Series([1.1, 2.2], dtype=pl.Float32), FLOAT),
+        (pl.Series([Decimal("1.234"), None], dtype=pl.Decimal(38, 3)), decimal(38, 3)),
+        (pl.Series([None, None], dtype=pl.Null), TEXT),
+        (pl.Series([[{"a": 1.5, "d": AT.date()}], []]), list_of(struct({"a": FLOAT, "d": DAY}))),
+        (pl.Series([b"a", b"b"]), None),
+        (pl.Series([timedelta(1), timedelta(2)]), None),
+    ],
+    ids=lambda value: str(getattr(value, "dtype", "")),
+)
+def test_the_types_of_parquet(values, dtype):
+    """None: no column, so that its values are kept, and every row fits."""
+    file = io.BytesIO()
+    pl.DataFrame({"id": [1, 2], "value": values}).write_parquet(file)
+    inferred = infer(file.getvalue(), "sample")
+    assert inferred.table.types.get("value") == dtype
+    assert (inferred.rows, inferred.fitting) == (2, 2) and ("value" in inferred.left_out) == (dtype is None)
 
 
 def test_what_no_path_leads_to_is_kept_all_the_same():
