@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,10 @@ def add(
     """Declare the table that a sample file's bytes are rows of, in the project's list of tables; without a sample one
     of its key and time alone. Raises Refused, before anything is written, for what cannot be."""
     source = read(project, path)
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError) as error:
+        raise Refused(f"{path} is not Python: {error}") from None
     if not NAME.fullmatch(name) or name in RESERVED:
         raise Refused(f"{name!r} is no name for a table: letters, digits, _ and -, and not {' or '.join(RESERVED)}")
     if name.lower() in {other.lower() for other in tables_of(source)}:
@@ -90,7 +94,10 @@ def add(
     used = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
     if eval(text, {name: getattr(declared, name) for name in used}) != inferred.table:
         raise AssertionError(f"the declaration is not the table: {text}")
-    replace(project, path, inserted(source, text, used, path))
+    edited = inserted(source, text, used, path)
+    if sorted(tables_of(edited)) != sorted([*tables_of(source), name]):  # also when it is not Python any more
+        raise AssertionError(f"{path} would not have one table more:\n{edited}")
+    replace(project, path, edited)
     guesses = []
     if inferred.key_is_guessed:
         guesses.append(f"the key is {', '.join(inferred.table.key)}")
@@ -116,7 +123,9 @@ def _bare(name: str, key: tuple[str, ...], time: str | None, files: str | None) 
 def tables_of(source: str) -> list[str]:
     """The names of the tables that a module's text declares."""
     names = []
-    for call in _calls(ast.parse(source)):
+    for call in ast.walk(ast.parse(source)):
+        if not (isinstance(call, ast.Call) and _is_table(call)):
+            continue
         keyword = next((word.value for word in call.keywords if word.arg == "name"), None)
         name = call.args[0] if call.args else keyword
         if isinstance(name, ast.Constant):
@@ -124,10 +133,8 @@ def tables_of(source: str) -> list[str]:
     return names
 
 
-def _calls(tree: ast.AST) -> Iterator[ast.Call]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "Table":
-            yield node
+def _is_table(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "Table"
 
 
 def declaration(inferred: Inferred) -> str:
@@ -192,7 +199,7 @@ def inserted(source: str, text: str, used: Collection[str], path: str) -> str:
     Raises Refused where there is no such list, or more than one.
     """
     node = _list_of_tables(ast.parse(source), path)
-    lines = source.splitlines(keepends=True)
+    lines = re.split(r"(?<=\n)", source)
     starts = [0]
     for line in lines:
         starts.append(starts[-1] + len(line.encode()))
@@ -204,7 +211,7 @@ def inserted(source: str, text: str, used: Collection[str], path: str) -> str:
     own_line = before.rpartition("\n")[2]
     if own_line.strip():  # the bracket is not on a line of its own
         first = starts[node.lineno - 1] + node.col_offset + 1
-        parts = [ast.get_source_segment(source, element_) or "" for element_ in node.elts]
+        parts = [ast.get_source_segment(source, part) or "" for part in node.elts]
         before = data[:first].decode() + "\n" + "".join(f"{indent}{part},\n" for part in parts)
     elif node.elts:
         last = node.elts[-1]
@@ -224,16 +231,12 @@ def _list_of_tables(tree: ast.Module, path: str) -> ast.List:
         for node in ast.walk(statement.value)
         if isinstance(node, ast.List)
     ]
-    full = [node for node in lists if node.elts and len([*_calls_among(node)]) == len(node.elts)]
+    full = [node for node in lists if node.elts and all(map(_is_table, node.elts))]
     candidates = full or [node for node in lists if not node.elts]
     if len(candidates) != 1:
         what = "no list" if not candidates else f"{len(candidates)} lists"
         raise Refused(f"{path} has {what} of Table(...): one list at its top is what a table is added to")
     return candidates[0]
-
-
-def _calls_among(node: ast.List) -> Iterator[ast.expr]:
-    yield from (element for element in node.elts if element in [*_calls(element)])
 
 
 def _importing(source: str, used: Collection[str]) -> str:
@@ -244,7 +247,7 @@ def _importing(source: str, used: Collection[str]) -> str:
     missing = {name for name in used if name not in known}
     if not missing:
         return source
-    lines = source.splitlines(keepends=True)
+    lines = re.split(r"(?<=\n)", source)
     if imports:
         node = imports[0]
         aliases = [f"{a.name} as {a.asname}" if a.asname else a.name for a in node.names]

@@ -326,7 +326,7 @@ def test_a_table_without_a_sample_and_what_is_given(project, tmp_path, monkeypat
         'from etl.lake.table import INT, Table\n\n_ALL = [Table("a", {"x": INT}, ("x",))]\n',
         "from etl.lake.table import Table\n\n_ALL: list[Table] = []\n",
         '"""Ours."""\n\n_ALL = []\n',
-        'from etl.lake.table import INT, Table\n\n_ALL = [\n    Table("a", {"x": INT}, ("x",)),\n    # é\n]\nT = [1]\n',
+        'from etl.lake.table import INT, Table\n\n_ALL = [\n    Table("a", {"x": INT}, ("x",)),\n    # é\f\n]\nT = 1\n',
         'from etl.lake.table import INT, Table\n\n_ALL = [\n    Table("a", {"é": INT}, ("é",))  # no comma, yet\n]\n',
         'from etl.lake.table import INT, Table\n\nTABLES = {t.name: t for t in [Table("a", {"x": INT}, ("x",))]}\n',
     ],
@@ -353,6 +353,9 @@ def test_where_there_is_no_list_of_tables_nothing_is_written(tmp_path):
         tables.add(tmp_path, "b")
     (tmp_path / "pipeline" / "tables.py").write_text("TABLES = {}\n")
     with pytest.raises(Refused, match="has no list of Table"):
+        tables.add(tmp_path, "b")
+    (tmp_path / "pipeline" / "tables.py").write_text("TABLES = [\n")
+    with pytest.raises(Refused, match="is not Python"):
         tables.add(tmp_path, "b")
 
 
