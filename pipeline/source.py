@@ -33,7 +33,10 @@ DESCRIPTION = "landing/stream.json"
 FILE_ROWS = 150_000  # line items are the longest rows: 64 MB of them, far below what a batch of preprocess may have
 PART_ROWS = 500_000  # of a table that does not grow, made at once
 GROUP_ORDERS = 500_000  # of the ticks that are in memory at once, where a slice is smaller; 4 line items each
-ROWS = {"customer": 150_000, "supplier": 10_000, "part": 200_000, "partsupp": 800_000}  # at scale 1
+ROWS = {  # at scale 1, of the tables that do not grow; the first two are the same at any
+    **{"region": 5, "nation": 25},
+    **{"customer": 150_000, "supplier": 10_000, "part": 200_000, "partsupp": 800_000},
+}
 # tpchgen-cli cuts a part of a table into chunks, the row groups of its file, as many as its estimate of a row's bytes
 # asks for, and rounds the rows of a chunk down. Orders and line items are cut alike when their chunks are as many.
 CHUNK_BYTES = 7 << 20  # its default
@@ -142,7 +145,7 @@ def _streamed(stream: Stream, ticks: range) -> dict[int, dict[str, pl.DataFrame]
 
 def _others(stream: Stream) -> Iterator[tuple[str, Iterable[pl.DataFrame]]]:
     """The tables that do not grow, and the frames of each, in turn: a large one is made part by part."""
-    parts = {t: math.ceil(ROWS.get(t, 0) * stream.scale / PART_ROWS) for t in TABLES if t not in STREAMED}
+    parts = {table: math.ceil(rows * stream.scale / PART_ROWS) for table, rows in ROWS.items()}
     small = _tpchgen(stream.scale, tuple(table for table, count in parts.items() if count <= 1))[1]
     for table, count in parts.items():
         yield table, [_columns(table, small[table])] if table in small else _part_by_part(stream, table, count)

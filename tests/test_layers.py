@@ -9,7 +9,7 @@ from etl.storage import PROJECT
 LAYERS = (  # each may import those before it, and of its own layer only itself
     ("storage", "secrets", "notebook", "charts", "delta", "findings", "interpreter"),
     ("params", "kernels", "lake"),
-    ("questions", "models", "reports"),
+    ("questions", "models", "reports", "scaffold"),
     ("runs",),
     ("serve",),
     ("cli", "__main__"),

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from etl.cli import checking, lake, running, runs, up
+from etl.cli import checking, lake, new, running, runs, up
 from etl.cli.common import Timetable
 
 
@@ -29,6 +29,7 @@ def make(timetable: Timetable, help_text: str) -> typer.Typer:
     up.register(app, timetable)
     running.register(app)
     checking.register(app)
+    app.add_typer(new.app, name="new")
     app.add_typer(runs.app, name="runs")
     lake.register(app, timetable)
     app.add_typer(lake.refused, name="quarantine")

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from etl import params
-from etl.cli.common import AsJson, Env, Overrides, RootOption, load, out, print_json, print_problems, say
+from etl.cli.common import AsJson, Env, Overrides, RootOption, Timetable, load, out, print_json, print_problems, say
 from etl.storage import PROJECT, BadRoot, root_url
 
 
@@ -17,8 +17,15 @@ def register(app: typer.Typer) -> None:
     app.command()(plan)
 
 
-def check(env: Env = "", root: RootOption = None, p: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
+def check(
+    context: typer.Context,
+    env: Env = "",
+    root: RootOption = None,
+    p: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
     """Parameters, notebooks and env files, one or all of them, without a kernel. Exit status 2 on a problem."""
+    timetable: Timetable = context.obj
     problems, stages = params.without_yaml(PROJECT), {}
     if root is not None:
         try:
@@ -30,6 +37,7 @@ def check(env: Env = "", root: RootOption = None, p: Overrides = [], as_json: As
             stages = params.load(PROJECT, name, p).stages
         except params.ParamsError as error:
             problems += [problem for problem in error.problems if problem not in problems]
+    problems += params.breaches(PROJECT, list(stages) or None, timetable.domain)
     if as_json:
         print_json({"ok": not problems, "stages": list(stages), "problems": [str(problem) for problem in problems]})
     elif problems:

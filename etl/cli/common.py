@@ -19,6 +19,7 @@ from etl.storage import PROJECT, BadRoot, Root, root_url
 
 if TYPE_CHECKING:
     from etl.lake import Lake
+    from etl.lake.table import Table
     from etl.serve.services import Service
 
 out, err = Console(emoji=False), Console(stderr=True, emoji=False)
@@ -49,10 +50,22 @@ class Timetable:
     lake: str
     model: str | None = None
 
+    @property
+    def domain(self) -> str:
+        """The project's package, which has its tables and questions."""
+        return self.lake.partition(":")[0].partition(".")[0]
+
     def lake_at(self, root: Root) -> "Lake":
         """The project's lake under a root; imports what it needs."""
+        return self._lake_class()(root)
+
+    def tables(self) -> "Mapping[str, Table]":
+        """The project's tables, by name; imports what it needs."""
+        return self._lake_class().tables
+
+    def _lake_class(self) -> "type[Lake]":
         module, _, name = self.lake.partition(":")
-        lake: Lake = getattr(importlib.import_module(module), name)(root)
+        lake: type[Lake] = getattr(importlib.import_module(module), name)
         return lake
 
 

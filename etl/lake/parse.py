@@ -389,6 +389,8 @@ def _as_json(value: Any, dtype: Any) -> Any:
         return int(value) if whole else f"{value.normalize():f}"
     if isinstance(value, date | time):
         return value.isoformat()
+    if isinstance(value, timedelta):
+        return str(value)
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
 
 

@@ -16,6 +16,7 @@ from etl import delta
 DataType: TypeAlias = pl.DataType | type[pl.DataType]
 
 INT, INT32, TEXT, DAY = pl.Int64, pl.Int32, pl.String, pl.Date
+FLOAT, BOOL = pl.Float64, pl.Boolean
 TIME = pl.Datetime("us", "UTC")
 QUARANTINE: dict[str, DataType] = {"batch": INT, "table": TEXT, "file": TEXT, "line": INT, "reason": TEXT, "raw": TEXT}
 QUARANTINE_KEY = ("batch", "table", "file", "line")
@@ -35,6 +36,16 @@ UNNAMEABLE = re.compile(r'[ ,;{}()\n\t="\\]')  # what Parquet, Delta or JSON do 
 def decimal(precision: int, scale: int) -> pl.Decimal:
     """An exact number of at most `precision` digits, `scale` of them behind the point."""
     return pl.Decimal(precision, scale)
+
+
+def list_of(dtype: DataType) -> pl.List:
+    """Any number of values of a type."""
+    return pl.List(dtype)
+
+
+def struct(fields: Mapping[str, DataType]) -> pl.Struct:
+    """An object with these fields, each of which may be null."""
+    return pl.Struct(dict(fields))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What a stage runs with: its YAML held against the parameters cell of its notebook."""
 
+from etl.params.conventions import breaches
 from etl.params.stages import (
     EPOCH,
     Environment,
@@ -21,6 +22,7 @@ __all__ = [
     "Problem",
     "Project",
     "Stage",
+    "breaches",
     "environment",
     "environments",
     "injected_cell_source",

@@ -151,7 +151,7 @@ def without_yaml(project: Path) -> list[Problem]:
 
     Those that are called `Untitled...`, as JupyterLab does it, or that begin with `_` are left alone.
     """
-    notebooks, params = _names(Path(project))
+    notebooks, params = names(Path(project))
     return [
         Problem(f"notebooks/{name}.ipynb", None, f"there is no params/{name}.yml{nearest(name, params - notebooks)}")
         for name in sorted(notebooks - params)
@@ -197,13 +197,14 @@ def _to_code(value: Any) -> str:
 # --- params/<stage>.yml and params/env/<name>.yml ---
 
 
-def _seconds(text: Any) -> float:
+def seconds(text: Any) -> float:
+    """The seconds of a duration such as "30 seconds"; raises ValueError for what is none."""
     units = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
     match = isinstance(text, str) and re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?) +([a-z]+?)s?", text)
-    seconds = float(match[1]) * units.get(match[2], 0) if match else 0
-    if not 0 < seconds <= 366 * units["day"]:
+    duration = float(match[1]) * units.get(match[2], 0) if match else 0
+    if not 0 < duration <= 366 * units["day"]:
         raise ValueError("not a duration")
-    return seconds
+    return duration
 
 
 def _megabytes(text: Any) -> int:
@@ -243,7 +244,7 @@ def _root(text: str) -> str:
     return text
 
 
-_Duration = Annotated[float, BeforeValidator(_seconds)]
+_Duration = Annotated[float, BeforeValidator(seconds)]
 _Memory = Annotated[int, BeforeValidator(_megabytes)]
 _Cron = Annotated[str, AfterValidator(_plain_cron)]
 _Dask = Annotated[dict[str, Any], AfterValidator(_one_dask)] | None
@@ -361,7 +362,7 @@ def _discover(project: Path, wanted: str | None, problems: list[Problem]) -> tup
 
     A notebook without its YAML is no stage, and stops none.
     """
-    notebooks, params = _names(project)
+    notebooks, params = names(project)
     unpaired = []
     if wanted in notebooks - params:
         what = f"there is no params/{wanted}.yml{nearest(wanted, params - notebooks)}"
@@ -382,8 +383,8 @@ def _discover(project: Path, wanted: str | None, problems: list[Problem]) -> tup
     return sorted(notebooks & params), notebooks | params
 
 
-def _names(project: Path) -> tuple[set[str], set[str]]:
-    """(the names of the notebooks, those of the YAML files)"""
+def names(project: Path) -> tuple[set[str], set[str]]:
+    """(the names of the notebooks, those of the YAML files): a stage has both."""
     notebooks = {path.stem for path in project.glob("notebooks/[!.]*.ipynb")}
     return notebooks, {path.stem for path in project.glob("params/[!.]*.yml")}
 

@@ -13,13 +13,17 @@ Keys = tuple[str | int, ...]  # of a value in a file: keys, and numbers in a lis
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake. `line` counts in the file; for a notebook, in its parameters cell."""
+    """One mistake. `line` counts in the file; for a notebook, in `cell`, counted from 1, or in its parameters cell."""
 
     path: str
     line: int | None
     message: str
+    cell: int | None = None
 
     def __str__(self) -> str:
+        if self.cell is not None:
+            line = f", line {self.line}" if self.line else ""
+            return f"{self.path} (cell {self.cell}{line}): {self.message}"
         if self.line is None:
             return f"{self.path}: {self.message}"
         if self.path.endswith(".ipynb"):

@@ -98,6 +98,10 @@ def test_every_command_has_help():
         ("doctor",),
         ("rebuild",),
         ("quarantine",),
+        ("new",),
+        ("new", "table"),
+        ("new", "question"),
+        ("new", "stage"),
     ):
         done = CliRunner().invoke(orchestrate_app, [*command, "--help"])
         assert done.exit_code == 0 and "Usage" in done.stdout, command

@@ -10,7 +10,7 @@ from faults.lake_malformed import GOOD, LINES, line
 from polars.testing import assert_frame_equal
 
 from etl.lake import parse
-from etl.lake.table import INT, TEXT, Column, Table, decimal
+from etl.lake.table import FLOAT, INT, TEXT, Column, Table, decimal
 from pipeline.tables import RESCUED, TABLES
 
 ORDERS = TABLES["orders"]
@@ -328,3 +328,15 @@ def test_a_table_without_texts_is_read_however_polars_cuts_the_piece():
     data = "\n".join(json.dumps({"id": n, "it": value}) for n, value in enumerate(values)).encode()
     rows, refused = parse.parse(data, table)
     assert (rows["id"].to_list(), refused.height) == ([*range(6)], 0)
+
+
+def test_a_table_without_a_text_is_read_as_any_other():
+    """It had no row that could be read: what is asked of all texts gave a value a row, where there are none."""
+    table = Table("sizes", {"id": INT, "mb": Column(FLOAT, nullable=True)}, ("id",))
+    for data, rescued in (
+        (b'{"id": 1, "mb": 0.5}\n{"id": 2, "mb": 1.5}\n', [None, None]),
+        (b'{"id": 1}\n{"id": 2, "a": [1, 2]}\n', [None, '{"a": [1, 2]}']),
+    ):
+        rows, refused = parse.parse(data, table)
+        assert rows["id"].to_list() == [1, 2] and refused.is_empty()
+        assert rows[RESCUED].to_list() == rescued
