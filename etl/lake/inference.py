@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import polars as pl
 
-from etl.lake.formats import DELIMITERS, Content, delimiter, elements, opened, parquet, records
+from etl.lake.formats import DELIMITERS, Content, delimiter, elements, opened, records
 from etl.lake.parse import DAY_TEXT, FLOAT_TEXT, TIME_TEXT, parse_all
 from etl.lake.table import (
     BOOL,
@@ -83,7 +83,7 @@ def infer(
     """
     content = _content(data)
     if content.kind == "parquet":
-        frame = parquet(content.data)
+        frame = content.frame
         columns, notes, left_out = _of_frame(frame)
         rows: list[dict[str, Any]] = frame.to_dicts()
     else:
