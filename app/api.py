@@ -69,7 +69,7 @@ class ModelInfo(BaseModel):
     model_id: str
     run_id: str = Field(description="The run that trained it; its report is at /reports/{run_id}")
     sha256: str = Field(description="Of the stored model, checked before it is used")
-    metrics: dict[str, Any] = Field(description=f"On held-out {model.CARD.rows}; the dashboard says what they mean")
+    metrics: dict[str, Any] = Field(description=f"On held-out {model.CARD.rows}, as its training recorded them")
     features: list[str] = Field(description="What it was trained on, computed from a row's columns")
 
 

@@ -65,7 +65,7 @@ def freshness(root: Root) -> None:
     except NothingPublished:
         st.info(
             f"Nothing is published yet under {root.url}. `python orchestrate.py run all` makes one pass over all "
-            "stages, `make up` keeps them running. This page fills by itself."
+            "stages, `python orchestrate.py up` keeps them running. This page fills by itself."
         )
         return
     columns = st.columns(len(GROWING) + 3)

@@ -222,3 +222,11 @@ def test_the_dashboard_shows_the_domain_that_is_there(shown, lake):
     assert shown["charts"] == 3
     pages = [",".join(map(str, row)) for row in lake["answers"]["top_pages"]]
     assert any(table.splitlines()[1:] == pages for table in shown["tables"]), shown["tables"]
+
+
+def test_api_and_dashboard_find_this_project_and_the_app():
+    code = "import json, orchestrate; from pathlib import Path; from etl.serve.services import PORTS, usual; "
+    code += "print(json.dumps([service.variables for service in usual('r', PORTS, Path('logs'))[1:]]))"
+    for variables in json.loads(python("-c", code, ETL_PROJECT=str(CLICKS))):
+        found = python("-c", "import app, pipeline; print(app.__file__, pipeline.__file__)", **variables).split()
+        assert found == [str(PROJECT / "app/__init__.py"), str(CLICKS / "pipeline/__init__.py")]
