@@ -9,6 +9,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 ROOT   ?= outputs/dev
 ENV    ?= local
+NOTEBOOKS = notebooks/*.ipynb examples/*/notebooks/*.ipynb
 
 .PHONY: help setup up demo test fresh faults lint format lab bench lock clean
 
@@ -54,13 +55,14 @@ lint: setup  ## Check style, notebooks included, types, declared imports, and ev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/deptry .
-	@$(BIN)/nbstripout --verify --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
+	@$(BIN)/nbstripout --verify --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" $(NOTEBOOKS)
 	@$(BIN)/python orchestrate.py check
+	@cd examples/clicks && ../../$(BIN)/etl check
 
 format: setup  ## Format the code and strip the notebooks' outputs
 	@$(BIN)/ruff check --fix --quiet .
 	@$(BIN)/ruff format --quiet .
-	@$(BIN)/nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
+	@$(BIN)/nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" $(NOTEBOOKS)
 
 lab: setup  ## Open the notebooks in JupyterLab, on the scratch root that `make demo` fills
 	@ETL_CHARTS=plotly JUPYTER_DEFAULT_PROVISIONER_NAME=forked-kernel $(BIN)/jupyter lab --ip=127.0.0.1 --port=8888 --notebook-dir=notebooks \

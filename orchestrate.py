@@ -29,57 +29,13 @@ if __name__ == "__main__":
     interpreter.ensure_packages()
 
 import sys
-from collections.abc import Mapping
-from pathlib import Path
 
 from etl import cli
 from etl.cli.common import Timetable
-from etl.serve.prefect_server import HOST
-from etl.serve.services import Service, prefect_server
-from etl.storage import PROJECT
+from etl.serve.services import PORTS
+from etl.serve.services import usual as services  # Prefect's server, the API, the dashboard
 
-PORTS = {"prefect": 4200, "api": 8000, "dashboard": 8501}  # all on 127.0.0.1; `up --api-port 8001` takes another
-
-
-def services(root_url: str, ports: Mapping[str, int], logs: Path) -> list[Service]:
-    """What `up` starts besides the schedules. `logs`: the folder of the services' logs."""
-    return [
-        prefect_server(ports["prefect"], logs / "prefect", logs),
-        Service(
-            "API",
-            [
-                *(sys.executable, "-m", "uvicorn", "app.api:app"),
-                *("--host", HOST, "--port", str(ports["api"]), "--no-access-log"),
-            ],
-            ports["api"],
-            health_url=f"{api_url(ports)}/health",
-            page=f"{api_url(ports)}/docs",
-            environment={"ETL_ROOT": root_url},
-            log_path=logs / "api.log",
-        ),
-        Service(
-            "dashboard",
-            [
-                *(sys.executable, "-m", "streamlit", "run", str(PROJECT / "app" / "dashboard.py")),
-                *("--server.address", HOST, "--server.port", str(ports["dashboard"]), "--server.headless", "true"),
-                *("--browser.gatherUsageStats", "false", "--server.fileWatcherType", "none"),
-                *("--server.enableCORS", "true", "--server.enableXsrfProtection", "true"),  # whatever ~/.streamlit says
-            ],
-            ports["dashboard"],
-            health_url=f"http://{HOST}:{ports['dashboard']}/_stcore/health",
-            page=f"http://{HOST}:{ports['dashboard']}",
-            environment={"ETL_ROOT": root_url, "ETL_API_URL": api_url(ports)},
-            log_path=logs / "dashboard.log",
-        ),
-    ]
-
-
-def api_url(ports: Mapping[str, int]) -> str:
-    """Where the API answers; reports are served under it."""
-    return f"http://{HOST}:{ports['api']}"
-
-
-app = cli.make(Timetable(services, api_url, PORTS, lake="pipeline:Lake", model="pipeline.model"), help_text=__doc__)
+app = cli.make(Timetable("pipeline:Lake", "pipeline.model", services, ports=PORTS), help_text=__doc__)
 
 if __name__ == "__main__":
     sys.exit(app())

@@ -7,7 +7,7 @@ import functools
 import json
 import re
 import threading
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -18,22 +18,23 @@ from fastapi import Depends, HTTPException, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi_offline import FastAPIOffline
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from app.rows import LIKELY_FROM, prediction_model, row_model
 from app.settings import Settings
 from etl.lake.snapshot import POINTER, NothingPublished
+from etl.models import registry
 from etl.reports import page as reports
 from etl.runs import index
 from etl.runs.record import STATES
 from etl.storage import BadRoot, Root
 from pipeline import Lake, model, queries
 
-BODY_LIMIT = 1_000_000  # bytes; 1,000 line items are about a quarter of it
+BODY_LIMIT = 1_000_000  # bytes; 1,000 rows of eight columns are about a quarter of it
 ITEM_LIMIT = 1000
-LARGE = 20_000  # bytes of a body, about 80 line items: that many take longer than all else about a request
-LATE_FROM = 0.5  # probability
+LARGE = 20_000  # bytes of a body, about 80 rows: that many take longer than all else about a request
 ROW_LIMIT = 1_000_000_000
 HOST = re.compile(r"(?P<name>[\w.-]+|\[[0-9a-f:.]+\])(:\d+)?", re.A | re.I)
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]", "testserver"})  # the last is Starlette's TestClient
@@ -60,7 +61,7 @@ class Ready(BaseModel):
     detail: str
     missing: list[str] = Field(description="What is not published yet or cannot be used, a sentence each")
     batch: int | None = Field(description="The number of the published batch")
-    as_of: datetime | None = Field(description="The time of the newest order in it")
+    as_of: datetime | None = Field(description="The time of the newest row in it")
     lag_s: float | None = Field(description="Seconds between as_of and now")
 
 
@@ -68,69 +69,13 @@ class ModelInfo(BaseModel):
     model_id: str
     run_id: str = Field(description="The run that trained it; its report is at /reports/{run_id}")
     sha256: str = Field(description="Of the stored model, checked before it is used")
-    metrics: dict[str, Any] = Field(
-        description="On held-out line items: divergence from the true probability, and log_loss beside best_log_loss, "
-        "the lowest that any model can have"
-    )
-    features: list[str] = Field(description="What it was trained on, computed from a line item's columns")
+    metrics: dict[str, Any] = Field(description=f"On held-out {model.CARD.rows}, as its training recorded them")
+    features: list[str] = Field(description="What it was trained on, computed from a row's columns")
 
 
-def _written_out(value: Any) -> Any:
-    """FastAPI hands over what JSON gave, which pydantic's strict mode refuses, and its lax mode takes 0 for a date."""
-    if not (isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.ASCII)):
-        raise ValueError("Input should be a day such as 1996-03-13")
-    return value
-
-
-def _no_truth(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("Input should be a number")
-    return value
-
-
-Day = Annotated[date, BeforeValidator(_written_out)]
-Amount = Annotated[Decimal, BeforeValidator(_no_truth), Field(max_digits=15, decimal_places=2)]
-
-
-class LineItem(BaseModel):
-    """A line item the moment it ships. Amounts are numbers, or strings where exactness matters."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={
-            "example": {
-                "l_shipdate": "1996-03-13",
-                "l_commitdate": "1996-03-25",
-                "l_quantity": 17,
-                "l_extendedprice": "21168.23",
-                "l_discount": 0.04,
-                "l_tax": 0.02,
-                "l_shipmode": "TRUCK",
-                "l_shipinstruct": "DELIVER IN PERSON",
-            }
-        },
-    )
-
-    l_shipdate: Day
-    l_commitdate: Day = Field(description="The day it was promised for")
-    l_quantity: Annotated[Amount, Field(ge=1)]
-    l_extendedprice: Annotated[Amount, Field(ge=0, description="For the whole quantity")]
-    l_discount: Annotated[Amount, Field(ge=0, le=1)]
-    l_tax: Annotated[Amount, Field(ge=0, le=1)]
-    l_shipmode: Literal[tuple(model.MODES)]
-    l_shipinstruct: Literal[tuple(model.INSTRUCTIONS)]
-
-
-LINE_ITEMS = TypeAdapter(Annotated[list[LineItem], Field(min_length=1, max_length=ITEM_LIMIT)])
-BODY_SCHEMA = {"type": "array", "items": LineItem.model_json_schema(), "minItems": 1, "maxItems": ITEM_LIMIT}
-
-
-class Prediction(BaseModel):
-    probability: float = Field(description="Of being received after l_commitdate, 0 to 1")
-    late: bool = Field(description=f"Whether that is at least {LATE_FROM}")
-    model_id: str
-
-
+Row, Prediction = row_model(model.CARD), prediction_model(model.CARD)
+ROWS = TypeAdapter(Annotated[list[Row], Field(min_length=1, max_length=ITEM_LIMIT)])
+BODY_SCHEMA = {"type": "array", "items": Row.model_json_schema(), "minItems": 1, "maxItems": ITEM_LIMIT}
 PREDICTIONS = TypeAdapter(list[Prediction])
 
 
@@ -138,7 +83,7 @@ class Pointer(BaseModel):
     """The current answer to a question."""
 
     batch: int = Field(description="The batch it was computed from")
-    as_of: datetime = Field(description="The time of the newest order in that batch")
+    as_of: datetime = Field(description="The time of the newest row in that batch")
     run_id: str = Field(description="The run that computed it; its report is at /reports/{run_id}")
     rows: int
     parameters: dict[str, Any]
@@ -243,10 +188,10 @@ class ServedModel:
         self.root = root
         self._looking = threading.Lock()
         self._mark: str | None = None  # of the pointer to the model that is served
-        self._model: model.Model | None = None
+        self._model: registry.Model | None = None
         self._problem: str | None = None
 
-    def current(self) -> tuple[model.Model | None, str | None]:
+    def current(self) -> tuple[registry.Model | None, str | None]:
         """The model, and what is wrong with the published one: None when nothing is. Safe in threads."""
         if self._looking.acquire(blocking=self._model is None):  # while one of them loads, the others go on with this
             try:
@@ -258,14 +203,14 @@ class ServedModel:
     def _look(self) -> str | None:
         """Take up what is published since. What is wrong with that is tried again by the next request."""
         try:
-            entry = self.root.entry(model.CURRENT)
+            entry = self.root.entry(registry.CURRENT)
             if entry is None or entry.mark != self._mark:
-                self._model = model.load_current(self.root)
+                self._model = registry.load_current(self.root, model.SPEC)
                 self._mark = entry and entry.mark
         except Exception as error:  # whatever it is, of the files or of where they are, what is loaded still predicts
             if self._model is not None:
                 return f"the published model cannot be used, {self._model.model_id} still is: {error}"
-            return str(error) if isinstance(error, model.NoModel) else f"the published model cannot be used: {error}"
+            return str(error) if isinstance(error, registry.NoModel) else f"the published model cannot be used: {error}"
         return None
 
 
@@ -374,14 +319,14 @@ def current_model(root: PublishedRoot) -> ModelInfo:
     responses=_problems(
         e400="The body is not text, or nested too deeply",
         e413=f"The body is larger than {BODY_LIMIT:,} bytes",
-        e422="A line item is not what it should be; the sentence says which and why",
+        e422="A row is not what it should be; the sentence says which and why",
         e503="No model is published yet, or none can be used",
     ),
     response_model=list[Prediction],
     openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": BODY_SCHEMA}}}},
 )
 async def predict(request: Request, root: PublishedRoot) -> Response:
-    """How likely each line item is to arrive late, in the order they were sent."""
+    """How likely each row is to be what the model predicts, in the order they were sent."""
     body = await request.body()
     limiter = PREDICTING if len(body) > LARGE else None
     answer = await to_thread.run_sync(_predict, body, request.headers.get("content-type", ""), root, limiter=limiter)
@@ -390,28 +335,32 @@ async def predict(request: Request, root: PublishedRoot) -> Response:
 
 def _predict(body: bytes, content_type: str, root: Root) -> bytes:
     """All of a prediction but the network, so that none of it holds up the event loop."""
-    line_items = _line_items(body, content_type)
+    sent = _rows(body, content_type)
     served, problem = served_model(root).current()
     if served is None:
         raise HTTPException(503, problem)
     # exact as floats too: 15 digits; as a Decimal 1 may have any number of zeros behind it, and Polars panics
-    rows = [{name: float(v) if isinstance(v, Decimal) else v for name, v in item} for item in line_items]
+    rows = [{name: float(v) if isinstance(v, Decimal) else v for name, v in row} for row in sent]
     predictions = [
-        Prediction(probability=probability, late=probability >= LATE_FROM, model_id=served.model_id)
+        Prediction(
+            probability=probability,
+            model_id=served.model_id,
+            **{model.CARD.outcome: probability >= LIKELY_FROM},
+        )
         for probability in served.predict(rows)
     ]
     return PREDICTIONS.dump_json(predictions)
 
 
-def _line_items(body: bytes, content_type: str) -> list[LineItem]:
-    """The line items in a request's body. Raises RequestValidationError and HTTPException 400."""
+def _rows(body: bytes, content_type: str) -> list[BaseModel]:
+    """The rows in a request's body. Raises RequestValidationError and HTTPException 400."""
     kind = content_type.partition(";")[0].strip().lower()
     if not re.fullmatch(r"application/(.*\+)?json", kind):
         raise _refuse("content_type", "Input should be application/json", kind)
     if not body:
         raise _refuse("missing", "Field required")
     try:
-        return LINE_ITEMS.validate_python(json.loads(body))
+        return ROWS.validate_python(json.loads(body))
     except ValidationError as error:
         errors = error.errors(include_url=False)
         raise RequestValidationError([line | {"loc": ("body", *line["loc"])} for line in errors]) from error
@@ -445,7 +394,7 @@ def results(root: PublishedRoot) -> list[QuestionInfo]:
     ),
 )
 def result(
-    question: Annotated[str, Path(examples=["revenue_per_minute"])],
+    question: Annotated[str, Path(examples=[queries.questions()[0].name])],
     root: PublishedRoot,
     limit: Annotated[int | None, Query(ge=1, le=ROW_LIMIT, description="At most so many rows, from the first")] = None,
 ) -> Answer:
@@ -541,7 +490,7 @@ def _broke(_: Request, error: Exception) -> JSONResponse:
 
 
 def _sentence(error: dict[str, Any]) -> str:
-    """ "body[3].l_tax: Input should be less than or equal to 1, not 7"; whatever was sent is shown in ASCII."""
+    """ "body[3].price: Input should be less than or equal to 1, not 7"; whatever was sent is shown in ASCII."""
     start, *rest = error["loc"]
     if error["type"] == "json_invalid":
         return f"{start} is not JSON: {error['ctx']['error']} at character {rest[0]}"

@@ -8,7 +8,10 @@ from typing import ClassVar
 from etl import charts, lake
 from pipeline.tables import TABLES
 
-__all__ = ["Lake", "charts"]
+__all__ = ["COUNTED", "TITLE", "Lake", "charts"]
+
+TITLE = "TPC-H, live"  # of the dashboard
+COUNTED = {"orders": "Orders", "lineitem": "Line items"}  # tables whose rows it counts, and what it calls them
 
 
 class Lake(lake.Lake):

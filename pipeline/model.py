@@ -4,13 +4,17 @@ TPC-H draws the receipt date as the ship date plus 1 to 30 days, each as likely 
 the true probability is known, and with it the lowest log loss that any model can have on given rows.
 """
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
 
+from etl.lake.table import TEXT, Column
 from etl.models import registry
+from etl.models.card import Card
 from etl.models.registry import CURRENT, Model, ModelDamaged, NoModel
 from etl.storage import Root
+from pipeline.tables import TABLES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -371,3 +375,45 @@ def _rows_as_json(lineitem: pl.DataFrame) -> list[dict[str, Any]]:
 
 
 SPEC = registry.Spec(FEATURES, _matrix_of, golden_rows="line_items", golden_predictions="late")
+
+
+def losses(metrics: dict[str, Any]) -> dict[str, float]:
+    """The model's log loss between the best possible and that of always giving the share of late items, in nats."""
+    share = metrics["late_share"]
+    guess = -share * math.log(share) - (1 - share) * math.log1p(-share)
+    return {
+        "best possible": metrics["best_log_loss"],
+        "the model": metrics["log_loss"],
+        "the share as a guess": guess,
+    }
+
+
+CARD = Card(
+    title="Late deliveries",
+    text="Will a line item that ships now arrive after the day it was promised for? TPC-H draws the days on the road "
+    "evenly from 1 to 30, so the lowest log loss that any model can have is known.",
+    rows="line items",
+    row={name: TABLES["lineitem"].fields[name] for name in SHIPPED}
+    | {"l_shipmode": Column(TEXT, choices=MODES), "l_shipinstruct": Column(TEXT, choices=INSTRUCTIONS)},
+    example={
+        "l_shipdate": "1996-03-13",
+        "l_commitdate": "1996-03-25",
+        "l_quantity": 17,
+        "l_extendedprice": "21168.23",
+        "l_discount": 0.04,
+        "l_tax": 0.02,
+        "l_shipmode": "TRUCK",
+        "l_shipinstruct": "DELIVER IN PERSON",
+    },
+    outcome="late",
+    figures={
+        "Log loss above the best possible": "{gap:.5f}",
+        "Area under the ROC curve": "{auc:.4f}",
+        "Brier score": "{brier:.4f}",
+        "Share of line items that were late": "{late_share:.1%}",
+        "Line items it was judged by": "{rows:,}",
+    },
+    losses=losses,
+    about="A line item the moment it ships. Amounts are numbers, or strings where exactness matters.",
+    described={"l_commitdate": "The day it was promised for", "l_extendedprice": "For the whole quantity"},
+)

@@ -18,6 +18,7 @@ LONGEST = (
     "test_faults",
     "test_end_to_end",
     "test_notebooks",
+    "test_clicks",
     "test_up",
     "test_replay",
     "test_cli",

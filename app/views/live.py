@@ -1,7 +1,6 @@
 """The live page: what runs, how new the data is, the questions of the moment, the model."""
 
 import json
-import math
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,20 +9,21 @@ import streamlit as st
 
 from app import shown
 from etl.lake import NothingPublished, Snapshot
+from etl.models.registry import CURRENT
 from etl.runs import journal
 from etl.storage import Root
-from pipeline import Lake, model, queries
+from pipeline import COUNTED, TITLE, Lake, model, queries
 
 FOLLOW_S = 2  # between two looks at the runs under way
 LINES = 12  # of a run's output, the last
 LATE_S, STALE_S = 300, 3600  # age of the data; preprocess runs every minute
 RUNS = 20  # in the table
-GROWING = {"orders": "Orders", "lineitem": "Line items", "quarantine": "Refused rows"}  # tables whose rows are counted
+GROWING = COUNTED | {"quarantine": "Refused rows"}  # tables whose rows are counted
 
 
 def page() -> None:
     """All of it."""
-    st.title("TPC-H, live", anchor=False)
+    st.title(TITLE, anchor=False)
     under_way()
     published()
 
@@ -65,10 +65,10 @@ def freshness(root: Root) -> None:
     except NothingPublished:
         st.info(
             f"Nothing is published yet under {root.url}. `python orchestrate.py run all` makes one pass over all "
-            "stages, `make up` keeps them running. This page fills by itself."
+            "stages, `python orchestrate.py up` keeps them running. This page fills by itself."
         )
         return
-    columns = st.columns(6)
+    columns = st.columns(len(GROWING) + 3)
     age_s = (datetime.now(UTC) - snapshot.as_of).total_seconds()
     with columns[0]:
         figure(
@@ -76,19 +76,20 @@ def freshness(root: Root) -> None:
             f"{snapshot.as_of:%H:%M:%S}",
             shown.ago(snapshot.as_of),
             "green" if age_s < LATE_S else "orange" if age_s < STALE_S else "red",
-            f"The newest order was placed on {snapshot.as_of:%-d %B %Y}.",
+            f"The newest row is of {snapshot.as_of:%-d %B %Y}.",
         )
     with columns[1]:
         figure("Batch", f"{snapshot.batch:,}", "in every table")
-    for column, (table, label) in zip(columns[2:5], GROWING.items(), strict=True):
+    for column, (table, label) in zip(columns[2:-1], GROWING.items(), strict=True):
         with column, shown.panel(label, [f"table {table}"]):
             rows = row_count(snapshot.root.url, table, snapshot.versions[table], snapshot)
             note, colour = ("in quarantine", "orange") if table == "quarantine" else ("in the lake", "gray")
             figure(label, f"{rows:,}", note, colour if rows else "gray")
-    with columns[5], shown.panel("The model", ["the model"]):
-        if root.exists(model.CURRENT):
-            metrics = json.loads(root.read(model.CURRENT))["metrics"]
-            figure("Model's log loss", f"{metrics['log_loss']:.4f}", f"best possible {metrics['best_log_loss']:.4f}")
+    with columns[-1], shown.panel("The model", ["the model"]):
+        if root.exists(CURRENT):
+            metrics = json.loads(root.read(CURRENT))["metrics"]
+            beside, loss = next(iter(model.CARD.losses(metrics).items()))
+            figure("Model's log loss", f"{metrics['log_loss']:.4f}", f"{beside} {loss:.4f}")
         else:
             figure("Model's log loss", "–", "no model yet")
 
@@ -115,10 +116,10 @@ def question_cards(root: Root) -> None:
     cards = [(question_card, (root, question)) for question in live if root.exists(shown.pointer(question))]
     if missing := len(live) - len(cards):
         st.caption(f"{missing} of {len(live)} live questions have no answer yet: `query` gives them.")
-    if root.exists(model.CURRENT):
+    if root.exists(CURRENT):
         cards.append((model_card, (root,)))
     else:
-        st.caption("There is no model yet: `train` publishes one as soon as there are enough line items.")
+        st.caption(f"There is no model yet: `train` publishes one as soon as there are enough {model.CARD.rows}.")
     for row in range(0, len(cards), 2):
         for column, (card, arguments) in zip(st.columns(2), cards[row : row + 2], strict=False):
             with column.container(border=True, height="stretch"):
@@ -132,30 +133,21 @@ def question_card(root: Root, question: queries.Question) -> None:
 
 
 def model_card(root: Root) -> None:
-    """The model's figures beside the best that any model can reach."""
-    st.subheader("Late deliveries", anchor=False)
+    """The model's figures beside what they are compared with."""
+    st.subheader(model.CARD.title, anchor=False)
     with shown.panel("The model", ["the model"]):
-        model_figures(json.loads(root.read(model.CURRENT)))
+        model_figures(json.loads(root.read(CURRENT)))
 
 
 def model_figures(published: dict[str, Any]) -> None:
     """How well the model does; `published`: its pointer."""
     metrics, run_id = published["metrics"], published["run_id"]
-    st.caption(
-        "Will a line item that ships now arrive after the day it was promised for? TPC-H draws the days on the road "
-        "evenly from 1 to 30, so the lowest log loss that any model can have is known."
-    )
+    st.caption(model.CARD.text)
     shown.draw(loss_chart(metrics), "model")
-    figures = {
-        "Log loss above the best possible": f"{metrics['gap']:.5f}",
-        "Area under the ROC curve": f"{metrics['auc']:.4f}",
-        "Brier score": f"{metrics['brier']:.4f}",
-        "Share of line items that were late": f"{metrics['late_share']:.1%}",
-        "Line items it was judged by": f"{metrics['rows']:,}",
-    }
+    figures = {label: text.format(**metrics) for label, text in model.CARD.figures.items()}
     table = pl.DataFrame({"figure": list(figures), "value": list(figures.values())})
     labels = {
-        "figure": st.column_config.TextColumn("On line items it has not seen", width="large"),
+        "figure": st.column_config.TextColumn(f"On {model.CARD.rows} it has not seen", width="large"),
         "value": st.column_config.TextColumn("", alignment="right"),
     }
     shown.table(table, labels, "model")
@@ -164,15 +156,15 @@ def model_figures(published: dict[str, Any]) -> None:
 
 @st.cache_data(max_entries=8, show_spinner=False)
 def loss_chart(metrics: dict[str, Any]) -> Any:
-    """The model's log loss between the best possible and that of always giving the share of late items."""
+    """The model's log loss beside those it is compared with."""
     from etl.charts import plot
 
-    late, best, loss = metrics["late_share"], metrics["best_log_loss"], metrics["log_loss"]
-    guess = -late * math.log(late) - (1 - late) * math.log1p(-late)
-    losses = pl.DataFrame({"of": ["best possible", "the model", "the share as a guess"], "loss": [best, loss, guess]})
+    named = model.CARD.losses(metrics)
+    losses = pl.DataFrame({"of": list(named), "loss": list(named.values())})
+    title = f"Log loss on held-out {model.CARD.rows}"
 
     def chart(frame: pl.DataFrame) -> Any:
-        return plot(frame).barh(x="of", y="loss", title="Log loss on held-out line items", xlabel="", ylabel="log loss")
+        return plot(frame).barh(x="of", y="loss", title=title, xlabel="", ylabel="log loss")
 
     return shown.figure(chart, losses)
 

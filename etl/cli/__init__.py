@@ -12,6 +12,8 @@ import typer
 from etl.cli import checking, lake, new, running, runs, up
 from etl.cli.common import Timetable
 
+__all__ = ["Timetable", "make"]
+
 
 def make(timetable: Timetable, help_text: str) -> typer.Typer:
     """The command line of a project."""

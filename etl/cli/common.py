@@ -5,7 +5,7 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from etl import params
+from etl.serve.services import PORTS, Service, api_url, usual
 from etl.storage import PROJECT, BadRoot, Root, root_url
 
 if TYPE_CHECKING:
     from etl.lake import Lake
     from etl.lake.table import Table
-    from etl.serve.services import Service
 
 out, err = Console(emoji=False), Console(stderr=True, emoji=False)
 if not out.is_terminal:
@@ -38,17 +38,17 @@ RunId = Annotated[str, typer.Argument(help="A run's id, or the beginning of it."
 class Timetable:
     """What a project hands to its command line.
 
-    `services`: what `up` keeps alive beside the schedules, for a root's URL, the ports by name and the folder of their
-    logs; first of them Prefect's server. `report_url`: under which URL reports are served. `ports`: name -> number,
-    each an option of `up` and `doctor`. `model`: the module whose `examine(root)` says what is wrong with the
-    published model; imported by `doctor` alone. `lake`: where the project's own Lake is, as module:name.
+    `lake`: where the project's own Lake is, as module:name. `model`: the module whose `examine(root)` says what is
+    wrong with the published model; imported by `doctor` alone. `services`: what `up` keeps alive beside the schedules,
+    for a root's URL, the ports by name and the folder of their logs; first of them Prefect's server. `report_url`:
+    under which URL reports are served. `ports`: name -> number, each an option of `up` and `doctor`.
     """
 
-    services: Callable[[str, Mapping[str, int], Path], "Sequence[Service]"]
-    report_url: Callable[[Mapping[str, int]], str]
-    ports: Mapping[str, int]
     lake: str
     model: str | None = None
+    services: Callable[[str, Mapping[str, int], Path], Sequence[Service]] = usual
+    report_url: Callable[[Mapping[str, int]], str] = api_url
+    ports: Mapping[str, int] = field(default_factory=lambda: PORTS)
 
     @property
     def domain(self) -> str:

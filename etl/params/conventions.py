@@ -31,7 +31,7 @@ CALLS = {
     r"open\(.*": "open(): what it reads and writes is under its root",
     r".*\.(now|utcnow|today)\(.*": "now(): its time is scheduled_for",
 }
-PATH = re.compile(r"(?:~?/|\.{1,2}/|[a-z][a-z0-9]*://|outputs/)\S+")
+PATH = re.compile(r"(?:/[^/\s]+/|~/|\.{1,2}/|[a-z][a-z0-9]*://|outputs/)\S+")  # /shoes is no path of a machine
 TABLE_HEAD = re.compile(r"^\| *stage *\|.*$", re.MULTILINE)
 TABLE_ROW = re.compile(r"\| *`(\w+)` *\|")
 

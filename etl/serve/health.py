@@ -11,10 +11,17 @@ from etl.storage import PROJECT
 
 
 def packages() -> list[tuple[str, str | None]]:
-    """Each package that pyproject.toml asks for a version of: (what is asked, what is there instead or None)."""
-    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    """Each package that pyproject.toml asks for a version of: (what is asked, what is there instead or None).
+
+    In a project that has no such file those that the engine asked for when it was installed.
+    """
+    declared = PROJECT / "pyproject.toml"
+    if declared.exists():
+        asked = tomllib.loads(declared.read_text())["project"]["dependencies"]
+    else:
+        asked = [line for line in metadata.requires("etl-notebooks") or () if "extra ==" not in line]
     problems: list[tuple[str, str | None]] = []
-    for line in project["dependencies"]:
+    for line in asked:
         wanted = Requirement(line)
         try:
             version = metadata.version(wanted.name)

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import importlib.util
 import logging
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -17,9 +19,11 @@ from urllib.parse import quote
 from etl.kernels import client
 from etl.kernels.children import Deaths, die_with_parent
 from etl.serve.prefect_server import HOST
+from etl.storage import PROJECT
 
 log = logging.getLogger(__name__)
 READY_S = 300  # until an essential one answers, on busy cores; 15 s on idle ones
+PORTS = {"prefect": 4200, "api": 8000, "dashboard": 8501}  # all on 127.0.0.1
 MOST = 5  # deaths within an hour of what `up` cannot do without; after that it gives up
 END_S = 15  # until the children of an `up` that was killed have ended
 
@@ -77,6 +81,7 @@ class Service:
         with self.log_path.open("ab") as out:
             self.process = subprocess.Popen(
                 self.command,
+                cwd=PROJECT,  # Python looks there first for modules, before PYTHONPATH
                 env=os.environ | self.variables,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -169,6 +174,18 @@ def _is_free(port: int) -> bool:
     return True
 
 
+def usual(root_url: str, ports: Mapping[str, int], logs: Path) -> list[Service]:
+    """What `up` keeps alive unless a project says otherwise: Prefect's server, and `app`, which shows any project.
+
+    `logs`: the folder of the services' logs. Raises ModuleNotFoundError when Python's path does not lead to `app`.
+    """
+    return [
+        prefect_server(ports["prefect"], logs / "prefect", logs),
+        api("app.api:app", root_url, ports, logs),
+        dashboard("app.dashboard", root_url, ports, logs),
+    ]
+
+
 def prefect_server(port: int, home: Path, logs: Path) -> Service:
     """Prefect's own server on SQLite, its database under `home`."""
     # its pages, by either name; "*" by default, so that any page of the web could start flows and read what they did
@@ -186,6 +203,70 @@ def prefect_server(port: int, home: Path, logs: Path) -> Service:
         logs / "prefect.log",
         essential=True,
     )
+
+
+def api(application: str, root_url: str, ports: Mapping[str, int], logs: Path) -> Service:
+    """An ASGI application, as `app.api:app`, on the port `api`; it answers `/health`, and ETL_ROOT tells it the root.
+
+    Raises ModuleNotFoundError when there is no such module.
+    """
+    return Service(
+        "API",
+        [
+            *(sys.executable, "-m", "uvicorn", application),
+            *("--host", HOST, "--port", str(ports["api"]), "--no-access-log"),
+        ],
+        ports["api"],
+        health_url=f"{api_url(ports)}/health",
+        page=f"{api_url(ports)}/docs",
+        environment={"ETL_ROOT": root_url, "PYTHONPATH": _path_with(application.split(".")[0])},
+        log_path=logs / "api.log",
+    )
+
+
+def api_url(ports: Mapping[str, int]) -> str:
+    """Where the API answers; reports are served under it."""
+    return f"http://{HOST}:{ports['api']}"
+
+
+def dashboard(module: str, root_url: str, ports: Mapping[str, int], logs: Path) -> Service:
+    """A Streamlit page, as `app.dashboard`, on the port `dashboard`; ETL_ROOT tells it the root.
+
+    Raises ModuleNotFoundError when there is no such module.
+    """
+    package, _, name = module.rpartition(".")
+    page = f"http://{HOST}:{ports['dashboard']}"
+    return Service(
+        "dashboard",
+        [
+            *(sys.executable, "-m", "streamlit", "run", str(_folder_of(package) / f"{name}.py")),
+            *("--server.address", HOST, "--server.port", str(ports["dashboard"]), "--server.headless", "true"),
+            *("--browser.gatherUsageStats", "false", "--server.fileWatcherType", "none"),
+            *("--server.enableCORS", "true", "--server.enableXsrfProtection", "true"),  # whatever ~/.streamlit says
+        ],
+        ports["dashboard"],
+        health_url=f"{page}/_stcore/health",
+        page=page,
+        environment={
+            "ETL_ROOT": root_url,
+            "ETL_API_URL": api_url(ports),
+            "PYTHONPATH": _path_with(package),
+        },
+        log_path=logs / "dashboard.log",
+    )
+
+
+def _path_with(package: str) -> str:
+    """PYTHONPATH of a child that imports a package: the project first, and last where the package is."""
+    return os.pathsep.join(dict.fromkeys([*client.python_path().split(os.pathsep), str(_folder_of(package).parent)]))
+
+
+def _folder_of(package: str) -> Path:
+    """The folder of a package that this process can import. Raises ModuleNotFoundError."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"there is no package {package} on Python's path")
+    return Path(spec.submodule_search_locations[0])
 
 
 def database_url(home: Path) -> str:

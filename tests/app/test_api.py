@@ -19,11 +19,11 @@ import pytest
 import uvicorn
 from published import QUERY_RUN, TRAIN_RUN, publish_model
 
-from app.api import BODY_LIMIT, LineItem, app, known_hosts, settings
+from app.api import BODY_LIMIT, Row, app, known_hosts, settings
 from etl.storage import Root
 from pipeline import Lake, model, queries
 
-ITEM = LineItem.model_config["json_schema_extra"]["example"]
+ITEM = Row.model_config["json_schema_extra"]["example"]
 
 
 @pytest.fixture(scope="session")
