@@ -16,6 +16,7 @@ from etl.storage import PROJECT
     ("name", "numbers", "found"),
     [
         ("ingest", "--rounds 0 --versions 5", lambda result: set(result["ticks"]["seconds"]) == {"old", "fresh"}),
+        ("ledger", "--files 3000 --batches 20 --waiting 50 --rounds 2", lambda result: len(result["looks"]) == 2),
         ("queries", "--scale 0.01 --engine polars --engine duckdb --rounds 1 --question 1 --question 6", bool),
     ],
 )
