@@ -150,7 +150,7 @@ def look(
         else:
             repeated.append(file)
     date = f"{now:%Y-%m-%d}"  # what is there by now could not be taken away from landing
-    refused = [file for file in refused if not lake.root.exists(_refused(file, date) + WHY)]
+    refused = [file for file in refused if not lake.root.exists(_refused(file, date))]
     repeated = [file for file in repeated if not lake.root.exists(_repeated(file, date))]
     return Waiting(*map(tuple, (_ordered(lake, waiting), repeated, refused, growing, unmatched)))
 
@@ -276,8 +276,8 @@ def refuse(root: Root, files: Iterable[File], date: str, run_id: str) -> None:
         target = _refused(file, date)
         root.write(target + WHY, _why(file, run_id))
         crash_point("a refused file is not moved yet")
-        if entry:
-            root.move(file.landing, target)
+        if entry and not root.move(file.landing, target) and not root.exists(target):
+            root.write(target, b"")  # what cannot be copied either, as a pipe
 
 
 def _repeated(file: File, date: str) -> str:

@@ -289,6 +289,21 @@ def test_a_file_that_cannot_be_taken_away_is_ingested_once(root):
     assert lake.rebuild()["equal"].all()
 
 
+def test_a_run_that_dies_while_a_file_is_refused_leaves_it_to_the_next(root, monkeypatch):
+    lake = Shop(root)
+    lake.root.write("landing/sales/1.json", b"")
+
+    def end(name):
+        if name == "a refused file is not moved yet":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(landing, "crash_point", end)
+        drained(lake)
+    assert drained(lake) == [(0, 0, 1)]
+    assert lake.root.tree("landing") == [] and [file["why"] for file in lake.refused_files()] == ["is empty"]
+
+
 @pytest.mark.parametrize(
     ("glob", "path", "taken"),
     [
