@@ -319,7 +319,10 @@ def _open(batch: Batch, file: File, expected: dict[str, str]) -> _Opened:
             raise Unreadable(f"{CHANGED} batch {batch.number} was written down")
         content = formats.opened(data, batch.lake.tables[file.table].named)
     except Unreadable as error:
-        return _Opened(file, "", 0, None, str(error))
+        why = str(error)
+        if file.path in expected and not why.startswith((GONE, CHANGED)):
+            why = f"{CHANGED} batch {batch.number} was written down: {why}"
+        return _Opened(file, "", 0, None, why)
     return _Opened(file, sha256, len(data), content, None)
 
 
