@@ -119,11 +119,18 @@ def doctor(
 
 def _data(root: Root, timetable: Timetable) -> "list[Finding]":
     """What is wrong with what is stored under a root: the lake, the index, the model, the answers."""
+    from etl.findings import Finding, sentence
     from etl.questions import results
     from etl.runs import index
 
-    model = importlib.import_module(timetable.model).examine(root) if timetable.model else []
-    return [*timetable.lake_at(root).examine(), *index.examine(root), *model, *results.examine(root)]
+    lake = timetable.lake_at(root).examine()
+    try:
+        model = importlib.import_module(timetable.model).examine(root) if timetable.model else []
+    except Exception as error:  # the project's own code
+        what = f"{timetable.model} cannot be used: {sentence(error)}"
+        remedy = "make it go with the tables that are declared; without a model, give Timetable none in orchestrate.py"
+        model = [Finding("the model", what, remedy)]
+    return [*lake, *index.examine(root), *model, *results.examine(root)]
 
 
 def rebuild_lake(
@@ -227,7 +234,10 @@ def list_refused(context: typer.Context, env: Env = "local", root: RootOption = 
     if as_json:
         print_json(rows)
         return
-    table = Table("file", "batch or day", "lines", "why")
+    table = Table()
+    table.add_column("file", overflow="fold")  # whole: `show` and `retry` take it
+    for column in ("batch or day", "lines", "why"):
+        table.add_column(column)
     for row in rows:
         table.add_row(escape(row["file"]), str(row["when"]), str(row["lines"] or "all of it"), escape(row["why"]))
     out.print(table if rows else "nothing was refused")

@@ -200,7 +200,7 @@ def _worth_it(
 ) -> list[list[tuple[str, int]]]:
     """The small files of a table, in order of their keys, in groups that make one file of about `target` bytes."""
     actions = pa.table(handle.get_add_actions(flatten=True))
-    first = f"min.{lake.sorted_by[table][0]}" if table in lake.sorted_by else None
+    first = f"min.{by[0]}" if (by := lake.sorted_by.get(table)) else None
     keys = actions[first].to_pylist() if first in actions.schema.names else [None] * len(actions)
     files = zip(keys, actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True)
     small = sorted(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from etl import findings
 from etl.findings import Finding, inspect
-from etl.lake import compaction, landing, ledger, schemas, snapshot
+from etl.lake import compaction, landing, ledger, quarantine, schemas, snapshot
 from etl.storage import Damaged, Root
 
 if TYPE_CHECKING:
@@ -119,14 +119,18 @@ def _archive(lake: "Lake") -> Iterator[tuple[str, str]]:
         return
     with contextlib.suppress(Exception):  # then it was named with its table
         known: dict[str, set[int]] = {}
+        rests: dict[str, int] = {}  # what of a file came later, by what stands for its path
         for path, size in ledger.published(lake, pointer).select("path", "bytes").iter_rows():
             known.setdefault(path, set()).add(size)
+            if path.startswith(f"{landing.RETRIED}/") and not quarantine.is_retried(path):
+                rests[path.rpartition("/")[2].partition("-")[0]] = size
         for date in lake.root.names("archive"):
             for path, entry in lake.root.tree(f"archive/{date}"):
                 sizes = known.get(ledger.shown(path), {entry.bytes})
-                if entry.bytes > max(sizes) and not entry.problem:
-                    more = entry.bytes - max(sizes)
+                more = entry.bytes - max(sizes) - rests.get(ledger.of_path(path), 0)
+                if more > 0 and not entry.problem:
                     yield (
                         f"archive/{date}/{ledger.shown(path)} has {more:,} bytes more than were ingested",
-                        "whoever writes it has to put it into landing whole: copy what is new into a file of its own",
+                        "whoever writes it has to put it into landing whole; what a run found of it is in refused/: "
+                        "`quarantine list`, then `quarantine retry`",
                     )

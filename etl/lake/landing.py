@@ -24,6 +24,7 @@ WHY = ".why.json"
 RETRIED = ".retried"  # below landing/: a folder a table, of the lines that are tried again
 REPEATED = ".repeated"  # below a day of the archive
 AGAIN = ".again"  # the same, with a folder each: other content under a path that is there already
+SHOWN = 10  # names of files
 NAME_BYTES = 200  # of a name that others are made of: none has more than 255
 PATIENCE = timedelta(days=1)  # with a file that is no table's, and with one that was written by a clock ahead of ours
 
@@ -100,8 +101,10 @@ def idle(lake: "Lake") -> str:
 
 
 def said(count: int, names: Iterable[str], one: str, many: str) -> str:
-    """How many files, what of them, and one of their names; empty for none."""
-    return f"{count:,} {one if count == 1 else many}: {min(names)}" if count else ""
+    """How many files, what of them, and some of their names; empty for none."""
+    shown = sorted(names)[:SHOWN]
+    more = f" and {count - len(shown):,} others" if count > len(shown) else ""
+    return f"{count:,} {one if count == 1 else many}: {', '.join(shown)}{more}" if count else ""
 
 
 def of(lake: "Lake", path: str, size: int, entry: Entry | None = None) -> File:
@@ -111,11 +114,17 @@ def of(lake: "Lake", path: str, size: int, entry: Entry | None = None) -> File:
 
 
 def table_of(lake: "Lake", path: str) -> str | None:
-    """The table whose file a path below landing/ is, the first in the order of their declaration; None for none's."""
+    """The table whose file a path below landing/ is; None for none's, and for several's."""
+    tables = tables_of(lake, path)
+    return tables[0] if len(tables) == 1 else None
+
+
+def tables_of(lake: "Lake", path: str) -> list[str]:
+    """The tables whose globs take a path below landing/."""
     if path.startswith(f"{RETRIED}/"):
         table = path.split("/")[1]
-        return table if table in lake.tables else None
-    return next((name for name, table in lake.tables.items() if table.takes(path)), None)
+        return [table] if table in lake.tables else []
+    return [name for name, table in lake.tables.items() if table.takes(path)]
 
 
 def look(
@@ -127,7 +136,9 @@ def look(
     growing: list[File] = []
     unmatched: list[File] = []
     for file, entry in files(lake):
-        if not file.table:
+        if len(tables := tables_of(lake, file.path)) > 1:
+            refused.append(file.refused(f"is taken by the globs of {' and '.join(tables)}: make one of them narrower"))
+        elif not file.table:
             if entry.modified and now - entry.modified > PATIENCE:
                 refused.append(file.refused(f"is no table's: {_globs(lake)}"))
             else:

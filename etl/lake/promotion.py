@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from etl import delta
 from etl.lake import commit, evolution, parse, snapshot
-from etl.lake.table import DAY, INT, INT32, RESCUED, TEXT, TIME, Column, DataType, Table, decimal
+from etl.lake.table import BOOL, DAY, FLOAT, INT, INT32, RESCUED, TEXT, TIME, Column, DataType, Table, decimal
 from etl.storage import crash_point
 
 if TYPE_CHECKING:
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 SHOWN = 3  # reasons
 TYPES: dict[str, DataType] = {  # as they are called in a declaration
-    **{"TEXT": TEXT, "INT": INT, "INT32": INT32, "DAY": DAY, "TIME": TIME},
+    **{"TEXT": TEXT, "INT": INT, "INT32": INT32, "FLOAT": FLOAT, "BOOL": BOOL, "DAY": DAY, "TIME": TIME},
     **{f"pl.{t}": t for t in (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.Float32, pl.Float64, pl.Boolean, pl.String)},
     "pl.Date": pl.Date,
 }
-GUESSED = ("pl.Boolean", "INT", "pl.Float64", "DAY", "TIME", "TEXT")  # the first that every value fits
+GUESSED = ("BOOL", "INT", "FLOAT", "DAY", "TIME", "TEXT")  # the first that every value fits
 DECIMAL = re.compile(r"decimal\((\d+), ?(\d+)\)", re.IGNORECASE)
 
 

@@ -15,13 +15,15 @@ from etl.lake.table import QUARANTINE
 if TYPE_CHECKING:
     from etl.lake.lake import Lake
 
+TRIED = "lake/tried_again.json"  # batch and file -> the lines that were put into landing again
+
 
 def refused_files(lake: "Lake") -> list[dict[str, Any]]:
     """The files that were refused whole: table (None for none), file, landing (where it was), why, bytes, run_id, date,
     path; the newest day first."""
     root, refused = lake.root, []
     for date in reversed(root.names("refused")):
-        rels = root.files(f"refused/{date}")
+        rels = [f"refused/{date}/{path}" for path, _ in root.tree(f"refused/{date}")]  # links to folders, too
         there = {*rels}
         for rel in rels:
             if rel.endswith(WHY) and (path := rel.removesuffix(WHY)) in there:
@@ -68,9 +70,9 @@ def retry(lake: "Lake", file: str) -> list[str]:
     next run.
 
     A file that was refused whole comes back where it was. Of one whose lines were refused, those that fit by now come
-    in a file of their own, whose name follows from batch and file: asked for twice, they are ingested once, and lines
-    that fit only later need a file of yours. A line that quarantine does not have as it came, since it was not UTF-8
-    or too long, is not tried. The rows of quarantine stay, as what happened.
+    in a file of their own, each once: those that fit only later come when it is asked again. A line that quarantine
+    does not have as it came, since it was not UTF-8 or too long, is not tried. The rows of quarantine stay, as what
+    happened.
     Raises LookupError when there is nothing to try, FileExistsError when it waits already.
     """
     whole, lines = find(lake, file)
@@ -87,19 +89,36 @@ def _land_whole(lake: "Lake", refused: dict[str, Any]) -> str:
 
 
 def _land_lines(lake: "Lake", name: str, lines: pl.DataFrame) -> list[str]:
-    made, others, now = [], 0, datetime.now(UTC).isoformat()
+    made, others, again, now = [], 0, 0, datetime.now(UTC).isoformat()
+    tried = lake.root.read_json(TRIED) or {}
     for (batch, table, file), group in lines.group_by("batch", "table", "file", maintain_order=True):
+        before = tried.setdefault(f"{batch} {file}", [])
         whole = group.filter(
             pl.col("raw").str.len_bytes() < RAW_CHARS, ~pl.col("reason").str.starts_with(NOT_UTF8)
         )  # what is not here as it was would be ingested as something else
         others += group.height - whole.height
+        again += len(before)
         rules = ingest.rules(lake.tables[str(table)], now)
-        fit = [raw for raw in whole["raw"] if fits(raw, rules)]
-        target = f"landing/{RETRIED}/{table}/{zlib.crc32(f'{batch} {file}'.encode()):08x}-{batch}.json"
-        if fit and lake.root.create(target, as_file(fit, rules)):
-            made.append(target)
+        fit = [(n, raw) for n, raw in whole.select("line", "raw").iter_rows() if n not in before and fits(raw, rules)]
+        if not fit:
+            continue
+        content = as_file([raw for _, raw in fit], rules)
+        called = f"{zlib.crc32(f'{batch} {file}'.encode()):08x}-{batch}-{zlib.crc32(content):08x}.json"
+        target = f"landing/{RETRIED}/{table}/{called}"
+        lake.root.create(
+            target, content
+        )  # the same lines have the same name, if a run of this died before the next line
+        before += [n for n, _ in fit]
+        lake.root.write(TRIED, json.dumps(tried).encode())
+        made.append(target)
     if not made:
         why = f"nothing of {name} fits: `quarantine show {name}` tells why"
         changed = f"{others} lines are not kept as they came (not UTF-8, or longer than {RAW_CHARS:,} characters)"
+        why = f"{again} of its lines were put into landing before, and {why}" if again else why
         raise LookupError(f"{why}; {changed}: put them right in a file of your own" if others else why)
     return made
+
+
+def is_retried(path: str) -> bool:
+    """Whether a path below landing/ is one of lines that are tried again."""
+    return path.startswith(f"{RETRIED}/") and path.endswith(".json")

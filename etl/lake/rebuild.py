@@ -82,6 +82,9 @@ def _parts(lake: "Lake") -> list[Part]:
     rows = _ledger(lake)
     for file in rows:
         path, size = file["path"], file["bytes"]
+        if quarantine.is_retried(path):  # its lines are those of another file, which is read again
+            used.add(path)
+            continue
         rels = archived.get(path, [])
         match = next((rel for rel in rels if _sha256(lake.root, rel, size) == file["sha256"]), None)
         if match is None:

@@ -30,6 +30,7 @@ BATCH = "_batch"  # in the lake, in a table of which the newest row of a key cou
 RESCUED = "_rescued"  # in the lake, beside a table's own columns: the fields of a line that no column takes, as JSON
 NAME = re.compile(r"\w[\w-]*", re.ASCII)  # of a table: a folder's, and part of URLs
 UNITS = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}  # since 1970, UTC
+UNMATCHABLE = re.compile(r"//|/\.{1,2}/|[{}]|^/landing/")  # in a glob between slashes: no path has it, or none is meant
 UNNAMEABLE = re.compile(r'[ ,;{}()\n\t="\\]')  # what Parquet, Delta or JSON do not take in a name as it is
 
 
@@ -116,8 +117,13 @@ class Table:
             raise ValueError(
                 f"{self.name!r} is no name for a table: letters, digits, _ and -, and not {' or '.join(RESERVED)}"
             )
-        if self.files is not None and (not self.files.strip("/") or self.files != self.files.strip("/")):
-            raise ValueError(f"{self.name} has files={self.files!r}: it is a glob of paths below landing/")
+        if isinstance(self.key, str) or (self.upserts and not self.key):
+            raise ValueError(f"{self.name} has key={self.key!r}: it is the names of columns, as ('id',)")
+        if self.files is not None and UNMATCHABLE.search(f"/{self.files}/"):
+            raise ValueError(
+                f"{self.name} has files={self.files!r}: it is a glob of paths below landing/, as 'events/**/*.json'; "
+                "{a,b} is none"
+            )
         for column, why in _faults(self):
             raise ValueError(f"{self.name}.{column} {why}")
 
@@ -294,9 +300,22 @@ def _fits_type(column: Column, value: Any) -> bool:
 def _unruly(table: Table) -> Iterator[tuple[str, str]]:
     for name, column in table.fields.items():
         bounds = [value for value in column.range or () if value is not None]
+        if isinstance(column.choices, str):
+            yield name, f"has the choices {column.choices!r}: they are a list, as ['a', 'b']"
+            continue
+        if len(bounds) == 2 and _ordered(bounds) is False:
+            yield name, f"has the range {column.range}, in which nothing is"
         for value in [*bounds, *(column.choices or ())]:
             if not _fits_type(column, value):
                 yield name, f"has {value!r} in its range or choices, which does not go with its type"
+
+
+def _ordered(bounds: list[Any]) -> bool | None:
+    """Whether the lower bound is the lower; None for what cannot be compared."""
+    try:
+        return bool(bounds[0] <= bounds[1])
+    except TypeError:
+        return None
 
 
 def _unanswerable(table: Table) -> Iterator[tuple[str, str]]:

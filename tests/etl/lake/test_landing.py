@@ -12,7 +12,7 @@ import pytest
 
 from etl import lake as lakes
 from etl.lake import landing, ledger
-from etl.lake.table import INT, TEXT, Table
+from etl.lake.table import INT, TEXT, Column, Table
 from etl.storage import PROJECT, Root, Unreadable
 
 UNREADABLE = """
@@ -194,12 +194,12 @@ def test_what_is_no_tables_is_named_and_refused_after_a_day(root):
     strays += ["pipe", "link.json"]
     batch = lake.next_batch(max_files=9, scheduled_for=None)
     assert [file.path for file in batch.files] == ["sales/1.json"]
-    assert str(batch) == "batch 1: 1 files; 7 are no table's: .DS_Store"
+    assert str(batch) == f"batch 1: 1 files; 7 are no table's: {', '.join(sorted(strays))}"
     (finding,) = lake.look("landing")
     assert finding.problem == "7 files are no table's, landing/.DS_Store among them: they are refused after a day"
     assert finding.remedy.endswith("sales/** (sales), web/**/visits-*.json* (visits)")
     lake.commit(lake.read(batch), run_id="r")
-    assert lake.idle() == "no new files in landing; 7 are no table's: .DS_Store"
+    assert lake.idle().startswith("no new files in landing; 7 are no table's: .DS_Store, Cursor.json, ")
     assert lake.unmatched() == sorted(strays)
     assert drained(lake, now=datetime.now(UTC) + timedelta(hours=25)) == [(0, 0, 7)]
     assert {file["file"] for file in lake.refused_files()} == {*strays}
@@ -243,6 +243,7 @@ def test_what_is_written_to_a_file_after_it_was_ingested_is_told(root):
     assert refused["why"] == "was written to sales/1.json after that was ingested in batch 1"
     lake.retry(refused["file"])
     assert drained(lake) == [(1, 1, 0)]
+    assert [finding.problem for finding in lake.look("the archive")] == [None]
     assert lake.snapshot().frame("sales").sort("id").collect()["id"].to_list() == [1, 2]
     assert lake.rebuild()["equal"].all()
 
@@ -289,6 +290,29 @@ def test_a_file_that_cannot_be_taken_away_is_ingested_once(root):
     assert lake.rebuild()["equal"].all()
 
 
+def test_a_file_that_two_tables_take_is_refused_and_both_are_named(root):
+    class Both(lakes.Lake):
+        tables = {
+            name: Table(name, {"id": INT}, key=("id",), files=glob) for name, glob in (("a", "m/**"), ("b", "m/*"))
+        }
+
+    lake = Both(root)
+    lake.root.write("landing/m/1.json", b'{"id": 1}\n')
+    lake.root.write("landing/m/x/2.json", b'{"id": 2}\n')
+    assert drained(lake) == [(1, 1, 1)]
+    assert [file["why"] for file in lake.refused_files()] == [
+        "is taken by the globs of a and b: make one of them narrower"
+    ]
+
+
+def test_a_link_to_a_folder_is_listed_among_what_was_refused(root):
+    lake = Shop(root)
+    os.makedirs(f"{root}/landing/sales")
+    os.symlink("/etc", f"{root}/landing/sales/link")
+    assert drained(lake) == [(0, 0, 1)]
+    assert [file["why"] for file in lake.refused_files()] == ["is a symbolic link"]
+
+
 def test_a_run_that_dies_while_a_file_is_refused_leaves_it_to_the_next(root, monkeypatch):
     lake = Shop(root)
     lake.root.write("landing/sales/1.json", b'{"id": 1, "what": "a"}\n')
@@ -327,8 +351,14 @@ def test_a_glob_says_which_files_are_a_tables(glob, path, taken):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"files": ""}, {"files": "/x"}, {"on_duplicate": "?"}, {"name": "files"}, {"name": "a/b"}]
+    "wrong",
+    [
+        *({"files": glob} for glob in ("", "/x", "../x/*", "a/../b", "./a", "a//b", "x/*.{json,csv}", "landing/x/*")),
+        *({"mode": "upsert", "key": ()}, {"key": "id"}),
+        *({"columns": {"id": Column(INT, range=(3, 1))}}, {"columns": {"id": TEXT, "k": Column(TEXT, choices="abc")}}),
+        *({"on_duplicate": "?"}, {"name": "files"}, {"name": "a/b"}),
+    ],
 )
 def test_a_declaration_that_cannot_be_meant_is_refused(wrong):
-    with pytest.raises(ValueError, match=r"files=|on_duplicate=|no name for a table"):
+    with pytest.raises(ValueError, match=r"files=|on_duplicate=|no name for a table|key=|nothing is|they are a list"):
         Table(**{"name": "t", "columns": {"id": INT}, "key": ("id",)} | wrong)

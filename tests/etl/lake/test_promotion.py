@@ -249,8 +249,8 @@ def test_a_column_is_proposed(rescued):
     assert [rescued.propose("item", name).line for name in ("day", "at", "ok", "share", "in.a", "a.b", "c d")] == [
         '"day": Column(DAY, nullable=True),',
         '"at": Column(TIME, nullable=True),',
-        '"ok": Column(pl.Boolean, nullable=True),',
-        '"share": Column(pl.Float64, nullable=True),',
+        '"ok": Column(BOOL, nullable=True),',
+        '"share": Column(FLOAT, nullable=True),',
         "\"in_a\": Column(INT, nullable=True, path='in.a'),",
         "\"a_b\": Column(INT, nullable=True, path='a\\\\.b'),",
         "\"c_d\": Column(INT, nullable=True, path='c d'),",

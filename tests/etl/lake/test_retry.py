@@ -80,3 +80,32 @@ def test_a_line_of_which_a_part_would_fit_is_not_taken_for_it(root):
     for file in ("notes-00000001.json", "notes-00000002.json", "notes-00000003.csv"):
         with pytest.raises(LookupError, match=f"nothing of {file} fits"):
             lake.retry(file)
+
+
+def choosing(root, *choices: str) -> lakes.Lake:
+    """A lake whose table takes these values."""
+
+    class Lake(lakes.Lake):
+        tables: ClassVar = {"t": Table("t", {"id": INT, "k": Column(TEXT, choices=choices)}, ("id",))}
+
+    return Lake(root)
+
+
+def test_lines_that_fit_later_are_taken_each_once_and_made_again_once(tmp_path):
+    lake = choosing(tmp_path, "a")
+    lake.root.write("landing/t/1.json", b"".join(b'{"id": %d, "k": "%c"}\n' % (n, 96 + n) for n in (1, 2, 3)))
+    asked = {"max_files": 9, "max_bytes": 10**6, "max_bad_share": 1.0, "for_s": 60.0, "scheduled_for": None}
+    lake.drain(**asked, run_id="r")
+    with pytest.raises(LookupError, match="nothing of t/1.json fits"):
+        lake.retry("t/1.json")
+    for choices in (("a", "b"), ("a", "b", "c")):
+        lake = choosing(tmp_path, *choices)
+        lake.retry("t/1.json")
+        with pytest.raises(LookupError, match=f"{len(choices) - 1} of its lines were put into landing before"):
+            lake.retry("t/1.json")
+        assert lake.drain(**asked, run_id="r")["rows"].to_list() == [1]
+        assert sorted(lake.snapshot().frame("t").collect()["id"]) == [*range(1, len(choices) + 1)]
+    lake.rebuild()
+    assert sorted(lake.snapshot().frame("t").collect()["id"]) == [1, 2, 3]
+    assert lake.refused_lines().is_empty()
+    assert not [finding for finding in lake.examine() if finding.problem]
