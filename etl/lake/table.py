@@ -141,8 +141,17 @@ class Table:
         """Its files' paths below landing/."""
         return self.files or f"{self.name}/**"
 
+    @cached_property
+    def _begins(self) -> str:
+        """What each path begins with that its glob takes."""
+        return re.split(r"[*?\[]", self.glob, maxsplit=1)[0]
+
     def takes(self, path: str) -> bool:
         """Whether a path below landing/ is one of its files'."""
+        if not path.startswith(
+            self._begins
+        ):  # nearly always: it is looked at for every table and every file that waits
+            return False
         hidden = path.startswith(".") or "/." in path
         allowed = not hidden or self.glob.startswith(".") or "/." in self.glob
         return allowed and _matches(path.split("/"), self.glob.split("/"))
