@@ -225,11 +225,6 @@ def sync(root: Root, table: str, after: int, until: int) -> None:
     root.sync([*filter(root.exists, rels), table, log])
 
 
-def columns_of(handle: "DeltaTable") -> dict[str, str]:
-    """Column -> type, as Delta names them."""
-    return {field["name"]: name_of(field["type"]) for field in json.loads(handle.schema().to_json())["fields"]}
-
-
 def file_stats(handle: "DeltaTable") -> tuple[list[int], int]:
     """The size in bytes of each live file of a table, and the number of rows in all of them."""
     import pyarrow as pa
