@@ -54,7 +54,9 @@ class Journal:
         """Write down what is about to run, redacted already; the first event, on the disk before anything runs."""
         try:
             if self._is_kept:
-                (self.folder / NOTEBOOK).write_text(json.dumps(nb, default=str))
+                begun = self.folder / ".notebook"  # gets its name when it is whole, for who reads along
+                begun.write_text(json.dumps(nb, default=str))
+                os.replace(begun, self.folder / NOTEBOOK)
         except OSError as error:
             self._refused(error)
         start = self.event("start", request=request, pid=os.getpid(), pid_started=_started(os.getpid()))

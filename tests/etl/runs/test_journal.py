@@ -292,3 +292,14 @@ def test_what_a_dead_black_box_leaves_is_ended_at_the_next_start(tmp_path):
     record = run(tmp_path, "rows: int = 1", "# Work", cell + "\nimport time; time.sleep(1e9)")
     assert (record.state, record.reason) == ("killed", "the kernel was killed by SIGKILL in 'Work'")
     assert not [pid for pid in map(int, pids.read_text().split()) if alive(pid)]
+
+
+def test_what_was_about_to_run_has_its_name_when_it_is_whole(tmp_path):
+    """Written in place it would be empty for a moment, for who reads along, and for good if the process died then."""
+    kept = journal.Journal(tmp_path / "run")
+    (tmp_path / "run" / journal.NOTEBOOK).write_text("{}")
+    with (tmp_path / "run" / journal.NOTEBOOK).open() as reader:  # of what has the name before
+        kept.begin(nbformat.v4.new_notebook(), {})
+        assert reader.read() == "{}"
+    assert nbformat.read(tmp_path / "run" / journal.NOTEBOOK, as_version=4).cells == []
+    kept.close()
