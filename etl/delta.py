@@ -84,21 +84,21 @@ def create_table(
     keys: Container[str],
     properties: dict[str, str],
     about: Action,
-) -> None:
-    """Version 0 of a table, unless it is there already; safe to race.
+) -> bool:
+    """Version 0 of a table, unless it is there already: then False; safe to race.
 
     `columns`: Polars types by name; `keys`: those that are never null; `about`: for the commit, as run_id and stage.
     """
     if root.exists(commit_of(table, 0)):
         root.sync([log_of(table)])  # who made it may have died before it was
-        return
+        return False
     fields = [field(name, dtype, name not in keys) for name, dtype in columns.items()]
     lines = [
         commit_info("CREATE TABLE", about),
         {"protocol": {"minReaderVersion": 1, "minWriterVersion": 2}},
         meta_data(table.rpartition("/")[2], fields, properties),
     ]
-    commit(root, table, 0, lines)
+    return commit(root, table, 0, lines)
 
 
 def commit_info(operation: str, about: Action) -> Action:
