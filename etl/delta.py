@@ -6,6 +6,7 @@ all the rest of a batch. The lines are those of the protocol:
 https://github.com/delta-io/delta/blob/master/PROTOCOL.md
 """
 
+import itertools
 import json
 import tempfile
 import time
@@ -74,6 +75,25 @@ def since(root: Root, table: str, after: int) -> Iterator[tuple[int, list[Action
         except FileNotFoundError:
             return
         yield version, lines
+
+
+def added(root: Root, table: str, after: int, until: int) -> list[Action] | None:
+    """The files with rows that the commits after version `after` up to `until` brought, as the log has them.
+
+    Also those that were compacted since. None when it cannot be said so: a commit was cleaned up, took rows away, or
+    changed the columns. Raises Damaged.
+    """
+    try:
+        commits = root.each(lambda version: actions(root, table, version), range(after + 1, until + 1))
+    except FileNotFoundError:
+        return None
+    files = []
+    for line in itertools.chain.from_iterable(commits):
+        if "metaData" in line or line.get("remove", {}).get("dataChange"):
+            return None
+        if line.get("add", {}).get("dataChange"):
+            files.append(line["add"])
+    return files
 
 
 def create_table(
