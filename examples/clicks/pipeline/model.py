@@ -1,6 +1,7 @@
 """Does a session end in a purchase? By what is seen of it before the cart."""
 
 from functools import partial
+from operator import itemgetter
 
 import polars as pl
 
@@ -21,7 +22,7 @@ def sessions(events: pl.DataFrame) -> pl.DataFrame:
     return rows.sort("session").with_columns(held_out=pl.col("session").str.slice(-1).is_in(list("0123")))
 
 
-SPEC = registry.Spec(list(ROW), lambda rows: pl.DataFrame(rows).select(list(ROW)).cast(pl.Float32).to_numpy(order="c"))
+SPEC = registry.Spec(ROW, {name: itemgetter(name) for name in ROW})
 examine = partial(registry.examine, spec=SPEC)
 CARD = Card(
     title="Who buys",
