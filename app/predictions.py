@@ -8,7 +8,7 @@ import functools
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -98,7 +98,9 @@ class ShortWay:
     def __init__(self, app: Any, card: Card, served: Callable[[], ServedModel | None], limits: tuple[int, int]):
         """`served`: the model that is watched, None while none is. `limits`: bytes and rows of a body, at most."""
         self.app, self.served, self.limit = app, served, limits[0]
-        self._decoder, self._encode = Decoder(card.row, limits[1]), _encoder(card)
+        self._encode, self._decoder = _encoder(card), None
+        with suppress(ValueError):  # a column is no number: such rows go the long way
+            self._decoder = Decoder(card.row, limits[1])
 
     async def __call__(self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Any) -> None:
         if scope["type"] != "http" or scope["path"] not in PATHS or scope["method"] != "POST" or not _is_json(scope):
@@ -123,7 +125,7 @@ class ShortWay:
         """None where the long way has to say what is wrong, or do it."""
         served = self.served()
         model = served.model if served else None
-        columns = self._decoder.decode(body) if model else None
+        columns = self._decoder.decode(body) if model and self._decoder else None
         if model is None or columns is None:
             return None
         try:

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from etl.lake.table import Column, DataType
@@ -44,15 +45,20 @@ class Spec:
     """What the domain says of its model.
 
     `row`: the columns that a row has when it is asked about, declared as those of a table; `features`: name -> how it
-    is computed from them, in the order of the matrix's columns. `stage`: the one that publishes the model, for what is
-    to be done. `golden_rows` and `golden_predictions`: the keys of the two lists in golden.json.
+    is computed from them, in the order of the matrix's columns; the columns as they are, where none is named. `stage`:
+    the one that publishes the model, for what is to be done. `golden_rows` and `golden_predictions`: the keys of the
+    two lists in golden.json.
     """
 
     row: Mapping[str, Column | DataType]
-    features: Mapping[str, rows.Feature]
+    features: Mapping[str, rows.Feature] = field(default_factory=dict)
     stage: str = "train"
     golden_rows: str = "rows"
     golden_predictions: str = "predictions"
+
+    def __post_init__(self) -> None:
+        if not self.features:
+            object.__setattr__(self, "features", {name: itemgetter(name) for name in self.row})
 
     def matrix(self, given: "pl.DataFrame | Sequence[Mapping[str, Any]]") -> "np.ndarray":
         """A frame's rows, or rows as JSON has them, as XGBoost takes them: Float32, a column a feature."""

@@ -3,7 +3,7 @@
 A domain declares of a model's row its columns, and of each feature how it is computed from them, once: training hands
 over a frame, the service what came as JSON. Each column becomes an array of float64: a number as it is, a day as days
 since 1970, a time as seconds since then, true and false as 1 and 0, one of the choices as its number among them. What
-is missing, or is none of the choices, is NaN.
+is missing, or is none of the choices, is NaN. Any other text stays one, in an array of objects.
 """
 
 import datetime
@@ -18,7 +18,7 @@ from etl.lake.table import Column, DataType
 if TYPE_CHECKING:
     import polars as pl
 
-Columns = dict[str, np.ndarray]  # name -> float64
+Columns = dict[str, np.ndarray]  # name -> float64, or texts
 Feature = Callable[[Columns], np.ndarray]
 EPOCH = datetime.date(1970, 1, 1)
 EXACT = 2**53  # whole numbers up to it are their own float64
@@ -36,16 +36,17 @@ def of_frame(frame: "pl.DataFrame", row: Mapping[str, Column]) -> Columns:
     def numbers(name: str, column: Column) -> pl.Expr:
         value, dtype = pl.col(name), frame.schema[name]
         if column.choices:
-            return value.replace_strict([*column.choices], range(len(column.choices)), default=None)
+            value = value.replace_strict([*column.choices], range(len(column.choices)), default=None)
+            return value.cast(pl.Float64).fill_null(float("nan"))
         if dtype == pl.String:
             value = value.str.to_date() if column.type == pl.Date else value
         if column.type == pl.Date:
-            return value.cast(pl.Int32)
+            value = value.cast(pl.Int32)
         if isinstance(column.type, pl.Datetime):
-            return value.dt.timestamp("us") / 1_000_000
-        return value
+            value = value.dt.timestamp("us") / 1_000_000
+        return value if column.type == pl.String else value.cast(pl.Float64).fill_null(float("nan"))
 
-    made = frame.select(numbers(name, column).cast(pl.Float64).fill_null(float("nan")) for name, column in row.items())
+    made = frame.select(numbers(name, column) for name, column in row.items())
     return {name: made[name].to_numpy() for name in row}
 
 
@@ -68,6 +69,8 @@ def _array(values: Sequence[Any], column: Column) -> np.ndarray:
         return np.array([nan if value is None else float(_day(value).toordinal() - first) for value in values])
     if isinstance(column.type, pl.Datetime):
         return np.array([nan if value is None else _moment(value).timestamp() for value in values])
+    if column.type == pl.String:
+        return np.array(values, object)
     return np.array([nan if value is None else value for value in values], np.float64)
 
 
@@ -97,7 +100,7 @@ class Decoder:
         self.row = columns_of(row)
         fields = [(f"f{at}", *_field(name, column)) for at, (name, column) in enumerate(self.row.items())]
         renamed = dict(zip((field[0] for field in fields), self.row, strict=True))
-        kind = msgspec.defstruct("Row", fields, rename=renamed, forbid_unknown_fields=True, gc=False)
+        kind = msgspec.defstruct("Row", fields, rename=renamed, forbid_unknown_fields=True, kw_only=True, gc=False)
         self._names = [*zip(self.row, renamed, strict=True)]
         several: Any = list.__class_getitem__(kind)
         self._decoder: Any = msgspec.json.Decoder(Annotated[several, msgspec.Meta(min_length=1, max_length=most)])
@@ -117,10 +120,10 @@ class Decoder:
 def _field(name: str, column: Column) -> tuple[Any, Any]:
     """(type, default) of a column for msgspec; what is taken otherwise than by it, the slow way takes."""
     lowest, highest = column.range or (None, None)
-    limits = {key: float(bound) for key, bound in (("ge", lowest), ("le", highest)) if bound is not None}
     kind: Any = Literal[tuple(column.choices)] if column.choices else _plain(name, column.type)
-    if limits and not column.choices:
-        kind = Annotated[kind, msgspec.Meta(ge=limits.get("ge"), le=limits.get("le"))]
+    if kind in (int, float) and column.range:
+        ge, le = (None if bound is None else kind(bound) for bound in (lowest, highest))
+        kind = Annotated[kind, msgspec.Meta(ge=ge, le=le)]
     if column.nullable:
         return kind | None, None
     return kind, msgspec.NODEFAULT if column.default is None else column.default

@@ -1,7 +1,6 @@
 """Does a session end in a purchase? By what is seen of it before the cart."""
 
 from functools import partial
-from operator import itemgetter
 
 import polars as pl
 
@@ -22,7 +21,7 @@ def sessions(events: pl.DataFrame) -> pl.DataFrame:
     return rows.sort("session").with_columns(held_out=pl.col("session").str.slice(-1).is_in(list("0123")))
 
 
-SPEC = registry.Spec(ROW, {name: itemgetter(name) for name in ROW})
+SPEC = registry.Spec(ROW)
 examine = partial(registry.examine, spec=SPEC)
 CARD = Card(
     title="Who buys",
