@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import polars as pl
 
-from etl.lake.formats import DELIMITERS, Content, delimiter, elements, opened, records
+from etl.lake.formats import DELIMITERS, Content, delimiter, elements, header, opened, records
 from etl.lake.parse import DAY_TEXT, FLOAT_TEXT, TIME_TEXT, parse_all
 from etl.lake.table import (
     BOOL,
@@ -34,6 +34,7 @@ from etl.lake.table import (
 )
 from etl.storage import Unreadable
 
+UNNAMED = re.compile(r"column [0-9]+")  # what `formats.header` calls a column of a CSV
 WHOLE_TEXT = re.compile(r"-?(0|[1-9][0-9]*)")  # others, as 00501, are names
 AMOUNT_TEXT = re.compile(r"-?(0|[1-9][0-9]*)\.([0-9]+)")
 NO_ZONE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?")
@@ -152,12 +153,12 @@ def _rows(content: Content) -> Iterator[dict[str, Any]]:
         first = text.split("\n", 1)[0].rstrip("\r")
         names = {cell.strip('"') for mark in DELIMITERS for cell in first.split(mark)}
         every = records(text, delimiter(content.data, names) or ",")
-        _, (header, _) = next(every)
-        if header is None or None in header:
-            raise Unreadable("is a CSV with a column without a name")
+        _, (cells_named, raw) = next(every)
+        named, unnamed = header(cells_named, raw)
         for _, (cells, _) in every:
-            if cells is not None and len(cells) == len(header):
-                yield dict(zip(map(str, header), cells, strict=True))
+            if cells is not None and len(cells) == len(named):
+                pairs = zip(named, cells, strict=True)
+                yield {name: cell for name, cell in pairs if cell is not None or name not in unnamed}
         return
     values = (
         (value for _, (value, _) in elements(text, decoder)) if content.kind == "array" else _decoded(text, decoder)
@@ -202,6 +203,8 @@ def _of_rows(rows: list[dict[str, Any]], is_csv: bool) -> Columns:
         values = [value for value in seen.values if value is not None]
         try:
             path = _path(keys)
+            if is_csv and UNNAMED.fullmatch(shown):
+                raise NotInferable("has no name in the header, as pandas' index has none")
             dtype, note = (_of_cells if is_csv else _of_values)(values)
         except NotInferable as error:
             left_out[shown] = str(error)

@@ -53,6 +53,13 @@ def json_lines():
     return "\n".join(lines).encode()
 
 
+def test_a_column_without_a_name_is_kept_and_no_column():
+    inferred = infer(b",id,note,\n0,7,a,\n1,8,b,\n", "sales")
+    assert ([*inferred.table.columns], inferred.table.key) == (["id", "note"], ("id",))
+    assert inferred.left_out == {"column 1": "has no name in the header, as pandas' index has none"}
+    assert inferred.fitting == inferred.rows == 2
+
+
 def flat(row):
     return {"id": row["id"], "unit price": f"{row['id']}.50", "zip": "00501", "kind": row["kind"], "at": row["at"]}
 
