@@ -100,7 +100,8 @@ def committed(lake: "Lake", published: Mapping[str, int], *, batch: int) -> dict
 def head(lake: "Lake", table: str, after: int) -> tuple[int, int]:
     """The newest version of a table, and the newest batch in the commits after version `after`, 0 when there is none.
 
-    Raises SchemasDiffer when somebody gave the table other columns in them, or what this engine does not write.
+    Raises SchemasDiffer when somebody gave the table columns in them that cannot become the declared ones, or what this
+    engine does not write, ChangedMeanwhile when they can become it.
     """
     version, batch, touched = after, 0, False
     for number, lines in delta.since(lake.root, f"lake/{table}", after):
@@ -110,8 +111,12 @@ def head(lake: "Lake", table: str, after: int) -> tuple[int, int]:
             touched |= "metaData" in line
             if line.get("txn", {}).get("appId") == APP_ID:
                 batch = max(batch, line["txn"]["version"])
-    if touched and any(planned := schemas.plan(lake, table, lake.table(table, version))):
-        raise schemas.SchemasDiffer(schemas.refusal([planned[1] or f"{table}: somebody changed its columns meanwhile"]))
+    if touched:
+        todo, why = schemas.plan(lake, table, lake.table(table, version))
+        if why:
+            raise schemas.SchemasDiffer(schemas.refusal([why]))
+        if todo:
+            raise schemas.ChangedMeanwhile(f"{table}: somebody changed its columns meanwhile; run this one again")
     return version, batch
 
 

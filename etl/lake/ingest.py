@@ -78,7 +78,8 @@ class Batch:
     `repeated`: files in landing that were ingested before; they are set aside, not read. `refused`: those that cannot
     be read, each with its reason. `growing` and `unmatched`: files that are still written, and that are no table's:
     they are left alone. `grown`: what was written to files after they were ingested, which is refused. `known`: what
-    is in the lake; `again`: also what has the content of another file of its table, whatever is declared."""
+    is in the lake; `again`: also what has the content of another file of its table, whatever is declared. `held`: files
+    of tables that cannot become what they are declared to be; they wait."""
 
     lake: "Lake"
     number: int
@@ -93,6 +94,7 @@ class Batch:
     grown: tuple[landing.Grown, ...] = ()
     known: ledger.Known | None = None
     again: bool = False
+    held: tuple[File, ...] = ()
 
     def __str__(self) -> str:
         """For people: what it has, and what it leaves."""
@@ -100,6 +102,7 @@ class Batch:
         for files, one, many in (
             (self.repeated, "was ingested before and is set aside", "were ingested before and are set aside"),
             (self.growing, "is still being written", "are still being written"),
+            (self.held, "waits for its table's declaration", "wait for their tables' declarations"),
             (self.unmatched, "is no table's", "are no table's"),
         ):
             told.append(landing.said(len(files), (file.name for file in files), one, many))
@@ -147,33 +150,61 @@ def next_batch(
 
     At most `max_files`, and at most `max_bytes` of input; a larger file is refused before it is read. A file that is
     written in place is left alone until nothing was written to it for `quiet_s` seconds. None when nothing waits.
-    `scheduled_for`: what the run says of its time, ISO 8601; `now`: what the clock says, if not the machine's. `again`:
-    as in `Batch`. Raises storage.Damaged when it cannot be known what was ingested, schemas.SchemasDiffer when the
-    lake's tables are not those that are declared.
+    Those of a table that cannot become what it is declared to be wait. `scheduled_for`: what the run says of its time,
+    ISO 8601; `now`: what the clock says, if not the machine's. `again`: as in `Batch`. Raises storage.Damaged when it
+    cannot be known what was ingested, schemas.SchemasDiffer when there is nothing to ingest and such a table, or one
+    that has files in an unfinished batch.
     """
+    batch, wrong = _next(lake, max_files, max_bytes, quiet_s, scheduled_for, now, again=again)
+    if batch is None:
+        schemas.require_none(wrong, wrong)
+    return batch
+
+
+def blocked(lake: "Lake") -> str:
+    """Which tables cannot become what they are declared to be, so that their files wait, and why; empty for none."""
+    wrong = schemas.blocked(schemas.unsettled(lake, snapshot.read_pointer(lake.root)))
+    return schemas.refusal([*wrong.values()]) if wrong else ""
+
+
+def _next(
+    lake: "Lake",
+    max_files: int,
+    max_bytes: int,
+    quiet_s: float,
+    scheduled_for: str | None,
+    now: datetime | None,
+    *,
+    again: bool,
+) -> tuple[Batch | None, dict[str, str]]:
+    """As `next_batch`, and the tables that are blocked."""
     root, now = lake.root, now or datetime.now(UTC)
     pointer = snapshot.read_pointer(root)
     if pointer is None and any(name.endswith(".done") for name in root.names(ledger.BATCHES)):
         raise Damaged(f"{snapshot.POINTER} is gone, though batches were published: see `orchestrate.py rebuild`")
-    schemas.check(lake, pointer)
+    wrong = schemas.blocked(schemas.unsettled(lake, pointer))
+    schemas.require_none(wrong, ())
     date = f"{now:%Y-%m-%d}"
     number = pointer["batch"] if pointer else 0
     for unfinished in (number + 1, number):
         manifest = ledger.read(root, unfinished)
         if manifest and not root.exists(ledger.done(unfinished)):
+            schemas.require_none(wrong, {file["table"] for file in manifest["files"]})
             files = tuple(replace(landing.of(lake, f["path"], f["bytes"]), again=True) for f in manifest["files"])
-            return Batch(lake, unfinished, date, ledger.time_of(manifest, now), files, manifest=manifest)
+            return Batch(lake, unfinished, date, ledger.time_of(manifest, now), files, manifest=manifest), wrong
     if pointer and "files" not in pointer["tables"]:
         pointer = _adopt(lake)
     known = ledger.known(lake, pointer)
     waiting = landing.look(lake, known, pointer, max_bytes=max_bytes, quiet_s=quiet_s, now=now)
-    files = landing.cut(waiting.files, max_files, max_bytes)
+    files = landing.cut(tuple(file for file in waiting.files if file.table not in wrong), max_files, max_bytes)
+    held = tuple(file for file in waiting.files if file.table in wrong)
     grown = tuple(landing.grown(root, manifest)) if manifest else ()
     if not files and not waiting.repeated and not waiting.refused and not grown:
-        return None
+        return None, wrong
     at = max(now, _utc(scheduled_for) if scheduled_for else now).isoformat(timespec="seconds")
-    left: dict[str, Any] = {"growing": waiting.growing, "unmatched": waiting.unmatched, "grown": grown}
-    return Batch(lake, number + 1, date, at, files, waiting.repeated, waiting.refused, **left, known=known, again=again)
+    left: dict[str, Any] = {"growing": waiting.growing, "unmatched": waiting.unmatched, "grown": grown, "held": held}
+    left |= {"known": known, "again": again}
+    return Batch(lake, number + 1, date, at, files, waiting.repeated, waiting.refused, **left), wrong
 
 
 def _adopt(lake: "Lake") -> dict[str, Any]:
@@ -441,6 +472,9 @@ def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], run_id: str) ->
     versions = {table: before["tables"].get(table, 0) for table in lake.columns}
     if before["batch"] >= number:
         return versions
+    unsettled = schemas.unsettled(lake, pointer)
+    wrong = schemas.blocked(unsettled)
+    schemas.require_none(wrong, [*parsed.frames, *(file["table"] for file in listed)])
     entries = ledger.of_batch(number, parsed.batch.at, listed, parsed.files)
     of_all = parsed.frames | {"quarantine": parsed.refused, "files": entries}
     frames = {table: frame for table, frame in of_all.items() if frame.height}
@@ -453,7 +487,7 @@ def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], run_id: str) ->
             heights = {table: frames[table].height if table in frames else 0 for table in asked}
             commits.require_same_rows(lake, heights, batch=number, published=before["tables"])
         commits.create_tables(lake, run_id, known=before["tables"])
-        moved = evolution.move(lake, pointer, run_id)
+        moved = evolution.move(lake, [table for table in unsettled if table not in wrong], pointer, run_id)
         # an object store's lease ends while files are written
         if moved and snapshot.read_pointer(lake.root) != pointer:
             raise Overtaken("another run published while tables were given their columns; run this one again")
@@ -464,8 +498,9 @@ def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], run_id: str) ->
             versions[table] = commits.append(lake, table, rows, batch=number, run_id=run_id, after=after)
             crash_point(f"after the commit: {table}")
         if parsed.batch.manifest:  # rows of files that are gone by now may be in the others
-            others = {table: before["tables"].get(table, -1) for table in lake.columns if table not in frames}
+            others = {t: before["tables"].get(t, -1) for t in lake.columns if t not in frames and t not in wrong}
             versions |= commits.committed(lake, others, batch=number)
+    known = {table: mark for table, mark in before.get("schemas", {}).items() if table in wrong}
     clocks = snapshot.clocks_of(pointer)
     for table, newest in parsed.clocks.items():
         clocks[table] = max(newest, clocks.get(table, newest))
@@ -479,7 +514,7 @@ def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], run_id: str) ->
         as_of=as_of,
         versions=versions,
         run_id=run_id,
-        schemas=lake.fingerprints,
+        schemas={table: mark for table, mark in lake.fingerprints.items() if table not in wrong} | known,
         clocks=clocks,
     )
     crash_point("published")
@@ -502,13 +537,12 @@ def drain(
     """Commit batch after batch until nothing waits; one row each, as `summary` has it.
 
     None is begun that, going by the slowest so far, would not be over within `for_s` seconds. `max_bad_share`: as of
-    `read`.
+    `read`. Files of a table that cannot become what it is declared to be wait, without a word: ask `blocked`.
     """
     done = [pl.DataFrame(schema=SUMMARY)]
     began, slowest = time.monotonic(), 0.0
     while (started := time.monotonic()) - began + slowest < for_s:
-        limits: Any = {"max_files": max_files, "max_bytes": max_bytes, "quiet_s": quiet_s}
-        batch = next_batch(lake, **limits, scheduled_for=scheduled_for, now=now, again=again)
+        batch, _ = _next(lake, max_files, max_bytes, quiet_s, scheduled_for, now, again=again)
         if batch is None:
             break
         parsed = read(batch, max_bad_share=max_bad_share)
