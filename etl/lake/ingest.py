@@ -237,8 +237,9 @@ def read(batch: Batch, *, max_bad_share: float = 1.0, max_inflated: int = format
     """Read a batch's files, type their rows and set apart those that do not fit. Writes nothing.
 
     A file is refused that cannot be read, of which no line fits, or a larger share of lines than `max_bad_share` (0 to
-    1) does not. So is one that is no longer what the manifest of an unfinished batch says; but none of those that it
-    names by its share, for its rows may be in the lake.
+    1) does not; unless that is 0, a single line is no such share, however small the file. So is one that is no longer
+    what the manifest of an unfinished batch says; but none of those that it names by its share, for its rows may be in
+    the lake.
 
     The batch ends before the file with which it would inflate to more than `max_inflated` bytes, or to more than its
     files have as they are, whichever is more; the rest waits for the next batch. So the rows of that many bytes are
@@ -392,12 +393,13 @@ def _look(batch: Batch, group: list[_Opened], most: float) -> _Looked:
         raise AssertionError(f"{group[0].file.landing} and others: {sum(lines)} lines, but {rows.height} rows fit")
     kept, unfit = [], []
     for number, (file, *_) in enumerate(files):
-        if bad[number].height < lines[number] and bad[number].height <= most * lines[number]:
+        allowed = max(1, most * lines[number]) if most else 0
+        if bad[number].height < lines[number] and bad[number].height <= allowed:
             kept.append(number)
             continue
         why = parse.why_whole(bad[number], lines[number])
         refused.append((file, why))
-        if bad[number].height > most * lines[number] and bad[number]["line"][0] != parse.WHOLE:
+        if bad[number].height > allowed and bad[number]["line"][0] != parse.WHOLE:
             unfit.append((file.table, file.name, lines[number], bad[number].height, why))
     if any(number not in kept and bad[number].height < lines[number] for number in range(len(files))):
         rows = _of_files(rows, [count - frame.height for count, frame in zip(lines, bad, strict=True)], kept)

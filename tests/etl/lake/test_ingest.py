@@ -464,6 +464,19 @@ def test_a_file_of_which_too_few_lines_fit_is_refused_and_the_others_are_taken(l
     assert Lake(landed).rebuild()["equal"].all()
 
 
+@pytest.mark.parametrize(
+    ("share", "lines", "bad", "taken"),
+    [(0.01, 20, 1, True), (0.01, 20, 2, False), (0.01, 200, 2, True), (0.01, 200, 3, False), (0.01, 2, 1, True)]
+    + [(0.01, 1, 1, False), (0.0, 200, 1, False), (0.0, 20, 0, True), (1.0, 20, 19, True)],
+)
+def test_one_line_of_a_small_file_may_not_fit(root, share, lines, bad, taken):
+    good = [json.dumps({"r_regionkey": n, "r_name": "a", "r_comment": "b"}) for n in range(lines - bad)]
+    Root.at(root).write("landing/region/region-00000001.json", "\n".join([*good, *["{oops"] * bad]).encode())
+    done = Lake(root).drain(**LIMITS | {"max_bad_share": share}, for_s=60)
+    assert done.select("files", "refused").row(0) == ((1, bad) if taken else (0, 0))
+    assert done["files_refused"].item() == (not taken)
+
+
 def pack(root: str) -> dict[int, int]:
     """The files in landing become gzip. Returns the bytes that those of each sequence had together."""
     place, sizes = Root.at(root), {}
