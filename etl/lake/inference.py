@@ -38,6 +38,16 @@ UNNAMED = re.compile(r"column [0-9]+")  # what `formats.header` calls a column o
 WHOLE_TEXT = re.compile(r"-?(0|[1-9][0-9]*)")  # others, as 00501, are names
 AMOUNT_TEXT = re.compile(r"-?(0|[1-9][0-9]*)\.([0-9]+)")
 NO_ZONE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?")
+DAY_FORM = r"(?:[0-9]{1,2}([./-])[0-9]{1,2}\1(?:[0-9]{2}|[0-9]{4})|[0-9]{4}([./])[0-9]{1,2}\2[0-9]{1,2})"
+LOOK_LIKE = {  # what people write and no column reads -> its form
+    "a decimal with a comma": re.compile(r"[+-]?(?:[0-9]+|[0-9]{1,3}(?:[. '][0-9]{3})+),[0-9]+"),
+    "a number with marks between its thousands": re.compile(r"[+-]?[0-9]{1,3}(?:[,' ][0-9]{3})+(?:\.[0-9]+)?"),
+    "an amount with a currency or percent": re.compile(
+        r"[+-]?(?:[$€£¥] ?|[A-Z]{3} )[+-]?[0-9][0-9.,' ]*|[+-]?[0-9][0-9.,' ]*?(?: ?[$€£¥%]| [A-Z]{3})"
+    ),
+    "a day that is not written as 2026-11-26": re.compile(DAY_FORM),
+    "a time that is not written as 2026-11-26T05:00:00Z": re.compile(rf"{DAY_FORM},?[ T][0-9]{{1,2}}:[0-9]{{2}}.*"),
+}
 CENTS, MOST_DECIMALS = 2, 4  # behind the point of an amount
 DIGITS, SPARE_DIGITS, MOST_DIGITS = 15, 3, 38  # of an amount: at least, beyond those of the sample, at most
 MOST_FIELDS = 400  # of all rows together: more are keys that are data
@@ -344,7 +354,8 @@ def _of_texts(values: list[str]) -> tuple[DataType, str]:
     decimals = {len(value.partition(".")[2]) for value in values if AMOUNT_TEXT.fullmatch(value)} or {0}
     if len(decimals) == 1 and (amount := _amount(values)) and amount.scale:
         return amount, f"amounts of {amount.scale} decimals, so no float"
-    return TEXT, ""
+    alike = next((what for what, form in LOOK_LIKE.items() if all(map(form.fullmatch, values))), None)
+    return TEXT, f"looks like {alike}: declared as text" if alike else ""
 
 
 def _are_times(values: list[str]) -> bool:
