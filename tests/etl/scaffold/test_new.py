@@ -347,7 +347,7 @@ def test_what_was_written_is_told_to_programs_too(project, tmp_path, monkeypatch
     told = json.loads(said)
     assert (status, told["table"], told["path"], told["rows"]) == (0, "sales", "pipeline/tables.py", 2)
     assert "price: looks like a decimal with a comma: declared as text" in told["guesses"]
-    assert '"price": TEXT,  # looks like a decimal with a comma: declared as text' in told["text"]
+    assert '"price": TEXT, # looks like a decimal with a comma: declared as text' in told["text"]
     status, said = new(project, monkeypatch, "question", "asked", "--table", "orders", "--json")
     assert json.loads(said) == {"question": "asked", "path": "pipeline/queries/asked.py", "table": "orders"}
     status, said = new(project, monkeypatch, "stage", "look", "--json")
