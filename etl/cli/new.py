@@ -1,5 +1,7 @@
-"""`new table`, `new question`, `new stage`: what a project of your own begins with."""
+"""`new project`, `new table`, `new question`, `new stage`: what a project of your own begins with."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,12 +14,34 @@ from etl.storage import PROJECT
 if TYPE_CHECKING:
     from etl.lake.table import Table
 
-app = typer.Typer(no_args_is_help=True, help="Write a table, a question or a stage to begin with.")
+app = typer.Typer(no_args_is_help=True, help="Write a project, a table, a question or a stage to begin with.")
 Sample = Annotated[
     Path | None,
     typer.Option("--from", metavar="FILE", help="A sample: JSON lines, a JSON array, CSV or Parquet; also gzip, zstd."),
 ]
 Key = Annotated[list[str], typer.Option("--key", metavar="COLUMN", help="Of the key; more than one is fine.")]
+
+
+@app.command()
+def project(
+    folder: Annotated[Path, typer.Argument(help="One that is not there yet, or empty.")], as_json: AsJson = False
+) -> None:
+    """Write a project: preprocess, compact, query, and no table yet. Exit status 2 for what cannot be written."""
+    from etl.scaffold import projects
+    from etl.scaffold.files import Refused
+
+    try:
+        paths = projects.add(PROJECT, folder)
+    except Refused as error:
+        refuse(str(error), status=2)
+    if as_json:
+        print_json({"project": str(folder.resolve()), "paths": paths})
+        return
+    for path in paths:
+        say(f"wrote {path}")
+    etl = Path(sys.executable).parent / "etl"
+    say(f"next: cd {shlex.quote(str(folder))}, then `{etl} new table NAME --from FILE`")
+    say(f"then: files into landing/NAME/ of outputs/, `{etl} run all`; `{etl} up` keeps all of it running")
 
 
 @app.command()
@@ -113,6 +137,8 @@ def _chosen(timetable: Timetable, name: str | None) -> "Table":
     from etl.scaffold.files import Refused
 
     tables = timetable.tables()
+    if not tables:
+        raise Refused("no table is declared yet: `new table` declares one")
     if name is None:
         return next((table for table in tables.values() if table.time), next(iter(tables.values())))
     if name not in tables:
