@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -90,9 +89,8 @@ def unsettled(lake: "Lake", pointer: dict[str, Any] | None) -> dict[str, str | N
         except SchemasDiffer as error:
             return True, str(error)
 
-    with ThreadPoolExecutor(8) as pool:  # in an object store each is a request
-        every = zip(lake.columns, pool.map(looked, lake.columns), strict=True)
-        return {table: why for table, (asked, why) in every if asked}
+    every = zip(lake.columns, lake.root.each(looked, lake.columns), strict=True)
+    return {table: why for table, (asked, why) in every if asked}
 
 
 def blocked(unsettled: Mapping[str, str | None]) -> dict[str, str]:
