@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -439,7 +439,8 @@ def _same_content(batch: Batch, file: File, sha256: str, met: dict[str, File]) -
 
 
 def commit(parsed: Parsed, *, run_id: str) -> dict[str, int]:
-    """Write a batch down, commit it to every table, publish it, archive its files. Returns table -> version.
+    """Write a batch down, commit it to every table, publish it, archive its files. Returns table -> version; nothing
+    where another run has published the batch, whose rows are that one's to count.
 
     May be killed anywhere and called again: every step looks first whether it is done. Raises storage.LeaseHeld when
     another writer is at work, Overtaken when one took this number.
@@ -473,7 +474,7 @@ def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], run_id: str) ->
     before = pointer or {"batch": 0, "tables": {}, "as_of": None}
     versions = {table: before["tables"].get(table, 0) for table in lake.columns}
     if before["batch"] >= number:
-        return versions
+        return versions if pointer and pointer["run_id"] == run_id else {}
     unsettled = schemas.unsettled(lake, pointer)
     wrong = schemas.blocked(unsettled)
     schemas.require_none(wrong, [*parsed.frames, *(file["table"] for file in listed)])
@@ -549,16 +550,20 @@ def drain(
             break
         parsed = read(batch, max_bad_share=max_bad_share)
         try:
-            commit(parsed, run_id=run_id)
+            written = commit(parsed, run_id=run_id)
         except Overtaken:  # what it did not take is still there: look again
             continue
-        done.append(summary(parsed))
+        done.append(summary(parsed, written))
         slowest = max(slowest, time.monotonic() - started)
     return pl.concat(done)
 
 
-def summary(parsed: Parsed) -> pl.DataFrame:
-    """A batch in one row: batch, files, files_refused, mb, rows, refused, rescued, tables, files_unfit, unfit."""
+def summary(parsed: Parsed, written: Mapping[str, int] | None = None) -> pl.DataFrame:
+    """A batch in one row: batch, files, files_refused, mb, rows, refused, rescued, tables, files_unfit, unfit.
+
+    `written`: as of `commit`; no row where another run published the batch."""
+    if parsed.batch.files and written is not None and not written:
+        return pl.DataFrame(schema=SUMMARY)
     batch, mb = parsed.batch, int(parsed.files["bytes"].sum()) / 1e6
     kept = int(parsed.files["good"].sum())
     row = (batch.number, len(batch.files), len(batch.refused), mb, kept, parsed.refused.height, parsed.rescued)

@@ -19,7 +19,7 @@ from support import AT, ingest_all
 
 from etl import charts
 from etl.lake import commit as commits
-from etl.lake import landing, ledger
+from etl.lake import ingest, landing, ledger
 from etl.lake import snapshot as snapshots
 from etl.storage import PROJECT, Root
 from pipeline import Lake, queries, source
@@ -462,6 +462,25 @@ def test_a_file_of_which_too_few_lines_fit_is_refused_and_the_others_are_taken(l
     again = Lake(landed).drain(**LIMITS | {"max_bad_share": 1.0}, for_s=60)
     assert again.select("files", "files_refused", "refused").rows() == [(1, 0, 3)]
     assert Lake(landed).rebuild()["equal"].all()
+
+
+def test_rows_are_counted_by_the_run_that_published_them(landed, monkeypatch):
+    """Of two at once the other one finds its batch published."""
+    first, second = (Lake(landed).read(Lake(landed).next_batch(max_files=4, scheduled_for=AT)) for _ in range(2))
+    counted = [Lake.summary(parsed, Lake.commit(parsed, run_id=run)) for parsed, run in ((first, "a"), (second, "b"))]
+    assert [frame.height for frame in counted] == [1, 0]
+    limits = LIMITS | {"for_s": 60}
+    others = []
+
+    def meanwhile(name: str) -> None:  # another run takes all that waits, once this one has read its batch
+        monkeypatch.setattr(ingest, "crash_point", lambda name: None)
+        others.append(Lake(landed).drain(**limits | {"run_id": "c"}))
+
+    monkeypatch.setattr(ingest, "crash_point", meanwhile)
+    done = Lake(landed).drain(**limits)
+    assert (done.height, others[0].height) == (0, 1)
+    total = sum(frame["rows"].sum() for frame in [*counted, *others])
+    assert total == sum(Lake(landed).snapshot().row_count(table) for table in TABLES)
 
 
 @pytest.mark.parametrize(
