@@ -40,7 +40,7 @@ def rescued(root) -> Lake:
 
 
 def test_rebuild_asks_only_for_rows_that_would_newly_go(rescued):
-    """Not for a line that was in quarantine before: of the values that stayed, each row's line does not fit any more."""
+    """Those whose value stayed, as their line does not fit any more; not for a line that was in quarantine before."""
     land(rescued, 4, {"id": "x"}, {"id": 9, "size": 9})
     ingested(rescued)
     lake = lake_of(rescued.root, id=INT, size=SIZE)
