@@ -127,6 +127,13 @@ SHAPES = {  # what writes it; the bytes; the table; how DuckDB reads the file, a
     "DuckDB, JSON": (lambda: copied("json"), SALES, JSON_LINES, TIMED),
     "DuckDB, array": (lambda: copied("json, array true"), SALES, ARRAY, TIMED),
     "DuckDB, CSV": (lambda: copied("csv"), SALES, "read_csv('file')", TIMED),
+    "DuckDB, JSON in zstd": (
+        lambda: copied("json, compression zstd"), SALES, JSON_LINES.replace(")", ", compression = 'zstd')"), TIMED,
+    ),
+    "DuckDB, CSV in gzip.csv": (
+        lambda: copied("csv, compression gzip"), SALES, "read_csv('file', compression = 'gzip')", TIMED,
+    ),
+    "DuckDB, Parquet in zstd": (lambda: copied("parquet, compression zstd"), SALES, "read_parquet('file')", TIMED),
     "DuckDB, Parquet": (lambda: copied("parquet"), SALES, "read_parquet('file')", TIMED),
     "a spreadsheet": (spreadsheet, SALES, "read_csv('file', delim = ';', quote = '\"', escape = '\"')", COUNTED),
     "a sink of Kafka": (
