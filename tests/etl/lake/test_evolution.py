@@ -299,6 +299,25 @@ def test_a_table_that_cannot_become_what_is_declared_stops_no_other(begun, how):
     assert begun.rebuild()["equal"].all()
 
 
+@pytest.mark.parametrize(("point", "goes_on"), [("after the commit: item", False), ("published", True)])
+def test_a_batch_that_was_begun_before_its_table_was_blocked(begun, point, goes_on):
+    """What is published is archived; what is not waits until the table can be written to again."""
+    land(begun, 2, {"id": 4, "name": "n4"})
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(Died):
+        patched.setattr(ingest, "crash_point", lambda name: _die(name, point))
+        ingested(begun)
+    lake = lake_of(begun.root, id=TEXT, name=TEXT)
+    land(lake, 3, {"id": 5}, table="other")
+    if goes_on:
+        ingested(lake)
+        assert ingested(lake)["other"] and lake.snapshot().row_count("other") == 3
+    else:
+        with pytest.raises(schemas.SchemasDiffer, match="item: id is declared as string and integer in the table"):
+            ingested(lake)
+        assert ingested(begun)["item"] and ingested(begun)["other"]
+    assert [row["id"] for row in rows_of(begun)] == list(range(5))
+
+
 def test_a_name_that_differs_by_capital_letters_is_refused(begun):
     lake = lake_of(begun.root, id=INT32, Name=Column(TEXT, nullable=True))
     land(lake, 2, {"id": 4})
