@@ -34,7 +34,6 @@ from etl.lake.table import (
 )
 from etl.storage import Unreadable
 
-UNNAMED = re.compile(r"column [0-9]+")  # what `formats.header` calls a column of a CSV
 WHOLE_TEXT = re.compile(r"-?(0|[1-9][0-9]*)")  # others, as 00501, are names
 AMOUNT_TEXT = re.compile(r"-?(0|[1-9][0-9]*)\.([0-9]+)")
 NO_ZONE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?")
@@ -56,6 +55,10 @@ KEY_COLUMNS = 12  # that pairs are tried of
 
 class NotInferable(ValueError):
     """A sample that says of no table what it is; the message says why."""
+
+
+class _Unnamed(str):
+    """What `formats.header` calls a column of a CSV that has no name."""
 
 
 class _Written(str):
@@ -161,14 +164,15 @@ def _rows(content: Content) -> Iterator[dict[str, Any]]:
         raise Unreadable(f"is not UTF-8: {error.reason} at byte {error.start + 1}") from None
     if content.kind == "csv":
         first = text.split("\n", 1)[0].rstrip("\r")
-        names = {cell.strip('"') for mark in DELIMITERS for cell in first.split(mark)}
-        every = records(text, delimiter(content.data, names) or ",")
+        cells_of_first = {cell.strip('"') for mark in DELIMITERS for cell in first.split(mark)}
+        every = records(text, delimiter(content.data, cells_of_first) or ",")
         _, (cells_named, raw) = next(every)
         named, unnamed = header(cells_named, raw)
+        names = [_Unnamed(name) if name in unnamed else name for name in named]
         for _, (cells, _) in every:
             if cells is not None and len(cells) == len(named):
-                pairs = zip(named, cells, strict=True)
-                yield {name: cell for name, cell in pairs if cell is not None or name not in unnamed}
+                pairs = zip(names, cells, strict=True)
+                yield {name: cell for name, cell in pairs if cell is not None or not isinstance(name, _Unnamed)}
         return
     values = (
         (value for _, (value, _) in elements(text, decoder)) if content.kind == "array" else _decoded(text, decoder)
@@ -213,7 +217,7 @@ def _of_rows(rows: list[dict[str, Any]], is_csv: bool) -> Columns:
         values = [value for value in seen.values if value is not None]
         try:
             path = _path(keys)
-            if is_csv and UNNAMED.fullmatch(shown):
+            if isinstance(keys[0], _Unnamed):
                 raise NotInferable("has no name in the header, as pandas' index has none")
             dtype, note = (_of_cells if is_csv else _of_values)(values)
         except NotInferable as error:

@@ -83,6 +83,8 @@ def test_a_column_without_a_name_is_kept_and_no_column():
     assert ([*inferred.table.columns], inferred.table.key) == (["id", "note"], ("id",))
     assert inferred.left_out == {"column 1": "has no name in the header, as pandas' index has none"}
     assert inferred.fitting == inferred.rows == 2
+    named = infer(b"id,column 2\n7,a\n8,b\n", "sales")
+    assert [*named.table.columns] == ["id", "column_2"] and named.fitting == 2 and not named.left_out
 
 
 def flat(row):
