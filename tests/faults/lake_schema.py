@@ -189,6 +189,7 @@ def _by_up(root: Root, project: Path, n: int, rng: random.Random, readers: Reade
                 lambda goal=goal: readers.wrong or _read(lake_of(root, "begins")) >= goal, 240, f"{kind}: {goal} rows"
             )
             assert not readers.wrong, readers.wrong
+        readers.end()  # before the API goes
         up.end(signal.SIGINT)
     except BaseException:
         print(up.log.read_text()[-3000:])
