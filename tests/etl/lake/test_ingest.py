@@ -64,7 +64,8 @@ def test_a_second_run_finds_nothing_and_changes_no_version(filled):
 def test_a_batch_committed_again_changes_nothing(landed, made):
     parsed = Lake.read(Lake(landed).next_batch(max_files=500, scheduled_for=AT))
     first = Lake.commit(parsed, run_id="one")
-    assert Lake.commit(parsed, run_id="two") == first
+    assert Lake.commit(parsed, run_id="one") == first
+    assert Lake.commit(parsed, run_id="two") == {}  # another run's
     assert_exactly(landed, made)
 
 
