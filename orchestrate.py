@@ -12,8 +12,8 @@ its name; whatever lies there is found. Stages meet only in the lake, so a late 
 up      everything: Prefect's server, the schedules, the API and the dashboard
 run     one run now, of one stage or of all, or again with what an earlier run had
 replay  a run again on the same data, in a root of its own: does the same come out?
-check   parameters, notebooks and env files, without starting a kernel
-new     a table from a sample file, a question, a stage: something to begin with
+check   parameters, notebooks, env files, tables and questions, without starting a kernel
+new     a project, a table from a sample file, a question, a stage: something to begin with
 plan    every stage's next run, and where each parameter's value comes from
 runs    the index of runs
 whence  which run wrote a version of a table

@@ -22,15 +22,17 @@ from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationEr
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from app.domain import CARD, NO_MODEL, model
 from app.predictions import ServedModel, ShortWay
 from app.rows import LIKELY_FROM, prediction_model, row_model
 from app.settings import Settings
 from etl.lake.snapshot import POINTER, NothingPublished
+from etl.models import registry
 from etl.reports import page as reports
 from etl.runs import index
 from etl.runs.record import STATES
 from etl.storage import BadRoot, Root
-from pipeline import Lake, model, queries
+from pipeline import Lake, queries
 
 BODY_LIMIT = 1_000_000  # bytes; 1,000 rows of eight columns are about a quarter of it
 ITEM_LIMIT = 1000
@@ -69,11 +71,11 @@ class ModelInfo(BaseModel):
     model_id: str
     run_id: str = Field(description="The run that trained it; its report is at /reports/{run_id}")
     sha256: str = Field(description="Of the stored model, checked before it is used")
-    metrics: dict[str, Any] = Field(description=f"On held-out {model.CARD.rows}, as its training recorded them")
+    metrics: dict[str, Any] = Field(description=f"On held-out {CARD.rows}, as its training recorded them")
     features: list[str] = Field(description="What it was trained on, computed from a row's columns")
 
 
-Row, Prediction = row_model(model.CARD), prediction_model(model.CARD)
+Row, Prediction = row_model(CARD), prediction_model(CARD)
 ROWS = TypeAdapter(Annotated[list[Row], Field(min_length=1, max_length=ITEM_LIMIT)])
 BODY_SCHEMA = {"type": "array", "items": Row.model_json_schema(), "minItems": 1, "maxItems": ITEM_LIMIT}
 PREDICTIONS = TypeAdapter(list[Prediction])
@@ -182,9 +184,15 @@ class BodyLimit:
 
 
 @functools.cache
-def served_model(root: Root) -> ServedModel:
-    """The model that is served of a root."""
-    return ServedModel(root, model.SPEC)
+def served_model(root: Root) -> ServedModel | None:
+    """The model that is served of a root; None where the project has none."""
+    return ServedModel(root, model.SPEC) if model else None
+
+
+def _current(root: Root) -> tuple[registry.Model | None, str | None]:
+    """As `ServedModel.current`; (None, None) where the project has no model."""
+    served = served_model(root)
+    return served.current() if served else (None, None)
 
 
 @contextlib.asynccontextmanager
@@ -196,7 +204,7 @@ async def watching(_: FastAPI) -> AsyncIterator[None]:
     except BadRoot:
         yield
         return
-    with served.watched():
+    with served.watched() if served else contextlib.nullcontext():
         watched = served
         yield
     watched = None
@@ -251,7 +259,7 @@ app = FastAPIOffline(
     lifespan=watching,
 )
 app.add_middleware(BodyLimit, limit=BODY_LIMIT)
-app.add_middleware(ShortWay, card=model.CARD, served=lambda: watched, limits=(BODY_LIMIT, ITEM_LIMIT))
+app.add_middleware(ShortWay, card=CARD, served=lambda: watched, limits=(BODY_LIMIT, ITEM_LIMIT))
 app.add_middleware(KnownHosts)  # the outermost
 
 
@@ -271,7 +279,7 @@ async def ready(root: PublishedRoot, response: Response) -> Ready:
 
 def _ready(root: Root) -> Ready:
     missing = [f"{name} has no answer yet: run query" for name in _names() if _pointer(root, name) is None]
-    _, model_problem = served_model(root).current()
+    _, model_problem = _current(root)
     missing += [model_problem] if model_problem else []
     try:
         snapshot = Lake(root).snapshot()
@@ -288,12 +296,17 @@ def _ready(root: Root) -> Ready:
     )
 
 
-@app.get("/model", tags=["model"], responses=_problems(e404="No model is published yet, or none can be used"))
+@app.get(
+    "/model",
+    tags=["model"],
+    include_in_schema=model is not None,
+    responses=_problems(e404="No model is published yet, or none can be used"),
+)
 def current_model(root: PublishedRoot) -> ModelInfo:
     """The model that predictions come from."""
-    served, problem = served_model(root).current()
+    served, problem = _current(root)
     if served is None:
-        raise HTTPException(404, problem)
+        raise HTTPException(404, problem or NO_MODEL)
     return ModelInfo(
         model_id=served.model_id,
         run_id=served.run_id,
@@ -306,6 +319,7 @@ def current_model(root: PublishedRoot) -> ModelInfo:
 @app.post(
     "/predict",
     tags=["model"],
+    include_in_schema=model is not None,
     responses=_problems(
         e400="The body is not text, or nested too deeply",
         e413=f"The body is larger than {BODY_LIMIT:,} bytes",
@@ -325,15 +339,17 @@ async def predict(request: Request, root: PublishedRoot) -> Response:
 
 def _predict(body: bytes, content_type: str, root: Root) -> bytes:
     """All of a prediction but the network, so that none of it holds up the event loop."""
+    if model is None:
+        raise HTTPException(404, NO_MODEL)
     sent = _rows(body, content_type)
-    served, problem = served_model(root).current()
+    served, problem = _current(root)
     if served is None:
         raise HTTPException(503, problem)
     predictions = [
         Prediction(
             probability=probability,
             model_id=served.model_id,
-            **{model.CARD.outcome: probability >= LIKELY_FROM},
+            **{CARD.outcome: probability >= LIKELY_FROM},
         )
         for probability in served.predict([dict(row) for row in sent])
     ]
@@ -382,7 +398,7 @@ def results(root: PublishedRoot) -> list[QuestionInfo]:
     ),
 )
 def result(
-    question: Annotated[str, Path(examples=[queries.questions()[0].name])],
+    question: Annotated[str, Path(examples=[q.name for q in queries.questions()[:1]])],
     root: PublishedRoot,
     limit: Annotated[int | None, Query(ge=1, le=ROW_LIMIT, description="At most so many rows, from the first")] = None,
 ) -> Answer:

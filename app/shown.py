@@ -11,12 +11,13 @@ import pandas as pd
 import polars as pl
 import streamlit as st
 
+from app.domain import model
 from app.settings import Settings
 from etl import charts, findings
 from etl.questions import results
 from etl.runs import index
 from etl.storage import Root
-from pipeline import Lake, model, queries
+from pipeline import Lake, queries
 
 log = logging.getLogger(__name__)
 LOOK_S = 15  # between two looks at the root
@@ -28,7 +29,7 @@ STATES = {  # of a run: colour of the badge and, dark enough to read, of the tex
 }
 BAD = ("red", "#b3352c")
 EXAMINE = {  # what is not of the lake
-    "the model": model.examine,
+    **({"the model": model.examine} if model else {}),
     "the answers": results.examine,
     "the index of runs": index.examine,
 }

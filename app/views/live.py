@@ -8,11 +8,12 @@ import polars as pl
 import streamlit as st
 
 from app import shown
+from app.domain import CARD, model
 from etl.lake import NothingPublished, Snapshot
 from etl.models.registry import CURRENT
 from etl.runs import journal
 from etl.storage import Root
-from pipeline import COUNTED, TITLE, Lake, model, queries
+from pipeline import COUNTED, TITLE, Lake, queries
 
 FOLLOW_S = 2  # between two looks at the runs under way
 LINES = 12  # of a run's output, the last
@@ -68,7 +69,7 @@ def freshness(root: Root) -> None:
             "stages, `python orchestrate.py up` keeps them running. This page fills by itself."
         )
         return
-    columns = st.columns(len(GROWING) + 3)
+    columns = st.columns(len(GROWING) + 2 + (model is not None))
     age_s = (datetime.now(UTC) - snapshot.as_of).total_seconds()
     with columns[0]:
         figure(
@@ -80,18 +81,24 @@ def freshness(root: Root) -> None:
         )
     with columns[1]:
         figure("Batch", f"{snapshot.batch:,}", "in every table")
-    for column, (table, label) in zip(columns[2:-1], GROWING.items(), strict=True):
+    for column, (table, label) in zip(columns[2:], GROWING.items(), strict=False):
         with column, shown.panel(label, [f"table {table}"]):
             rows = row_count(snapshot.root.url, table, snapshot.versions[table], snapshot)
             note, colour = ("in quarantine", "orange") if table == "quarantine" else ("in the lake", "gray")
             figure(label, f"{rows:,}", note, colour if rows else "gray")
-    with columns[-1], shown.panel("The model", ["the model"]):
-        if root.exists(CURRENT):
-            metrics = json.loads(root.read(CURRENT))["metrics"]
-            beside, loss = next(iter(model.CARD.losses(metrics).items()))
-            figure("Model's log loss", f"{metrics['log_loss']:.4f}", f"{beside} {loss:.4f}")
-        else:
-            figure("Model's log loss", "–", "no model yet")
+    if model:
+        with columns[-1], shown.panel("The model", ["the model"]):
+            model_figure(root)
+
+
+def model_figure(root: Root) -> None:
+    """The model's loss beside the one that it is to be compared with."""
+    if root.exists(CURRENT):
+        metrics = json.loads(root.read(CURRENT))["metrics"]
+        beside, loss = next(iter(CARD.losses(metrics).items()))
+        figure("Model's log loss", f"{metrics['log_loss']:.4f}", f"{beside} {loss:.4f}")
+    else:
+        figure("Model's log loss", "–", "no model yet")
 
 
 def figure(label: str, value: str, note: str, colour: str = "gray", explained: str | None = None) -> None:
@@ -116,10 +123,10 @@ def question_cards(root: Root) -> None:
     cards = [(question_card, (root, question)) for question in live if root.exists(shown.pointer(question))]
     if missing := len(live) - len(cards):
         st.caption(f"{missing} of {len(live)} live questions have no answer yet: `query` gives them.")
-    if root.exists(CURRENT):
+    if model and root.exists(CURRENT):
         cards.append((model_card, (root,)))
-    else:
-        st.caption(f"There is no model yet: `train` publishes one as soon as there are enough {model.CARD.rows}.")
+    elif model:
+        st.caption(f"There is no model yet: `train` publishes one as soon as there are enough {CARD.rows}.")
     for row in range(0, len(cards), 2):
         for column, (card, arguments) in zip(st.columns(2), cards[row : row + 2], strict=False):
             with column.container(border=True, height="stretch"):
@@ -134,7 +141,7 @@ def question_card(root: Root, question: queries.Question) -> None:
 
 def model_card(root: Root) -> None:
     """The model's figures beside what they are compared with."""
-    st.subheader(model.CARD.title, anchor=False)
+    st.subheader(CARD.title, anchor=False)
     with shown.panel("The model", ["the model"]):
         model_figures(json.loads(root.read(CURRENT)))
 
@@ -142,12 +149,12 @@ def model_card(root: Root) -> None:
 def model_figures(published: dict[str, Any]) -> None:
     """How well the model does; `published`: its pointer."""
     metrics, run_id = published["metrics"], published["run_id"]
-    st.caption(model.CARD.text)
+    st.caption(CARD.text)
     shown.draw(loss_chart(metrics), "model")
-    figures = {label: text.format(**metrics) for label, text in model.CARD.figures.items()}
+    figures = {label: text.format(**metrics) for label, text in CARD.figures.items()}
     table = pl.DataFrame({"figure": list(figures), "value": list(figures.values())})
     labels = {
-        "figure": st.column_config.TextColumn(f"On {model.CARD.rows} it has not seen", width="large"),
+        "figure": st.column_config.TextColumn(f"On {CARD.rows} it has not seen", width="large"),
         "value": st.column_config.TextColumn("", alignment="right"),
     }
     shown.table(table, labels, "model")
@@ -159,9 +166,9 @@ def loss_chart(metrics: dict[str, Any]) -> Any:
     """The model's log loss beside those it is compared with."""
     from etl.charts import plot
 
-    named = model.CARD.losses(metrics)
+    named = CARD.losses(metrics)
     losses = pl.DataFrame({"of": list(named), "loss": list(named.values())})
-    title = f"Log loss on held-out {model.CARD.rows}"
+    title = f"Log loss on held-out {CARD.rows}"
 
     def chart(frame: pl.DataFrame) -> Any:
         return plot(frame).barh(x="of", y="loss", title=title, xlabel="", ylabel="log loss")

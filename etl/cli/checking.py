@@ -1,15 +1,26 @@
 """`check` and `plan`: what would run, without starting a kernel."""
 
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
+from rich import table as rich_table
 from rich.markup import escape
-from rich.table import Table
 
 from etl import params
 from etl.cli.common import AsJson, Env, Overrides, RootOption, Timetable, load, out, print_json, print_problems, say
+from etl.findings import sentence
 from etl.storage import PROJECT, BadRoot, root_url
+
+if TYPE_CHECKING:
+    from etl.lake.table import Table
+    from etl.questions.question import Question
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +35,7 @@ def check(
     p: Overrides = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Parameters, notebooks and env files, one or all of them, without a kernel. Exit status 2 on a problem."""
+    """Parameters, notebooks, env files and the domain's own code, without a kernel. Exit status 2 on a problem."""
     timetable: Timetable = context.obj
     problems, stages = params.without_yaml(PROJECT), {}
     if root is not None:
@@ -38,6 +49,7 @@ def check(
         except params.ParamsError as error:
             problems += [problem for problem in error.problems if problem not in problems]
     problems += params.breaches(PROJECT, list(stages) or None, timetable.domain)
+    problems += _of_domain(timetable)
     if as_json:
         print_json({"ok": not problems, "stages": list(stages), "problems": [str(problem) for problem in problems]})
     elif problems:
@@ -46,6 +58,56 @@ def check(
         out.print(f"[green]ok[/]  {len(stages)} stages: {', '.join(stages)}")
     if problems:
         raise typer.Exit(2)
+
+
+def _of_domain(timetable: Timetable) -> Iterator[params.Problem]:
+    """What of the domain's code cannot be imported, which tables' rules cannot be asked, and which tables and columns
+    its questions read that are not declared: of each part the first."""
+    modules = [f"{timetable.domain}.queries", *filter(None, [timetable.model])]
+    try:
+        for table in timetable.tables().values():
+            _ = table.rules
+    except (Exception, SystemExit) as error:  # the project's own code: whatever it does
+        yield _problem(error)
+        return
+    for module in modules:
+        try:
+            imported = importlib.import_module(module)
+            if hasattr(imported, "questions"):
+                yield from _of_questions(imported.questions(), timetable.tables())
+        except (Exception, SystemExit) as error:
+            if not (isinstance(error, ModuleNotFoundError) and error.name == module):
+                yield _problem(error)
+
+
+def _of_questions(questions: Iterable["Question"], tables: Mapping[str, "Table"]) -> Iterator[params.Problem]:
+    """What the questions read that is not declared."""
+    for question in questions:
+        path = os.path.relpath(sys.modules[question.answer.__module__].__file__ or question.name, PROJECT)
+        for name, columns in question.tables.items():
+            if name not in tables:
+                yield params.Problem(path, None, f"reads the table {name}, which is not declared")
+            elif unknown := [column for column in columns if column not in tables[name].stored]:
+                yield params.Problem(path, None, f"reads {name}.{unknown[0]}, which is not declared")
+
+
+def _problem(error: BaseException) -> params.Problem:
+    """An error of the project's code, with the last of its lines that led there."""
+    if isinstance(error, SyntaxError) and error.filename:
+        where, line = error.filename, error.lineno
+    else:
+        own = [f for f in traceback.extract_tb(error.__traceback__) if _is_own(f.filename)]
+        where, line = (own[-1].filename, own[-1].lineno) if own else (str(PROJECT), None)
+    path = os.path.relpath(where, PROJECT)
+    said = error.msg if isinstance(error, SyntaxError) else sentence(error)
+    return params.Problem(path, line, f"cannot be imported: {said}")
+
+
+def _is_own(filename: str) -> bool:
+    """Whether a file is the project's, and not the engine's or a package's."""
+    path = Path(filename)
+    engine = Path(__file__).parents[1]
+    return path.is_relative_to(PROJECT) and not path.is_relative_to(engine) and "site-packages" not in path.parts
 
 
 def plan(env: Env = "local", p: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
@@ -57,7 +119,7 @@ def plan(env: Env = "local", p: Overrides = [], as_json: AsJson = False) -> None
     say(f"environment {env}: root {project.environment.root}")
     for stage in project.stages.values():
         planned = _plan_of(stage, now)
-        table = Table(
+        table = rich_table.Table(
             title=f"{stage.name}   {planned['when']}   next {planned['next_run']:%H:%M:%S} UTC", title_justify="left"
         )
         for column in ("parameter", "value", "comes from", "meaning"):

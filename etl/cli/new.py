@@ -1,23 +1,47 @@
-"""`new table`, `new question`, `new stage`: what a project of your own begins with."""
+"""`new project`, `new table`, `new question`, `new stage`: what a project of your own begins with."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from etl import params
-from etl.cli.common import Timetable, out, print_problems, refuse, say
+from etl.cli.common import AsJson, Timetable, out, print_json, print_problems, refuse, say
 from etl.storage import PROJECT
 
 if TYPE_CHECKING:
     from etl.lake.table import Table
 
-app = typer.Typer(no_args_is_help=True, help="Write a table, a question or a stage to begin with.")
+app = typer.Typer(no_args_is_help=True, help="Write a project, a table, a question or a stage to begin with.")
 Sample = Annotated[
     Path | None,
     typer.Option("--from", metavar="FILE", help="A sample: JSON lines, a JSON array, CSV or Parquet; also gzip, zstd."),
 ]
 Key = Annotated[list[str], typer.Option("--key", metavar="COLUMN", help="Of the key; more than one is fine.")]
+
+
+@app.command()
+def project(
+    folder: Annotated[Path, typer.Argument(help="One that is not there yet, or empty.")], as_json: AsJson = False
+) -> None:
+    """Write a project: preprocess, compact, query, and no table yet. Exit status 2 for what cannot be written."""
+    from etl.scaffold import projects
+    from etl.scaffold.files import Refused
+
+    try:
+        paths = projects.add(PROJECT, folder)
+    except Refused as error:
+        refuse(str(error), status=2)
+    if as_json:
+        print_json({"project": str(folder.resolve()), "paths": paths})
+        return
+    for path in paths:
+        say(f"wrote {path}")
+    etl = Path(sys.executable).parent / "etl"
+    say(f"next: cd {shlex.quote(str(folder))}, then `{etl} new table NAME --from FILE`")
+    say(f"then: files into landing/NAME/ of outputs/, `{etl} run all`; `{etl} up` keeps all of it running")
 
 
 @app.command()
@@ -28,6 +52,7 @@ def table(
     files: Annotated[str | None, typer.Option(metavar="GLOB", help="Its files' paths below landing/.")] = None,
     time: Annotated[str | None, typer.Option(metavar="COLUMN", help="When a row came to be.")] = None,
     key: Key = [],  # noqa: B006
+    as_json: AsJson = False,
 ) -> None:
     """Declare a table, with the columns and types of a sample file. Exit status 2 for what cannot be declared."""
     from etl.scaffold import tables
@@ -42,6 +67,10 @@ def table(
         refuse(f"{sample}: {error.strerror}", status=2)
     except Refused as error:
         refuse(str(error), status=2)
+    if as_json:
+        told = {"table": added.table.name, "path": added.path, "text": added.text, "rows": added.rows}
+        print_json(told | {"fitting": added.fitting, "guesses": added.guesses, "notes": added.notes})
+        return
     for heading, lines in tables.summary(added).items():
         out.print(f"[bold]{heading}", highlight=False, soft_wrap=True)
         for line in lines:
@@ -57,6 +86,7 @@ def question(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="The question's name, and that of its file.")],
     table: Annotated[str | None, typer.Option(metavar="TABLE", help="Whose rows it counts; one with a time.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a question that counts a table's rows, with a chart. Exit status 2 for what cannot be asked."""
     from etl.scaffold import questions
@@ -68,6 +98,9 @@ def question(
         path = questions.add(PROJECT, name, asked, folder=f"{timetable.domain}/queries")
     except Refused as error:
         refuse(str(error), status=2)
+    if as_json:
+        print_json({"question": name, "path": path, "table": asked.name})
+        return
     say(f"{path} asks how many rows {asked.name} has")
     say(f"next: `python orchestrate.py run query -p 'questions=[{name}]'`, then make it ask what you want to know")
 
@@ -77,6 +110,7 @@ def stage(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="The stage's name: of its notebook, its YAML, its flow.")],
     every: Annotated[str, typer.Option(metavar="DURATION", help='Such as "30 seconds" or "6 hours".')] = "1 hour",
+    as_json: AsJson = False,
 ) -> None:
     """Write a stage: a notebook, its YAML, its line in the README. Exit status 2 for what cannot be one."""
     from etl.scaffold import stages
@@ -84,13 +118,17 @@ def stage(
 
     timetable: Timetable = context.obj
     try:
-        for path in stages.add(PROJECT, name, every=every, domain=timetable.domain):
-            say(f"wrote {path}")
+        paths = list(stages.add(PROJECT, name, every=every, domain=timetable.domain))
     except params.ParamsError as error:
         print_problems(error.problems)
         raise typer.Exit(2) from None
     except Refused as error:
         refuse(str(error), status=2)
+    if as_json:
+        print_json({"stage": name, "paths": paths})
+        return
+    for path in paths:
+        say(f"wrote {path}")
     say(f"next: `python orchestrate.py run {name}`; `make lab` opens the notebook")
 
 
@@ -99,6 +137,8 @@ def _chosen(timetable: Timetable, name: str | None) -> "Table":
     from etl.scaffold.files import Refused
 
     tables = timetable.tables()
+    if not tables:
+        raise Refused("no table is declared yet: `new table` declares one")
     if name is None:
         return next((table for table in tables.values() if table.time), next(iter(tables.values())))
     if name not in tables:

@@ -29,6 +29,8 @@ from etl.cli.common import (
 )
 from etl.cli.printing import print_differences, readable, styled, text_of
 
+REASON_LINES, REASON_WIDTH = 2, 20  # of a reason in the list: about, and at least
+GAPS = 8  # characters between the columns
 app = typer.Typer(no_args_is_help=True, help="The index of runs.")
 State = Literal["ok", "noop", "check_failed", "failed", "timed_out", "killed", "cancelled"]
 
@@ -44,8 +46,9 @@ def list_runs(
     limit: Annotated[int, typer.Option(min=1, help="At most so many, newest first.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """The last runs, newest first."""
+    """The last runs, newest first; a long reason is whole in `runs show`."""
     from etl.runs import index
+    from etl.runs.endings import shortened
 
     asked = existing_root(env, root, may_be_empty=True)
     between = {"since": since and moment(since), "until": until and moment(until)}
@@ -63,8 +66,11 @@ def list_runs(
     for column in ("run", "state", "seconds"):  # the id is there to be copied
         table.add_column(column, no_wrap=True, justify="right" if column == "seconds" else "left")
     table.add_column("reason", overflow="fold")
+    beside = max(len(row["run_id"]) + len(row["state"]) + len(f"{row['seconds']:.1f}") for row in rows)
+    most = REASON_LINES * max(out.width - beside - GAPS, REASON_WIDTH)
     for row in rows:
-        table.add_row(row["run_id"], styled(row["state"]), f"{row['seconds']:.1f}", escape(row["reason"] or ""))
+        reason = shortened(row["reason"] or "", most)
+        table.add_row(row["run_id"], styled(row["state"]), f"{row['seconds']:.1f}", escape(reason))
     out.print(table)
 
 

@@ -33,16 +33,13 @@ def writing(root: Root, run_id: str) -> Iterator[None]:
         yield
 
 
-def create_tables(lake: "Lake", run_id: str, known: Container[str] = ()) -> list[str]:
-    """Create the tables that are not there yet, but for those that are known to be; safe to race. Returns those that
-    were not."""
-    about, created = {"run_id": run_id, "stage": lake.ingested_by}, []
+def create_tables(lake: "Lake", run_id: str, known: Container[str] = ()) -> None:
+    """Create the tables that are not there yet, but for those that are known to be; safe to race."""
+    about = {"run_id": run_id, "stage": lake.ingested_by}
     for name, columns in lake.columns.items():
         if name not in known:
-            keys, path = lake.required[name], f"lake/{name}"
-            if delta.create_table(lake.root, path, columns, keys=keys, properties=PROPERTIES, about=about):
-                created.append(name)
-    return created
+            needed = lake.required[name]
+            delta.create_table(lake.root, f"lake/{name}", columns, keys=needed, properties=PROPERTIES, about=about)
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,8 @@ def committed(lake: "Lake", published: Mapping[str, int], *, batch: int) -> dict
 def head(lake: "Lake", table: str, after: int) -> tuple[int, int]:
     """The newest version of a table, and the newest batch in the commits after version `after`, 0 when there is none.
 
-    Raises SchemasDiffer when somebody gave the table other columns in them, or what this engine does not write.
+    Raises SchemasDiffer when somebody gave the table columns in them that cannot become the declared ones, or what this
+    engine does not write, ChangedMeanwhile when they can become it.
     """
     version, batch, touched = after, 0, False
     for number, lines in delta.since(lake.root, f"lake/{table}", after):
@@ -113,8 +111,12 @@ def head(lake: "Lake", table: str, after: int) -> tuple[int, int]:
             touched |= "metaData" in line
             if line.get("txn", {}).get("appId") == APP_ID:
                 batch = max(batch, line["txn"]["version"])
-    if touched and any(planned := schemas.plan(lake, table, lake.table(table, version))):
-        raise schemas.SchemasDiffer(schemas.refusal([planned[1] or f"{table}: somebody changed its columns meanwhile"]))
+    if touched:
+        todo, why = schemas.plan(lake, table, lake.table(table, version))
+        if why:
+            raise schemas.SchemasDiffer(schemas.refusal([why]))
+        if todo:
+            raise schemas.ChangedMeanwhile(f"{table}: somebody changed its columns meanwhile; run this one again")
     return version, batch
 
 

@@ -25,11 +25,14 @@ MARK = b"\xef\xbb\xbf"  # of byte order
 OTHERS = {
     b"BZh": "is compressed with bzip2: gzip and zstd are read",
     b"PK\x03\x04": "is a zip archive: gzip and zstd are read",
+    b"\xfd7zXZ\x00": "is compressed with xz: gzip and zstd are read",
+    b"ARROW1": "is Arrow IPC (Feather): Parquet is read",
+    b"Obj\x01": "is Avro: JSON, CSV and Parquet are read",
+    b"ORC": "is ORC: Parquet is read",
     b"\xff\xfe": "is UTF-16, not UTF-8",
     b"\xfe\xff": "is UTF-16, not UTF-8",
-    b"{\x00": "is UTF-16, not UTF-8",
-    b"\x00{": "is UTF-16, not UTF-8",
 }
+TAR, TAR_AT = b"ustar", 257  # where it is in a tar archive
 OBJECT = re.compile(rb"\s*\{")  # begins JSON lines, in whose texts the names of columns may stand
 ARRAY = re.compile(rb"\s*\[\s*[{\]]")
 BLANKS = re.compile(r"[ \t\r\n]*")
@@ -62,6 +65,10 @@ def opened(data: bytes, names: Collection[str], most: int = INFLATED_BYTES) -> C
         raise Unreadable("is empty")
     if why := next((why for beginning, why in OTHERS.items() if data.startswith(beginning)), None):
         raise Unreadable(why)
+    if data.startswith(TAR, TAR_AT):
+        raise Unreadable("is a tar archive: gzip and zstd are read, of one file each")
+    if len(data) > 1 and (data[0] == 0) != (data[1] == 0):
+        raise Unreadable("is UTF-16, not UTF-8")
     if data.startswith(b"PAR1"):
         return Content("parquet", b"", parquet(data, most))
     if ARRAY.match(data) or (data.lstrip().startswith(b"[") and data.rstrip().endswith(b"]")):
@@ -160,6 +167,20 @@ def records(text: str, mark: str) -> Iterator[tuple[int, tuple[list[str | None] 
         if raw.strip():
             yield line, (fields if match else None, raw)
         line += text.count("\n", start, at)
+
+
+def header(names: list[str | None] | None, raw: str) -> tuple[list[str], set[str]]:
+    """The names of a CSV's columns, by its first record as `records` has it, and which of them have none in the file:
+    pandas' index, or what a spreadsheet has beside its columns. Those are called by their number, as `column 1`.
+
+    Raises Unreadable.
+    """
+    if names is None:
+        if "\r" in raw:
+            raise Unreadable("is a CSV whose lines end with CR alone: LF and CRLF are read")
+        raise Unreadable("is a CSV with quotes in its header that are not closed, or not around a whole name")
+    numbers = {f"column {number}" for number, name in enumerate(names, 1) if not name}
+    return [name or f"column {number}" for number, name in enumerate(names, 1)], numbers
 
 
 def parquet(data: bytes, most: int = INFLATED_BYTES) -> pl.DataFrame:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import polars as pl
 
-from etl.lake.formats import DELIMITERS, Content, delimiter, elements, opened, records
+from etl.lake.formats import DELIMITERS, Content, delimiter, elements, header, opened, records
 from etl.lake.parse import DAY_TEXT, FLOAT_TEXT, TIME_TEXT, parse_all
 from etl.lake.table import (
     BOOL,
@@ -37,6 +37,16 @@ from etl.storage import Unreadable
 WHOLE_TEXT = re.compile(r"-?(0|[1-9][0-9]*)")  # others, as 00501, are names
 AMOUNT_TEXT = re.compile(r"-?(0|[1-9][0-9]*)\.([0-9]+)")
 NO_ZONE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?")
+DAY_FORM = r"(?:[0-9]{1,2}([./-])[0-9]{1,2}\1(?:[0-9]{2}|[0-9]{4})|[0-9]{4}([./])[0-9]{1,2}\2[0-9]{1,2})"
+LOOK_LIKE = {  # what people write and no column reads -> its form
+    "a decimal with a comma": re.compile(r"[+-]?(?:[0-9]+|[0-9]{1,3}(?:[. '][0-9]{3})+),[0-9]+"),
+    "a number with marks between its thousands": re.compile(r"[+-]?[0-9]{1,3}(?:[,' ][0-9]{3})+(?:\.[0-9]+)?"),
+    "an amount with a currency or percent": re.compile(
+        r"[+-]?(?:[$€£¥] ?|[A-Z]{3} )[+-]?[0-9][0-9.,' ]*|[+-]?[0-9][0-9.,' ]*?(?: ?[$€£¥%]| [A-Z]{3})"
+    ),
+    "a day that is not written as 2026-11-26": re.compile(DAY_FORM),
+    "a time that is not written as 2026-11-26T05:00:00Z": re.compile(rf"{DAY_FORM},?[ T][0-9]{{1,2}}:[0-9]{{2}}.*"),
+}
 CENTS, MOST_DECIMALS = 2, 4  # behind the point of an amount
 DIGITS, SPARE_DIGITS, MOST_DIGITS = 15, 3, 38  # of an amount: at least, beyond those of the sample, at most
 MOST_FIELDS = 400  # of all rows together: more are keys that are data
@@ -45,6 +55,10 @@ KEY_COLUMNS = 12  # that pairs are tried of
 
 class NotInferable(ValueError):
     """A sample that says of no table what it is; the message says why."""
+
+
+class _Unnamed(str):
+    """What `formats.header` calls a column of a CSV that has no name."""
 
 
 class _Written(str):
@@ -150,14 +164,15 @@ def _rows(content: Content) -> Iterator[dict[str, Any]]:
         raise Unreadable(f"is not UTF-8: {error.reason} at byte {error.start + 1}") from None
     if content.kind == "csv":
         first = text.split("\n", 1)[0].rstrip("\r")
-        names = {cell.strip('"') for mark in DELIMITERS for cell in first.split(mark)}
-        every = records(text, delimiter(content.data, names) or ",")
-        _, (header, _) = next(every)
-        if header is None or None in header:
-            raise Unreadable("is a CSV with a column without a name")
+        cells_of_first = {cell.strip('"') for mark in DELIMITERS for cell in first.split(mark)}
+        every = records(text, delimiter(content.data, cells_of_first) or ",")
+        _, (cells_named, raw) = next(every)
+        named, unnamed = header(cells_named, raw)
+        names = [_Unnamed(name) if name in unnamed else name for name in named]
         for _, (cells, _) in every:
-            if cells is not None and len(cells) == len(header):
-                yield dict(zip(map(str, header), cells, strict=True))
+            if cells is not None and len(cells) == len(named):
+                pairs = zip(names, cells, strict=True)
+                yield {name: cell for name, cell in pairs if cell is not None or not isinstance(name, _Unnamed)}
         return
     values = (
         (value for _, (value, _) in elements(text, decoder)) if content.kind == "array" else _decoded(text, decoder)
@@ -202,6 +217,8 @@ def _of_rows(rows: list[dict[str, Any]], is_csv: bool) -> Columns:
         values = [value for value in seen.values if value is not None]
         try:
             path = _path(keys)
+            if isinstance(keys[0], _Unnamed):
+                raise NotInferable("has no name in the header, as pandas' index has none")
             dtype, note = (_of_cells if is_csv else _of_values)(values)
         except NotInferable as error:
             left_out[shown] = str(error)
@@ -341,7 +358,8 @@ def _of_texts(values: list[str]) -> tuple[DataType, str]:
     decimals = {len(value.partition(".")[2]) for value in values if AMOUNT_TEXT.fullmatch(value)} or {0}
     if len(decimals) == 1 and (amount := _amount(values)) and amount.scale:
         return amount, f"amounts of {amount.scale} decimals, so no float"
-    return TEXT, ""
+    alike = next((what for what, form in LOOK_LIKE.items() if all(map(form.fullmatch, values))), None)
+    return TEXT, f"looks like {alike}: declared as text" if alike else ""
 
 
 def _are_times(values: list[str]) -> bool:

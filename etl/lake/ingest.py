@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -78,7 +78,8 @@ class Batch:
     `repeated`: files in landing that were ingested before; they are set aside, not read. `refused`: those that cannot
     be read, each with its reason. `growing` and `unmatched`: files that are still written, and that are no table's:
     they are left alone. `grown`: what was written to files after they were ingested, which is refused. `known`: what
-    is in the lake; `again`: also what has the content of another file of its table, whatever is declared."""
+    is in the lake; `again`: also what has the content of another file of its table, whatever is declared. `held`: files
+    of tables that cannot become what they are declared to be; they wait."""
 
     lake: "Lake"
     number: int
@@ -93,6 +94,7 @@ class Batch:
     grown: tuple[landing.Grown, ...] = ()
     known: ledger.Known | None = None
     again: bool = False
+    held: tuple[File, ...] = ()
 
     def __str__(self) -> str:
         """For people: what it has, and what it leaves."""
@@ -100,6 +102,7 @@ class Batch:
         for files, one, many in (
             (self.repeated, "was ingested before and is set aside", "were ingested before and are set aside"),
             (self.growing, "is still being written", "are still being written"),
+            (self.held, "waits for its table's declaration", "wait for their tables' declarations"),
             (self.unmatched, "is no table's", "are no table's"),
         ):
             told.append(landing.said(len(files), (file.name for file in files), one, many))
@@ -147,33 +150,62 @@ def next_batch(
 
     At most `max_files`, and at most `max_bytes` of input; a larger file is refused before it is read. A file that is
     written in place is left alone until nothing was written to it for `quiet_s` seconds. None when nothing waits.
-    `scheduled_for`: what the run says of its time, ISO 8601; `now`: what the clock says, if not the machine's. `again`:
-    as in `Batch`. Raises storage.Damaged when it cannot be known what was ingested, schemas.SchemasDiffer when the
-    lake's tables are not those that are declared.
+    Those of a table that cannot become what it is declared to be wait. `scheduled_for`: what the run says of its time,
+    ISO 8601; `now`: what the clock says, if not the machine's. `again`: as in `Batch`. Raises storage.Damaged when it
+    cannot be known what was ingested, schemas.SchemasDiffer when there is nothing to ingest and such a table, or one
+    that has files in an unfinished batch.
     """
+    batch, wrong = _next(lake, max_files, max_bytes, quiet_s, scheduled_for, now, again=again)
+    if batch is None:
+        schemas.require_none(wrong, wrong)
+    return batch
+
+
+def blocked(lake: "Lake") -> str:
+    """Which tables cannot become what they are declared to be, so that their files wait, and why; empty for none."""
+    wrong = schemas.blocked(schemas.unsettled(lake, snapshot.read_pointer(lake.root)))
+    return schemas.refusal([*wrong.values()]) if wrong else ""
+
+
+def _next(
+    lake: "Lake",
+    max_files: int,
+    max_bytes: int,
+    quiet_s: float,
+    scheduled_for: str | None,
+    now: datetime | None,
+    *,
+    again: bool,
+) -> tuple[Batch | None, dict[str, str]]:
+    """As `next_batch`, and the tables that are blocked."""
     root, now = lake.root, now or datetime.now(UTC)
     pointer = snapshot.read_pointer(root)
     if pointer is None and any(name.endswith(".done") for name in root.names(ledger.BATCHES)):
         raise Damaged(f"{snapshot.POINTER} is gone, though batches were published: see `orchestrate.py rebuild`")
-    schemas.check(lake, pointer)
+    wrong = schemas.blocked(schemas.unsettled(lake, pointer))
+    schemas.require_none(wrong, ())
     date = f"{now:%Y-%m-%d}"
     number = pointer["batch"] if pointer else 0
     for unfinished in (number + 1, number):
         manifest = ledger.read(root, unfinished)
         if manifest and not root.exists(ledger.done(unfinished)):
+            if unfinished > number:  # of one that is published nothing is written to tables any more
+                schemas.require_none(wrong, {file["table"] for file in manifest["files"]})
             files = tuple(replace(landing.of(lake, f["path"], f["bytes"]), again=True) for f in manifest["files"])
-            return Batch(lake, unfinished, date, ledger.time_of(manifest, now), files, manifest=manifest)
+            return Batch(lake, unfinished, date, ledger.time_of(manifest, now), files, manifest=manifest), wrong
     if pointer and "files" not in pointer["tables"]:
         pointer = _adopt(lake)
     known = ledger.known(lake, pointer)
     waiting = landing.look(lake, known, pointer, max_bytes=max_bytes, quiet_s=quiet_s, now=now)
-    files = landing.cut(waiting.files, max_files, max_bytes)
+    files = landing.cut(tuple(file for file in waiting.files if file.table not in wrong), max_files, max_bytes)
+    held = tuple(file for file in waiting.files if file.table in wrong)
     grown = tuple(landing.grown(root, manifest)) if manifest else ()
     if not files and not waiting.repeated and not waiting.refused and not grown:
-        return None
+        return None, wrong
     at = max(now, _utc(scheduled_for) if scheduled_for else now).isoformat(timespec="seconds")
-    left: dict[str, Any] = {"growing": waiting.growing, "unmatched": waiting.unmatched, "grown": grown}
-    return Batch(lake, number + 1, date, at, files, waiting.repeated, waiting.refused, **left, known=known, again=again)
+    left: dict[str, Any] = {"growing": waiting.growing, "unmatched": waiting.unmatched, "grown": grown, "held": held}
+    left |= {"known": known, "again": again}
+    return Batch(lake, number + 1, date, at, files, waiting.repeated, waiting.refused, **left), wrong
 
 
 def _adopt(lake: "Lake") -> dict[str, Any]:
@@ -206,8 +238,9 @@ def read(batch: Batch, *, max_bad_share: float = 1.0, max_inflated: int = format
     """Read a batch's files, type their rows and set apart those that do not fit. Writes nothing.
 
     A file is refused that cannot be read, of which no line fits, or a larger share of lines than `max_bad_share` (0 to
-    1) does not. So is one that is no longer what the manifest of an unfinished batch says; but none of those that it
-    names by its share, for its rows may be in the lake.
+    1) does not; unless that is 0, a single line is no such share, however small the file. So is one that is no longer
+    what the manifest of an unfinished batch says; but none of those that it names by its share, for its rows may be in
+    the lake.
 
     The batch ends before the file with which it would inflate to more than `max_inflated` bytes, or to more than its
     files have as they are, whichever is more; the rest waits for the next batch. So the rows of that many bytes are
@@ -361,12 +394,13 @@ def _look(batch: Batch, group: list[_Opened], most: float) -> _Looked:
         raise AssertionError(f"{group[0].file.landing} and others: {sum(lines)} lines, but {rows.height} rows fit")
     kept, unfit = [], []
     for number, (file, *_) in enumerate(files):
-        if bad[number].height < lines[number] and bad[number].height <= most * lines[number]:
+        allowed = max(1, most * lines[number]) if most else 0
+        if bad[number].height < lines[number] and bad[number].height <= allowed:
             kept.append(number)
             continue
         why = parse.why_whole(bad[number], lines[number])
         refused.append((file, why))
-        if bad[number].height > most * lines[number] and bad[number]["line"][0] != parse.WHOLE:
+        if bad[number].height > allowed and bad[number]["line"][0] != parse.WHOLE:
             unfit.append((file.table, file.name, lines[number], bad[number].height, why))
     if any(number not in kept and bad[number].height < lines[number] for number in range(len(files))):
         rows = _of_files(rows, [count - frame.height for count, frame in zip(lines, bad, strict=True)], kept)
@@ -406,7 +440,8 @@ def _same_content(batch: Batch, file: File, sha256: str, met: dict[str, File]) -
 
 
 def commit(parsed: Parsed, *, run_id: str) -> dict[str, int]:
-    """Write a batch down, commit it to every table, publish it, archive its files. Returns table -> version.
+    """Write a batch down, commit it to every table, publish it, archive its files. Returns table -> version; nothing
+    where another run has published the batch, whose rows are that one's to count.
 
     May be killed anywhere and called again: every step looks first whether it is done. Raises storage.LeaseHeld when
     another writer is at work, Overtaken when one took this number.
@@ -440,7 +475,10 @@ def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], run_id: str) ->
     before = pointer or {"batch": 0, "tables": {}, "as_of": None}
     versions = {table: before["tables"].get(table, 0) for table in lake.columns}
     if before["batch"] >= number:
-        return versions
+        return versions if pointer and pointer["run_id"] == run_id else {}
+    unsettled = schemas.unsettled(lake, pointer)
+    wrong = schemas.blocked(unsettled)
+    schemas.require_none(wrong, [*parsed.frames, *(file["table"] for file in listed)])
     entries = ledger.of_batch(number, parsed.batch.at, listed, parsed.files)
     of_all = parsed.frames | {"quarantine": parsed.refused, "files": entries}
     frames = {table: frame for table, frame in of_all.items() if frame.height}
@@ -452,8 +490,8 @@ def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], run_id: str) ->
             asked = [table for table in lake.columns if table not in gone | ({"quarantine"} if gone else set())]
             heights = {table: frames[table].height if table in frames else 0 for table in asked}
             commits.require_same_rows(lake, heights, batch=number, published=before["tables"])
-        created = commits.create_tables(lake, run_id, known=before["tables"])
-        moved = evolution.move(lake, pointer, run_id, created)
+        commits.create_tables(lake, run_id, known=before["tables"])
+        moved = evolution.move(lake, [table for table in unsettled if table not in wrong], pointer, run_id)
         # an object store's lease ends while files are written
         if moved and snapshot.read_pointer(lake.root) != pointer:
             raise Overtaken("another run published while tables were given their columns; run this one again")
@@ -464,8 +502,9 @@ def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], run_id: str) ->
             versions[table] = commits.append(lake, table, rows, batch=number, run_id=run_id, after=after)
             crash_point(f"after the commit: {table}")
         if parsed.batch.manifest:  # rows of files that are gone by now may be in the others
-            others = {table: before["tables"].get(table, -1) for table in lake.columns if table not in frames}
+            others = {t: before["tables"].get(t, -1) for t in lake.columns if t not in frames and t not in wrong}
             versions |= commits.committed(lake, others, batch=number)
+    known = {table: mark for table, mark in before.get("schemas", {}).items() if table in wrong}
     clocks = snapshot.clocks_of(pointer)
     for table, newest in parsed.clocks.items():
         clocks[table] = max(newest, clocks.get(table, newest))
@@ -479,7 +518,7 @@ def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], run_id: str) ->
         as_of=as_of,
         versions=versions,
         run_id=run_id,
-        schemas=lake.fingerprints,
+        schemas={table: mark for table, mark in lake.fingerprints.items() if table not in wrong} | known,
         clocks=clocks,
     )
     crash_point("published")
@@ -502,27 +541,30 @@ def drain(
     """Commit batch after batch until nothing waits; one row each, as `summary` has it.
 
     None is begun that, going by the slowest so far, would not be over within `for_s` seconds. `max_bad_share`: as of
-    `read`.
+    `read`. Files of a table that cannot become what it is declared to be wait, without a word: ask `blocked`.
     """
     done = [pl.DataFrame(schema=SUMMARY)]
     began, slowest = time.monotonic(), 0.0
     while (started := time.monotonic()) - began + slowest < for_s:
-        limits: Any = {"max_files": max_files, "max_bytes": max_bytes, "quiet_s": quiet_s}
-        batch = next_batch(lake, **limits, scheduled_for=scheduled_for, now=now, again=again)
+        batch, _ = _next(lake, max_files, max_bytes, quiet_s, scheduled_for, now, again=again)
         if batch is None:
             break
         parsed = read(batch, max_bad_share=max_bad_share)
         try:
-            commit(parsed, run_id=run_id)
+            written = commit(parsed, run_id=run_id)
         except Overtaken:  # what it did not take is still there: look again
             continue
-        done.append(summary(parsed))
+        done.append(summary(parsed, written))
         slowest = max(slowest, time.monotonic() - started)
     return pl.concat(done)
 
 
-def summary(parsed: Parsed) -> pl.DataFrame:
-    """A batch in one row: batch, files, files_refused, mb, rows, refused, rescued, tables, files_unfit, unfit."""
+def summary(parsed: Parsed, written: Mapping[str, int] | None = None) -> pl.DataFrame:
+    """A batch in one row: batch, files, files_refused, mb, rows, refused, rescued, tables, files_unfit, unfit.
+
+    `written`: as of `commit`; no row where another run published the batch."""
+    if parsed.batch.files and written is not None and not written:
+        return pl.DataFrame(schema=SUMMARY)
     batch, mb = parsed.batch, int(parsed.files["bytes"].sum()) / 1e6
     kept = int(parsed.files["good"].sum())
     row = (batch.number, len(batch.files), len(batch.refused), mb, kept, parsed.refused.height, parsed.rescued)

@@ -112,6 +112,7 @@ class Lake:
     prune_archive = compaction.prune_archive
     unmatched = landing.unmatched
     idle = landing.idle
+    blocked = ingest.blocked
     refused_files = quarantine.refused_files
     refused_lines = quarantine.refused_lines
     refused = quarantine.overview

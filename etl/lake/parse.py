@@ -13,13 +13,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any, NoReturn, Self
 
 import numpy as np
 import polars as pl
 
-from etl.lake.formats import Content, delimiter, elements, opened, records
+from etl.lake.formats import Content, delimiter, elements, header, opened, records
 from etl.lake.table import DAY, RESCUED, TEXT, TIME, UNITS, Column, DataType, Table
 from etl.storage import Unreadable
 
@@ -31,6 +31,7 @@ SHOWN_KINDS = 3  # of reasons why a whole file is refused
 LINE_BYTES = 1 << 20  # a longer line is refused unread
 PIECE_BYTES = 64 << 10  # a piece that is not plain is cut down to this before it is read line by line
 OVER_LINES = "has JSON objects over several lines each: lines of JSON, each an object, or one array of them are read"
+MOST_DIGITS = 38  # of a decimal
 WHOLE = 0  # in place of a line's number: what is said of the whole file
 REFUSED: dict[str, DataType] = {"line": pl.Int64, "reason": TEXT, "raw": TEXT, "kinds": pl.List(TEXT)}
 POSITION = re.compile(r" at (character|byte) \d+$")  # of a reason, in which lines differ that are wrong in the same way
@@ -112,11 +113,11 @@ def fits(raw: str, table: Table) -> bool:
 
 def as_file(raws: Sequence[str], table: Table) -> bytes:
     """A file of lines that quarantine has of one file, as `fits`."""
-    header = ""
+    first = ""
     if "\n" in raws[0]:
-        _, (_, header) = next(records(raws[0], delimiter(raws[0].encode(), table.named) or ","))
-        header += "\n"
-    return (header + "".join(f"{raw.removeprefix(header)}\n" for raw in raws)).encode()
+        _, (_, first) = next(records(raws[0], delimiter(raws[0].encode(), table.named) or ","))
+        first += "\n"
+    return (first + "".join(f"{raw.removeprefix(first)}\n" for raw in raws)).encode()
 
 
 def line_count(data: bytes) -> int:
@@ -243,10 +244,9 @@ def _csv(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
     text = _decoded(data)
     mark = delimiter(data, columns) or ","
     every = records(text, mark)
-    _, (header, first) = next(every)
-    if header is None or None in header:
-        raise Unreadable("is a CSV with a column without a name")
-    names = [columns.get(str(name), str(name)) for name in header]
+    _, (cells_named, first) = next(every)
+    named, unnamed = header(cells_named, first)
+    names = [columns.get(name, name) for name in named]
     if twice := {name for name in names if names.count(name) > 1}:
         raise Unreadable(f"is a CSV with the column {min(twice)!r} twice")
     if lacks := [name for name, column in table.fields.items() if not column.optional and name not in names]:
@@ -264,7 +264,13 @@ def _csv(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
             raise ValueError("not CSV: quotes that are not closed, or not around a whole field")
         if len(cells) != len(names):
             raise ValueError(f"not CSV: {len(cells)} fields, where the header has {len(names)}")
-        return fields({name: _cell(cell, table.fields.get(name)) for name, cell in zip(names, cells, strict=True)})
+        return fields(
+            {
+                name: _cell(cell, table.fields.get(name))
+                for name, cell in zip(names, cells, strict=True)
+                if cell is not None or name not in unnamed
+            }
+        )
 
     return _each(every, table, take, lambda record: f"{first}\n{record[1]}"[:RAW_CHARS])
 
@@ -276,14 +282,14 @@ def _cell(cell: str | None, column: Column | None) -> Any:
     dtype = column.type
     if (dtype in BOUNDS or column.unit) and re.fullmatch(WHOLE_TEXT, cell):
         return int(cell)
-    if dtype.is_float() and re.fullmatch(FLOAT_TEXT, cell):
+    if (dtype.is_float() or _is_decimal(dtype)) and re.fullmatch(FLOAT_TEXT, cell):
         return _Number(cell)
     if dtype == pl.Boolean and cell.lower() in TRUTHS:
         return TRUTHS[cell.lower()]
     return _DECODER.decode(cell) if dtype.is_nested() else cell
 
 
-def _plain_csv(data: bytes, header: list[str], mark: str, table: Table) -> pl.DataFrame | None:
+def _plain_csv(data: bytes, names: list[str], mark: str, table: Table) -> pl.DataFrame | None:
     """All the rows of a CSV in which nothing is odd; None when something is, or a row does not fit.
 
     Without a quote every line is a record. Polars raises where one has too many fields; if all together are as many as
@@ -297,10 +303,10 @@ def _plain_csv(data: bytes, header: list[str], mark: str, table: Table) -> pl.Da
         or b"\n\n" in data
         or b"\0" in data
         or not table.flat
-        or {*header} - {*table.fields}
+        or {*names} - {*table.fields}
     ):
         return None
-    if _count(data, mark.encode()) != (len(header) - 1) * (rows + 1) or _longest_line(data) > LINE_BYTES:
+    if _count(data, mark.encode()) != (len(names) - 1) * (rows + 1) or _longest_line(data) > LINE_BYTES:
         return None
     try:
         cells = pl.read_csv(
@@ -310,17 +316,13 @@ def _plain_csv(data: bytes, header: list[str], mark: str, table: Table) -> pl.Da
             infer_schema=False,
             has_header=False,
             skip_rows=1,
-            new_columns=header,
+            new_columns=names,
         )
     except pl.exceptions.PolarsError:
         return None
-    if (
-        cells.height != rows
-        or cells.width != len(header)
-        or any(cells[c].str.strip_chars().eq("").any() for c in header)
-    ):
+    if cells.height != rows or cells.width != len(names) or any(cells[c].str.strip_chars().eq("").any() for c in names):
         return None
-    absent = [pl.lit(None, TEXT).alias(name) for name in table.fields if name not in header]
+    absent = [pl.lit(None, TEXT).alias(name) for name in table.fields if name not in names]
     cells = cells.with_columns(absent).select(*table.fields)
     read = cells.select(_cells(name, column) for name, column in table.fields.items())
     if not read.null_count().equals(cells.null_count()):
@@ -670,6 +672,20 @@ class _Number(float):
         number.text = text
         return number
 
+    @property
+    def plain(self) -> str:
+        """Its text, without an exponent where that is one of numbers that a decimal may hold."""
+        if "e" not in self.text.lower():
+            return self.text
+        try:
+            exact = Decimal(self.text)
+        except InvalidOperation:  # an exponent of twenty digits
+            return self.text
+        if abs(exact.adjusted()) >= MOST_DIGITS:
+            return self.text
+        plain = f"{exact:f}"
+        return plain.rstrip("0").rstrip(".") if "." in plain else plain
+
 
 def _taker(table: Table) -> Callable[[bytes], list[Any]]:
     """What makes of a line its values in the table's order, money and times as text, and its unknown fields as JSON.
@@ -845,7 +861,7 @@ def _truth(value: Any) -> bool:
 def _text(value: Any, dtype: DataType) -> str:
     """A text, or a number as its text where the column has exact numbers."""
     if _is_decimal(dtype) and isinstance(value, _Number):
-        return value.text
+        return value.plain
     if _is_decimal(dtype) and type(value) is int:
         return str(value)
     if not isinstance(value, str):

@@ -224,14 +224,20 @@ def _compare(lake: "Lake", scratch: "Lake") -> pl.DataFrame:
 
 
 def _gone(lake: "Lake", scratch: "Lake") -> Iterator[str]:
-    """A sentence for each table of which rows would go: those whose keys are not there again."""
+    """A sentence for each table of which rows would go: those whose keys are not there again, and where a table has no
+    key, as many as are missing."""
     for table in lake.tables:
         before, after = _keys(lake, table), _keys(scratch, table)
         if before is None:
             continue
-        lost = before.height if after is None else before.join(after, on=before.columns, how="anti").height
+        if after is None:
+            lost = before.height
+        elif keys := lake.keys[table]:
+            lost = before.join(after, on=keys, how="anti").height
+        else:
+            lost = max(before.height - after.height, 0)
         if lost:
-            why = "; ".join(_set_apart(scratch, table)) or "its lines are not there again"
+            why = "; ".join(_set_apart(lake, scratch, table)) or "its lines are not there again"
             yield f"{lost:,} of {before.height:,} rows of {table} would go: {why}"
 
 
@@ -243,10 +249,13 @@ def _keys(lake: "Lake", table: str) -> pl.DataFrame | None:
         return None
 
 
-def _set_apart(scratch: "Lake", table: str) -> list[str]:
-    """Why lines and files of a table are not in the lake that was made again; the most frequent reason of each."""
+def _set_apart(lake: "Lake", scratch: "Lake", table: str) -> list[str]:
+    """Why lines and files of a table are not in the lake that was made again, and were in the present one; the most
+    frequent reason of each."""
     reasons = []
     lines = quarantine.refused_lines(scratch).filter(pl.col("table") == table)
+    with contextlib.suppress(*UNREADABLE):
+        lines = lines.join(quarantine.refused_lines(lake), on=["table", "file", "line"], how="anti")
     if lines.height:
         reasons.append(f"{lines.height:,} lines to quarantine, as {_most(lines['reason'].to_list())}")
     files = [file["why"] for file in quarantine.refused_files(scratch) if file["table"] == table]

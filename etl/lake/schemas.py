@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Container
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import polars as pl
 import pyarrow as pa
 
 from etl import delta
+from etl.notebook import CheckFailed
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
@@ -32,11 +33,17 @@ FOREIGN = {  # properties of a table that ask of writers what this engine does n
     "delta.appendOnly": {"true"},
 }
 DECIMAL = re.compile(r"decimal\((\d+),(\d+)\)")
+OURS = ("quarantine", "files")  # tables that every batch may write to
 REMEDY = "take the change of its declaration back, or give the column another name"
 
 
-class SchemasDiffer(RuntimeError):
-    """The lake's tables are not as they are declared, and cannot become it; nothing was written."""
+class SchemasDiffer(CheckFailed):
+    """The lake's tables are not as they are declared, and cannot become it; nothing was written to them. A run that
+    ends with it is not tried again: it would come to the same end."""
+
+
+class ChangedMeanwhile(RuntimeError):
+    """Somebody gave a table other columns while a batch was committed; it can become what it is declared to be."""
 
 
 @dataclass(frozen=True)
@@ -63,46 +70,44 @@ def fingerprint(fields: list[delta.Action]) -> str:
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
-def check(lake: "Lake", pointer: dict[str, Any] | None, but: Container[str] = ()) -> list[str]:
-    """Raise SchemasDiffer when a table of the lake is not as it is declared and cannot become it, or was changed by
-    others to what this engine does not write. Returns the tables of which that had to be looked at.
+def unsettled(lake: "Lake", pointer: dict[str, Any] | None) -> dict[str, str | None]:
+    """The tables that there are and that are not known to be as they are declared -> why one cannot become it, or was
+    changed by others to what this engine does not write; None where it can.
 
-    Only a table is opened whose columns the pointer does not know, or that others changed since, so nearly always none.
-    `but`: tables that are known to be as they are declared.
-    """
-    wrong, tables = [], _unsettled(lake, pointer, [table for table in lake.columns if table not in but])
-    for table in tables:
-        _, why = plan(lake, table, lake.table(table))
-        wrong += [why] if why else []
-    if wrong:
-        raise SchemasDiffer(refusal(wrong))
-    return tables
-
-
-def _unsettled(lake: "Lake", pointer: dict[str, Any] | None, tables: list[str]) -> list[str]:
-    """Those of the tables that there are and that are not known to be as they are declared.
-
-    Of the others only the commits since the published version are looked at, which nearly always are none.
-    Raises SchemasDiffer where one of them asks for what this engine does not write.
+    Only a table is opened whose columns the pointer does not know, or that others changed since, so nearly always none:
+    of the others the commits since the published version are looked at, which nearly always are none.
     """
     known, versions = ((pointer or {}).get(what, {}) for what in ("schemas", "tables"))
 
-    def looked(table: str) -> bool:
+    def looked(table: str) -> tuple[bool, str | None]:
         touched = table in versions and _touched(lake, table, versions[table])
         unknown = known.get(table) != lake.fingerprints[table] or table not in versions
-        return touched or (unknown and bool(lake.root.names(delta.log_of(f"lake/{table}"))))
+        if not touched and not (unknown and lake.root.names(delta.log_of(f"lake/{table}"))):
+            return False, None
+        try:
+            return True, plan(lake, table, lake.table(table))[1]
+        except SchemasDiffer as error:
+            return True, str(error)
 
-    return [table for table, asked in zip(tables, lake.root.each(looked, tables), strict=True) if asked]
+    every = zip(lake.columns, lake.root.each(looked, lake.columns), strict=True)
+    return {table: why for table, (asked, why) in every if asked}
+
+
+def blocked(unsettled: Mapping[str, str | None]) -> dict[str, str]:
+    """Of `unsettled` the tables that cannot become what they are declared to be: nothing is written to them."""
+    return {table: why for table, why in unsettled.items() if why}
+
+
+def require_none(blocked: Mapping[str, str], tables: Iterable[str]) -> None:
+    """Raise SchemasDiffer when one of these tables, or of the engine's own, is blocked."""
+    if wrong := [why for table, why in blocked.items() if table in {*tables, *OURS}]:
+        raise SchemasDiffer(refusal(wrong))
 
 
 def _touched(lake: "Lake", table: str, after: int) -> bool:
     """Whether a commit after the version says something of the table's columns or protocol."""
-    touched = False
-    for _, lines in delta.since(lake.root, f"lake/{table}", after):
-        for line in lines:
-            require_protocol(table, line.get("protocol", {}))
-            touched |= "protocol" in line or "metaData" in line
-    return touched
+    commits = delta.since(lake.root, f"lake/{table}", after)
+    return any("protocol" in line or "metaData" in line for _, lines in commits for line in lines)
 
 
 def require_protocol(table: str, protocol: delta.Action) -> None:
@@ -114,7 +119,7 @@ def require_protocol(table: str, protocol: delta.Action) -> None:
         raise SchemasDiffer(
             f"{table}: another writer gave the table Delta's protocol {versions[0]} to read and {versions[1]} to write"
             f"{named}; this engine reads {READER_VERSION} and writes {WRITER_VERSION}, without such features. Nothing "
-            f"was written; what to do: undo what was enabled, as by `restore` of that writer to the version before"
+            f"was written to it; undo what was enabled, as by `restore` of that writer to the version before"
         )
 
 
@@ -132,7 +137,7 @@ def require_ours(table: str, handle: "DeltaTable") -> None:
     if odd:
         raise SchemasDiffer(
             f"{table}: another writer gave the table {' and '.join(odd)}, which this engine does not write. Nothing "
-            f"was written; what to do: undo that"
+            f"was written to it; undo that"
         )
 
 
@@ -244,5 +249,6 @@ def column(name: str, has: str | delta.Action | None, dtype: "DataType", default
 def refusal(wrong: list[str]) -> str:
     """What is said of tables that cannot become what they are declared to be."""
     return (
-        f"the lake's tables are not as they are declared: {'. '.join(wrong)}. Nothing was written; what to do: {REMEDY}"
+        f"the lake's tables are not as they are declared: {'. '.join(wrong)}. Nothing was written to them, their files "
+        f"wait; what to do: {REMEDY}"
     )

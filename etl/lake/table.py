@@ -30,6 +30,7 @@ BATCH = "_batch"  # in the lake, in a table of which the newest row of a key cou
 RESCUED = "_rescued"  # in the lake, beside a table's own columns: the fields of a line that no column takes, as JSON
 NAME = re.compile(r"\w[\w-]*", re.ASCII)  # of a table: a folder's, and part of URLs
 UNITS = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}  # since 1970, UTC
+HIDDEN = {".", "_"}  # begin names that are not data: of a shell, and of Spark, which writes below _temporary/
 UNMATCHABLE = re.compile(r"//|/\.{1,2}/|[{}]|^/landing/")  # in a glob between slashes: no path has it, or none is meant
 UNNAMEABLE = re.compile(r'[ ,;{}()\n\t="\\]')  # what Parquet, Delta or JSON do not take in a name as it is
 
@@ -89,10 +90,11 @@ class Table:
     the lake is. `slack`: how far ahead of its batch a row's time may be, since a lake's newest time never goes back.
     `cluster_by`: the columns by which compacted files are sorted, the key where it is None. `files`: a glob of the
     paths below landing/ of its files, `**` for any folders; by default all that is in the folder of its name. Names
-    that begin with a dot are taken where the glob has one. `on_duplicate`: what becomes of a file with the content of
-    another one of the table's that is in the lake: `refuse`, or `keep` to have its rows again. `mode`: with `upsert`
-    the newest row of a key counts, which is the one with the highest `order_by`, a column, and of equal ones the one
-    that came last; its files may come again with other content under the same path where `on_duplicate` is `newest`.
+    that begin with a dot or `_` are taken where the glob has a name that does. `on_duplicate`: what becomes of a file
+    with the content of another one of the table's that is in the lake: `refuse`, or `keep` to have its rows again.
+    `mode`: with `upsert` the newest row of a key counts, which is the one with the highest `order_by`, a column, and of
+    equal ones the one that came last; its files may come again with other content under the same path where
+    `on_duplicate` is `newest`.
     Raises ValueError, with table and column, for what cannot be stored or read.
     """
 
@@ -152,9 +154,9 @@ class Table:
             self._begins
         ):  # nearly always: it is looked at for every table and every file that waits
             return False
-        hidden = path.startswith(".") or "/." in path
-        allowed = not hidden or self.glob.startswith(".") or "/." in self.glob
-        return allowed and _matches(path.split("/"), self.glob.split("/"))
+        names, patterns = path.split("/"), self.glob.split("/")
+        hidden = {name[:1] for name in names} & HIDDEN
+        return hidden <= {name[:1] for name in patterns} and _matches(names, patterns)
 
     @cached_property
     def fields(self) -> dict[str, Column]:

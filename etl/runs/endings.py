@@ -10,6 +10,7 @@ from etl.reports import cards
 from etl.runs.record import Progress
 
 NEAR = 0.9  # of the memory there is: then a SIGKILL out of nowhere was for memory
+REASON_CHARS = 2000  # of a reason that is kept
 TAIL_LINES = 12
 
 
@@ -77,7 +78,7 @@ def _of_cell(raised: Any, progress: Progress) -> Ending:
     for state, kind in (("noop", Stop), ("check_failed", CheckFailed)):
         # ours, and not one of the same name: only these show one line for a traceback
         if shown and shown["traceback"] == redactor.tree(kind(raised.evalue)._render_traceback_()):
-            return Ending(state, " ".join(evalue.split())[:300], shown)
+            return Ending(state, shortened(" ".join(evalue.split()), REASON_CHARS), shown)
     return Ending("failed", one_line(evalue, redactor.text(raised.ename)), shown)
 
 
@@ -135,9 +136,17 @@ def _how_it_ended(status: int | None) -> str:
 
 
 def one_line(error: object, name: str | None = None) -> str:
-    """As in `ValueError: the first line of its message`, at most 300 characters."""
+    """As in `ValueError: the first line of its message`, at most REASON_CHARS characters."""
     lines = plain_text(str(error)).strip().splitlines() or [""]
-    return f"{name or type(error).__name__}: {lines[0]}"[:300].removesuffix(": ")
+    return shortened(f"{name or type(error).__name__}: {lines[0]}".removesuffix(": "), REASON_CHARS)
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most `most` characters: a longer one ends in an ellipsis behind a whole word, where it has any."""
+    if len(text) <= most:
+        return text
+    words = text[: most - 1].rpartition(" ")[0]
+    return f"{words if len(words) > most // 2 else text[: most - 1]}…"
 
 
 def plain_text(text: str) -> str:

@@ -15,6 +15,8 @@ from deltalake import write_deltalake
 from support import AT, copy_project, environment, free_port, ingest_all, orchestrate, write_stage
 from typer.testing import CliRunner
 
+from etl.runs import index
+from etl.runs.record import RunRecord
 from etl.storage import Root
 from orchestrate import app as orchestrate_app
 
@@ -319,7 +321,13 @@ def test_runs_can_be_read_on_a_narrow_terminal(greeting):
         options = {"cwd": project, "env": environment(project) | narrow, "capture_output": True, "text": True}
         return subprocess.run([sys.executable, "-c", code, *arguments, "--root", root], **options)
 
-    assert first["run_id"] in narrowly("runs", "list").stdout
+    words = " ".join(f"word-{n}" for n in range(150))
+    long = {"run_id": "long-20260301T000000-abcdef", "state": "failed", "reason": words, "report": "reports/long"}
+    index.append(Root.at(root), RunRecord(**first | long))
+    listed = narrowly("runs", "list").stdout
+    assert first["run_id"] in listed
+    assert re.search(r"word-\d+…", listed) and "word-20" not in listed
+    assert "word-149" in narrowly("runs", "show", "long").stdout
     shown = narrowly("runs", "show", first["run_id"]).stdout
     assert re.search(r"^parameters +root", shown, re.M) and re.search(r"^ +name  Ada", shown, re.M), shown
     assert narrowly("runs", "list", "--state", "cancelled").stdout == f"no such runs under {root}\n"

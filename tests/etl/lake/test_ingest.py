@@ -19,7 +19,7 @@ from support import AT, ingest_all
 
 from etl import charts
 from etl.lake import commit as commits
-from etl.lake import landing, ledger
+from etl.lake import ingest, landing, ledger
 from etl.lake import snapshot as snapshots
 from etl.storage import PROJECT, Root
 from pipeline import Lake, queries, source
@@ -64,7 +64,8 @@ def test_a_second_run_finds_nothing_and_changes_no_version(filled):
 def test_a_batch_committed_again_changes_nothing(landed, made):
     parsed = Lake.read(Lake(landed).next_batch(max_files=500, scheduled_for=AT))
     first = Lake.commit(parsed, run_id="one")
-    assert Lake.commit(parsed, run_id="two") == first
+    assert Lake.commit(parsed, run_id="one") == first
+    assert Lake.commit(parsed, run_id="two") == {}  # another run's
     assert_exactly(landed, made)
 
 
@@ -462,6 +463,38 @@ def test_a_file_of_which_too_few_lines_fit_is_refused_and_the_others_are_taken(l
     again = Lake(landed).drain(**LIMITS | {"max_bad_share": 1.0}, for_s=60)
     assert again.select("files", "files_refused", "refused").rows() == [(1, 0, 3)]
     assert Lake(landed).rebuild()["equal"].all()
+
+
+def test_rows_are_counted_by_the_run_that_published_them(landed, monkeypatch):
+    """Of two at once the other one finds its batch published."""
+    first, second = (Lake(landed).read(Lake(landed).next_batch(max_files=4, scheduled_for=AT)) for _ in range(2))
+    counted = [Lake.summary(parsed, Lake.commit(parsed, run_id=run)) for parsed, run in ((first, "a"), (second, "b"))]
+    assert [frame.height for frame in counted] == [1, 0]
+    limits = LIMITS | {"for_s": 60}
+    others = []
+
+    def meanwhile(name: str) -> None:  # another run takes all that waits, once this one has read its batch
+        monkeypatch.setattr(ingest, "crash_point", lambda name: None)
+        others.append(Lake(landed).drain(**limits | {"run_id": "c"}))
+
+    monkeypatch.setattr(ingest, "crash_point", meanwhile)
+    done = Lake(landed).drain(**limits)
+    assert (done.height, others[0].height) == (0, 1)
+    total = sum(frame["rows"].sum() for frame in [*counted, *others])
+    assert total == sum(Lake(landed).snapshot().row_count(table) for table in TABLES)
+
+
+@pytest.mark.parametrize(
+    ("share", "lines", "bad", "taken"),
+    [(0.01, 20, 1, True), (0.01, 20, 2, False), (0.01, 200, 2, True), (0.01, 200, 3, False), (0.01, 2, 1, True)]
+    + [(0.01, 1, 1, False), (0.0, 200, 1, False), (0.0, 20, 0, True), (1.0, 20, 19, True)],
+)
+def test_one_line_of_a_small_file_may_not_fit(root, share, lines, bad, taken):
+    good = [json.dumps({"r_regionkey": n, "r_name": "a", "r_comment": "b"}) for n in range(lines - bad)]
+    Root.at(root).write("landing/region/region-00000001.json", "\n".join([*good, *["{oops"] * bad]).encode())
+    done = Lake(root).drain(**LIMITS | {"max_bad_share": share}, for_s=60)
+    assert done.select("files", "refused").row(0) == ((1, bad) if taken else (0, 0))
+    assert done["files_refused"].item() == (not taken)
 
 
 def pack(root: str) -> dict[int, int]:

@@ -344,6 +344,12 @@ def test_a_run_that_dies_while_a_file_is_refused_leaves_it_to_the_next(root, mon
         ("*.csv", "x/a.csv", False),
         ("x/[ab]?.json", "x/b1.json", True),
         ("x/.in/*", "x/.in/a", True),
+        ("x/.in/*", "x/.in/_a", False),
+        (None, "t/_SUCCESS", False),
+        (None, "t/_temporary/0/a.json", False),
+        (None, "t/a_b/c_.json", True),
+        ("_x/**", "_x/a", True),
+        ("_x/**", "_x/.a", False),
     ],
 )
 def test_a_glob_says_which_files_are_a_tables(glob, path, taken):

@@ -18,6 +18,7 @@ from test_evolution import Died, _die, dying_at, files, ingested, lake_of, land,
 import pipeline
 from etl.lake import Lake, ingest, parse, promotion, schemas, snapshot
 from etl.lake.promotion import Promoted
+from etl.lake.rebuild import RowsWouldGo
 from etl.lake.table import DAY, INT, INT32, RESCUED, TEXT, TIME, Column, Table, decimal
 from etl.runs import provenance
 
@@ -36,6 +37,20 @@ def rescued(root) -> Lake:
     land(lake, 3, {"id": 8})
     ingested(lake)
     return lake
+
+
+def test_rebuild_asks_only_for_rows_that_would_newly_go(rescued):
+    """Those whose value stayed, as their line does not fit any more; not for a line that was in quarantine before."""
+    land(rescued, 4, {"id": "x"}, {"id": 9, "size": 9})
+    ingested(rescued)
+    lake = lake_of(rescued.root, id=INT, size=SIZE)
+    assert lake.promote("item", "size", "promote-1").left == 3
+    with pytest.raises(RowsWouldGo) as error:
+        lake.rebuild()
+    assert str(error.value).startswith("3 of 10 rows of item would go: 3 lines to quarantine, as size: ")
+    lake.rebuild(accept_quarantine=True)
+    assert lake.refused_lines().height == 4
+    assert lake.rebuild()["equal"].all()  # nothing is asked for again
 
 
 def kept(lake: Lake) -> dict[int, Any]:

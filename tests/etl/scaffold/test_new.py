@@ -53,6 +53,40 @@ def json_lines():
     return "\n".join(lines).encode()
 
 
+@pytest.mark.parametrize(
+    ("values", "alike"),
+    [
+        (["12,50", "1.234,5", "-3,0"], "a decimal with a comma"),
+        (["1,234.50", "1,234,567"], "a number with marks between its thousands"),
+        (["€ 12", "$1,000.50"], "an amount with a currency or percent"),
+        (["12,5 %", "3 EUR"], "an amount with a currency or percent"),
+        (["26.11.2026", "1.2.26"], "a day that is not written as 2026-11-26"),
+        (["11/26/2026", "1/2/2026"], "a day that is not written as 2026-11-26"),
+        (["26.11.2026 05:00", "26.11.2026, 17:00:30"], "a time that is not written as 2026-11-26T05:00:00Z"),
+        (["12,50", "none"], None),
+        (["1.2.3", "4.5.6"], None),
+        (["A 12", "B 13"], None),
+    ],
+)
+def test_a_text_that_looks_like_a_number_or_a_day_is_said_to_be(values, alike):
+    rows = [f'{n};"{value}"\n' for n, value in enumerate(values)]
+    inferred = infer("".join(["id;it\n", *rows]).encode(), "sales")
+    assert inferred.table.types["it"] == TEXT
+    assert inferred.notes.get("it") == (f"looks like {alike}: declared as text" if alike else None)
+    as_json = "".join(json.dumps({"id": n, "it": value}) + "\n" for n, value in enumerate(values)).encode()
+    assert infer(as_json, "sales").notes == inferred.notes
+    assert alike is None or f'"it": TEXT,  # looks like {alike}' in tables.declaration(inferred)
+
+
+def test_a_column_without_a_name_is_kept_and_no_column():
+    inferred = infer(b",id,note,\n0,7,a,\n1,8,b,\n", "sales")
+    assert ([*inferred.table.columns], inferred.table.key) == (["id", "note"], ("id",))
+    assert inferred.left_out == {"column 1": "has no name in the header, as pandas' index has none"}
+    assert inferred.fitting == inferred.rows == 2
+    named = infer(b"id,column 2\n7,a\n8,b\n", "sales")
+    assert [*named.table.columns] == ["id", "column_2"] and named.fitting == 2 and not named.left_out
+
+
 def flat(row):
     return {"id": row["id"], "unit price": f"{row['id']}.50", "zip": "00501", "kind": row["kind"], "at": row["at"]}
 
@@ -307,6 +341,19 @@ def test_what_is_asked_wrongly_is_refused_in_a_sentence_and_writes_nothing(proje
         status, said = new(project, monkeypatch, *arguments)
         assert status == 2 and why in said, (arguments, said)
     assert {path: path.read_bytes() for path in project.rglob("*") if path.is_file()} == before
+
+
+def test_what_was_written_is_told_to_programs_too(project, tmp_path, monkeypatch):
+    (tmp_path / "sample.csv").write_text("id;price;x\n1;12,50;\n2;3,00;\n")
+    status, said = new(project, monkeypatch, "table", "sales", "--from", tmp_path / "sample.csv", "--json")
+    told = json.loads(said)
+    assert (status, told["table"], told["path"], told["rows"]) == (0, "sales", "pipeline/tables.py", 2)
+    assert "price: looks like a decimal with a comma: declared as text" in told["guesses"]
+    assert '"price": TEXT, # looks like a decimal with a comma: declared as text' in told["text"]
+    status, said = new(project, monkeypatch, "question", "asked", "--table", "orders", "--json")
+    assert json.loads(said) == {"question": "asked", "path": "pipeline/queries/asked.py", "table": "orders"}
+    status, said = new(project, monkeypatch, "stage", "look", "--json")
+    assert json.loads(said) == {"stage": "look", "paths": ["notebooks/look.ipynb", "params/look.yml"]}
 
 
 def test_a_table_without_a_sample_and_what_is_given(project, tmp_path, monkeypatch):
