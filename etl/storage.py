@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import io
 import itertools
 import json
 import mmap
@@ -25,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import unquote
 
 if TYPE_CHECKING:
@@ -261,6 +262,10 @@ class Root:
         """The bytes of a file. Raises FileNotFoundError."""
         data: bytes = self._fs.cat_file(self._path(rel))
         return data
+
+    def open(self, rel: str) -> BinaryIO:
+        """A file, to be read from anywhere in it. Raises FileNotFoundError."""
+        return io.BytesIO(self.read(rel))
 
     def read_json(self, rel: str) -> dict[str, Any] | None:
         """The JSON document in a file; None when there is no file. Raises Damaged."""
@@ -533,6 +538,9 @@ class LocalRoot(Root):
 
     def read(self, rel: str) -> bytes:
         return Path(self._path(rel)).read_bytes()
+
+    def open(self, rel: str) -> BinaryIO:
+        return open(self._path(rel), "rb")
 
     def read_at_most(self, rel: str, most: int) -> bytes:
         try:
