@@ -6,7 +6,6 @@ one commit that changes no row. It does not stand in the way of new rows: its co
 replaces, so a batch may be committed meanwhile, and the writer's lease is held only to publish.
 """
 
-import itertools
 import json
 import math
 import tempfile
@@ -16,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
@@ -40,7 +40,7 @@ LEASE_S = 1800  # of one table; longer than any of them takes
 CLOCK = "lake/clock.json"
 KEPT_LOG = "lake/kept_log"
 SLACK = timedelta(minutes=5)  # between two machines' clocks
-MEMORY = 2  # times the target: of rows that are sorted at once, which takes twice that
+MEMORY = 1  # times the target: of rows that are sorted at once, which takes about four times that
 GAP = timedelta(days=2)  # without a run: the clock may have been moved
 ROW_GROUP = 100_000  # rows: what a reader skips or reads at once
 LEDGER_ROW_GROUP = 5_000  # of the ledger, which is asked for single batches
@@ -258,14 +258,14 @@ def _newest(lake: "Lake", table: str, files: list[delta.File], declared: pa.Sche
     seen = sorting.look(source, key, MEMORY * target)
     superseded = 0
 
-    def rows() -> Iterator[pl.DataFrame]:
+    def counting(rows: pl.DataFrame) -> pl.DataFrame:
         nonlocal superseded
-        for frame in sorting.ranges(source, key, seen.bounds):
-            counts = upsert.newest(frame, declaration, without=source.values)
-            superseded += frame.height - counts.height
-            yield _sorted(lake, table, counts)
+        counts = upsert.newest(rows, declaration, without=source.values)
+        superseded += rows.height - counts.height
+        return _sorted(lake, table, counts)
 
-    made = _write(lake, table, source, rows(), upsert.NEWEST, target)
+    frames = map(counting, sorting.ranges(source, key, seen.bounds))
+    made = _write(lake, table, source, frames, upsert.NEWEST, target)
     if seen.rows != sum(part.rows for part in made) + superseded:
         raise RowsDiffer(f"{table}: {seen.rows} rows were read, and others the second time: left as it was")
     return [replace(made[0], removed=tuple(files), superseded=superseded), *made[1:]]
@@ -276,7 +276,7 @@ def _rewrite(lake: "Lake", table: str, files: list[delta.File], declared: pa.Sch
     source = _source(lake, table, files, declared)
     seen = sorting.look(source, _order(lake, table, source.declared.names), MEMORY * target)
     frames = sorting.ranges(source, _order(lake, table, source.declared.names), seen.bounds)
-    (made,) = _write(lake, table, source, (_sorted(lake, table, frame) for frame in frames), "compacted-")
+    (made,) = _write(lake, table, source, map(partial(_sorted, lake, table), frames), "compacted-")
     if (seen.rows, seen.checksum) != (made.rows, made.checksum):
         lake.root.remove(f"lake/{table}/{made.path}")
         raise RowsDiffer(f"{table}: {seen.rows} rows do not come back from one file: left as it was")
@@ -312,24 +312,40 @@ def _write(
     """
     made: list[Rewrite] = []
     step = LEDGER_ROW_GROUP if table == "files" else ROW_GROUP
-    slices = (frame.slice(first, step) for frame in frames for first in range(0, max(1, frame.height), step))
+    parts = _parts(frames, step, source.declared)
     with tempfile.TemporaryDirectory(prefix="compaction-") as folder:
-        while (first := next(slices, None)) is not None:
-            local, rows, total = Path(folder, "file"), 0, 0
+        local, part = Path(folder, "file"), next(parts, None)
+        while part:
+            rows, total = 0, 0
             with pq.ParquetWriter(local, source.declared) as writer:
-                for part in itertools.chain([first], slices):
-                    if part.height or not rows:
-                        rows, total = rows + part.height, total + sorting.checksum(part)
-                        arrow = part.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(source.declared)
-                        writer.write_table(arrow, row_group_size=step)
-                    if local.stat().st_size >= target:
-                        break
+                while part and local.stat().st_size < target:
+                    writer.write_table(part[0], row_group_size=step)
+                    rows, total, part = rows + part[0].num_rows, total + part[1], None
+                    part = next(parts, None)
             path = f"{delta.folder_of(source.values)}{name}{uuid.uuid4()}.snappy.parquet"
             size = local.stat().st_size
             lake.root.put(f"lake/{table}/{path}", local)
             crash_point(f"written, not swapped: {table}")
             made.append(_read_again(source, path, size, (rows, total)))
     return made
+
+
+def _parts(frames: Iterator[pl.DataFrame], step: int, declared: pa.Schema) -> Iterator[tuple[pa.Table, int]]:
+    """The rows, so many at a time, and the checksum of each part; at least one. No frame is held while the next is
+    made."""
+    count = 0
+    for frame in frames:
+        for first in range(0, frame.height, step):
+            part, count = frame.slice(first, step), count + 1
+            yield _arrow(part, declared), sorting.checksum(part)
+            del part
+        del frame
+    if not count:
+        yield declared.empty_table(), 0
+
+
+def _arrow(frame: pl.DataFrame, declared: pa.Schema) -> pa.Table:
+    return frame.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(declared)
 
 
 def _read_again(source: sorting.Source, path: str, size: int, wanted: tuple[int, int]) -> Rewrite:

@@ -35,12 +35,19 @@ class Source:
     declared: pa.Schema
     values: Mapping[str, Any]
 
-    def rows(self, file: delta.File, groups: list[int] | None = None) -> Iterator[pl.DataFrame]:
-        """Some of its rows after the others, of all its row groups or some; without what its partition says."""
+    def rows(
+        self, file: delta.File, groups: list[int] | None = None, within: pl.Expr | None = None
+    ) -> Iterator[pl.DataFrame]:
+        """Some of its rows after the others, of all its row groups or some, all or those `within`; without what its
+        partition says."""
         with self.root.open(f"{self.table}/{file.rel}") as opened:
             parquet = pq.ParquetFile(opened)
             for batch in parquet.iter_batches(BATCH_ROWS, row_groups=groups):
-                yield _frame(as_declared(pa.Table.from_batches([batch], parquet.schema_arrow), self.declared))
+                part = as_declared(pa.Table.from_batches([batch], parquet.schema_arrow), self.declared)
+                if within is not None:  # by Arrow: texts that Polars filters keep the memory of those that went
+                    wanted = _frame(part.select([*dict.fromkeys(within.meta.root_names())])).select(within).to_series()
+                    part = part.filter(wanted.to_arrow())
+                yield _frame(part)
 
 
 @dataclass(frozen=True)
@@ -75,16 +82,20 @@ def ranges(source: Source, by: Sequence[str], bounds: list[Bound]) -> Iterator[p
         return
     groups = [_groups(source, file, by[0]) for file in source.files]
     for low, high in itertools.pairwise([None, *bounds, None]):
-        within = pl.lit(value=True)
-        if low is not None:
-            within &= _from(by, low)
-        if high is not None:
-            within &= ~_from(by, high)
-        parts = [empty(source.declared)]
-        for file, known in zip(source.files, groups, strict=True):
-            needed = [number for number, span in enumerate(known) if _meets(span, low, high)]
-            parts += [part.filter(within) for part in source.rows(file, needed)] if needed else []
-        yield pl.concat(parts)
+        yield _range(source, by, groups, low, high)
+
+
+def _range(
+    source: Source, by: Sequence[str], groups: "list[list[Span]]", low: Bound | None, high: Bound | None
+) -> pl.DataFrame:
+    """The rows from a bound to before another. `groups`: what is known of the row groups of each file."""
+    from_low = [_from(by, low)] if low is not None else []
+    within = pl.all_horizontal(*from_low, *([~_from(by, high)] if high is not None else []))
+    parts = [empty(source.declared)]
+    for file, known in zip(source.files, groups, strict=True):
+        needed = [number for number, span in enumerate(known) if _meets(span, low, high)]
+        parts += source.rows(file, needed, within) if needed else []
+    return pl.concat(parts)
 
 
 def _from(by: Sequence[str], bound: Bound) -> pl.Expr:

@@ -45,9 +45,11 @@ def ranks(table: Table) -> list[str]:
 def newest(rows: pl.DataFrame, table: Table, without: Container[str] = ()) -> pl.DataFrame:
     """One row a key: the one with the highest ranks, and of equal ones the last. `without`: columns of which all rows
     have the same, and which they lack."""
-    ordered = rows.sort([name for name in ranks(table) if name not in without], nulls_last=False, maintain_order=True)
-    key = [name for name in table.key if name not in without]
-    return ordered.unique(key, keep="last", maintain_order=True) if key else ordered.tail(1)
+    key, by = ([name for name in names if name not in without] for names in (table.key, ranks(table)))
+    numbered = rows.select(*dict.fromkeys([*key, *by])).with_row_index("_row")
+    ordered = numbered.sort(by, nulls_last=False, maintain_order=True)
+    counts = ordered.unique(key, keep="last", maintain_order=True) if key else ordered.tail(1)
+    return rows[counts["_row"]]
 
 
 def of_batch(rows: pl.DataFrame, table: Table, number: int) -> pl.DataFrame:
