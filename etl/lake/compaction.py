@@ -178,7 +178,7 @@ def _compact_table(
     it: a run that is killed has lost no more, and the next one goes on from there."""
     schemas.require_ours(lake, table, handle)
     sizes, rows = delta.file_stats(handle)
-    target, upserts = target_mb * 1_000_000, table in lake.tables and lake.tables[table].upserts
+    target, upserts = int(target_mb * 1_000_000), table in lake.tables and lake.tables[table].upserts
     groups = _with_later(handle) if upserts else _worth_it(lake, handle, table, target, min_small_files)
     if groups:
         _require_live(lake.table(table), table, {file.path for group in groups for file in group})
@@ -318,7 +318,7 @@ def _write(
         while part:
             rows, total = 0, 0
             with pq.ParquetWriter(local, source.declared) as writer:
-                while part and local.stat().st_size < target:
+                while part and (not rows or local.stat().st_size < target):
                     writer.write_table(part[0], row_group_size=step)
                     rows, total, part = rows + part[0].num_rows, total + part[1], None
                     part = next(parts, None)
