@@ -110,9 +110,11 @@ def main(keys: int, updates: int, files: int, batch: int, rounds: int) -> None:
         result["ingest_s"] = time.perf_counter() - began
         console.print(f"{updates:,} updates of {keys:,} keys in {files} files: {result['ingest_s']:.1f} s to ingest")
         require_same(lake, wanted)
-        counts = lake.snapshot().frame("newest").collect().write_ndjson()
-        lake.root.write("landing/grown/all.json", counts.encode())
-        lake.drain(**LIMITS, max_files=batch)
+        lines = lake.snapshot().frame("newest").collect().write_ndjson().splitlines(keepends=True)
+        batches = len(range(0, files, batch))  # as long a history
+        for number in range(batches):
+            lake.root.write(f"landing/grown/{number}.json", "".join(lines[number::batches]).encode())
+            lake.drain(**LIMITS, max_files=batch)
         assert read(lake, "newest").equals(read(lake, "grown"))
         result["before"] = quotients(lake, rounds, read)
         console.print(
