@@ -19,7 +19,7 @@ from etl import delta
 if TYPE_CHECKING:
     from etl.storage import Root
 
-BATCH_ROWS = 50_000  # that are read at once
+BATCH_ROWS, BATCH_BYTES = 50_000, 8_000_000  # that are read at once, at most, and of the file
 SAMPLED = 100_000  # rows at most, of which the ranges are made
 Bound = tuple[Any, ...]  # a row's values in the columns that it is sorted by
 
@@ -42,7 +42,8 @@ class Source:
         partition says."""
         with self.root.open(f"{self.table}/{file.rel}") as opened:
             parquet = pq.ParquetFile(opened)
-            for batch in parquet.iter_batches(BATCH_ROWS, row_groups=groups):
+            most = max(1, min(BATCH_ROWS, BATCH_BYTES * parquet.metadata.num_rows // max(1, file.bytes)))
+            for batch in parquet.iter_batches(most, row_groups=groups):
                 part = as_declared(pa.Table.from_batches([batch], parquet.schema_arrow), self.declared)
                 if within is not None:  # by Arrow: texts that Polars filters keep the memory of those that went
                     wanted = _frame(part.select([*dict.fromkeys(within.meta.root_names())])).select(within).to_series()
