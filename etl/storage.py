@@ -567,14 +567,14 @@ class LocalRoot(Root):
             raise Unreadable("changed while it was read")
         return data
 
-    def _staged(self, path: str, data: bytes) -> str:
+    def _staged(self, path: str, data: Iterable[bytes]) -> str:
         folder = os.path.dirname(path)
         make_folder(folder)
         # the leading dot keeps a half-written file out of every listing
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".part", delete=False) as file:
             try:
                 os.fchmod(file.fileno(), 0o644)
-                file.write(data)
+                file.writelines(data)
                 file.flush()
                 os.fsync(file.fileno())
                 os.utime(file.fileno(), ns=(time.time_ns(),) * 2)  # so that it is told from one written in place
@@ -584,6 +584,9 @@ class LocalRoot(Root):
         return file.name
 
     def write(self, rel: str, data: bytes) -> None:
+        self._write(rel, [data])
+
+    def _write(self, rel: str, data: Iterable[bytes]) -> None:
         staged = self._staged(self._path(rel), data)
         crash_point(f"written, not there yet: in {os.path.dirname(rel)}")
         os.replace(staged, self._path(rel))
@@ -591,18 +594,11 @@ class LocalRoot(Root):
         sync(os.path.dirname(self._path(rel)))
 
     def put(self, rel: str, path: Path) -> None:
-        staged = self._staged(self._path(rel), b"")
-        try:
-            shutil.copyfile(path, staged)
-            sync(staged)
-            os.replace(staged, self._path(rel))
-        except OSError:
-            os.unlink(staged)
-            raise
-        sync(os.path.dirname(self._path(rel)))
+        with path.open("rb") as file:
+            self._write(rel, iter(functools.partial(file.read, 1 << 20), b""))
 
     def create(self, rel: str, data: bytes) -> bool:
-        staged = self._staged(self._path(rel), data)
+        staged = self._staged(self._path(rel), [data])
         try:
             os.link(staged, self._path(rel))  # unlike a rename, refuses to replace
         except FileExistsError:
