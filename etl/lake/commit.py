@@ -35,14 +35,16 @@ def writing(root: Root, run_id: str) -> Iterator[None]:
         yield
 
 
-def create_tables(lake: "Lake", run_id: str, known: Container[str] = ()) -> None:
-    """Create the tables that are not there yet, but for those that are known to be; safe to race."""
-    about = {"run_id": run_id, "stage": lake.ingested_by}
+def create_tables(lake: "Lake", run_id: str, known: Container[str] = ()) -> list[str]:
+    """Create the tables that are not there yet, but for those that are known to be; safe to race. Returns those that
+    were not."""
+    about, created = {"run_id": run_id, "stage": lake.ingested_by}, []
     for name, columns in lake.columns.items():
         if name not in known:
-            needed = lake.required[name]
-            how: Any = {"keys": needed, "properties": PROPERTIES, "partitions": lake.partitions[name]}
-            delta.create_table(lake.root, f"lake/{name}", columns, **how, about=about)
+            how: Any = {"keys": lake.required[name], "properties": PROPERTIES, "partitions": lake.partitions[name]}
+            if delta.create_table(lake.root, f"lake/{name}", columns, **how, about=about):
+                created.append(name)
+    return created
 
 
 @dataclass(frozen=True)

@@ -265,3 +265,18 @@ def test_a_compaction_that_is_killed_loses_no_more_than_a_group(tmp_path, monkey
 def _pairs(handle: DeltaTable) -> list[list[delta.File]]:
     groups = compaction._by_partition(delta.files(handle))
     return [group for group in groups if len(group) > 1]
+
+
+def test_rows_of_files_as_the_log_adds_them(tmp_path):
+    columns = {"id": INT, "store": INT32, "day": DAY, "open": BOOL, "name": Column(TEXT, nullable=True)}
+    table = Table("sale", columns, key=("id",), partition_by=("store", "day", "open", "name"))
+    lake = with_table(table)(tmp_path)
+    rows = [
+        {"id": n, "store": n - 1, "day": "2026-11-26", "open": n > 1, "name": [None, "a b"][n % 2]} for n in range(4)
+    ]
+    land(lake, "sale/1.json", rows)
+    lake.drain(**ASKED)
+    files = delta.added(lake.root, "lake/sale", after=0, until=1)
+    some = lake.snapshot().frame_of("sale", files).select(lake.snapshot().frame("sale").collect_schema().names())
+    assert some.collect().sort("id").rows() == lake.snapshot().frame("sale").collect().sort("id").rows()
+    assert some.collect().height == 4
