@@ -176,7 +176,7 @@ def aged(root: str, versions: int) -> None:
     rescued = pl.lit(None, pl.String).alias(RESCUED)
     lake = Lake(root)
     place = lake.root
-    made = {table: commit.encode(lake, table, f.head(2).with_columns(rescued)) for table, f in _ticks(1)[0].items()}
+    made = {table: commit.encode(lake, table, f.head(2).with_columns(rescued))[0] for table, f in _ticks(1)[0].items()}
     commit.create_tables(lake, "bench")
     pointer = read_pointer(place) or {"batch": 0, "tables": dict.fromkeys(lake.columns, 0)}
     handles = {table: lake.table(table) for table in made}

@@ -70,7 +70,7 @@ def lengthen(lake: Lake, files: int, batches: int) -> None:
     buffer, typed = io.BytesIO(), rows.cast(dict(LEDGER))
     typed.write_parquet(buffer, row_group_size=LEDGER_ROW_GROUP)
     made = commit.Encoded(buffer.getvalue(), json.dumps(delta.statistics(typed)))
-    version = commit.append(lake, "files", made, batch=last, run_id="bench", after=pointer["tables"]["files"])
+    version = commit.append(lake, "files", [made], batch=last, run_id="bench", after=pointer["tables"]["files"])
     document = {"batch": last, "run_id": "bench", "date": "2026-11-26", "files": []}
     document["known"] = {"index": known.index, "recent": known.recent}
     lake.root.write(ledger.manifest(last), ledger.written(document))

@@ -11,12 +11,12 @@ import json
 import tempfile
 import time
 import uuid
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime
 from decimal import Decimal
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
-from urllib.parse import unquote
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
+from urllib.parse import quote, unquote
 
 from etl.storage import Damaged, Root, crash_point
 
@@ -32,6 +32,22 @@ TYPES = {
 }
 EXACT_DIGITS = 15  # that a float has: of a longer decimal the log would say bounds that its values are beyond
 LAST = "_last_checkpoint"
+NULL_FOLDER = "__HIVE_DEFAULT_PARTITION__"
+
+
+class File(NamedTuple):
+    """A live file of a table. `path`: below the table's folder, as the log has it. `values`: what each of its rows has
+    in the columns by which the table is partitioned, which it does not have itself."""
+
+    path: str
+    bytes: int
+    rows: int
+    values: dict[str, Any]
+
+    @property
+    def rel(self) -> str:
+        """Its path below the table's folder, as it is called."""
+        return unquote(self.path)
 
 
 def log_of(table: str) -> str:
@@ -104,10 +120,12 @@ def create_table(
     keys: Container[str],
     properties: dict[str, str],
     about: Action,
+    partitions: Sequence[str] = (),
 ) -> bool:
     """Version 0 of a table, unless it is there already: then False; safe to race.
 
-    `columns`: Polars types by name; `keys`: those that are never null; `about`: for the commit, as run_id and stage.
+    `columns`: Polars types by name; `keys`: those that are never null; `about`: for the commit, as run_id and stage;
+    `partitions`: the columns by which it is partitioned.
     """
     if root.exists(commit_of(table, 0)):
         root.sync([log_of(table)])  # who made it may have died before it was
@@ -116,7 +134,7 @@ def create_table(
     lines = [
         commit_info("CREATE TABLE", about),
         {"protocol": {"minReaderVersion": 1, "minWriterVersion": 2}},
-        meta_data(table.rpartition("/")[2], fields, properties),
+        meta_data(table.rpartition("/")[2], fields, properties, partitions=partitions),
     ]
     return commit(root, table, 0, lines)
 
@@ -126,7 +144,13 @@ def commit_info(operation: str, about: Action) -> Action:
     return {"commitInfo": {"timestamp": time.time_ns() // 1_000_000, "operation": operation, **about}}
 
 
-def meta_data(name: str, fields: list[Action], properties: dict[str, str], table_id: str | None = None) -> Action:
+def meta_data(
+    name: str,
+    fields: list[Action],
+    properties: dict[str, str],
+    table_id: str | None = None,
+    partitions: Sequence[str] = (),
+) -> Action:
     """A commit's line that says what a table is; a new one when it has no `table_id`."""
     return {
         "metaData": {
@@ -134,7 +158,7 @@ def meta_data(name: str, fields: list[Action], properties: dict[str, str], table
             "name": name,
             "format": {"provider": "parquet", "options": {}},
             "schemaString": json.dumps({"type": "struct", "fields": fields}),
-            "partitionColumns": [],
+            "partitionColumns": [*partitions],
             "createdTime": time.time_ns() // 1_000_000,
             "configuration": properties,
         }
@@ -177,12 +201,13 @@ def name_of(stored: str | Action) -> str:
     return stored if isinstance(stored, str) else json.dumps(stored, sort_keys=True)
 
 
-def add(path: str, size: int, stats: str, *, changes: bool) -> Action:
-    """A commit's line that adds a file. `changes`: whether its rows are new to the table."""
+def add(path: str, size: int, stats: str, *, changes: bool, values: Mapping[str, Any] = {}) -> Action:
+    """A commit's line that adds a file. `path`: as it is called. `changes`: whether its rows are new to the table.
+    `values`: of its partition."""
     return {
         "add": {
-            "path": path,
-            "partitionValues": {},
+            "path": quote(path, safe="/=") if values else path,
+            "partitionValues": _texts(values),
             "size": size,
             "modificationTime": time.time_ns() // 1_000_000,
             "dataChange": changes,
@@ -191,18 +216,50 @@ def add(path: str, size: int, stats: str, *, changes: bool) -> Action:
     }
 
 
-def remove(path: str, size: int, *, changes: bool = False) -> Action:
-    """A commit's line that removes a file whose rows another one has. `changes`: whether it has them otherwise."""
+def remove(path: str, size: int, *, changes: bool = False, values: Mapping[str, Any] = {}) -> Action:
+    """A commit's line that removes a file whose rows another one has. `path`: as the log has it. `changes`: whether it
+    has them otherwise."""
     return {
         "remove": {
             "path": path,
             "dataChange": changes,
             "deletionTimestamp": time.time_ns() // 1_000_000,
             "extendedFileMetadata": True,
-            "partitionValues": {},
+            "partitionValues": _texts(values),
             "size": size,
         }
     }
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, str | None]:
+    """The values of a partition as the log has them."""
+    return {name: None if value is None else _text(value) for name, value in values.items()}
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)  # a day is ISO 8601
+
+
+def values_of(added: Action, types: "Mapping[str, pl.DataType]") -> dict[str, Any]:
+    """The values of the partition of a file, as a commit adds it. `types`: of the table's columns."""
+    return {name: _value(text, types[name]) for name, text in added.get("partitionValues", {}).items()}
+
+
+def _value(text: str | None, dtype: "pl.DataType") -> Any:
+    if text is None or dtype.is_integer():
+        return None if text is None else int(text)
+    kind = str(dtype)
+    return text == "true" if kind == "Boolean" else date.fromisoformat(text) if kind == "Date" else text
+
+
+def folder_of(values: Mapping[str, Any]) -> str:
+    """Where the files of a partition are, below the table's folder, a slash behind it: `country=DE/`.
+
+    As Delta's writers call it, all but letters, digits and `_.-~` percent-encoded: the value is in the log, too, but
+    some readers go by the folder.
+    """
+    folders = [(name, NULL_FOLDER if text is None else quote(text, safe="")) for name, text in _texts(values).items()]
+    return "".join(f"{quote(name, safe='')}={folder}/" for name, folder in folders)
 
 
 def commit(root: Root, table: str, version: int, lines: list[Action]) -> bool:
@@ -242,7 +299,33 @@ def sync(root: Root, table: str, after: int, until: int) -> None:
     rels = [f"{log}/{name}" for name in root.names(log) if name > f"{after:020d}.z"]  # _last_checkpoint, too
     for version in range(after + 1, until + 1):
         rels += [f"{table}/{unquote(line['add']['path'])}" for line in actions(root, table, version) if "add" in line]
-    root.sync([*filter(root.exists, rels), table, log])
+    folders = {str(above) for rel in rels for above in PurePosixPath(rel).parents if str(above).startswith(f"{table}/")}
+    root.sync([*filter(root.exists, rels), *sorted(folders - {log}, reverse=True), table, log])
+
+
+def files(handle: "DeltaTable") -> list[File]:
+    """The live files of a table."""
+    import pyarrow as pa
+
+    actions = pa.table(handle.get_add_actions(flatten=True))
+    values = {name: f"partition.{name}" for name in handle.metadata().partition_columns}
+    return [
+        File(line["path"], line["size_bytes"], line["num_records"], {name: line[at] for name, at in values.items()})
+        for line in actions.select(["path", "size_bytes", "num_records", *values.values()]).to_pylist()
+    ]
+
+
+def data_names(root: Root, table: str) -> set[str]:
+    """The paths below a table's folder of all Parquet files that are there, its partitions' too."""
+    names, folders = set(), [""]
+    while folders:
+        folder = folders.pop()
+        for name in root.names(f"{table}/{folder}".rstrip("/")):
+            if name.endswith(".parquet"):
+                names.add(f"{folder}{name}")
+            elif "=" in name:
+                folders.append(f"{folder}{name}/")
+    return names
 
 
 def file_stats(handle: "DeltaTable") -> tuple[list[int], int]:
@@ -274,6 +357,20 @@ def statistics(frame: "pl.DataFrame") -> Action:
         "maxValues": {name: _plain(value) for name, value in highest.items() if value is not None},
         "nullCount": frame.select(~pl.selectors.nested()).null_count().row(0, named=True),
     }
+
+
+def merged(parts: Sequence[Action]) -> Action:
+    """The statistics of all rows from those of some of them each."""
+    names = {name for part in parts for name in part["minValues"]}
+    partial = {
+        n for n in names for part in parts if n not in part["minValues"] and part["nullCount"][n] != part["numRecords"]
+    }
+    bounds = {
+        side: {name: choose(part[side][name] for part in parts if name in part[side]) for name in names - partial}
+        for side, choose in (("minValues", min), ("maxValues", max))
+    }
+    nulls = {name: sum(part["nullCount"][name] for part in parts) for name in parts[0]["nullCount"]}
+    return {"numRecords": sum(part["numRecords"] for part in parts), **bounds, "nullCount": nulls}
 
 
 def _has_bounds(frame: "pl.DataFrame", name: str, dtype: "pl.DataType") -> bool:

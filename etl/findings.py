@@ -66,7 +66,12 @@ def damages(root: Root, table: str, version: int | None = None) -> Iterator[str]
     files: list[tuple[str, int, int]] = []
     if problem := _reading(lambda: files.extend(_files(root.table(table, version)))):
         yield f"it does not open: {problem}"
-    sizes = {entry.name: entry.bytes for entry in root.entries(table)}
+    folders = {path.rpartition("/")[0] for path, *_ in files}
+    sizes = {
+        f"{folder}/{entry.name}".lstrip("/"): entry.bytes
+        for folder in folders
+        for entry in root.entries(f"{table}/{folder}".rstrip("/"))
+    }
     for path, size, rows in files:
         rel = f"{table}/{path}"
         if sizes.get(path) != size:
@@ -114,7 +119,4 @@ def _rows_of(root: Root, rel: str) -> int:
 
 def _files(handle: "DeltaTable") -> Iterator[tuple[str, int, int]]:
     """path, bytes, rows of each file of a table."""
-    import pyarrow as pa
-
-    actions = pa.table(handle.get_add_actions(flatten=True))
-    return zip(*(actions[name].to_pylist() for name in ("path", "size_bytes", "num_records")), strict=True)
+    return ((file.rel, file.bytes, file.rows) for file in delta.files(handle))

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import io
 import itertools
 import json
 import mmap
@@ -25,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from urllib.parse import unquote
 
 if TYPE_CHECKING:
@@ -269,6 +270,10 @@ class Root:
         """The bytes of a file. Raises FileNotFoundError."""
         data: bytes = self._fs.cat_file(self._path(rel))
         return data
+
+    def open(self, rel: str) -> BinaryIO:
+        """A file, to be read from anywhere in it. Raises FileNotFoundError."""
+        return io.BytesIO(self.read(rel))
 
     def read_json(self, rel: str) -> dict[str, Any] | None:
         """The JSON document in a file; None when there is no file. Raises Damaged."""
@@ -543,6 +548,9 @@ class LocalRoot(Root):
     def read(self, rel: str) -> bytes:
         return Path(self._path(rel)).read_bytes()
 
+    def open(self, rel: str) -> BinaryIO:
+        return open(self._path(rel), "rb")
+
     def read_at_most(self, rel: str, most: int) -> bytes:
         try:
             # a pipe is not waited for, a link not followed; checked on what was opened, not on what was there before
@@ -568,14 +576,14 @@ class LocalRoot(Root):
             raise Unreadable("changed while it was read")
         return data
 
-    def _staged(self, path: str, data: bytes) -> str:
+    def _staged(self, path: str, data: Iterable[bytes]) -> str:
         folder = os.path.dirname(path)
         make_folder(folder)
         # the leading dot keeps a half-written file out of every listing
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".part", delete=False) as file:
             try:
                 os.fchmod(file.fileno(), 0o644)
-                file.write(data)
+                file.writelines(data)
                 file.flush()
                 os.fsync(file.fileno())
                 os.utime(file.fileno(), ns=(time.time_ns(),) * 2)  # so that it is told from one written in place
@@ -585,6 +593,9 @@ class LocalRoot(Root):
         return file.name
 
     def write(self, rel: str, data: bytes) -> None:
+        self._write(rel, [data])
+
+    def _write(self, rel: str, data: Iterable[bytes]) -> None:
         staged = self._staged(self._path(rel), data)
         crash_point(f"written, not there yet: in {os.path.dirname(rel)}")
         os.replace(staged, self._path(rel))
@@ -592,18 +603,11 @@ class LocalRoot(Root):
         sync(os.path.dirname(self._path(rel)))
 
     def put(self, rel: str, path: Path) -> None:
-        staged = self._staged(self._path(rel), b"")
-        try:
-            shutil.copyfile(path, staged)
-            sync(staged)
-            os.replace(staged, self._path(rel))
-        except OSError:
-            os.unlink(staged)
-            raise
-        sync(os.path.dirname(self._path(rel)))
+        with path.open("rb") as file:
+            self._write(rel, iter(functools.partial(file.read, 1 << 20), b""))
 
     def create(self, rel: str, data: bytes) -> bool:
-        staged = self._staged(self._path(rel), data)
+        staged = self._staged(self._path(rel), [data])
         try:
             os.link(staged, self._path(rel))  # unlike a rename, refuses to replace
         except FileExistsError:

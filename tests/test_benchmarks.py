@@ -16,6 +16,12 @@ from etl.storage import PROJECT
     ("name", "numbers", "found"),
     [
         ("ingest", "--rounds 0 --versions 5", lambda result: set(result["ticks"]["seconds"]) == {"old", "fresh"}),
+        ("compaction", "--target-mb 1 --total-mb 2", lambda result: set(result["tables"]) == {"grows", "newest"}),
+        (
+            "upsert",
+            "--keys 50 --updates 2000 --files 10 --batch 5 --rounds 1",
+            lambda result: len(result["after"]) == 2,
+        ),
         ("ledger", "--files 3000 --batches 20 --waiting 50 --rounds 2", lambda result: len(result["looks"]) == 2),
         ("queries", "--scale 0.01 --engine polars --engine duckdb --rounds 1 --question 1 --question 6", bool),
     ],

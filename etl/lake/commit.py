@@ -3,9 +3,10 @@
 import io
 import json
 import uuid
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from etl.lake.lake import Lake
 
 WRITER = "lake/writer.lease"
+WRITERS = 8  # files of a batch that are written at once
 APP_ID = "preprocess"  # whose transactions number the batches; it is in the log of every lake, whatever the stage
 PROPERTIES = {
     "delta.checkpointInterval": str(delta.CHECKPOINT_INTERVAL),
@@ -38,31 +40,41 @@ def create_tables(lake: "Lake", run_id: str, known: Container[str] = ()) -> None
     about = {"run_id": run_id, "stage": lake.ingested_by}
     for name, columns in lake.columns.items():
         if name not in known:
-            needed = lake.required[name]
-            delta.create_table(lake.root, f"lake/{name}", columns, keys=needed, properties=PROPERTIES, about=about)
+            how: Any = {"keys": lake.required[name], "properties": PROPERTIES, "partitions": lake.partitions[name]}
+            delta.create_table(lake.root, f"lake/{name}", columns, **how, about=about)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Rows of one table as a Parquet file. `stats`: what the Delta log says of them, as JSON."""
+    """Rows of one table as a Parquet file. `stats`: what the Delta log says of them, as JSON. `values`: those of their
+    partition, which are not in the file."""
 
     data: bytes
     stats: str
+    values: dict[str, Any] = field(default_factory=dict)
 
 
-def encode(lake: "Lake", table: str, frame: pl.DataFrame) -> Encoded:
-    """Rows as they are appended. Raises ValueError when what is never null is, or the columns are not the table's."""
+def encode(lake: "Lake", table: str, frame: pl.DataFrame) -> list[Encoded]:
+    """Rows as they are appended, a file a partition. Raises ValueError when what is never null is, or the columns are
+    not the table's."""
     declared = pl.Schema(lake.columns[table])
     if frame.schema != declared:
         raise ValueError(f"{table} has the columns {declared}, not {frame.schema}")
     if nulls := [name for name in lake.required[table] if frame[name].null_count()]:
         raise ValueError(f"{table}: {', '.join(nulls)} may not be null")
+    if not (by := lake.partitions[table]):
+        return [_encoded(frame, {})]
+    parts = frame.partition_by(by, maintain_order=True, include_key=False, as_dict=True)
+    return [_encoded(part, dict(zip(by, values, strict=True))) for values, part in parts.items()]
+
+
+def _encoded(frame: pl.DataFrame, values: dict[str, Any]) -> Encoded:
     buffer = io.BytesIO()
     frame.write_parquet(buffer, compression_level=1)
-    return Encoded(buffer.getvalue(), json.dumps(delta.statistics(frame)))
+    return Encoded(buffer.getvalue(), json.dumps(delta.statistics(frame)), values)
 
 
-def append(lake: "Lake", table: str, rows: Encoded, *, batch: int, run_id: str, after: int) -> int:
+def append(lake: "Lake", table: str, rows: Sequence[Encoded], *, batch: int, run_id: str, after: int) -> int:
     """Append a batch's rows exactly once; returns the version that holds them. `after`: the version that is published.
 
     The commits since then are looked through for this batch, and the commit is the version after them or none: of two
@@ -70,18 +82,19 @@ def append(lake: "Lake", table: str, rows: Encoded, *, batch: int, run_id: str, 
     on the disk then: the rows before the commit that names them, and what others committed since. Of the second
     writer's nothing is removed here, where a commit might name it after all: compaction does, a day later.
     """
-    root, folder, path = lake.root, f"lake/{table}", None
+    root, folder, paths = lake.root, f"lake/{table}", list[str]()
     while True:
         newest, last = head(lake, table, after)
         if last >= batch:
             delta.sync(root, folder, after, newest)
             return newest
-        if path is None:
-            path = f"batch-{batch:08d}-{uuid.uuid4()}.zstd.parquet"
-            root.write(f"{folder}/{path}", rows.data)
+        if not paths:
+            paths = [f"{delta.folder_of(file.values)}batch-{batch:08d}-{uuid.uuid4()}.zstd.parquet" for file in rows]
+            with ThreadPoolExecutor(min(len(rows), WRITERS)) as pool:
+                list(pool.map(lambda path, file: root.write(f"{folder}/{path}", file.data), paths, rows))
             crash_point(f"written, not committed: {table}")
         about = {"run_id": run_id, "stage": lake.ingested_by, "batch": str(batch)}
-        if delta.commit(root, folder, newest + 1, _append_lines(path, rows, newest, batch, about)):
+        if delta.commit(root, folder, newest + 1, _append_lines(paths, rows, newest, batch, about)):
             delta.sync(root, folder, after, newest)
             return newest + 1
 
@@ -139,12 +152,14 @@ def require_same_rows(lake: "Lake", rows: Mapping[str, int], *, batch: int, publ
 
 
 def _append_lines(
-    path: str, rows: Encoded, read_version: int, batch: int, about: dict[str, Any]
+    paths: list[str], rows: Sequence[Encoded], read_version: int, batch: int, about: dict[str, Any]
 ) -> list[dict[str, Any]]:
     how = {"operationParameters": {"mode": "Append"}, "readVersion": read_version, "isBlindAppend": True}
     info = delta.commit_info("WRITE", how | about)
     transaction = {"appId": APP_ID, "version": batch, "lastUpdated": info["commitInfo"]["timestamp"]}
-    return [info, {"txn": transaction}, delta.add(path, len(rows.data), rows.stats, changes=True)]
+    files = zip(paths, rows, strict=True)
+    adds = [delta.add(path, len(f.data), f.stats, changes=True, values=f.values) for path, f in files]
+    return [info, {"txn": transaction}, *adds]
 
 
 def last_batch(lake: "Lake", table: str) -> int:

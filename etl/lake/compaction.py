@@ -6,24 +6,26 @@ one commit that changes no row. It does not stand in the way of new rows: its co
 replaces, so a batch may be committed meanwhile, and the writer's lease is held only to publish.
 """
 
-import io
 import json
+import math
+import tempfile
 import traceback
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from etl import delta
-from etl.lake import commit, ledger, schemas, snapshot, upsert
+from etl.lake import commit, ledger, schemas, snapshot, sorting, upsert
 from etl.storage import Damaged, LeaseHeld, Root, crash_point
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ LEASE_S = 1800  # of one table; longer than any of them takes
 CLOCK = "lake/clock.json"
 KEPT_LOG = "lake/kept_log"
 SLACK = timedelta(minutes=5)  # between two machines' clocks
+MEMORY = 1  # times the target: of rows that are sorted at once, which takes about four times that
 GAP = timedelta(days=2)  # without a run: the clock may have been moved
 ROW_GROUP = 100_000  # rows: what a reader skips or reads at once
 LEDGER_ROW_GROUP = 5_000  # of the ledger, which is asked for single batches
@@ -56,12 +59,13 @@ class Rewrite:
     """A file that was written, and the ones whose place it takes: of several for the same ones the first has them.
     `checksum`: of its rows, whatever their order."""
 
-    removed: tuple[tuple[str, int], ...]  # path, bytes
-    path: str
+    removed: tuple[delta.File, ...]
+    path: str  # as it is called
     bytes: int
     rows: int
     checksum: int
     stats: dict[str, Any]
+    values: Mapping[str, Any]  # of its partition
     superseded: int = 0  # rows of `removed` that newer ones of the same key replaced
 
 
@@ -117,8 +121,8 @@ def compact(
     for table, line in lines.items():
         with _told(line), root.lease(f"lake/leases/{table}", run_id, ttl_s=LEASE_S, wait_s=0):
             crash_point(f"compaction holds: {table}")
-            handle = lake.table(table, versions.get(table))
-            began[table] = _names(handle)
+            handle = _readable(lake, table, published)
+            began[table] = _names(handle) | (_names(lake.table(table, versions[table])) if table in versions else set())
             line |= _compact_table(lake, table, handle, target_mb, min_small_files, run_id)
     _forget(root)
     if published and "files" in published["tables"]:
@@ -158,141 +162,204 @@ def _told(line: dict[str, Any]) -> Iterator[None]:
         line["failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
 
 
+def _readable(lake: "Lake", table: str, published: dict[str, Any] | None) -> "DeltaTable":
+    """The newest version of a table; the published one when that holds a batch that is not published."""
+    newest = lake.table(table)
+    versions = published["tables"] if published else {}
+    if published and table in versions and (newest.transaction_version(commit.APP_ID) or 0) > published["batch"]:
+        return lake.table(table, versions[table])
+    return newest
+
+
 def _compact_table(
     lake: "Lake", table: str, handle: "DeltaTable", target_mb: int, min_small_files: int, run_id: str
 ) -> dict[str, Any]:
-    """Rewrite what is small among the files of a version: the published one, or the newest where none is."""
-    schemas.require_ours(table, handle)
+    """Rewrite what is small among the files of a version, and commit it each time that there is about `target_mb` of
+    it: a run that is killed has lost no more, and the next one goes on from there."""
+    schemas.require_ours(lake, table, handle)
     sizes, rows = delta.file_stats(handle)
-    target, upserts = target_mb * 1_000_000, table in lake.tables and lake.tables[table].upserts
+    target, upserts = int(target_mb * 1_000_000), table in lake.tables and lake.tables[table].upserts
     groups = _with_later(handle) if upserts else _worth_it(lake, handle, table, target, min_small_files)
     if groups:
-        _require_live(lake.table(table), table, {path for group in groups for path, _ in group})
+        _require_live(lake.table(table), table, {file.path for group in groups for file in group})
     declared = pa.schema(handle.schema().to_arrow())
-    rewrite = partial(_newest, target=target) if upserts else _rewrite
-    rewrites = [made for files in groups for made in rewrite(lake, table, files, declared)]
-    crash_point(f"rewritten: {table}")
-    if rewrites:
-        version = _swap(lake, table, rewrites, run_id)
-        crash_point(f"swapped: {table}")
-        _assert_same(lake, table, version, rewrites, run_id)
-    moved = [size for rewrite in rewrites for _, size in rewrite.removed]
-    made = [rewrite.bytes for rewrite in rewrites]
+    rewrite = _newest if upserts else _rewrite
+    done, waiting = list[Rewrite](), list[Rewrite]()
+    for number, files in enumerate(groups, 1):
+        waiting += rewrite(lake, table, files, declared, target)
+        if number == len(groups) or sum(file.bytes for made in waiting for file in made.removed) >= target:
+            _replace(lake, table, waiting, run_id)
+            done, waiting = [*done, *waiting], []
+    moved = [file for made in done for file in made.removed]
+    made_bytes = [made.bytes for made in done]
     return {
-        "rows_before": rows - sum(rewrite.superseded for rewrite in rewrites),
-        "rows_after": rows - sum(_rows(handle, rewrite) for rewrite in rewrites) + sum(r.rows for r in rewrites),
+        "rows_before": rows - sum(made.superseded for made in done),
+        "rows_after": rows - sum(file.rows for file in moved) + sum(made.rows for made in done),
         "files_before": len(sizes),
-        "files_after": len(sizes) - len(moved) + len(made),
+        "files_after": len(sizes) - len(moved) + len(made_bytes),
         "mb_before": sum(sizes) / 1e6,
-        "mb_after": (sum(sizes) - sum(moved) + sum(made)) / 1e6,
+        "mb_after": (sum(sizes) - sum(file.bytes for file in moved) + sum(made_bytes)) / 1e6,
     }
 
 
-def _rows(handle: "DeltaTable", rewrite: Rewrite) -> int:
-    """How many rows the log says that the replaced files have."""
-    actions = pa.table(handle.get_add_actions(flatten=True)).select(["path", "num_records"]).to_pylist()
-    gone = {path for path, _ in rewrite.removed}
-    return sum(action["num_records"] for action in actions if action["path"] in gone)
+def _replace(lake: "Lake", table: str, rewrites: list[Rewrite], run_id: str) -> None:
+    """Commit what was written in the place of what it is of, and look whether it is the same."""
+    crash_point(f"rewritten: {table}")
+    version = _swap(lake, table, rewrites, run_id)
+    crash_point(f"swapped: {table}")
+    _assert_same(lake, table, version, rewrites, run_id)
 
 
 def _worth_it(
     lake: "Lake", handle: "DeltaTable", table: str, target: int, min_small_files: int
-) -> list[list[tuple[str, int]]]:
-    """The small files of a table, in order of their keys, in groups that make one file of about `target` bytes."""
+) -> list[list[delta.File]]:
+    """The small files of a table, in order of their keys, in groups that make one file of about `target` bytes, each
+    of one partition."""
     actions = pa.table(handle.get_add_actions(flatten=True))
     first = f"min.{by[0]}" if (by := lake.sorted_by.get(table)) else None
-    keys = actions[first].to_pylist() if first in actions.schema.names else [None] * len(actions)
-    files = zip(keys, actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True)
-    small = sorted(
-        (file for file in files if file[2] < target / 2), key=lambda file: (file[0] is None, file[0] or 0, file[1])
-    )
+    keys: dict[str, Any] = {}
+    if first in actions.schema.names:
+        keys = dict(zip(actions["path"].to_pylist(), actions[first].to_pylist(), strict=True))
+    small = [file for file in delta.files(handle) if file.bytes < target / 2]
     if len(small) < min_small_files:
         return []
-    groups: list[list[tuple[str, int]]] = [[]]
-    for _, path, size in small:
-        if sum(bytes_ for _, bytes_ in groups[-1]) + size > target:
-            groups.append([])
-        groups[-1].append((path, size))
+    small.sort(key=lambda file: (keys.get(file.path) is None, keys.get(file.path) or 0, file.path))
+    groups: list[list[delta.File]] = []
+    for files in _by_partition(small):
+        size = target + 1
+        for file in files:
+            if size + file.bytes > target:
+                groups.append([])
+                size = 0
+            groups[-1].append(file)
+            size += file.bytes
     return [group for group in groups if len(group) > 1]
 
 
-def _with_later(handle: "DeltaTable") -> list[list[tuple[str, int]]]:
-    """All files of a table of which the newest row of a key counts, as a group, when some came after the compacted."""
-    if not upsert.files(handle)[1]:
-        return []
-    actions = pa.table(handle.get_add_actions(flatten=True))
-    return [[*zip(actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True)]]
+def _by_partition(files: list[delta.File]) -> list[list[delta.File]]:
+    of: dict[tuple[Any, ...], list[delta.File]] = {}
+    for file in files:
+        of.setdefault((*file.values.values(),), []).append(file)
+    return [*of.values()]
 
 
-def _newest(
-    lake: "Lake", table: str, files: list[tuple[str, int]], declared: pa.Schema, *, target: int
-) -> list[Rewrite]:
-    """Write the newest row of each key of `files`, all of a table's, into files of about `target` bytes, sorted by key.
-
-    All of the table is in memory meanwhile.
-    """
-    frame = _read(lake, table, files, declared)
-    rows = upsert.newest(frame, lake.tables[table]).sort(lake.sorted_by[table])
-    most = max(1, rows.height * target // max(1, sum(size for _, size in files)))
-    parts = [rows.slice(first, most) for first in range(0, max(1, rows.height), most)]
-    made = [_write(lake, table, part, declared, upsert.NEWEST) for part in parts]
-    return [replace(made[0], removed=tuple(files), superseded=frame.height - rows.height), *made[1:]]
+def _with_later(handle: "DeltaTable") -> list[list[delta.File]]:
+    """All files of a partition of a table of which the newest row of a key counts, as a group, when some came after the
+    compacted; a key is in one partition."""
+    return [
+        files for files in _by_partition(delta.files(handle)) if not all(upsert.is_newest(file.path) for file in files)
+    ]
 
 
-def _rewrite(lake: "Lake", table: str, files: list[tuple[str, int]], declared: pa.Schema) -> list[Rewrite]:
-    """Write the rows of `files` into one, sorted by key. `declared`: the table's own schema."""
-    frame = _read(lake, table, files, declared)
-    keys = [key for key in lake.sorted_by.get(table, ()) if key in frame.columns]
-    made = _write(lake, table, frame.sort(keys) if keys else frame, declared, "compacted-")
+def _newest(lake: "Lake", table: str, files: list[delta.File], declared: pa.Schema, target: int) -> list[Rewrite]:
+    """Write the newest row of each key of `files`, all of a partition's, into files of about `target` bytes, sorted."""
+    declaration, source = lake.tables[table], _source(lake, table, files, declared)
+    key = [name for name in declaration.key if name not in source.values]
+    seen = sorting.look(source, key, MEMORY * target)
+    superseded = 0
+
+    def counting(rows: pl.DataFrame) -> pl.DataFrame:
+        nonlocal superseded
+        counts = upsert.newest(rows, declaration, without=source.values)
+        superseded += rows.height - counts.height
+        return _sorted(lake, table, counts)
+
+    frames = map(counting, sorting.ranges(source, key, seen.bounds))
+    made = _write(lake, table, source, frames, upsert.NEWEST, target)
+    if seen.rows != sum(part.rows for part in made) + superseded:
+        raise RowsDiffer(f"{table}: {seen.rows} rows were read, and others the second time: left as it was")
+    return [replace(made[0], removed=tuple(files), superseded=superseded), *made[1:]]
+
+
+def _rewrite(lake: "Lake", table: str, files: list[delta.File], declared: pa.Schema, target: int) -> list[Rewrite]:
+    """Write the rows of `files` into one, sorted. `declared`: the table's own schema."""
+    source = _source(lake, table, files, declared)
+    seen = sorting.look(source, _order(lake, table, source.declared.names), MEMORY * target)
+    frames = sorting.ranges(source, _order(lake, table, source.declared.names), seen.bounds)
+    (made,) = _write(lake, table, source, map(partial(_sorted, lake, table), frames), "compacted-")
+    if (seen.rows, seen.checksum) != (made.rows, made.checksum):
+        lake.root.remove(f"lake/{table}/{made.path}")
+        raise RowsDiffer(f"{table}: {seen.rows} rows do not come back from one file: left as it was")
     return [replace(made, removed=tuple(files))]
 
 
-def _read(lake: "Lake", table: str, files: list[tuple[str, int]], declared: pa.Schema) -> pl.DataFrame:
-    """The rows of some files, all in the types of the table."""
-    parts = [pq.read_table(io.BytesIO(lake.root.read(f"lake/{table}/{path}"))) for path, _ in files]
-    frame = pl.from_arrow(pa.concat_tables([as_declared(part, declared) for part in parts]))
-    assert isinstance(frame, pl.DataFrame), "a table is no column"
-    return frame
+def _source(lake: "Lake", table: str, files: list[delta.File], declared: pa.Schema) -> sorting.Source:
+    values = files[0].values
+    columns = pa.schema([column for column in declared if column.name not in values])
+    return sorting.Source(lake.root, f"lake/{table}", files, columns, values)
 
 
-def _write(lake: "Lake", table: str, frame: pl.DataFrame, declared: pa.Schema, name: str) -> Rewrite:
-    """Write rows into a file whose name begins with `name`, and read it again. Raises RowsDiffer."""
-    buffer = io.BytesIO()
-    rows = frame.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(declared)
-    pq.write_table(rows, buffer, row_group_size=LEDGER_ROW_GROUP if table == "files" else ROW_GROUP)
-    path = f"{name}{uuid.uuid4()}.snappy.parquet"
-    lake.root.write(f"lake/{table}/{path}", buffer.getvalue())
-    crash_point(f"written, not swapped: {table}")
-    after = pl.from_arrow(pq.read_table(io.BytesIO(lake.root.read(f"lake/{table}/{path}"))))
-    assert isinstance(after, pl.DataFrame), "a table is no column"
-    if (frame.height, checksum(frame)) != (after.height, checksum(after)):
-        lake.root.remove(f"lake/{table}/{path}")
-        raise RowsDiffer(f"{table}: {frame.height} rows do not come back from one file: left as it was")
-    return Rewrite((), path, len(buffer.getvalue()), after.height, checksum(after), delta.statistics(after))
+def _order(lake: "Lake", table: str, columns: Collection[str]) -> list[str]:
+    return [name for name in lake.sorted_by.get(table, ()) if name in columns]
 
 
-def as_declared(part: pa.Table, declared: pa.Schema, defaults: Mapping[str, tuple[Any, Any]] = {}) -> pa.Table:
-    """A file's rows in the table's types: Delta knows one string, writers have string, large_string and string_view.
+def _sorted(lake: "Lake", table: str, frame: pl.DataFrame) -> pl.DataFrame:
+    by = _order(lake, table, frame.columns)
+    return frame.sort(by) if by else frame
 
-    A column that the file has not is null, or what `defaults` says: name -> its Polars type, the value.
-    Raises pyarrow.ArrowInvalid for a value that its column's type does not hold.
+
+def _write(
+    lake: "Lake",
+    table: str,
+    source: sorting.Source,
+    frames: Iterator[pl.DataFrame],
+    name: str,
+    target: float = math.inf,
+) -> list[Rewrite]:
+    """Write rows into files of about `target` bytes whose names begin with `name`, at least one, and read them again.
+
+    Raises RowsDiffer.
     """
-    columns = []
-    for field in declared:
-        if field.name in part.column_names:
-            columns.append(part[field.name].cast(field.type))
-        elif field.name in defaults:
-            dtype, value = defaults[field.name]
-            column = pl.Series([value], dtype=dtype).new_from_index(0, part.num_rows)
-            columns.append(column.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(field.type))
-        else:
-            columns.append(pa.nulls(part.num_rows, field.type))
-    return pa.table(columns, schema=declared)
+    made: list[Rewrite] = []
+    step = LEDGER_ROW_GROUP if table == "files" else ROW_GROUP
+    parts = _parts(frames, step, source.declared)
+    with tempfile.TemporaryDirectory(prefix="compaction-") as folder:
+        local, part = Path(folder, "file"), next(parts, None)
+        while part:
+            rows, total = 0, 0
+            with pq.ParquetWriter(local, source.declared) as writer:
+                while part and (not rows or local.stat().st_size < target):
+                    writer.write_table(part[0], row_group_size=step)
+                    rows, total, part = rows + part[0].num_rows, total + part[1], None
+                    part = next(parts, None)
+            path = f"{delta.folder_of(source.values)}{name}{uuid.uuid4()}.snappy.parquet"
+            size = local.stat().st_size
+            lake.root.put(f"lake/{table}/{path}", local)
+            crash_point(f"written, not swapped: {table}")
+            made.append(_read_again(source, path, size, (rows, total)))
+    return made
 
 
-def checksum(frame: pl.DataFrame) -> int:
-    """The sum of a hash of each row: the same in any order of rows."""
-    return int(frame.select(sorted(frame.columns)).hash_rows(seed=0).cast(pl.Int128).sum())
+def _parts(frames: Iterator[pl.DataFrame], step: int, declared: pa.Schema) -> Iterator[tuple[pa.Table, int]]:
+    """The rows, so many at a time, and the checksum of each part; at least one. No frame is held while the next is
+    made."""
+    count = 0
+    for frame in frames:
+        for first in range(0, frame.height, step):
+            part, count = frame.slice(first, step), count + 1
+            yield _arrow(part, declared), sorting.checksum(part)
+            del part
+        del frame
+    if not count:
+        yield declared.empty_table(), 0
+
+
+def _arrow(frame: pl.DataFrame, declared: pa.Schema) -> pa.Table:
+    return frame.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(declared)
+
+
+def _read_again(source: sorting.Source, path: str, size: int, wanted: tuple[int, int]) -> Rewrite:
+    """What was written. `wanted`: its rows and their checksum."""
+    rows, total, stats = 0, 0, []
+    file = delta.File(quote(path, safe="/="), size, 0, {})
+    for part in sorting.Source(source.root, source.table, [file], source.declared, {}).rows(file):
+        rows, total = rows + part.height, total + sorting.checksum(part)
+        stats.append(delta.statistics(part))
+    if (rows, total) != wanted:
+        source.root.remove(f"{source.table}/{path}")
+        raise RowsDiffer(f"{source.table}: {wanted[0]} rows do not come back from one file: left as it was")
+    said = delta.merged(stats) if stats else delta.statistics(sorting.empty(source.declared))
+    return Rewrite((), path, size, rows, total, said, source.values)
 
 
 def _swap(lake: "Lake", table: str, rewrites: list[Rewrite], run_id: str) -> int:
@@ -302,10 +369,10 @@ def _swap(lake: "Lake", table: str, rewrites: list[Rewrite], run_id: str) -> int
     there yet; before each try the files to be replaced must all be live, so that no row can come twice.
     Raises Overlapped when one is not; what was written for it goes with a later sweep.
     """
-    gone = {path for rewrite in rewrites for path, _ in rewrite.removed}
+    gone = {file.path for rewrite in rewrites for file in rewrite.removed}
     while True:
         handle = lake.table(table)
-        schemas.require_ours(table, handle)
+        schemas.require_ours(lake, table, handle)
         _require_live(handle, table, gone)
         version = handle.version() + 1
         if delta.commit(lake.root, f"lake/{table}", version, _actions(lake, rewrites, handle.version(), run_id)):
@@ -334,23 +401,13 @@ def _actions(lake: "Lake", rewrites: list[Rewrite], read_version: int, run_id: s
         "stage": lake.compacted_by,
         "checksum": str(sum(rewrite.checksum for rewrite in rewrites)),
     }
-    info = delta.commit_info("OPTIMIZE", about)
     return [
-        info,
+        delta.commit_info("OPTIMIZE", about),
+        *(delta.remove(file.path, file.bytes, changes=changes, values=file.values) for file in removed),
         *(
-            {
-                "remove": {
-                    "path": path,
-                    "dataChange": changes,
-                    "deletionTimestamp": info["commitInfo"]["timestamp"],
-                    "extendedFileMetadata": True,
-                    "partitionValues": {},
-                    "size": size,
-                }
-            }
-            for path, size in removed
+            delta.add(made.path, made.bytes, json.dumps(made.stats), changes=changes, values=made.values)
+            for made in rewrites
         ),
-        *(delta.add(rewrite.path, rewrite.bytes, json.dumps(rewrite.stats), changes=changes) for rewrite in rewrites),
     ]
 
 
@@ -360,8 +417,9 @@ def _assert_same(lake: "Lake", table: str, version: int, rewrites: list[Rewrite]
     Raises RowsDiffer when they have not; then the table is put back, and what came after the swap is kept out by that.
     """
     before, after = (lake.table(table, number) for number in (version - 1, version))
-    gone = {path for rewrite in rewrites for path, _ in rewrite.removed}
-    same_files = _live(after) == _live(before) - gone | {rewrite.path for rewrite in rewrites}
+    gone = {file.path for rewrite in rewrites for file in rewrite.removed}
+    came = {unquote(path) for path in _live(after) - (_live(before) - gone)}
+    same_files = came == {rewrite.path for rewrite in rewrites} and not _live(after) & gone
     rows = delta.file_stats(before)[1], delta.file_stats(after)[1]
     if same_files and rows[0] == rows[1] + sum(rewrite.superseded for rewrite in rewrites):
         return
@@ -397,7 +455,7 @@ def _sweep(
     `began`: the files that were published when the run began; what it superseded was needed until now.
     """
     root = lake.root
-    files = {name for name in root.names(f"lake/{table}") if name.endswith(".parquet")}
+    files = delta.data_names(root, f"lake/{table}")
     needed = _names(newest)
     if published not in (None, newest.version()):
         needed |= _names(lake.table(table, published))
@@ -419,8 +477,8 @@ def _sweep(
 
 
 def _names(handle: "DeltaTable") -> set[str]:
-    """The names of a version's files, as the log has them and as they are on the disk."""
-    names = {path.rsplit("/", 1)[-1] for path in _live(handle)}
+    """The paths of a version's files below the table's folder, as the log has them and as they are on the disk."""
+    names = _live(handle)
     return names | {unquote(name) for name in names}
 
 
@@ -504,7 +562,7 @@ def _publishable(lake: "Lake", table: str, newest: "DeltaTable", version: int, b
     """The newest version of a table, made durable; the published `version` when it holds a batch after `batch`."""
     if newest.version() == version or (newest.transaction_version(commit.APP_ID) or 0) > batch:
         return version
-    schemas.require_ours(table, newest)
+    schemas.require_ours(lake, table, newest)
     delta.sync(lake.root, f"lake/{table}", after=version, until=newest.version())
     crash_point(f"compaction synced: {table}")
     return newest.version()

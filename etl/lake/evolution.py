@@ -11,14 +11,13 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import unquote
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from etl import delta
-from etl.lake import compaction, schemas
+from etl.lake import compaction, schemas, sorting
 from etl.storage import crash_point
 
 if TYPE_CHECKING:
@@ -89,7 +88,8 @@ def change(
 def _meta_data(handle: "DeltaTable", table: str, fields: list[delta.Action]) -> delta.Action:
     """The line that gives a table these columns; all else of it stays."""
     known = handle.metadata()
-    line = delta.meta_data(known.name or table, fields, known.configuration, str(known.id))
+    about = (known.name or table, fields, known.configuration, str(known.id))
+    line = delta.meta_data(*about, partitions=known.partition_columns)
     line["metaData"] |= {"createdTime": known.created_time}
     line["metaData"] |= {"description": known.description} if known.description else {}
     return line
@@ -110,56 +110,53 @@ def _files_again(
     text = json.dumps({"type": "struct", "fields": fields})
     arrow = pa.schema(Schema.from_json(text).to_arrow())
     every = bool(todo and todo.rewrites)
-    defaults = {name: (lake.columns[table][name], value) for name, value in (todo.defaults if todo else {}).items()}
+    defaults = todo.defaults if todo else {}
     lines = []
-    for path, size in files(handle):
+    for file in delta.files(handle):
+        path = file.path
         if (path, text) not in made:
-            made[path, text] = _again(lake, table, path, arrow, defaults, rows, every=every)
+            given = {name: (lake.columns[table][name], value) for name, value in (defaults | file.values).items()}
+            made[path, text] = _again(lake, table, file, arrow, given, rows, every=every)
             crash_point(f"written again, not committed: {table}")
         if new := made[path, text]:
-            lines += [
-                delta.remove(path, size, changes=rows is not None),
-                delta.add(new.path, new.bytes, new.stats, changes=rows is not None),
-            ]
+            about: Any = {"changes": rows is not None, "values": file.values}
+            lines += [delta.remove(path, file.bytes, **about), delta.add(new.path, new.bytes, new.stats, **about)]
     return lines
-
-
-def files(handle: "DeltaTable") -> list[tuple[str, int]]:
-    """The files of a version: path, bytes."""
-    actions = pa.table(handle.get_add_actions(flatten=True))
-    return [*zip(actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True)]
 
 
 def _again(
     lake: "Lake",
     table: str,
-    path: str,
+    file: delta.File,
     arrow: pa.Schema,
-    defaults: Mapping[str, tuple[Any, Any]],
+    given: Mapping[str, tuple[Any, Any]],
     rows: Change | None,
     *,
     every: bool,
 ) -> Written | None:
-    """Write a file's rows again, in the types of `arrow`; None when none of them changes, unless `every` file has to.
+    """Write a file's rows again, in the types of `arrow`, with what is `given` where it has no such column; None when
+    none of them changes, unless `every` file has to.
 
     Raises compaction.RowsDiffer when what was there does not come back.
     """
-    part = pq.read_table(io.BytesIO(lake.root.read(f"lake/{table}/{unquote(path)}")))
-    whole = compaction.as_declared(part, arrow, defaults)
-    changed = rows(path, whole) if rows else None
+    part = pq.read_table(io.BytesIO(lake.root.read(f"lake/{table}/{file.rel}")))
+    whole = sorting.as_declared(part, arrow, given)
+    changed = rows(file.path, whole) if rows else None
     if changed is None and not every:
         return None
-    made = whole if changed is None else changed
+    whole, made = (rows_.drop_columns([*file.values]) for rows_ in (whole, whole if changed is None else changed))
     buffer = io.BytesIO()
     pq.write_table(made, buffer, row_group_size=compaction.ROW_GROUP)
-    name = f"changed-{uuid.uuid4()}.snappy.parquet"
+    name = f"{delta.folder_of(file.values)}changed-{uuid.uuid4()}.snappy.parquet"
     lake.root.write(f"lake/{table}/{name}", buffer.getvalue())
     back = pq.read_table(io.BytesIO(lake.root.read(f"lake/{table}/{name}")))
     if (made.num_rows, *_sum(back.cast(made.schema))) != (whole.num_rows, *_sum(made)) or (
         changed is None and _sum(back.select(part.column_names).cast(part.schema)) != _sum(part)
     ):
         lake.root.remove(f"lake/{table}/{name}")
-        raise compaction.RowsDiffer(f"{table}: the rows of {path} do not come back in other types: left as they were")
+        raise compaction.RowsDiffer(
+            f"{table}: the rows of {file.rel} do not come back in other types: left as they were"
+        )
     stats = delta.statistics(_frame(back))
     return Written(name, len(buffer.getvalue()), json.dumps(stats))
 
@@ -171,4 +168,4 @@ def _frame(rows: pa.Table) -> pl.DataFrame:
 
 
 def _sum(rows: pa.Table) -> tuple[int, int]:
-    return rows.num_rows, compaction.checksum(_frame(rows))
+    return rows.num_rows, sorting.checksum(_frame(rows))

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from etl.lake.lake import Lake
 
 MAX_BYTES = 256_000_000  # of JSON in a batch: about four times that in memory
+MOST_PARTITIONS = 1_000  # of a table in a batch
 GROUP_BYTES = 16_000_000  # in memory, of files that are parsed at once
 EARLIEST = "1970-01-01T00:00:00+00:00"  # of `as_of`: what is asked for goes back from it, and time begins with year 1
 GONE, CHANGED = "is gone from landing", "changed since"  # begin why a file of an unfinished batch is refused
@@ -70,6 +71,10 @@ _Result = TypeVar("_Result")
 
 class Overtaken(RuntimeError):
     """Another run took this batch's number for other files; nothing was written."""
+
+
+class TooManyPartitions(ValueError):
+    """A batch would become too many files; nothing was written."""
 
 
 @dataclass(frozen=True)
@@ -275,6 +280,7 @@ def read(batch: Batch, *, max_bad_share: float = 1.0, max_inflated: int = format
             good.setdefault(looked.table, []).append(looked.rows)
     frames = {table: pl.concat(parts) for table, parts in good.items()}
     for table in frames:
+        frames[table] = _partitioned(frames[table].pipe(lake.tables[table].with_days), lake.tables[table])
         if lake.tables[table].upserts:
             frames[table] = upsert.of_batch(frames[table], lake.tables[table], batch.number)
     timed = {table: frame[time] for table, frame in frames.items() if (time := lake.tables[table].time)}
@@ -288,6 +294,17 @@ def read(batch: Batch, *, max_bad_share: float = 1.0, max_inflated: int = format
         clocks,
         pl.DataFrame(unfit, schema=UNFIT, orient="row").sort(pl.col("bad") / pl.col("lines"), "bad", descending=True),
     )
+
+
+def _partitioned(rows: pl.DataFrame, table: Table) -> pl.DataFrame:
+    """The rows. Raises TooManyPartitions."""
+    if table.partitions and (count := rows.select(table.partitions).n_unique()) > MOST_PARTITIONS:
+        raise TooManyPartitions(
+            f"{table.name}: this batch has {count:,} values of {', '.join(table.partitions)}, and each would be a file "
+            f"of its own: {MOST_PARTITIONS:,} are taken. What to do: fewer files in a batch (max_files), or "
+            f"partition_by something of which there are fewer values; sort by this by cluster_by. Nothing was written"
+        )
+    return rows
 
 
 def _first(batch: Batch, count: int) -> set[File]:

@@ -62,6 +62,11 @@ class Lake:
         return self.keys | {name: table.cluster_by for name, table in self.tables.items() if table.cluster_by}
 
     @cached_property
+    def partitions(self) -> dict[str, tuple[str, ...]]:
+        """Table -> the columns by which it is partitioned."""
+        return self._with_ours({name: table.partitions for name, table in self.tables.items()}, (), ())
+
+    @cached_property
     def required(self) -> dict[str, tuple[str, ...]]:
         """Table -> the columns that are never null."""
         of_ledger = tuple(name for name in LEDGER if name not in ("rows", "refused"))
@@ -90,8 +95,11 @@ class Lake:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Table -> what stands for its declared columns, their types and what may be null."""
-        return {table: schemas.fingerprint(fields) for table, fields in schemas.declared(self).items()}
+        """Table -> what stands for its declared columns, their types, what may be null, and the partitions."""
+        return {
+            table: schemas.fingerprint(fields, self.partitions[table])
+            for table, fields in schemas.declared(self).items()
+        }
 
     def table(self, name: str, version: int | None = None) -> "DeltaTable":
         """A handle on a table, at its newest version when none is given: for its writers. Readers take `snapshot`."""

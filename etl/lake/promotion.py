@@ -90,6 +90,8 @@ def promote(lake: "Lake", table: str, name: str, run_id: str) -> Promoted:
     column = column_for(declared, name)
     if column is None:
         raise NotDeclared(f"{table} has no column for {name}")
+    if column in (*declared.partitions, *declared.days.values()):
+        raise ValueError(f"{table}.{column} partitions the table: rows would have to move from file to file")
     if declared.fields[column].type.is_nested() and declared.fields[column].default is not None:
         raise ValueError(f"{table}.{column} has a default, and of a list or struct `_rescued` has a part as well")
     root, work = lake.root, _Work(declared, column)
@@ -117,7 +119,8 @@ def promote(lake: "Lake", table: str, name: str, run_id: str) -> Promoted:
                 schemas=known,
             )
             crash_point("promotion published")
-    looked = [work.seen[path] for path, _ in evolution.files(lake.table(table, done.read)) if path in work.seen]
+    paths = [file.path for file in delta.files(lake.table(table, done.read))]
+    looked = [work.seen[path] for path in paths if path in work.seen]
     why: Counter[str] = sum((reasons for _, reasons in looked), Counter())
     return Promoted(
         table, column, done.version, sum(taken for taken, _ in looked), why.total(), dict(why.most_common(SHOWN))

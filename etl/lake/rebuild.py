@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from etl.lake import commit, compaction, ingest, landing, ledger, quarantine, snapshot
+from etl.lake import commit, ingest, landing, ledger, quarantine, snapshot, sorting
 from etl.storage import Damaged, Root
 
 if TYPE_CHECKING:
@@ -269,4 +269,4 @@ def _most(reasons: list[str]) -> str:
 def _content(lake: "Lake", table: str) -> tuple[int, int]:
     """Rows, and a checksum of them in any order."""
     frame = snapshot.snapshot(lake).frame(table, list(lake.columns[table])).collect()
-    return frame.height, compaction.checksum(frame)
+    return frame.height, sorting.checksum(frame)

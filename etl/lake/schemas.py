@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -64,9 +64,10 @@ def declared(lake: "Lake") -> dict[str, list[delta.Action]]:
     }
 
 
-def fingerprint(fields: list[delta.Action]) -> str:
-    """The same for the same columns, types and what may be null, in any order."""
-    said = sorted((column["name"], delta.name_of(column["type"]), column["nullable"]) for column in fields)
+def fingerprint(fields: list[delta.Action], partitions: Sequence[str] = ()) -> str:
+    """The same for the same columns, types and what may be null, in any order, and the same partitions."""
+    said: list[Any] = sorted((column["name"], delta.name_of(column["type"]), column["nullable"]) for column in fields)
+    said += [[*partitions]] if partitions else []
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
@@ -123,8 +124,9 @@ def require_protocol(table: str, protocol: delta.Action) -> None:
         )
 
 
-def require_ours(table: str, handle: "DeltaTable") -> None:
-    """As `require_protocol`, of an open table, and for what its properties and columns ask of writers."""
+def require_ours(lake: "Lake", table: str, handle: "DeltaTable") -> None:
+    """As `require_protocol`, of an open table, and for what its properties and columns ask of writers, and where it is
+    partitioned otherwise than it is declared."""
     protocol, known = handle.protocol(), handle.metadata()
     asked = {"minReaderVersion": protocol.min_reader_version, "minWriterVersion": protocol.min_writer_version}
     features = {"readerFeatures": protocol.reader_features, "writerFeatures": protocol.writer_features}
@@ -132,13 +134,22 @@ def require_ours(table: str, handle: "DeltaTable") -> None:
     odd = [
         f"{name} = {known.configuration[name]}" for name in FOREIGN if known.configuration.get(name) in FOREIGN[name]
     ]
-    odd += [f"partitions by {', '.join(known.partition_columns)}"] * bool(known.partition_columns)
     odd += [f"an invariant of {f['name']}" for f in stored(handle).values() if "delta.invariants" in f["metadata"]]
     if odd:
         raise SchemasDiffer(
             f"{table}: another writer gave the table {' and '.join(odd)}, which this engine does not write. Nothing "
             f"was written to it; undo that"
         )
+    if (has := (*known.partition_columns,)) != (wanted := lake.partitions[table]):
+        raise SchemasDiffer(
+            f"{table} is declared to be partitioned by {_listed(wanted)}, and in the lake it is by {_listed(has)}: its "
+            f"files would all be others. Nothing was written; what to do: take the change of partition_by back, "
+            f"or `orchestrate.py rebuild`, which makes the lake again from its archive as it is declared"
+        )
+
+
+def _listed(columns: Sequence[str]) -> str:
+    return ", ".join(columns) or "nothing"
 
 
 def stored(handle: "DeltaTable") -> dict[str, delta.Action]:
@@ -151,7 +162,7 @@ def plan(lake: "Lake", table: str, handle: "DeltaTable") -> tuple[Move | None, s
 
     `handle`: on its newest version. Raises SchemasDiffer as `require_ours`.
     """
-    require_ours(table, handle)
+    require_ours(lake, table, handle)
     here = stored(handle)
     after, wrong, rewrites, defaults = dict(here), [], False, {}
     for column in declared(lake)[table]:

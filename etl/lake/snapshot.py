@@ -74,12 +74,15 @@ class Snapshot:
         others = kept.join(over.keys.lazy(), on=over.keys.columns, how="anti")
         return pl.concat([others, over.rows.lazy()])
 
-    def frame_of(self, table: str, paths: list[str]) -> pl.LazyFrame:
-        """The rows of some files of the table, by their paths in its log, in the declared columns: as `frame`, where
-        the table's columns are those of when the files came."""
-        folder = self.root.url_of(f"lake/{table}")
-        urls = [f"{folder}/{unquote(path)}" for path in paths]
-        rows = upsert.scan(urls, self._rows(table).collect_schema(), self.root.storage_options)
+    def frame_of(self, table: str, files: list[delta.Action]) -> pl.LazyFrame:
+        """The rows of some files of the table, as its log adds them, in the declared columns: as `frame`, where the
+        table's columns are those of when the files came."""
+        folder, schema = self.root.url_of(f"lake/{table}"), self._rows(table).collect_schema()
+        rows = upsert.scan(
+            [upsert.File(f"{folder}/{unquote(file['path'])}", delta.values_of(file, schema)) for file in files],
+            schema,
+            self.root.storage_options,
+        )
         return rows.with_columns(self.otherwise(table)).select(name for name in self.lake.columns[table])
 
     def overlay(self, table: str) -> upsert.Overlay | None:

@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
+from urllib.parse import quote
 
 import polars as pl
 
@@ -25,6 +26,7 @@ LEDGER: dict[str, DataType] = {
     **{"rows": INT, "refused": INT, "at": TIME},  # lines of it; null where nobody counted. The batch's time
 }
 LEDGER_KEY = ("batch", "path")
+PARTITION_BYTES = 64  # of a text: with all of them percent-encoded it is still the name of a folder
 RESERVED = ("files", "quarantine")  # tables that every lake has
 BATCH = "_batch"  # in the lake, in a table of which the newest row of a key counts: the number of the row's batch
 RESCUED = "_rescued"  # in the lake, beside a table's own columns: the fields of a line that no column takes, as JSON
@@ -86,16 +88,17 @@ class Column:
 class Table:
     """One table. `columns`: name -> type or `Column`, in order. `key`: the columns that name a row, never null.
 
-    `time`: the column that says when a row came to be (UTC), where there is one; the newest over all tables is how new
-    the lake is. `slack`: how far ahead of its batch a row's time may be, since a lake's newest time never goes back.
-    `cluster_by`: the columns by which compacted files are sorted, the key where it is None. `files`: a glob of the
-    paths below landing/ of its files, `**` for any folders; by default all that is in the folder of its name. Names
-    that begin with a dot or `_` are taken where the glob has a name that does. `on_duplicate`: what becomes of a file
-    with the content of another one of the table's that is in the lake: `refuse`, or `keep` to have its rows again.
-    `mode`: with `upsert` the newest row of a key counts, which is the one with the highest `order_by`, a column, and of
-    equal ones the one that came last; its files may come again with other content under the same path where
-    `on_duplicate` is `newest`.
-    Raises ValueError, with table and column, for what cannot be stored or read.
+    `partition_by`: the column, or a few, of which each value has files of its own, in a folder of its own; of a `TIME`
+    it is the day (UTC), which is a column of the table then, `at_day` for `at`. `time`: the column that says when a row
+    came to be (UTC), where there is one; the newest over all tables is how new the lake is. `slack`: how far ahead of
+    its batch a row's time may be, since a lake's newest time never goes back. `cluster_by`: the columns by which
+    compacted files are sorted, the key where it is None. `files`: a glob of the paths below landing/ of its files, `**`
+    for any folders; by default all that is in the folder of its name. Names that begin with a dot or `_` are taken
+    where the glob has a name that does. `on_duplicate`: what becomes of a file with the content of another one of the
+    table's that is in the lake: `refuse`, or `keep` to have its rows again. `mode`: with `upsert` the newest row of a
+    key counts, which is the one with the highest `order_by`, a column, and of equal ones the one that came last; its
+    files may come again with other content under the same path where `on_duplicate` is `newest`. Raises ValueError,
+    with table and column, for what cannot be stored or read.
     """
 
     name: str
@@ -108,12 +111,13 @@ class Table:
     on_duplicate: Literal["refuse", "keep", "newest"] = "refuse"
     mode: Literal["append", "upsert"] = "append"
     order_by: str | None = None
+    partition_by: str | tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in self.cluster_by or ():
             if name not in self.fields or self.types[name].is_nested():
                 raise ValueError(f"{self.name} has cluster_by={self.cluster_by}: its columns, no list and no struct")
-        for wrong in _wrong_modes(self):
+        for wrong in (*_wrong_modes(self), *_wrong_partitions(self)):
             raise ValueError(f"{self.name} {wrong}")
         if not NAME.fullmatch(self.name) or self.name in RESERVED:
             raise ValueError(
@@ -186,12 +190,32 @@ class Table:
     @property
     def stored(self) -> dict[str, DataType]:
         """Its columns as they are in the lake."""
-        return self.parsed | ({BATCH: INT} if self.upserts else {})
+        return self.parsed | dict.fromkeys(self.days, DAY) | ({BATCH: INT} if self.upserts else {})
+
+    @cached_property
+    def _partition_by(self) -> tuple[str, ...]:
+        return (self.partition_by,) if isinstance(self.partition_by, str) else self.partition_by
+
+    @cached_property
+    def days(self) -> dict[str, str]:
+        """The columns that are the day of another one -> that one."""
+        return {f"{name}_day": name for name in self._partition_by if self.types[name] == TIME}
+
+    @cached_property
+    def partitions(self) -> tuple[str, ...]:
+        """The columns of the lake by which it is partitioned."""
+        return tuple(f"{name}_day" if self.types[name] == TIME else name for name in self._partition_by)
+
+    def with_days(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """Rows as they were read, with the days by which they are partitioned."""
+        return rows.with_columns(pl.col(time).dt.date().alias(day) for day, time in self.days.items())
 
     @property
     def required(self) -> tuple[str, ...]:
         """The columns that are never null in the lake."""
-        return tuple(name for name, column in self.fields.items() if not column.nullable)
+        days = {time: day for day, time in self.days.items()}
+        never_null = [name for name, column in self.fields.items() if not column.nullable]
+        return (*never_null, *(days[name] for name in never_null if name in days))
 
     @cached_property
     def flat(self) -> bool:
@@ -206,7 +230,15 @@ class Table:
         """
         for column, why in _unanswerable(self):
             raise ValueError(f"{self.name}.{column} {why}")
-        return [(name, *rule) for name, column in self.fields.items() for rule in _rules(name, column)]
+        rules = [(name, *rule) for name, column in self.fields.items() for rule in _rules(name, column)]
+        texts = [name for name in self.partitions if self.stored[name] == TEXT]
+        for name in texts:
+            rules.append((name, pl.col(name) != "", "is empty, and a partition without a name is null"))
+            fits = pl.col(name).str.len_bytes() <= PARTITION_BYTES
+            rules.append(
+                (name, fits, f"is longer than {PARTITION_BYTES} bytes, which the name of a partition may have")
+            )
+        return rules
 
 
 def _matches(names: list[str], patterns: list[str]) -> bool:
@@ -244,6 +276,27 @@ def _wrong_modes(table: Table) -> Iterator[str]:
         yield "has on_duplicate='newest' or an order_by, which only mode='upsert' has"
     if table.order_by and (table.order_by not in table.fields or table.types[table.order_by].is_nested()):
         yield f"has order_by={table.order_by!r}: it is a column, and no list or struct"
+
+
+def _wrong_partitions(table: Table) -> Iterator[str]:
+    asked = table._partition_by
+    said = f"has partition_by={table.partition_by!r}"
+    if not isinstance(asked, tuple) or not all(isinstance(name, str) for name in asked):
+        yield f"{said}: it is a column's name, or a few as ('country', 'day')"
+        return
+    for name in asked:
+        if name not in table.fields:
+            yield f"{said}: {name} is no column"
+        elif not (table.types[name] in (TEXT, DAY, BOOL, TIME) or table.types[name].is_integer()):
+            yield f"{said}: {name} is a {table.types[name]}; a partition has a text, whole number, day or BOOL"
+        elif table.types[name] == TIME and f"{name}_day".lower() in {other.lower() for other in table.fields}:
+            yield f"{said}: the day of {name} would be {name}_day, which is a column: partition by that one"
+        elif len(quote(name, safe="")) > PARTITION_BYTES:
+            yield f"{said}: {name} is too long for the names of its folders"
+        elif table.upserts and name not in table.key:
+            yield f"{said} and mode='upsert': {name} has to be in the key, or a key's rows were in several partitions"
+    if len({*asked}) < len(asked):
+        yield f"{said}: a column twice"
 
 
 def _faults(table: Table) -> Iterator[tuple[str, str]]:

@@ -6,10 +6,13 @@ what came after them, which are few, over them; after a compaction there is noth
 of Delta tables sees the newest rows, too.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Container
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import unquote
 
 import polars as pl
 
+from etl import delta
 from etl.lake.table import BATCH, Table
 
 if TYPE_CHECKING:
@@ -18,11 +21,18 @@ if TYPE_CHECKING:
 NEWEST = "newest-"  # begins the name of a file that has the only row of each of its keys, but for later files
 
 
+class File(NamedTuple):
+    """A file of a table, to be read. `values`: of its partition, which it does not have itself."""
+
+    url: str
+    values: dict[str, Any]
+
+
 class Overlay(NamedTuple):
-    """What is put over the files that have one row a key. `kept`: their URLs; `keys`: the keys of which another row
+    """What is put over the files that have one row a key. `kept`: these; `keys`: the keys of which another row
     counts; `rows`: these rows, in the columns of the version."""
 
-    kept: list[str]
+    kept: list[File]
     keys: pl.DataFrame
     rows: pl.DataFrame
 
@@ -32,10 +42,14 @@ def ranks(table: Table) -> list[str]:
     return [*([table.order_by] if table.order_by else []), BATCH]
 
 
-def newest(rows: pl.DataFrame, table: Table) -> pl.DataFrame:
-    """One row a key: the one with the highest ranks, and of equal ones the last."""
-    ordered = rows.sort(ranks(table), nulls_last=False, maintain_order=True)
-    return ordered.unique(table.key, keep="last", maintain_order=True)
+def newest(rows: pl.DataFrame, table: Table, without: Container[str] = ()) -> pl.DataFrame:
+    """One row a key: the one with the highest ranks, and of equal ones the last. `without`: columns of which all rows
+    have the same, and which they lack."""
+    key, by = ([name for name in names if name not in without] for names in (table.key, ranks(table)))
+    numbered = rows.select(*dict.fromkeys([*key, *by])).with_row_index("_row")
+    ordered = numbered.sort(by, nulls_last=False, maintain_order=True)
+    counts = ordered.unique(key, keep="last", maintain_order=True) if key else ordered.tail(1)
+    return rows[counts["_row"]]
 
 
 def of_batch(rows: pl.DataFrame, table: Table, number: int) -> pl.DataFrame:
@@ -43,11 +57,17 @@ def of_batch(rows: pl.DataFrame, table: Table, number: int) -> pl.DataFrame:
     return newest(rows.with_columns(pl.lit(number, pl.Int64).alias(BATCH)), table)
 
 
-def files(handle: "DeltaTable") -> tuple[list[str], list[str]]:
-    """The URLs of a version's files that have one row a key, and those of the files that came after them."""
-    urls = handle.file_uris()
-    kept = [url for url in urls if url.rpartition("/")[2].startswith(NEWEST)]
-    return kept, [url for url in urls if url not in {*kept}]
+def files(handle: "DeltaTable") -> tuple[list[File], list[File]]:
+    """A version's files that have one row a key, and those that came after them."""
+    folder = unquote(handle.table_uri.removeprefix("file://").rstrip("/"))
+    every = [File(f"{folder}/{file.rel}", file.values) for file in delta.files(handle)]
+    kept, later = ([file for file in every if is_newest(file.url) is first] for first in (True, False))
+    return kept, later
+
+
+def is_newest(path: str) -> bool:
+    """Whether a file has one row a key, by its name."""
+    return path.rpartition("/")[2].startswith(NEWEST)
 
 
 def overlay(handle: "DeltaTable", table: Table, storage_options: dict[str, str]) -> Overlay | None:
@@ -67,14 +87,25 @@ def overlay(handle: "DeltaTable", table: Table, storage_options: dict[str, str])
     return Overlay(kept, keys, rows.join(keys, on=table.key, how="semi"))
 
 
-def scan(urls: list[str], schema: pl.Schema, storage_options: dict[str, str]) -> pl.LazyFrame:
+def scan(files: list[File], schema: pl.Schema, storage_options: dict[str, str]) -> pl.LazyFrame:
     """The rows of some files of a table, and of each the batch; what a file does not have is null."""
+    urls: dict[tuple[tuple[str, Any], ...], list[str]] = {}
+    for file in files:
+        urls.setdefault((*file.values.items(),), []).append(file.url)
+    return pl.concat(_scan(of, dict(values), schema, storage_options) for values, of in urls.items())
+
+
+def _scan(urls: list[str], values: dict[str, Any], schema: pl.Schema, storage_options: dict[str, str]) -> pl.LazyFrame:
+    """As `scan`, of one partition."""
     rows = pl.scan_parquet(
         urls,
         glob=False,
-        schema=schema,
+        schema=pl.Schema({name: dtype for name, dtype in schema.items() if name not in values}),
         missing_columns="insert",
         extra_columns="ignore",
         storage_options=storage_options or None,
     )
+    if values:
+        rows = rows.with_columns(pl.lit(value, schema[name]).alias(name) for name, value in values.items())
+        rows = rows.select(schema.names())
     return rows if BATCH in schema else rows.with_columns(pl.lit(None, pl.Int64).alias(BATCH))

@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 import polars as pl
 
+from etl import delta
 from etl.storage import object_store_options
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Piece(NamedTuple):
     url: str
     first: int
     rows: int
+    values: dict[str, Any]  # of its partition, which the file does not have itself
 
 
 def by_polars(
@@ -42,11 +44,11 @@ def by_polars(
     tables: dict[str, list[str]],
     window: Window,
     parameters: dict[str, Any],
-    files: Mapping[str, list[str]] = {},
+    files: Mapping[str, list[delta.Action]] = {},
 ) -> pl.DataFrame:
     """The answer, by Polars' streaming engine: large intermediate results are never in memory as a whole.
 
-    `files`: of these tables only some files are read, by their paths in the log.
+    `files`: of these tables only some files are read, as the log adds them.
     """
     import narwhals as nw
 
@@ -59,8 +61,8 @@ def by_polars(
     return result
 
 
-def _frame(snapshot: "Snapshot", table: str, paths: list[str] | None) -> pl.LazyFrame:
-    return snapshot.frame(table) if paths is None else snapshot.frame_of(table, paths)
+def _frame(snapshot: "Snapshot", table: str, files: list[delta.Action] | None) -> pl.LazyFrame:
+    return snapshot.frame(table) if files is None else snapshot.frame_of(table, files)
 
 
 @contextlib.contextmanager
@@ -98,18 +100,23 @@ def pieces(snapshot: "Snapshot", table: str, since: tuple[str, datetime] | None 
     """A table in pieces of PIECE_ROWS rows, without the files whose newest row is older than `since`; at least one."""
     files = pl.DataFrame(snapshot.table(table).get_add_actions(flatten=True))
     if over := snapshot.overlay(table):
-        names = [url.rpartition("/")[2] for url in over.kept]
+        names = [file.url.rpartition("/")[2] for file in over.kept]
         files = files.filter(pl.col("path").str.split("/").list.last().is_in(names))
     if since is not None:
         column, oldest = since
         if f"max.{column}" in files.columns:  # not where the version does not have the column yet
             newest = pl.col(f"max.{column}").dt.offset_by("1ms")  # the log cuts times to whole milliseconds
             files = files.filter((newest >= oldest).fill_null(True))
-    folder = snapshot.root.url_of(f"lake/{table}")
+    folder, partitions = snapshot.root.url_of(f"lake/{table}"), snapshot.table(table).metadata().partition_columns
     return [
-        Piece(f"{folder}/{unquote(path)}", first, PIECE_ROWS)  # the log has it percent-encoded
-        for path, rows in files.select("path", "num_records").iter_rows()
-        for first in range(0, rows, PIECE_ROWS)
+        Piece(
+            f"{folder}/{unquote(file['path'])}",  # the log has it percent-encoded
+            first,
+            PIECE_ROWS,
+            {name: file[f"partition.{name}"] for name in partitions},
+        )
+        for file in files.iter_rows(named=True)
+        for first in range(0, file["num_records"], PIECE_ROWS)
     ]
 
 
@@ -199,6 +206,7 @@ def _read(
     url: str,
     first: int,
     rows: int,
+    values: dict[str, Any],
     columns: list[str],
     since: tuple[str, datetime] | None,
     wanted: Sequence[tuple[str, pl.DataType, Any]] = (),
@@ -215,9 +223,10 @@ def _read(
     otherwise = [
         pl.col(name).cast(dtype) if name in has else pl.lit(pl.Series([default], dtype=dtype)).first().alias(name)
         for name, dtype, default in wanted
-        if has.get(name) != dtype
+        if has.get(name) != dtype and name not in values
     ]
-    piece = file.slice(first, rows)
+    given = [pl.lit(pl.Series([value])).first().alias(name) for name, value in values.items()]
+    piece = file.slice(first, rows).with_columns(given)
     if without is not None:
         piece = piece.join(without.lazy(), on=without.columns, how="anti")
     return _pandas(_rows(piece.with_columns(otherwise), columns, since))

@@ -39,9 +39,9 @@ class Portion(NamedTuple):
 
 
 class News(NamedTuple):
-    """The files that came since, by their paths in the log, and how many rows they have."""
+    """The files that came since, as the log adds them, and how many rows they have."""
 
-    paths: list[str]
+    files: list[delta.Action]
     rows: int
 
 
@@ -87,7 +87,7 @@ def news(snapshot: Snapshot, question: "Question", before: Portion) -> News | No
     rows, every = sum(json.loads(file["stats"])["numRecords"] for file in files), snapshot.row_count(question.grows)
     if before.counted + rows != every or rows > every / 2:
         return None
-    return News([file["path"] for file in files], rows)
+    return News(files, rows)
 
 
 def _upserts(snapshot: Snapshot, table: str) -> bool:

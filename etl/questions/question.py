@@ -178,8 +178,8 @@ def _of_portions(
     new = portions.news(snapshot, question, before) if before else None
     if before and new:
         try:
-            files = {question.grows: new.paths}
-            came = [by_polars(portion, snapshot, tables, {}, given, files)] if new.paths else []
+            files = {question.grows: new.files}
+            came = [by_polars(portion, snapshot, tables, {}, given, files)] if new.files else []
             frame = portions.merged(question, [before.frame, *came])
             made = portions.Portion(frame, snapshot.versions, before.counted + new.rows)
         except (OSError, pl.exceptions.PolarsError) as error:  # a file that was compacted since may be gone

@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from etl import params
+from etl import delta, params
 from etl.params import Environment, Stage
 from etl.params.cell import SUPPLIED
 from etl.runs.record import RunRecord
@@ -128,8 +128,7 @@ def _require_version(source: Root, table: str, version: int) -> None:
         handle = source.table(f"lake/{table}", version)
     except (DeltaError, OSError) as error:
         raise NotRepeatable(f"{gone}: {error}") from None
-    names = set(source.names(f"lake/{table}"))
-    missing = [url for url in handle.file_uris() if url.rsplit("/", 1)[-1] not in names]
+    missing = {file.rel for file in delta.files(handle)} - delta.data_names(source, f"lake/{table}")
     if missing:
         raise NotRepeatable(f"{gone}: {len(missing)} of its files were vacuumed")
 

@@ -26,7 +26,7 @@ START = datetime(2026, 3, 1, tzinfo=UTC)
 STEPS = 25
 ASKED = {"max_bytes": 10**8, "max_bad_share": 0.5, "for_s": 60.0, "scheduled_for": None}
 EVENT = Table("event", {"id": INT, "text": TEXT}, ("id",))
-USER = Table("user", {"id": INT, "at": INT, "plan": TEXT}, ("id",), mode="upsert", order_by="at", on_duplicate="newest")
+UPSERT = {"mode": "upsert", "order_by": "at", "on_duplicate": "newest"}
 CRASHES = (commit, compaction, delta, evolution, ingest, landing, ledger)
 
 
@@ -35,9 +35,11 @@ class Died(BaseException):
 
 
 class World:
-    """A root and what must be in its lake. `extra`: whether `event` has its later column."""
+    """A root and what must be in its lake. `extra`: whether `event` has its later column. `by`: what its tables are
+    partitioned by; each second lake's are."""
 
     def __init__(self, folder: Path, seed: int):
+        self.by = {"event": "text", "user": "id"} if seed % 2 else {"event": (), "user": ()}
         self.pick, self.root, self.extra, self.minute = random.Random(seed), folder, False, 0
         self.waiting: dict[str, bytes] = {}
         self.delivered: dict[tuple[str, str], bytes] = {}  # path, sha256 -> content, of all that there ever was
@@ -52,7 +54,12 @@ class World:
         columns = EVENT.columns | ({"extra": Column(INT, nullable=True)} if self.extra else {})
 
         class Lake(lakes.Lake):
-            tables: ClassVar = {"event": Table("event", columns, EVENT.key), "user": USER}
+            tables: ClassVar = {
+                "event": Table("event", columns, EVENT.key, partition_by=self.by["event"]),
+                "user": Table(
+                    "user", {"id": INT, "at": INT, "plan": TEXT}, ("id",), partition_by=self.by["user"], **UPSERT
+                ),
+            }
 
         return Lake(self.root)
 
@@ -123,7 +130,7 @@ class World:
         self._run(lambda lake: lake.drain(**ASKED, max_files=self.pick.choice([1, 2, 99]), run_id="p", now=now))
 
     def compact(self) -> None:
-        asked = {"target_mb": 1, "min_small_files": 2, "vacuum_hours": 24, "run_id": "c"}
+        asked = {"target_mb": self.pick.choice([0.002, 1]), "min_small_files": 2, "vacuum_hours": 24, "run_id": "c"}
         self._run(lambda lake: lake.compact(**asked, now=START + timedelta(minutes=self.minute)))
 
     def _run(self, stage) -> None:
