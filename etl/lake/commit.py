@@ -3,21 +3,23 @@
 import io
 import json
 import uuid
-from collections.abc import Container, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from etl import delta
-from etl.lake import schemas
-from etl.storage import Root, crash_point
+from etl.lake import schemas, snapshot, switch
+from etl.leases import Lease, LeaseLost
+from etl.storage import Damaged, Root, crash_point
 
 if TYPE_CHECKING:
     from etl.lake.lake import Lake
 
-WRITER = "lake/writer.lease"
+WRITER = "leases/writer.lease"  # not in the lake, so that it stays when that goes
+BATCHES = "lake/batches"
 APP_ID = "preprocess"  # whose transactions number the batches; it is in the log of every lake, whatever the stage
 PROPERTIES = {
     "delta.checkpointInterval": str(delta.CHECKPOINT_INTERVAL),
@@ -26,11 +28,73 @@ PROPERTIES = {
 }
 
 
+@dataclass(frozen=True)
+class Writer:
+    """Who holds the writer's lease. `pointer`: what was published when it was taken."""
+
+    lake: "Lake"
+    lease: Lease
+    pointer: dict[str, Any] | None
+
+    def require_first(self) -> None:
+        """Raises LeaseLost unless the lease is held and nothing was published under it."""
+        self.lease.require()
+        if snapshot.read_pointer(self.lake.root) != self.pointer:
+            raise LeaseLost("another run published meanwhile: run this one again")
+
+    def publish(self, *, batch: int, run_id: str, **what: Any) -> dict[str, Any]:
+        """Move the pointer, as `snapshot.swap_pointer` does. Once."""
+        self.lease.require()
+        pointer = snapshot.swap_pointer(
+            self.lake.root, self.pointer, batch=batch, run_id=run_id, fence=self.lease.fence, **what
+        )
+        self.lease.about["batch"] = batch
+        return pointer
+
+
 @contextmanager
-def writing(root: Root, run_id: str) -> Iterator[None]:
-    """The one writer's lease on the lake. Raises storage.LeaseHeld."""
-    with root.lease(WRITER, run_id):
-        yield
+def writing(lake: "Lake", run_id: str) -> Iterator[Writer]:
+    """The one writer's lease on the lake; what a rebuild left undone is done then. Raises leases.LeaseHeld, and Damaged
+    where what was published has vanished."""
+    root = lake.root
+    with root.lease(WRITER, run_id) as lease:
+        pointer = snapshot.read_pointer(root)
+        if pointer is None:
+            require_beginning(root, lease.about)
+        else:
+            lease.rise(pointer.get("fence", 0))
+            if "under" in pointer:
+                pointer = switch.finish(root, pointer, lease)
+        yield Writer(lake, lease, pointer)
+
+
+def settled(lake: "Lake", run_id: str) -> dict[str, Any] | None:
+    """The pointer, None before the first batch; where a rebuild left something undone, once that is done. Raises as
+    `writing`."""
+    pointer = snapshot.read_pointer(lake.root)
+    if pointer and "under" in pointer:  # one died, or is at work
+        with writing(lake, run_id) as writer:
+            return writer.pointer
+    return pointer
+
+
+def require_beginning(root: Root, left: Mapping[str, Any] | None = None) -> None:
+    """Raises Damaged where no pointer is there, though a batch was published once: a lake that vanished, or a part of
+    it, is no lake that begins. `left`: what the last writer's lease has; read where it is None."""
+    if left is None:
+        with suppress(Damaged):  # it is not synced
+            left = (root.read_json(WRITER) or {}).get("about")
+        left = left or {}
+    traces = [f"batch {left['batch']} was published"] if left.get("batch") else []
+    archived = any(root.files(f"archive/{date}") for date in root.names("archive"))
+    traces += ["archive/ has what was ingested"] * archived
+    traces += ["lake/batches has batches that are done"] * any(name.endswith(".done") for name in root.names(BATCHES))
+    if traces:
+        raise Damaged(
+            f"{snapshot.POINTER} is gone, though {' and '.join(traces)}: nothing begins anew here. What to do: bring "
+            f"lake/ back, or have it made again from the archive: `orchestrate.py rebuild`. Who wants an empty lake "
+            f"takes another root, or moves archive/, lake/ and leases/ away"
+        )
 
 
 def create_tables(lake: "Lake", run_id: str, known: Container[str] = ()) -> None:
@@ -62,13 +126,24 @@ def encode(lake: "Lake", table: str, frame: pl.DataFrame) -> Encoded:
     return Encoded(buffer.getvalue(), json.dumps(delta.statistics(frame)))
 
 
-def append(lake: "Lake", table: str, rows: Encoded, *, batch: int, run_id: str, after: int) -> int:
+def append(
+    lake: "Lake",
+    table: str,
+    rows: Encoded,
+    *,
+    batch: int,
+    run_id: str,
+    after: int,
+    require: Callable[[], None] = lambda: None,
+) -> int:
     """Append a batch's rows exactly once; returns the version that holds them. `after`: the version that is published.
 
     The commits since then are looked through for this batch, and the commit is the version after them or none: of two
     writers with the same batch the second finds that version taken, looks again, and finds the batch done. All of it is
     on the disk then: the rows before the commit that names them, and what others committed since. Of the second
-    writer's nothing is removed here, where a commit might name it after all: compaction does, a day later.
+    writer's nothing is removed here, where a commit might name it after all: compaction does, a day later. `require`
+    is asked between the look and the commit: whoever is stopped after it comes with a version that is taken, or that is
+    older than a log that begins anew, where nobody reads it.
     """
     root, folder, path = lake.root, f"lake/{table}", None
     while True:
@@ -81,6 +156,7 @@ def append(lake: "Lake", table: str, rows: Encoded, *, batch: int, run_id: str, 
             root.write(f"{folder}/{path}", rows.data)
             crash_point(f"written, not committed: {table}")
         about = {"run_id": run_id, "stage": lake.ingested_by, "batch": str(batch)}
+        require()
         if delta.commit(root, folder, newest + 1, _append_lines(path, rows, newest, batch, about)):
             delta.sync(root, folder, after, newest)
             return newest + 1
@@ -103,13 +179,17 @@ def head(lake: "Lake", table: str, after: int) -> tuple[int, int]:
     Raises SchemasDiffer when somebody gave the table other columns in them, or what this engine does not write.
     """
     version, batch, touched = after, 0, False
-    for number, lines in delta.since(lake.root, f"lake/{table}", after):
-        version = number
-        for line in lines:
-            schemas.require_protocol(table, line.get("protocol", {}))
-            touched |= "metaData" in line
-            if line.get("txn", {}).get("appId") == APP_ID:
-                batch = max(batch, line["txn"]["version"])
+    try:
+        for number, lines in delta.since(lake.root, f"lake/{table}", after):
+            version = number
+            for line in lines:
+                schemas.require_protocol(table, line.get("protocol", {}))
+                touched |= "metaData" in line
+                if line.get("txn", {}).get("appId") == APP_ID:
+                    batch = max(batch, line["txn"]["version"])
+    except delta.Cleaned:  # another writer has cleaned the log
+        handle = lake.table(table)
+        version, batch, touched = handle.version(), handle.transaction_version(APP_ID) or 0, True
     if touched and any(planned := schemas.plan(lake, table, lake.table(table, version))):
         raise schemas.SchemasDiffer(schemas.refusal([planned[1] or f"{table}: somebody changed its columns meanwhile"]))
     return version, batch

@@ -23,8 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from etl import delta
-from etl.lake import commit, ledger, schemas, snapshot, upsert
-from etl.storage import Damaged, LeaseHeld, Root, crash_point
+from etl.lake import commit, ledger, schemas, snapshot, switch, upsert
+from etl.leases import LeaseHeld
+from etl.storage import Damaged, Root, crash_point
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 VACUUM_HOURS = 24  # at least: a reader may still be on a version this old
 ARCHIVE_DAYS = 7
 WRITTEN = ("lake", "landing", "refused", "results", "models")  # where a killed run may leave a file half written
-LEASE_S = 1800  # of one table; longer than any of them takes
 CLOCK = "lake/clock.json"
 KEPT_LOG = "lake/kept_log"
 SLACK = timedelta(minutes=5)  # between two machines' clocks
@@ -109,13 +109,13 @@ def compact(
         raise ValueError(f"vacuum_hours is {vacuum_hours}: readers may be on versions up to {VACUUM_HOURS} hours old")
     root, now = lake.root, now or datetime.now(UTC)
     suspicion = clock_problem(root, now, vacuum_hours)
-    published = snapshot.read_pointer(root)
+    published = commit.settled(lake, run_id)
     versions = published["tables"] if published else {}
     lines: dict[str, dict[str, Any]] = {table: {"table": table, "note": ""} for table in tables(lake)}
     began: dict[str, set[str]] = {}
     handles: dict[str, DeltaTable] = {}
     for table, line in lines.items():
-        with _told(line), root.lease(f"lake/leases/{table}", run_id, ttl_s=LEASE_S, wait_s=0):
+        with _told(line), root.lease(f"leases/tables/{table}", run_id, wait_s=0):
             crash_point(f"compaction holds: {table}")
             handle = lake.table(table, versions.get(table))
             began[table] = _names(handle)
@@ -369,7 +369,7 @@ def _assert_same(lake: "Lake", table: str, version: int, rewrites: list[Rewrite]
 
     what = f"{table} had {rows[0]} rows before its compaction and {rows[1]} after"
     try:
-        with commit.writing(lake.root, run_id):
+        with commit.writing(lake, run_id):
             handle = lake.table(table)
             if handle.version() == version:
                 properties = CommitProperties(custom_metadata={"run_id": run_id, "stage": lake.compacted_by})
@@ -476,9 +476,10 @@ def _publish(lake: "Lake", lines: list[dict[str, Any]], run_id: str) -> tuple[di
     as it is published then, and table -> a handle on the newest one.
     """
     handles = {}
-    with commit.writing(lake.root, run_id):
-        published = snapshot.read_pointer(lake.root)
-        assert published is not None, "the caller has seen it, and nothing removes it"
+    with commit.writing(lake, run_id) as writer:
+        published = writer.pointer
+        assert published is not None, "the caller has seen it, and a lake that vanished is refused"
+        switch.clear(lake.root, writer.lease)
         versions = dict(published["tables"])
         for line in lines:
             table = line["table"]
@@ -488,9 +489,7 @@ def _publish(lake: "Lake", lines: list[dict[str, Any]], run_id: str) -> tuple[di
                     versions[table] = _publishable(lake, table, handles[table], versions[table], published["batch"])
         if versions != published["tables"]:
             crash_point("before the compaction is published")
-            snapshot.swap_pointer(
-                lake.root,
-                published,
+            writer.publish(
                 batch=published["batch"],
                 as_of=published["as_of"],
                 versions=versions,

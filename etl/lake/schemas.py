@@ -63,18 +63,19 @@ def fingerprint(fields: list[delta.Action]) -> str:
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
-def check(lake: "Lake", pointer: dict[str, Any] | None) -> None:
+def check(lake: "Lake", pointer: dict[str, Any] | None) -> list[str]:
     """Raise SchemasDiffer when a table of the lake is not as it is declared and cannot become it, or was changed by
-    others to what this engine does not write.
+    others to what this engine does not write. Returns the tables that have to become it, as far as is known.
 
     Only a table is opened whose columns the pointer does not know, or that others changed since, so nearly always none.
     """
-    wrong = []
-    for table in unsettled(lake, pointer):
+    wrong, tables = [], unsettled(lake, pointer)
+    for table in tables:
         _, why = plan(lake, table, lake.table(table))
         wrong += [why] if why else []
     if wrong:
         raise SchemasDiffer(refusal(wrong))
+    return tables
 
 
 def unsettled(lake: "Lake", pointer: dict[str, Any] | None) -> list[str]:
@@ -97,10 +98,13 @@ def unsettled(lake: "Lake", pointer: dict[str, Any] | None) -> list[str]:
 def _touched(lake: "Lake", table: str, after: int) -> bool:
     """Whether a commit after the version says something of the table's columns or protocol."""
     touched = False
-    for _, lines in delta.since(lake.root, f"lake/{table}", after):
-        for line in lines:
-            require_protocol(table, line.get("protocol", {}))
-            touched |= "protocol" in line or "metaData" in line
+    try:
+        for _, lines in delta.since(lake.root, f"lake/{table}", after):
+            for line in lines:
+                require_protocol(table, line.get("protocol", {}))
+                touched |= "protocol" in line or "metaData" in line
+    except delta.Cleaned:
+        return True
     return touched
 
 

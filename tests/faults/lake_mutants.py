@@ -26,21 +26,26 @@ def _published_early() -> None:
 
     append = commit.append
 
-    def early(lake, table, rows, *, batch, run_id, after):
+    def early(lake, table, rows, *, batch, **about):
         if table == "lineitem":
             pointer = read_pointer(lake.root)
             as_of = pointer["as_of"] if pointer else "1970-01-01T00:00:00+00:00"
             versions = {name: lake.table(name).version() for name in lake.columns}
-            swap_pointer(lake.root, pointer, batch=batch, as_of=as_of, versions=versions, run_id=run_id)
-        return append(lake, table, rows, batch=batch, run_id=run_id, after=after)
+            swap_pointer(lake.root, pointer, batch=batch, as_of=as_of, versions=versions, run_id=about["run_id"])
+        return append(lake, table, rows, batch=batch, **about)
 
     commit.append = early
 
 
 def _no_lease() -> None:
+    from etl.leases import Lease
     from etl.storage import LocalRoot
 
-    LocalRoot.lease = lambda self, rel, holder, ttl_s=300, wait_s=30: contextlib.nullcontext()
+    class Nobody(Lease):
+        def require(self) -> None:
+            """It is held by all."""
+
+    LocalRoot.lease = lambda self, rel, holder, wait_s=30: contextlib.nullcontext(Nobody("", holder, {}))
 
 
 def _librarys_compaction() -> None:

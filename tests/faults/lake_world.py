@@ -21,7 +21,8 @@ import duckdb
 import polars as pl
 
 from etl.lake import Snapshot, ingest
-from etl.storage import LeaseHeld, Root
+from etl.leases import LeaseHeld
+from etl.storage import Root
 from pipeline import Lake, source
 from pipeline.tables import TABLES
 
