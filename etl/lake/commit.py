@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 WRITER = "leases/writer.lease"  # not in the lake, so that it stays when that goes
 BATCHES = "lake/batches"
-APP_ID = "preprocess"  # whose transactions number the batches; it is in the log of every lake, whatever the stage
+APP_ID = schemas.APP_ID
 PROPERTIES = {
     "delta.checkpointInterval": str(delta.CHECKPOINT_INTERVAL),
     "delta.logRetentionDuration": "interval 24 hours",  # listing it is the greater part of what opening a table costs
@@ -148,7 +148,9 @@ def append(
     root, folder, path = lake.root, f"lake/{table}", None
     while True:
         newest, last = head(lake, table, after)
-        if last >= batch:
+        if last > batch:  # its rows would never come
+            raise LeaseLost(f"{table} has batch {last} already, and this is {batch}: run this one again")
+        if last == batch:
             delta.sync(root, folder, after, newest)
             return newest
         if path is None:
@@ -176,23 +178,14 @@ def committed(lake: "Lake", published: Mapping[str, int], *, batch: int) -> dict
 def head(lake: "Lake", table: str, after: int) -> tuple[int, int]:
     """The newest version of a table, and the newest batch in the commits after version `after`, 0 when there is none.
 
-    Raises SchemasDiffer when somebody gave the table other columns in them, or what this engine does not write.
+    Raises SchemasDiffer when somebody gave the table other columns in them, or what this engine does not write, or took
+    rows of ours away.
     """
-    version, batch, touched = after, 0, False
-    try:
-        for number, lines in delta.since(lake.root, f"lake/{table}", after):
-            version = number
-            for line in lines:
-                schemas.require_protocol(table, line.get("protocol", {}))
-                touched |= "metaData" in line
-                if line.get("txn", {}).get("appId") == APP_ID:
-                    batch = max(batch, line["txn"]["version"])
-    except delta.Cleaned:  # another writer has cleaned the log
-        handle = lake.table(table)
-        version, batch, touched = handle.version(), handle.transaction_version(APP_ID) or 0, True
-    if touched and any(planned := schemas.plan(lake, table, lake.table(table, version))):
+    seen = schemas.look(lake, table, after)
+    planned = schemas.plan(lake, table, lake.table(table, seen.version)) if seen.touched else (None, None)
+    if any(planned):
         raise schemas.SchemasDiffer(schemas.refusal([planned[1] or f"{table}: somebody changed its columns meanwhile"]))
-    return version, batch
+    return seen.version, seen.batch
 
 
 def require_same_rows(lake: "Lake", rows: Mapping[str, int], *, batch: int, published: Mapping[str, int]) -> None:
@@ -202,7 +195,7 @@ def require_same_rows(lake: "Lake", rows: Mapping[str, int], *, batch: int, publ
     would be in its table and in quarantine, or in none of them.
     """
     for table, count in rows.items():
-        for _, lines in delta.since(lake.root, f"lake/{table}", published.get(table, -1)):
+        for lines in _since(lake, table, published.get(table, -1)):
             transactions = [(line["txn"]["appId"], line["txn"]["version"]) for line in lines if "txn" in line]
             had = sum(json.loads(line["add"]["stats"])["numRecords"] for line in lines if "add" in line)
             if (APP_ID, batch) in transactions and had != count:
@@ -211,6 +204,51 @@ def require_same_rows(lake: "Lake", rows: Mapping[str, int], *, batch: int, publ
                     f"{count:,} would fit. Nothing was written; what to do: take the change of the "
                     f"declaration back until the next run has ended the batch"
                 )
+
+
+def _since(lake: "Lake", table: str, after: int) -> Iterator[list[dict[str, Any]]]:
+    """The lines of the commits since a version, as far as they are still there."""
+    with suppress(delta.Cleaned):
+        for _, lines in delta.since(lake.root, f"lake/{table}", after):
+            yield lines
+
+
+def catch_up(lake: "Lake", run_id: str) -> dict[str, Any]:
+    """Move a pointer that is older than the tables, as one that was copied back, to the last batch that is whole in all
+    of them: the ledger has a batch's rows after all others. Raises Damaged where nothing says what came after it."""
+    with writing(lake, run_id) as writer:
+        pointer = writer.pointer
+        assert pointer is not None, "the caller has seen it, and a lake that vanished is refused"
+        looks = schemas.look_at_all(lake, pointer)
+        last = looks["files"].batch if "files" in looks else 0
+        if last <= pointer["batch"]:
+            raise Damaged(
+                f"batch {max(seen.batch for seen in looks.values())} is in some tables, and nothing says which files "
+                f"it has: `orchestrate.py rebuild`"
+            )
+        versions = {table: _until(lake, table, version, last) for table, version in pointer["tables"].items()}
+        for table, version in versions.items():
+            delta.sync(lake.root, f"lake/{table}", pointer["tables"][table], version)
+        clocks = snapshot.clocks_of(pointer)
+        newest = snapshot.of_pointer(lake, pointer | {"tables": versions})
+        for table, declared in lake.tables.items():
+            if declared.time and table in versions:
+                time = newest.frame(table, [declared.time]).max().collect().item()
+                clocks |= {table: max(time.isoformat(), clocks.get(table, ""))} if time else {}
+        as_of = max(pointer["as_of"], *clocks.values()) if clocks else pointer["as_of"]
+        return writer.publish(batch=last, run_id=run_id, as_of=as_of, versions=versions, clocks=clocks)
+
+
+def _until(lake: "Lake", table: str, after: int, last: int) -> int:
+    """The newest version of a table that has no batch after the last."""
+    seen = schemas.look(lake, table, after)
+    if seen.batch <= last:
+        return seen.version
+    with suppress(delta.Cleaned):
+        for number, lines in delta.since(lake.root, f"lake/{table}", after):
+            if any(line["txn"]["appId"] == APP_ID and line["txn"]["version"] > last for line in lines if "txn" in line):
+                return number - 1
+    return seen.version
 
 
 def _append_lines(

@@ -118,6 +118,8 @@ def compact(
         with _told(line), root.lease(f"leases/tables/{table}", run_id, wait_s=0):
             crash_point(f"compaction holds: {table}")
             handle = lake.table(table, versions.get(table))
+            if table in versions:  # what others took away is no reason to leave it to them
+                schemas.look(lake, table, versions[table])
             began[table] = _names(handle)
             line |= _compact_table(lake, table, handle, target_mb, min_small_files, run_id)
     _forget(root)
@@ -504,6 +506,7 @@ def _publishable(lake: "Lake", table: str, newest: "DeltaTable", version: int, b
     if newest.version() == version or (newest.transaction_version(commit.APP_ID) or 0) > batch:
         return version
     schemas.require_ours(table, newest)
+    schemas.look(lake, table, version)
     delta.sync(lake.root, f"lake/{table}", after=version, until=newest.version())
     crash_point(f"compaction synced: {table}")
     return newest.version()

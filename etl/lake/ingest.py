@@ -156,12 +156,17 @@ def next_batch(
     pointer = commits.settled(lake, "next batch")
     if pointer is None:
         commits.require_beginning(root)
-    schemas.check(lake, pointer)
+    looks = schemas.look_at_all(lake, pointer)
+    schemas.check(lake, pointer, looks)
     date = f"{now:%Y-%m-%d}"
+    last = max((seen.batch for seen in looks.values()), default=0)
+    if pointer and last > pointer["batch"] and (last > pointer["batch"] + 1 or not _is_begun(root, last)):
+        pointer = commits.catch_up(lake, "catch-up")
     number = pointer["batch"] if pointer else 0
     for unfinished in (number + 1, number):
         manifest = ledger.read(root, unfinished)
-        if manifest and not root.exists(ledger.done(unfinished)):
+        # what was marked done and is not published was published once: the pointer, or more, was copied back
+        if manifest and (unfinished > number or not root.exists(ledger.done(unfinished))):
             files = tuple(replace(landing.of(lake, f["path"], f["bytes"]), again=True) for f in manifest["files"])
             return Batch(lake, unfinished, date, ledger.time_of(manifest, now), files, manifest=manifest)
     if pointer and "files" not in pointer["tables"]:
@@ -175,6 +180,11 @@ def next_batch(
     at = max(now, _utc(scheduled_for) if scheduled_for else now).isoformat(timespec="seconds")
     left: dict[str, Any] = {"growing": waiting.growing, "unmatched": waiting.unmatched, "grown": grown}
     return Batch(lake, number + 1, date, at, files, waiting.repeated, waiting.refused, **left, known=known, again=again)
+
+
+def _is_begun(root: Root, number: int) -> bool:
+    """Whether a batch was written down and not ended."""
+    return root.exists(ledger.manifest(number)) and not root.exists(ledger.done(number))
 
 
 def _adopt(lake: "Lake") -> dict[str, Any]:
