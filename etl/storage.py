@@ -32,12 +32,14 @@ from etl import leases
 
 if TYPE_CHECKING:
     import fsspec
+    from botocore.credentials import Credentials
     from deltalake import DeltaTable
     from deltalake.table import FilterConjunctionType
 
 # the folder of notebooks, params and the domain: around this package, or where the console script was called
 PROJECT = Path(os.environ.get("ETL_PROJECT") or Path(__file__).resolve().parent.parent)
 NOT_RENAMED = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EROFS)  # by an error of these it may still be copied
+CREDENTIALS = ("AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
 CONFLICTS = 8  # of a conditional write with nothing there, before it is an error
 STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")  # the schemes of object stores' URLs
 # deltalake takes a backslash for a slash, decodes %41 once too often and cannot open the rest
@@ -77,7 +79,7 @@ _reached: Counter[str] = Counter()  # crash points, by how often this process ca
 def crash_point(name: str) -> None:
     """A place where the process may be told to die, by ETL_CRASH_AT=<name> or <name>@<n> for the n-th time it comes.
 
-    ETL_CRASH_AT=+<file> writes the names it comes to into that file instead.
+    ETL_CRASH_AT==<name> stops it there instead, and +<file> writes the names it comes to into that file.
     """
     wanted = os.environ.get("ETL_CRASH_AT")
     if wanted is None:
@@ -86,16 +88,29 @@ def crash_point(name: str) -> None:
     if wanted.startswith("+"):
         with open(wanted[1:], "a") as names:
             names.write(f"{name}@{_reached[name]}\n")
-    elif wanted in (name, f"{name}@{_reached[name]}"):
-        os.kill(os.getpid(), signal.SIGKILL)
+    elif wanted.removeprefix("=") in (name, f"{name}@{_reached[name]}"):
+        os.kill(os.getpid(), signal.SIGSTOP if wanted.startswith("=") else signal.SIGKILL)
 
 
 def object_store_options() -> dict[str, str]:
     """What deltalake and Polars need besides a URL. They do not read every variable that botocore does."""
     options = {k: v for k, v in os.environ.items() if k.startswith("AWS_") and v}
+    endpoint = tuple(options.pop(name) for name in CREDENTIALS if name in options)
+    if endpoint and "AWS_ACCESS_KEY_ID" not in options and (resolved := _credentials(endpoint)):
+        keys = resolved.get_frozen_credentials()  # asks again before they run out
+        options |= {"AWS_ACCESS_KEY_ID": keys.access_key, "AWS_SECRET_ACCESS_KEY": keys.secret_key}
+        options |= {"AWS_SESSION_TOKEN": keys.token} if keys.token else {}
     if options.get("AWS_ENDPOINT_URL", "").startswith("http://"):
         options["AWS_ALLOW_HTTP"] = "true"
     return options
+
+
+@functools.cache
+def _credentials(endpoint: tuple[str, ...]) -> "Credentials | None":
+    """What an endpoint hands out as credentials. Polars does not ask it once it is given any option."""
+    from botocore.session import Session
+
+    return Session().get_credentials()
 
 
 @contextlib.contextmanager

@@ -117,9 +117,7 @@ def compact(
     for table, line in lines.items():
         with _told(line), root.lease(f"leases/tables/{table}", run_id, wait_s=0):
             crash_point(f"compaction holds: {table}")
-            handle = lake.table(table, versions.get(table))
-            if table in versions:  # what others took away is no reason to leave it to them
-                schemas.look(lake, table, versions[table])
+            handle = _readable(lake, table, published) if published and table in versions else lake.table(table)
             began[table] = _names(handle)
             line |= _compact_table(lake, table, handle, target_mb, min_small_files, run_id)
     _forget(root)
@@ -146,6 +144,16 @@ def compact(
     return pl.DataFrame(
         [*lines.values()], schema=schema | {"removed": pl.Int64, "note": pl.String, "failed": pl.String}
     )
+
+
+def _readable(lake: "Lake", table: str, published: dict[str, Any]) -> "DeltaTable":
+    """The published version; where others have cleaned the log of it the newest one, if that has no later batch.
+
+    Raises schemas.RowsTaken: what others took away is no reason to leave the table to them.
+    """
+    version = published["tables"][table]
+    seen = schemas.look(lake, table, version)
+    return lake.table(table, seen.version if seen.cleaned and seen.batch <= published["batch"] else version)
 
 
 @contextmanager

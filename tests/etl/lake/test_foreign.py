@@ -87,6 +87,12 @@ def clean(lake: Lake) -> None:
             path.unlink()
 
 
+def test_a_table_whose_published_version_was_cleaned_away_is_compacted_and_published(lake):
+    clean(lake)
+    assert lake.compact(**ASK)["failed"].is_null().all()
+    assert ids(lake) == [*range(6)]
+
+
 @pytest.mark.parametrize("what", [append, optimize, vacuum, clean])
 def test_what_others_write_costs_no_row_of_ours(lake, what):
     what(lake)
@@ -155,8 +161,7 @@ def test_what_others_append_and_take_away_again_is_their_business(lake):
     assert ids(lake) == [*range(8)] and problems(lake) == []
 
 
-@pytest.mark.parametrize("old", [1, 3, 5])
-@pytest.mark.parametrize("compacted", [False, True])
+@pytest.mark.parametrize(("old", "compacted"), [(1, False), (3, False), (5, True)])
 def test_a_pointer_that_was_copied_back_goes_on_where_the_tables_are(lake, old, compacted):
     pointer = Path(lake.root.url, "lake/published.json")
     shutil.copy(pointer, f"{pointer}.copy")

@@ -253,9 +253,8 @@ class Died(BaseException):
 
 SWITCH = [
     ("made again, not switched", 1),
-    ("switched", 1),
     ("what was before is beside", 1),
-    *(("some of it is there", n) for n in (1, 2, 3)),
+    ("some of it is there", 2),
     ("what was before is gone", 1),
     ("switched and moved", 1),
 ]
