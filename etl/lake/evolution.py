@@ -8,7 +8,7 @@ readers give a file's rows other types only with a feature that not all of them 
 import io
 import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
@@ -46,16 +46,21 @@ class Written:
 
 
 def move(
-    lake: "Lake", pointer: dict[str, Any] | None, run_id: str, require: Callable[[], None] = lambda: None
+    lake: "Lake",
+    pointer: dict[str, Any] | None,
+    run_id: str,
+    require: Callable[[], None] = lambda: None,
+    created: Container[str] = (),
 ) -> dict[str, int]:
     """Give the tables that are not as they are declared the columns that they are to have. Only under the writer's
     lease, which `require` asks for before each commit.
 
     Returns table -> version, of those that were looked at; all of it is on the disk. Killed anywhere and called again
-    it does what is left. Raises SchemasDiffer before it has changed any when one of them cannot be moved.
+    it does what is left. `created`: tables that were made as they are declared a moment ago. Raises SchemasDiffer
+    before it has changed any when one of them cannot be moved.
     """
     published, versions = (pointer or {}).get("tables", {}), {}
-    for table in schemas.check(lake, pointer):
+    for table in schemas.check(lake, pointer, but=created):
         versions[table] = change(lake, table, run_id, require=require).version
         delta.sync(lake.root, f"lake/{table}", after=published.get(table, -1), until=versions[table])
     return versions

@@ -484,8 +484,8 @@ def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], writer: commits
             asked = [table for table in lake.columns if table not in gone | ({"quarantine"} if gone else set())]
             heights = {table: frames[table].height if table in frames else 0 for table in asked}
             commits.require_same_rows(lake, heights, batch=number, published=before["tables"])
-        commits.create_tables(lake, run_id, known=before["tables"])
-        versions |= evolution.move(lake, pointer, run_id, writer.lease.require)
+        created = commits.create_tables(lake, run_id, known=before["tables"])
+        versions |= evolution.move(lake, pointer, run_id, writer.lease.require, created)
         for table, rows in zip(frames, encoded, strict=True):
             crash_point(f"before the commit: {table}")
             after = before["tables"].get(table, -1)

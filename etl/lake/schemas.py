@@ -3,8 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,12 +78,14 @@ def fingerprint(fields: list[delta.Action]) -> str:
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
-def check(lake: "Lake", pointer: dict[str, Any] | None, looks: Mapping[str, Look] | None = None) -> list[str]:
+def check(
+    lake: "Lake", pointer: dict[str, Any] | None, looks: Mapping[str, Look] | None = None, but: Container[str] = ()
+) -> list[str]:
     """Raise SchemasDiffer when a table of the lake is not as it is declared and cannot become it, or was changed by
     others to what this engine does not write. Returns the tables that have to become it, as far as is known.
 
     Only a table is opened whose columns the pointer does not know, or that others changed since, so nearly always none.
-    `looks`: as of `look_at_all`, if that was asked already.
+    `looks`: as of `look_at_all`, if that was asked already; `but`: tables that are known to be as they are declared.
     """
     looks = look_at_all(lake, pointer) if looks is None else looks
     known = (pointer or {}).get("schemas", {})
@@ -93,7 +94,8 @@ def check(lake: "Lake", pointer: dict[str, Any] | None, looks: Mapping[str, Look
         table
         for table in lake.columns
         if table in changed
-        or ((known.get(table) != lake.fingerprints[table] or table not in looks) and _is_there(lake, table))
+        or table not in but
+        and ((known.get(table) != lake.fingerprints[table] or table not in looks) and _is_there(lake, table))
     ]
     if wrong := [why for table in asked if (why := plan(lake, table, lake.table(table))[1])]:
         raise SchemasDiffer(refusal(wrong))
@@ -107,8 +109,8 @@ def _is_there(lake: "Lake", table: str) -> bool:
 def look_at_all(lake: "Lake", pointer: dict[str, Any] | None) -> dict[str, Look]:
     """What came to each published table since. Raises as `look`."""
     versions = {table: version for table, version in (pointer or {}).get("tables", {}).items() if table in lake.columns}
-    with ThreadPoolExecutor(8) as pool:  # in an object store each is a request
-        return dict(zip(versions, pool.map(lambda table: look(lake, table, versions[table]), versions), strict=True))
+    seen = lake.root.each(lambda table: look(lake, table, versions[table]), versions)
+    return dict(zip(versions, seen, strict=True))
 
 
 def look(lake: "Lake", table: str, after: int) -> Look:
@@ -134,9 +136,9 @@ def look(lake: "Lake", table: str, after: int) -> Look:
                 if removed.get("dataChange") and not ours and removed["path"] not in theirs:
                     gone[removed["path"]] = f"version {number} ({info.get('operation', 'of an unknown operation')})"
             for line in lines:  # a file may be taken away and brought by one commit
-                if path := line.get("add", {}).get("path"):
-                    gone.pop(path, None)
-                    theirs |= set() if ours else {path}
+                added = line.get("add", {})
+                if gone.pop(added.get("path"), None) is None and added.get("dataChange") and not ours:
+                    theirs.add(added["path"])
     except delta.Cleaned:  # what came is known by the table alone
         handle = lake.table(table)
         _require_all_rows(lake, table, handle)

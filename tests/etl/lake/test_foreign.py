@@ -209,3 +209,10 @@ def test_a_pointer_and_tables_that_were_copied_back_are_filled_from_the_archive(
     shutil.rmtree(f"{root}/copy")
     again(lake)
     assert ids(lake) == [*range(8)] and ids(lake, "other") == [*range(4)]
+
+
+def test_rows_of_ours_that_others_have_rewritten_are_still_ours(lake):
+    optimize(lake)
+    delete(lake)
+    with pytest.raises(schemas.RowsTaken, match=r"version \d+ \(DELETE\)"):
+        ingest(lake, 3)
