@@ -50,6 +50,10 @@ class File(NamedTuple):
         return unquote(self.path)
 
 
+class Cleaned(LookupError):
+    """A version's commit is gone from a table's log, and newer ones are there."""
+
+
 def log_of(table: str) -> str:
     """The path of a table's log. `table`: the path of the table."""
     return f"{table}/_delta_log"
@@ -79,18 +83,21 @@ def actions(root: Root, table: str, version: int) -> list[Action]:
 
 
 def since(root: Root, table: str, after: int) -> Iterator[tuple[int, list[Action]]]:
-    """The commits after version `after` that there are, in order: version, lines. Raises Damaged.
+    """The commits after version `after` that there are, in order: version, lines. Raises Damaged, and Cleaned where
+    the log begins after that version by now: what came between can be known from the table alone.
 
     As delta-rs would say it, but at the cost of these few commits: to open a table it lists the whole log.
     """
     version = after
     while True:
-        version += 1
-        try:
-            lines = actions(root, table, version)
-        except FileNotFoundError:
+        last, following = commit_of(table, version), commit_of(table, version + 1)
+        there = root.which([last, following])
+        if following not in there:
+            if version == after and last not in there and (newest_version(root, table) or -1) > version:
+                raise Cleaned(f"the log of {table} has no version {version} any more")
             return
-        yield version, lines
+        version += 1
+        yield version, actions(root, table, version)
 
 
 def added(root: Root, table: str, after: int, until: int) -> list[Action] | None:
@@ -297,7 +304,10 @@ def sync(root: Root, table: str, after: int, until: int) -> None:
         return
     log = log_of(table)
     rels = [f"{log}/{name}" for name in root.names(log) if name > f"{after:020d}.z"]  # _last_checkpoint, too
+    there = {name for name in root.names(log) if name.endswith(".json")}
     for version in range(after + 1, until + 1):
+        if f"{version:020d}.json" not in there:  # another writer cleaned the log
+            continue
         rels += [f"{table}/{unquote(line['add']['path'])}" for line in actions(root, table, version) if "add" in line]
     folders = {str(above) for rel in rels for above in PurePosixPath(rel).parents if str(above).startswith(f"{table}/")}
     root.sync([*filter(root.exists, rels), *sorted(folders - {log}, reverse=True), table, log])
@@ -326,6 +336,41 @@ def data_names(root: Root, table: str) -> set[str]:
             elif "=" in name:
                 folders.append(f"{folder}{name}/")
     return names
+
+
+def folded(root: Root, table: str) -> list[Action]:
+    """What all commits of a log together say, as one commit would: its protocol, columns, transactions and files."""
+    kinds: dict[tuple[str, str], Action] = {}
+    version = newest_version(root, table)
+    assert version is not None, "its caller has seen that there is a table"
+    for number in range(version + 1):
+        for action in actions(root, table, number):
+            kind = next(iter(action))
+            if kind in ("add", "remove"):
+                kinds.pop(("add", action[kind]["path"]), None)
+            if kind not in ("remove", "commitInfo"):
+                kinds[kind, action[kind].get("path") or action[kind].get("appId") or ""] = action
+    order = ("protocol", "metaData", "txn", "add")
+    return sorted(kinds.values(), key=lambda action: order.index(next(iter(action))))
+
+
+def renumber(root: Root, table: str, version: int, about: Action) -> None:
+    """Have a table's log begin at a version, with one commit and its checkpoint. Only of a table that nobody
+    uses yet."""
+    log, lines = log_of(table), [commit_info("CREATE TABLE", about), *folded(root, table)]
+    before = root.names(log)
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
+        alone = Root.at(folder)
+        alone.create(commit_of("t", 0), "\n".join(map(json.dumps, lines)).encode())
+        alone.table("t", 0).create_checkpoint()
+        checkpoint, hint = (
+            alone.read(f"{log_of('t')}/{0:020d}.checkpoint.parquet"),
+            alone.read_json(f"{log_of('t')}/{LAST}"),
+        )
+    root.create(commit_of(table, version), "\n".join(map(json.dumps, lines)).encode())
+    root.write(f"{log}/{version:020d}.checkpoint.parquet", checkpoint)
+    root.write(f"{log}/{LAST}", json.dumps((hint or {}) | {"version": version}).encode())
+    root.remove_all(f"{log}/{name}" for name in before if name != LAST)
 
 
 def file_stats(handle: "DeltaTable") -> tuple[list[int], int]:

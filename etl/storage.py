@@ -29,14 +29,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from urllib.parse import unquote
 
+from etl import leases
+
 if TYPE_CHECKING:
     import fsspec
+    from botocore.credentials import Credentials
     from deltalake import DeltaTable
     from deltalake.table import FilterConjunctionType
 
 # the folder of notebooks, params and the domain: around this package, or where the console script was called
 PROJECT = Path(os.environ.get("ETL_PROJECT") or Path(__file__).resolve().parent.parent)
 NOT_RENAMED = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EROFS)  # by an error of these it may still be copied
+CREDENTIALS = ("AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
 CONFLICTS = 8  # of a conditional write with nothing there, before it is an error
 STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")  # the schemes of object stores' URLs
 # deltalake takes a backslash for a slash, decodes %41 once too often and cannot open the rest
@@ -51,10 +55,6 @@ _Result = TypeVar("_Result")
 
 class BadRoot(ValueError):
     """What was given is no root: its message says why, in a sentence."""
-
-
-class LeaseHeld(RuntimeError):
-    """Somebody else holds the lease and did not let go of it in time."""
 
 
 class Damaged(ValueError):
@@ -83,7 +83,7 @@ _reached: Counter[str] = Counter()  # crash points, by how often this process ca
 def crash_point(name: str) -> None:
     """A place where the process may be told to die, by ETL_CRASH_AT=<name> or <name>@<n> for the n-th time it comes.
 
-    ETL_CRASH_AT=+<file> writes the names it comes to into that file instead.
+    ETL_CRASH_AT==<name> stops it there instead, and +<file> writes the names it comes to into that file.
     """
     wanted = os.environ.get("ETL_CRASH_AT")
     if wanted is None:
@@ -92,16 +92,29 @@ def crash_point(name: str) -> None:
     if wanted.startswith("+"):
         with open(wanted[1:], "a") as names:
             names.write(f"{name}@{_reached[name]}\n")
-    elif wanted in (name, f"{name}@{_reached[name]}"):
-        os.kill(os.getpid(), signal.SIGKILL)
+    elif wanted.removeprefix("=") in (name, f"{name}@{_reached[name]}"):
+        os.kill(os.getpid(), signal.SIGSTOP if wanted.startswith("=") else signal.SIGKILL)
 
 
 def object_store_options() -> dict[str, str]:
     """What deltalake and Polars need besides a URL. They do not read every variable that botocore does."""
     options = {k: v for k, v in os.environ.items() if k.startswith("AWS_") and v}
+    endpoint = tuple(options.pop(name) for name in CREDENTIALS if name in options)
+    if endpoint and "AWS_ACCESS_KEY_ID" not in options and (resolved := _credentials(endpoint)):
+        keys = resolved.get_frozen_credentials()  # asks again before they run out
+        options |= {"AWS_ACCESS_KEY_ID": keys.access_key, "AWS_SECRET_ACCESS_KEY": keys.secret_key}
+        options |= {"AWS_SESSION_TOKEN": keys.token} if keys.token else {}
     if options.get("AWS_ENDPOINT_URL", "").startswith("http://"):
         options["AWS_ALLOW_HTTP"] = "true"
     return options
+
+
+@functools.cache
+def _credentials(endpoint: tuple[str, ...]) -> "Credentials | None":
+    """What an endpoint hands out as credentials. Polars does not ask it once it is given any option."""
+    from botocore.session import Session
+
+    return Session().get_credentials()
 
 
 @contextlib.contextmanager
@@ -442,6 +455,14 @@ class Root:
         self._fs.rm([*map(self._path, others)])
         self.remove_tree(source)
 
+    def copy(self, rels: Iterable[str], source: str, target: str) -> None:
+        """Have files of the folder `source` in the folder `target` too, in the place of what is there, under the same
+        paths; their names are on the disk then."""
+        by_folder = itertools.groupby(sorted(rels), key=os.path.dirname)
+        for folder, of_folder in by_folder:
+            self._copy([*of_folder], source, target)
+            self.sync([f"{target}{folder[len(source) :]}"])
+
     def _copy(self, rels: "list[str]", source: str, target: str) -> None:
         to = [self._path(f"{target}{rel[len(source) :]}") for rel in rels]
         self._fs.copy([*map(self._path, rels)], to)
@@ -464,56 +485,41 @@ class Root:
                 if batch := [path for path in files if path.endswith(f"/{first}") == now]:
                     self._fs.rm(batch)
 
-    @contextlib.contextmanager
-    def lease(self, rel: str, holder: str, ttl_s: float = 300, wait_s: float = 30) -> Iterator[None]:
-        """Hold the lease at `rel` for the length of the block; at most one holder at a time.
-
-        A holder that died is replaced `ttl_s` seconds after it began, so a block must be shorter than that.
-        Raises LeaseHeld when the lease is not free within `wait_s` seconds.
-        """
-        token, deadline = os.urandom(16).hex(), time.monotonic() + wait_s
-        while (etag := self._take(rel, holder, token, ttl_s)) is None:
-            if time.monotonic() > deadline:
-                raise LeaseHeld(f"{self.url_of(rel)} is held by {self._held(rel).get('holder', 'nobody any more')}")
-            time.sleep(0.2)
+    def mark(self, rel: str) -> str | None:
+        """What changes whenever a file is written again; None when there is none."""
         try:
-            yield
-        finally:
-            # not removed: a removal whose answer was lost is asked for again, and would free the next holder's lease
-            if etag or self._held(rel).get("token") == token:
-                self._replace(rel, _lease(holder, token, 0), etag)
-
-    def _take(self, rel: str, holder: str, token: str, ttl_s: float) -> str | None:
-        """The ETag of our lease; None when it is not to be had now."""
-        mine = _lease(holder, token, time.time() + ttl_s)
-        try:
-            etag = self._etag(rel)
-        except FileNotFoundError:
-            return self._put_if(rel, mine, {"mode": "create"})
-        return None if self._held(rel).get("until", 0) > time.time() else self._replace(rel, mine, etag)
-
-    def _held(self, rel: str) -> dict[str, Any]:
-        try:
-            held: dict[str, Any] = json.loads(self.read(rel))
-            return held
-        except FileNotFoundError:
-            return {}
-
-    def _replace(self, rel: str, data: bytes, etag: str) -> str | None:
-        """Put `data` in the place of what has this ETag; its own then, None when something else or nothing is there."""
-        try:
-            return self._put_if(rel, data, {"IfMatch": etag} if etag else {})
+            return self._etag(rel)
         except FileNotFoundError:
             return None
+
+    def replace(self, rel: str, data: bytes, mark: str | None) -> str | None:
+        """Put `data` in the place of the file that has this mark, None for no file; its own mark then.
+
+        None when something else or nothing is there. As with `create`, whoever must win alone writes bytes that nobody
+        else can.
+        """
+        try:
+            return self._put_if(rel, data, {"mode": "create"} if mark is None else {"IfMatch": mark})
+        except FileNotFoundError:
+            return None
+
+    def which(self, rels: "list[str]") -> set[str]:
+        """Those of some files of one folder that are there, at the cost of one request."""
+        start = len(self._path(""))
+        folder, _, name = os.path.commonprefix(rels).rpartition("/")
+        return {*rels} & {path[start:] for path in self._fs.find(self._path(folder), prefix=name)}
+
+    def lease(self, rel: str, holder: str, wait_s: float = 30) -> "contextlib.AbstractContextManager[leases.Lease]":
+        """Hold the lease at `rel` for the length of the block; at most one holder at a time.
+
+        Raises LeaseHeld when it is not free within `wait_s` seconds, and its holder is alive.
+        """
+        return leases.in_store(self, rel, holder, wait_s)
 
 
 def _object(name: str, info: dict[str, Any]) -> Entry:
     mark, modified = str(info.get("ETag", "")), info.get("LastModified")
     return Entry(name.rsplit("/", 1)[-1], int(info["size"] or 0), mark, modified=modified)
-
-
-def _lease(holder: str, token: str, until: float) -> bytes:
-    return json.dumps({"holder": holder, "token": token, "until": until}).encode()
 
 
 def _is_conflict(error: OSError) -> bool:
@@ -713,6 +719,22 @@ class LocalRoot(Root):
         folders = [folder for folder, _, _ in os.walk(self._path(rel))]  # a file's own time is its producer's
         return max((datetime.fromtimestamp(os.stat(folder).st_mtime, UTC) for folder in folders), default=None)
 
+    def _copy(self, rels: "list[str]", source: str, target: str) -> None:
+        for rel in rels:
+            path, to = self._path(rel), self._path(f"{target}{rel[len(source) :]}")
+            make_folder(os.path.dirname(to))
+            staged = f"{os.path.dirname(to)}/.{os.urandom(8).hex()}.part"
+            try:
+                os.link(path, staged)
+            except OSError as error:
+                if error.errno not in (*NOT_RENAMED, errno.EMLINK):
+                    raise
+                shutil.copyfile(path, staged)
+                sync(staged)
+            os.replace(staged, to)
+            with contextlib.suppress(FileNotFoundError):  # what was a second name of the same file already stays
+                os.unlink(staged)
+
     def move_tree(self, source: str, target: str, last: str | None = None) -> None:
         make_folder(os.path.dirname(self._path(target)))
         os.rename(self._path(source), self._path(target))
@@ -728,25 +750,29 @@ class LocalRoot(Root):
             for _ in pool.map(_remove_folders, [[*siblings] for _, siblings in by_parent], itertools.repeat(first)):
                 pass
 
-    @contextlib.contextmanager
-    def lease(self, rel: str, holder: str, ttl_s: float = 300, wait_s: float = 30) -> Iterator[None]:
-        """As in an object store, by flock: the kernel frees it the moment its holder dies."""
-        path, deadline = self._path(rel), time.monotonic() + wait_s
-        make_folder(os.path.dirname(path))
-        with open(path, "a+") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        file.seek(0)
-                        raise LeaseHeld(f"{path} is held by {file.read() or 'another process'}") from None
-                    time.sleep(0.05)
-            file.truncate(0)
-            file.write(holder)
-            file.flush()
-            yield
+    def mark(self, rel: str) -> str | None:
+        entry = _entry(self._path(rel))
+        return entry.mark if entry else None
+
+    def replace(self, rel: str, data: bytes, mark: str | None) -> str | None:
+        if mark is None:
+            return self.mark(rel) if self.create(rel, data) else None
+        folder = os.open(os.path.dirname(self._path(rel)), os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # of all that replace files here
+            if self.mark(rel) != mark:
+                return None
+            self.write(rel, data)
+            return self.mark(rel)
+        finally:
+            os.close(folder)
+
+    def which(self, rels: "list[str]") -> set[str]:
+        return {*filter(self.exists, rels)}
+
+    def lease(self, rel: str, holder: str, wait_s: float = 30) -> "contextlib.AbstractContextManager[leases.Lease]":
+        make_folder(os.path.dirname(self._path(rel)))
+        return leases.of_file(self._path(rel), holder, wait_s)
 
 
 def _remove_folders(paths: list[str], first: str) -> None:

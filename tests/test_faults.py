@@ -3,8 +3,21 @@
 import pytest
 from faults.__main__ import SCENARIOS
 
-# in their own files: test_deaths, test_secrets, test_replay, test_end_to_end; with a server: test_up, test_worker
-ELSEWHERE = {"deaths", "hangs", "canary", "replays", "whence", "scale", "pieces", "cancelled", "workers", "up"}
+# in their own files: test_deaths, test_secrets, test_replay, test_end_to_end, test_fence; with a server: test_up,
+# test_worker
+ELSEWHERE = {
+    "deaths",
+    "hangs",
+    "canary",
+    "replays",
+    "whence",
+    "scale",
+    "pieces",
+    "cancelled",
+    "workers",
+    "up",
+    "stopped",
+}
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ from etl.cli.common import (
 )
 from etl.cli.ports import with_ports
 from etl.cli.printing import styled
-from etl.storage import LeaseHeld, Root
+from etl.leases import LeaseHeld
+from etl.storage import Root
 
 if TYPE_CHECKING:
     from etl.findings import Finding

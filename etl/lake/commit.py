@@ -3,24 +3,26 @@
 import io
 import json
 import uuid
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from etl import delta
-from etl.lake import schemas
-from etl.storage import Root, crash_point
+from etl.lake import schemas, snapshot, switch
+from etl.leases import Lease, LeaseLost
+from etl.storage import Damaged, Root, crash_point
 
 if TYPE_CHECKING:
     from etl.lake.lake import Lake
 
-WRITER = "lake/writer.lease"
+WRITER = "leases/writer.lease"  # not in the lake, so that it stays when that goes
 WRITERS = 8  # files of a batch that are written at once
-APP_ID = "preprocess"  # whose transactions number the batches; it is in the log of every lake, whatever the stage
+BATCHES = "lake/batches"
+APP_ID = schemas.APP_ID
 PROPERTIES = {
     "delta.checkpointInterval": str(delta.CHECKPOINT_INTERVAL),
     "delta.logRetentionDuration": "interval 24 hours",  # listing it is the greater part of what opening a table costs
@@ -28,11 +30,73 @@ PROPERTIES = {
 }
 
 
+@dataclass(frozen=True)
+class Writer:
+    """Who holds the writer's lease. `pointer`: what was published when it was taken."""
+
+    lake: "Lake"
+    lease: Lease
+    pointer: dict[str, Any] | None
+
+    def require_first(self) -> None:
+        """Raises LeaseLost unless the lease is held and nothing was published under it."""
+        self.lease.require()
+        if snapshot.read_pointer(self.lake.root) != self.pointer:
+            raise LeaseLost("another run published meanwhile: run this one again")
+
+    def publish(self, *, batch: int, run_id: str, **what: Any) -> dict[str, Any]:
+        """Move the pointer, as `snapshot.swap_pointer` does. Once."""
+        self.lease.require()
+        pointer = snapshot.swap_pointer(
+            self.lake.root, self.pointer, batch=batch, run_id=run_id, fence=self.lease.fence, **what
+        )
+        self.lease.about["batch"] = batch
+        return pointer
+
+
 @contextmanager
-def writing(root: Root, run_id: str) -> Iterator[None]:
-    """The one writer's lease on the lake. Raises storage.LeaseHeld."""
-    with root.lease(WRITER, run_id):
-        yield
+def writing(lake: "Lake", run_id: str) -> Iterator[Writer]:
+    """The one writer's lease on the lake; what a rebuild left undone is done then. Raises leases.LeaseHeld, and Damaged
+    where what was published has vanished."""
+    root = lake.root
+    with root.lease(WRITER, run_id) as lease:
+        pointer = snapshot.read_pointer(root)
+        if pointer is None:
+            require_beginning(root, lease.about)
+        else:
+            lease.rise(pointer.get("fence", 0))
+            if "under" in pointer:
+                pointer = switch.finish(root, pointer, lease)
+        yield Writer(lake, lease, pointer)
+
+
+def settled(lake: "Lake", run_id: str) -> dict[str, Any] | None:
+    """The pointer, None before the first batch; where a rebuild left something undone, once that is done. Raises as
+    `writing`."""
+    pointer = snapshot.read_pointer(lake.root)
+    if pointer and "under" in pointer:  # one died, or is at work
+        with writing(lake, run_id) as writer:
+            return writer.pointer
+    return pointer
+
+
+def require_beginning(root: Root, left: Mapping[str, Any] | None = None) -> None:
+    """Raises Damaged where no pointer is there, though a batch was published once: a lake that vanished, or a part of
+    it, is no lake that begins. `left`: what the last writer's lease has; read where it is None."""
+    if left is None:
+        with suppress(Damaged):  # it is not synced
+            left = (root.read_json(WRITER) or {}).get("about")
+        left = left or {}
+    traces = [f"batch {left['batch']} was published"] if left.get("batch") else []
+    archived = any(root.files(f"archive/{date}") for date in root.names("archive"))
+    traces += ["archive/ has what was ingested"] * archived
+    traces += ["lake/batches has batches that are done"] * any(name.endswith(".done") for name in root.names(BATCHES))
+    if traces:
+        raise Damaged(
+            f"{snapshot.POINTER} is gone, though {' and '.join(traces)}: nothing begins anew here. What to do: bring "
+            f"lake/ back, or have it made again from the archive: `orchestrate.py rebuild`. Who wants an empty lake "
+            f"takes another root, or moves archive/, lake/ and leases/ away"
+        )
 
 
 def create_tables(lake: "Lake", run_id: str, known: Container[str] = ()) -> None:
@@ -74,18 +138,31 @@ def _encoded(frame: pl.DataFrame, values: dict[str, Any]) -> Encoded:
     return Encoded(buffer.getvalue(), json.dumps(delta.statistics(frame)), values)
 
 
-def append(lake: "Lake", table: str, rows: Sequence[Encoded], *, batch: int, run_id: str, after: int) -> int:
+def append(
+    lake: "Lake",
+    table: str,
+    rows: Sequence[Encoded],
+    *,
+    batch: int,
+    run_id: str,
+    after: int,
+    require: Callable[[], None] = lambda: None,
+) -> int:
     """Append a batch's rows exactly once; returns the version that holds them. `after`: the version that is published.
 
     The commits since then are looked through for this batch, and the commit is the version after them or none: of two
     writers with the same batch the second finds that version taken, looks again, and finds the batch done. All of it is
     on the disk then: the rows before the commit that names them, and what others committed since. Of the second
-    writer's nothing is removed here, where a commit might name it after all: compaction does, a day later.
+    writer's nothing is removed here, where a commit might name it after all: compaction does, a day later. `require`
+    is asked between the look and the commit: whoever is stopped after it comes with a version that is taken, or that is
+    older than a log that begins anew, where nobody reads it.
     """
     root, folder, paths = lake.root, f"lake/{table}", list[str]()
     while True:
         newest, last = head(lake, table, after)
-        if last >= batch:
+        if last > batch:  # its rows would never come
+            raise LeaseLost(f"{table} has batch {last} already, and this is {batch}: run this one again")
+        if last == batch:
             delta.sync(root, folder, after, newest)
             return newest
         if not paths:
@@ -94,6 +171,7 @@ def append(lake: "Lake", table: str, rows: Sequence[Encoded], *, batch: int, run
                 list(pool.map(lambda path, file: root.write(f"{folder}/{path}", file.data), paths, rows))
             crash_point(f"written, not committed: {table}")
         about = {"run_id": run_id, "stage": lake.ingested_by, "batch": str(batch)}
+        require()
         if delta.commit(root, folder, newest + 1, _append_lines(paths, rows, newest, batch, about)):
             delta.sync(root, folder, after, newest)
             return newest + 1
@@ -114,23 +192,16 @@ def head(lake: "Lake", table: str, after: int) -> tuple[int, int]:
     """The newest version of a table, and the newest batch in the commits after version `after`, 0 when there is none.
 
     Raises SchemasDiffer when somebody gave the table columns in them that cannot become the declared ones, or what this
-    engine does not write, ChangedMeanwhile when they can become it.
+    engine does not write, or took rows of ours away; ChangedMeanwhile when the columns can become it.
     """
-    version, batch, touched = after, 0, False
-    for number, lines in delta.since(lake.root, f"lake/{table}", after):
-        version = number
-        for line in lines:
-            schemas.require_protocol(table, line.get("protocol", {}))
-            touched |= "metaData" in line
-            if line.get("txn", {}).get("appId") == APP_ID:
-                batch = max(batch, line["txn"]["version"])
-    if touched:
-        todo, why = schemas.plan(lake, table, lake.table(table, version))
+    seen = schemas.look(lake, table, after)
+    if seen.touched:
+        todo, why = schemas.plan(lake, table, lake.table(table, seen.version))
         if why:
             raise schemas.SchemasDiffer(schemas.refusal([why]))
         if todo:
             raise schemas.ChangedMeanwhile(f"{table}: somebody changed its columns meanwhile; run this one again")
-    return version, batch
+    return seen.version, seen.batch
 
 
 def require_same_rows(lake: "Lake", rows: Mapping[str, int], *, batch: int, published: Mapping[str, int]) -> None:
@@ -140,7 +211,7 @@ def require_same_rows(lake: "Lake", rows: Mapping[str, int], *, batch: int, publ
     would be in its table and in quarantine, or in none of them.
     """
     for table, count in rows.items():
-        for _, lines in delta.since(lake.root, f"lake/{table}", published.get(table, -1)):
+        for lines in _since(lake, table, published.get(table, -1)):
             transactions = [(line["txn"]["appId"], line["txn"]["version"]) for line in lines if "txn" in line]
             had = sum(json.loads(line["add"]["stats"])["numRecords"] for line in lines if "add" in line)
             if (APP_ID, batch) in transactions and had != count:
@@ -149,6 +220,51 @@ def require_same_rows(lake: "Lake", rows: Mapping[str, int], *, batch: int, publ
                     f"{count:,} would fit. Nothing was written; what to do: take the change of the "
                     f"declaration back until the next run has ended the batch"
                 )
+
+
+def _since(lake: "Lake", table: str, after: int) -> Iterator[list[dict[str, Any]]]:
+    """The lines of the commits since a version, as far as they are still there."""
+    with suppress(delta.Cleaned):
+        for _, lines in delta.since(lake.root, f"lake/{table}", after):
+            yield lines
+
+
+def catch_up(lake: "Lake", run_id: str) -> dict[str, Any]:
+    """Move a pointer that is older than the tables, as one that was copied back, to the last batch that is whole in all
+    of them: the ledger has a batch's rows after all others. Raises Damaged where nothing says what came after it."""
+    with writing(lake, run_id) as writer:
+        pointer = writer.pointer
+        assert pointer is not None, "the caller has seen it, and a lake that vanished is refused"
+        looks = schemas.look_at_all(lake, pointer)
+        last = looks["files"].batch if "files" in looks else 0
+        if last <= pointer["batch"]:
+            raise Damaged(
+                f"batch {max(seen.batch for seen in looks.values())} is in some tables, and nothing says which files "
+                f"it has: `orchestrate.py rebuild`"
+            )
+        versions = {table: _until(lake, table, version, last) for table, version in pointer["tables"].items()}
+        for table, version in versions.items():
+            delta.sync(lake.root, f"lake/{table}", pointer["tables"][table], version)
+        clocks = snapshot.clocks_of(pointer)
+        newest = snapshot.of_pointer(lake, pointer | {"tables": versions})
+        for table, declared in lake.tables.items():
+            if declared.time and table in versions:
+                time = newest.frame(table, [declared.time]).max().collect().item()
+                clocks |= {table: max(time.isoformat(), clocks.get(table, ""))} if time else {}
+        as_of = max(pointer["as_of"], *clocks.values()) if clocks else pointer["as_of"]
+        return writer.publish(batch=last, run_id=run_id, as_of=as_of, versions=versions, clocks=clocks)
+
+
+def _until(lake: "Lake", table: str, after: int, last: int) -> int:
+    """The newest version of a table that has no batch after the last."""
+    seen = schemas.look(lake, table, after)
+    if seen.batch <= last:
+        return seen.version
+    with suppress(delta.Cleaned):
+        for number, lines in delta.since(lake.root, f"lake/{table}", after):
+            if any(line["txn"]["appId"] == APP_ID and line["txn"]["version"] > last for line in lines if "txn" in line):
+                return number - 1
+    return seen.version
 
 
 def _append_lines(

@@ -25,8 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from etl import delta
-from etl.lake import commit, ledger, schemas, snapshot, sorting, upsert
-from etl.storage import Damaged, LeaseHeld, Root, crash_point
+from etl.lake import commit, ledger, schemas, snapshot, sorting, switch, upsert
+from etl.leases import LeaseHeld
+from etl.storage import Damaged, Root, crash_point
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 VACUUM_HOURS = 24  # at least: a reader may still be on a version this old
 ARCHIVE_DAYS = 7
 WRITTEN = ("lake", "landing", "refused", "results", "models")  # where a killed run may leave a file half written
-LEASE_S = 1800  # of one table; longer than any of them takes
 CLOCK = "lake/clock.json"
 KEPT_LOG = "lake/kept_log"
 SLACK = timedelta(minutes=5)  # between two machines' clocks
@@ -113,13 +113,13 @@ def compact(
         raise ValueError(f"vacuum_hours is {vacuum_hours}: readers may be on versions up to {VACUUM_HOURS} hours old")
     root, now = lake.root, now or datetime.now(UTC)
     suspicion = clock_problem(root, now, vacuum_hours)
-    published = snapshot.read_pointer(root)
+    published = commit.settled(lake, run_id)
     versions = published["tables"] if published else {}
     lines: dict[str, dict[str, Any]] = {table: {"table": table, "note": ""} for table in tables(lake)}
     began: dict[str, set[str]] = {}
     handles: dict[str, DeltaTable] = {}
     for table, line in lines.items():
-        with _told(line), root.lease(f"lake/leases/{table}", run_id, ttl_s=LEASE_S, wait_s=0):
+        with _told(line), root.lease(f"leases/tables/{table}", run_id, wait_s=0):
             crash_point(f"compaction holds: {table}")
             handle = _readable(lake, table, published)
             began[table] = _names(handle) | (_names(lake.table(table, versions[table])) if table in versions else set())
@@ -163,12 +163,17 @@ def _told(line: dict[str, Any]) -> Iterator[None]:
 
 
 def _readable(lake: "Lake", table: str, published: dict[str, Any] | None) -> "DeltaTable":
-    """The newest version of a table; the published one when that holds a batch that is not published."""
+    """The newest version of a table; the published one when that holds a batch that is not published.
+
+    Raises schemas.RowsTaken: what others took away is no reason to leave the table to them.
+    """
     newest = lake.table(table)
-    versions = published["tables"] if published else {}
-    if published and table in versions and (newest.transaction_version(commit.APP_ID) or 0) > published["batch"]:
-        return lake.table(table, versions[table])
-    return newest
+    if published is None or table not in published["tables"]:
+        return newest
+    version = published["tables"][table]
+    schemas.look(lake, table, version)
+    is_ahead = (newest.transaction_version(commit.APP_ID) or 0) > published["batch"]
+    return lake.table(table, version) if is_ahead else newest
 
 
 def _compact_table(
@@ -427,7 +432,7 @@ def _assert_same(lake: "Lake", table: str, version: int, rewrites: list[Rewrite]
 
     what = f"{table} had {rows[0]} rows before its compaction and {rows[1]} after"
     try:
-        with commit.writing(lake.root, run_id):
+        with commit.writing(lake, run_id):
             handle = lake.table(table)
             if handle.version() == version:
                 properties = CommitProperties(custom_metadata={"run_id": run_id, "stage": lake.compacted_by})
@@ -534,9 +539,10 @@ def _publish(lake: "Lake", lines: list[dict[str, Any]], run_id: str) -> tuple[di
     as it is published then, and table -> a handle on the newest one.
     """
     handles = {}
-    with commit.writing(lake.root, run_id):
-        published = snapshot.read_pointer(lake.root)
-        assert published is not None, "the caller has seen it, and nothing removes it"
+    with commit.writing(lake, run_id) as writer:
+        published = writer.pointer
+        assert published is not None, "the caller has seen it, and a lake that vanished is refused"
+        switch.clear(lake.root, writer.lease)
         versions = dict(published["tables"])
         for line in lines:
             table = line["table"]
@@ -546,9 +552,7 @@ def _publish(lake: "Lake", lines: list[dict[str, Any]], run_id: str) -> tuple[di
                     versions[table] = _publishable(lake, table, handles[table], versions[table], published["batch"])
         if versions != published["tables"]:
             crash_point("before the compaction is published")
-            snapshot.swap_pointer(
-                lake.root,
-                published,
+            writer.publish(
                 batch=published["batch"],
                 as_of=published["as_of"],
                 versions=versions,
@@ -563,6 +567,7 @@ def _publishable(lake: "Lake", table: str, newest: "DeltaTable", version: int, b
     if newest.version() == version or (newest.transaction_version(commit.APP_ID) or 0) > batch:
         return version
     schemas.require_ours(lake, table, newest)
+    schemas.look(lake, table, version)
     delta.sync(lake.root, f"lake/{table}", after=version, until=newest.version())
     crash_point(f"compaction synced: {table}")
     return newest.version()

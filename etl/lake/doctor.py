@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from etl import findings
+from etl import delta, findings
 from etl.findings import Finding, inspect
 from etl.lake import compaction, landing, ledger, quarantine, schemas, snapshot
 from etl.storage import Damaged, Root
@@ -33,6 +33,7 @@ def _looks(lake: "Lake") -> dict[str, Callable[["Lake"], Iterator[tuple[str, str
     return {
         "the published snapshot": _pointer,
         "the manifests": _manifests,
+        "the rows": _rows,
         **{f"table {name}": partial(_table, table=name) for name in lake.columns},
         "landing": _landing,
         "the archive": _archive,
@@ -72,6 +73,34 @@ def _published(root: Root) -> dict[str, Any] | None:
 
 def _manifests(lake: "Lake") -> Iterator[tuple[str, str]]:
     yield from ((problem, REBUILD) for problem in ledger.damages(lake.root))
+
+
+def _rows(lake: "Lake") -> Iterator[tuple[str, str]]:
+    """The rows that are published, beside those that the ledger says were ingested."""
+    pointer = _published(lake.root)
+    if not pointer or "files" not in pointer["tables"] or "under" in pointer:
+        return
+    with contextlib.suppress(Exception):  # then it was named with its table
+        counts = lake.table("files", pointer["tables"]["files"])
+        for table, version in pointer["tables"].items():
+            ingested = schemas.rows_by_ledger(lake, table, counts)
+            there = delta.file_stats(lake.table(table, version))[1]
+            if ingested is not None and there < ingested:
+                yield (
+                    f"{table} has {there:,} rows, and {ingested:,} were ingested: another writer took some away",
+                    REBUILD,
+                )
+            elif ingested is not None and there > ingested:
+                yield (
+                    f"{table} has {there:,} rows, and {ingested:,} were ingested: another writer added the others",
+                    f"if they should not be there: {REBUILD}, which leaves them out",
+                )
+    try:
+        schemas.look_at_all(lake, pointer)
+    except schemas.RowsTaken as error:
+        yield str(error), "nothing is written until then"
+    except Exception:  # it is named with its table
+        return
 
 
 def _table(lake: "Lake", table: str) -> Iterator[tuple[str, str]]:

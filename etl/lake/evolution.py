@@ -44,21 +44,33 @@ class Written:
     stats: str
 
 
-def move(lake: "Lake", tables: Iterable[str], pointer: dict[str, Any] | None, run_id: str) -> dict[str, int]:
-    """Give tables that are not as they are declared the columns that they are to have. Only under the writer's lease.
+def move(
+    lake: "Lake",
+    tables: Iterable[str],
+    pointer: dict[str, Any] | None,
+    run_id: str,
+    require: Callable[[], None] = lambda: None,
+) -> dict[str, int]:
+    """Give tables that are not as they are declared the columns that they are to have. Only under the writer's lease,
+    which `require` asks for before each commit.
 
     Returns table -> version; all of it is on the disk. Killed anywhere and called again it does what is left. Raises
     SchemasDiffer when one of them cannot be moved.
     """
     published, versions = (pointer or {}).get("tables", {}), {}
     for table in tables:
-        versions[table] = change(lake, table, run_id).version
+        versions[table] = change(lake, table, run_id, require=require).version
         delta.sync(lake.root, f"lake/{table}", after=published.get(table, -1), until=versions[table])
     return versions
 
 
 def change(
-    lake: "Lake", table: str, run_id: str, rows: Change | None = None, operation: str = "CHANGE COLUMN"
+    lake: "Lake",
+    table: str,
+    run_id: str,
+    rows: Change | None = None,
+    operation: str = "CHANGE COLUMN",
+    require: Callable[[], None] = lambda: None,
 ) -> Changed:
     """Give a table its declared columns, and its rows what `rows` makes of them, in one commit.
 
@@ -78,6 +90,7 @@ def change(
         if not lines:
             return Changed(read, read)
         crash_point(f"before its columns are changed: {table}")
+        require()
         how = {"operationParameters": {}, "readVersion": read, "isBlindAppend": False}
         info = delta.commit_info(operation, how | {"run_id": run_id, "stage": lake.ingested_by})
         if delta.commit(lake.root, f"lake/{table}", read + 1, [info, *lines]):

@@ -26,7 +26,8 @@ from etl.lake import commit as commits
 from etl.lake import evolution, formats, landing, ledger, parse, schemas, snapshot, upsert
 from etl.lake.landing import File
 from etl.lake.table import QUARANTINE, RESCUED, DataType, Table
-from etl.storage import Damaged, Root, Unreadable, crash_point
+from etl.leases import LeaseHeld, LeaseLost
+from etl.storage import Root, Unreadable, crash_point
 
 if TYPE_CHECKING:
     from etl.lake.lake import Lake
@@ -69,7 +70,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-class Overtaken(RuntimeError):
+class Overtaken(LeaseHeld):
     """Another run took this batch's number for other files; nothing was written."""
 
 
@@ -184,16 +185,21 @@ def _next(
 ) -> tuple[Batch | None, dict[str, str]]:
     """As `next_batch`, and the tables that are blocked."""
     root, now = lake.root, now or datetime.now(UTC)
-    pointer = snapshot.read_pointer(root)
-    if pointer is None and any(name.endswith(".done") for name in root.names(ledger.BATCHES)):
-        raise Damaged(f"{snapshot.POINTER} is gone, though batches were published: see `orchestrate.py rebuild`")
-    wrong = schemas.blocked(schemas.unsettled(lake, pointer))
+    pointer = commits.settled(lake, "next batch")
+    if pointer is None:
+        commits.require_beginning(root)
+    looks = schemas.look_at_all(lake, pointer)
+    wrong = schemas.blocked(schemas.unsettled(lake, pointer, looks))
     schemas.require_none(wrong, ())
     date = f"{now:%Y-%m-%d}"
+    last = max((seen.batch for seen in looks.values()), default=0)
+    if pointer and last > pointer["batch"] and (last > pointer["batch"] + 1 or not _is_begun(root, last)):
+        pointer = commits.catch_up(lake, "catch-up")
     number = pointer["batch"] if pointer else 0
     for unfinished in (number + 1, number):
         manifest = ledger.read(root, unfinished)
-        if manifest and not root.exists(ledger.done(unfinished)):
+        # what was marked done and is not published was published once: the pointer, or more, was copied back
+        if manifest and (unfinished > number or not root.exists(ledger.done(unfinished))):
             if unfinished > number:  # of one that is published nothing is written to tables any more
                 schemas.require_none(wrong, {file["table"] for file in manifest["files"]})
             files = tuple(replace(landing.of(lake, f["path"], f["bytes"]), again=True) for f in manifest["files"])
@@ -213,18 +219,23 @@ def _next(
     return Batch(lake, number + 1, date, at, files, waiting.repeated, waiting.refused, **left), wrong
 
 
+def _is_begun(root: Root, number: int) -> bool:
+    """Whether a batch was written down and not ended."""
+    return root.exists(ledger.manifest(number)) and not root.exists(ledger.done(number))
+
+
 def _adopt(lake: "Lake") -> dict[str, Any]:
     """Give a lake of an earlier release its ledger, from its manifests; returns the pointer that names it."""
-    with commits.writing(lake.root, "adopt"):
-        pointer = snapshot.read_pointer(lake.root)
-        assert pointer is not None, "the caller has seen it, and nothing removes it"
+    with commits.writing(lake, "adopt") as writer:
+        pointer = writer.pointer
+        assert pointer is not None, "the caller has seen it, and a lake that vanished is refused"
         if "files" in pointer["tables"]:
             return pointer
         rows = commits.encode(lake, "files", ledger.adopt(lake, pointer))
         commits.create_tables(lake, pointer["run_id"], known=pointer["tables"])
         about = {"batch": pointer["batch"], "run_id": pointer["run_id"]}
         versions = pointer["tables"] | {"files": commits.append(lake, "files", rows, **about, after=-1)}
-        return snapshot.swap_pointer(lake.root, pointer, as_of=pointer["as_of"], versions=versions, **about)
+        return writer.publish(as_of=pointer["as_of"], versions=versions, **about)
 
 
 def _utc(moment: str) -> datetime:
@@ -460,39 +471,61 @@ def commit(parsed: Parsed, *, run_id: str) -> dict[str, int]:
     """Write a batch down, commit it to every table, publish it, archive its files. Returns table -> version; nothing
     where another run has published the batch, whose rows are that one's to count.
 
-    May be killed anywhere and called again: every step looks first whether it is done. Raises storage.LeaseHeld when
-    another writer is at work, Overtaken when one took this number.
+    May be killed anywhere and called again: every step looks first whether it is done. May be stopped anywhere and go
+    on when others have done what they liked: the files that it archives are in the ledger that is published, in its
+    batch. Raises leases.LeaseHeld when another writer is at work, or has taken over; Overtaken when one took this
+    number.
     """
     batch = parsed.batch
     root = batch.lake.root
-    versions = {}
-    if batch.files or batch.manifest:
-        with commits.writing(root, run_id):
-            if batch.manifest:  # who began it may have died before its names were on the disk
-                root.sync(["lake", "lake/batches"])
-            root.require_writable(f"archive/{batch.date}")
-            listed = _write_down(parsed, run_id)
-            versions = _commit_tables(parsed, listed, run_id)
+    if not batch.files and not batch.manifest:
+        _clear(batch, run_id)
+        return {}
+    with commits.writing(batch.lake, run_id) as writer:
+        if batch.manifest:  # who began it may have died before its names were on the disk
+            root.sync(["lake", "lake/batches"])
+        root.require_writable(f"archive/{batch.date}")
+        if writer.pointer and writer.pointer["batch"] >= batch.number:
+            _require_published(parsed, writer.pointer)
+            versions = {table: writer.pointer["tables"].get(table, 0) for table in batch.lake.columns}
+            versions = versions if writer.pointer["run_id"] == run_id else {}
+        else:
+            versions = _commit_tables(parsed, _write_down(parsed, writer, run_id), writer, run_id)
         sha256s = dict(parsed.files.select("file", "sha256").rows())
-        landing.archive(root, [(file, sha256s[file.name]) for file in batch.files], batch.date, run_id)
-    landing.set_aside(root, batch.repeated, batch.date)
-    landing.refuse(root, batch.refused, batch.date, run_id)
-    landing.keep(root, batch.grown, run_id)
-    if batch.files or batch.manifest:
+        files = [(file, sha256s[file.name]) for file in batch.files]
+        landing.archive(root, files, batch.date, run_id, writer.lease.require)
+        _clear(batch, run_id)
         crash_point("before it is marked done")
+        writer.lease.require()
         root.write(ledger.done(batch.number), b"")
     crash_point("after all")
     return versions
 
 
-def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], run_id: str) -> dict[str, int]:
+def _clear(batch: Batch, run_id: str) -> None:
+    """Take away from landing what is no part of the batch."""
+    root = batch.lake.root
+    landing.set_aside(root, batch.repeated, batch.date)
+    landing.refuse(root, batch.refused, batch.date, run_id)
+    landing.keep(root, batch.grown, run_id)
+
+
+def _require_published(parsed: Parsed, pointer: dict[str, Any]) -> None:
+    """Raise Overtaken unless the files of a batch were published under its number: another run may have taken it."""
+    batch = parsed.batch
+    if "files" not in pointer["tables"]:  # an earlier release's lake, which has no ledger yet
+        return
+    rows = ledger.published(batch.lake, pointer, [batch.number])
+    known = {*rows.select("path", "sha256").iter_rows()}
+    if not known.issuperset(parsed.files.select("file", "sha256").iter_rows()):
+        raise Overtaken(f"another run published batch {batch.number} with other files; run this one again")
+
+
+def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], writer: commits.Writer, run_id: str) -> dict[str, int]:
     """Append to each table, publish. Returns table -> version. `listed`: the files that the manifest has."""
-    number, lake = parsed.batch.number, parsed.batch.lake
-    pointer = snapshot.read_pointer(lake.root)
+    number, lake, pointer = parsed.batch.number, parsed.batch.lake, writer.pointer
     before = pointer or {"batch": 0, "tables": {}, "as_of": None}
     versions = {table: before["tables"].get(table, 0) for table in lake.columns}
-    if before["batch"] >= number:
-        return versions if pointer and pointer["run_id"] == run_id else {}
     unsettled = schemas.unsettled(lake, pointer)
     wrong = schemas.blocked(unsettled)
     schemas.require_none(wrong, [*parsed.frames, *(file["table"] for file in listed)])
@@ -508,15 +541,13 @@ def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], run_id: str) ->
             heights = {table: frames[table].height if table in frames else 0 for table in asked}
             commits.require_same_rows(lake, heights, batch=number, published=before["tables"])
         commits.create_tables(lake, run_id, known=before["tables"])
-        moved = evolution.move(lake, [table for table in unsettled if table not in wrong], pointer, run_id)
-        # an object store's lease ends while files are written
-        if moved and snapshot.read_pointer(lake.root) != pointer:
-            raise Overtaken("another run published while tables were given their columns; run this one again")
-        versions |= moved
+        moved = [table for table in unsettled if table not in wrong]
+        versions |= evolution.move(lake, moved, pointer, run_id, writer.lease.require)
         for table, rows in zip(frames, encoded, strict=True):
             crash_point(f"before the commit: {table}")
             after = before["tables"].get(table, -1)
-            versions[table] = commits.append(lake, table, rows, batch=number, run_id=run_id, after=after)
+            about: Any = {"batch": number, "run_id": run_id, "require": writer.lease.require}
+            versions[table] = commits.append(lake, table, rows, after=after, **about)
             crash_point(f"after the commit: {table}")
         if parsed.batch.manifest:  # rows of files that are gone by now may be in the others
             others = {t: before["tables"].get(t, -1) for t in lake.columns if t not in frames and t not in wrong}
@@ -528,9 +559,7 @@ def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], run_id: str) ->
     # rows without a time are as new as the run that brought them
     as_of = max(EARLIEST, *clocks.values()) if clocks else max(parsed.batch.at, before["as_of"] or "")
     crash_point("before it is published")
-    snapshot.swap_pointer(
-        lake.root,
-        pointer,
+    writer.publish(
         batch=number,
         as_of=as_of,
         versions=versions,
@@ -569,7 +598,7 @@ def drain(
         parsed = read(batch, max_bad_share=max_bad_share)
         try:
             written = commit(parsed, run_id=run_id)
-        except Overtaken:  # what it did not take is still there: look again
+        except (Overtaken, LeaseLost):  # what it did not take is still there: look again
             continue
         done.append(summary(parsed, written))
         slowest = max(slowest, time.monotonic() - started)
@@ -624,21 +653,32 @@ def _for_quarantine(bad: pl.DataFrame, batch: Batch, file: File) -> pl.DataFrame
     return bad.select(*name, "line", "reason", "raw")
 
 
-def _write_down(parsed: Parsed, run_id: str) -> list[dict[str, Any]]:
-    """The manifest is there, with these files; returns those that it has. Raises Overtaken when it has others."""
+def _write_down(parsed: Parsed, writer: commits.Writer, run_id: str) -> list[dict[str, Any]]:
+    """The manifest is there, with these files; returns those that it has. Raises Overtaken when it has others.
+
+    A manifest goes only once a later batch is published. So one that could be created, while what was published is as
+    it was, has no other of its number before it.
+    """
     batch, root = parsed.batch, parsed.batch.lake.root
     paths = {file.name: file.path for file in batch.files}
     columns = parsed.files.select("table", "bytes", "sha256", path="file").select("path", "table", "bytes", "sha256")
     files = [file | {"path": paths[file["path"]]} for file in columns.to_dicts()]
+    mark = root.mark(ledger.manifest(batch.number)) if batch.manifest else None
     document = ledger.read(root, batch.number)
     if document is None:
         known = (batch.known or ledger.Known(root)).folded(batch.number)
         document = {"batch": batch.number, "run_id": run_id, "date": batch.date, "at": batch.at, "files": files}
         document["known"] = {"index": known.index, "recent": known.recent}
-        document["declared"] = batch.lake.declaration
+        document["declared"], document["fence"] = batch.lake.declaration, writer.lease.fence
         crash_point("before it is written down")
         if root.create(ledger.manifest(batch.number), ledger.written(document)):
             crash_point("written down")
+            try:
+                writer.require_first()
+            except LeaseLost:
+                if ledger.read(root, batch.number) == document:
+                    root.remove(ledger.manifest(batch.number))
+                raise
             return files
         document = ledger.read(root, batch.number) or {"files": []}
     if batch.manifest is None or document["files"] != batch.manifest["files"]:
@@ -652,7 +692,9 @@ def _write_down(parsed: Parsed, run_id: str) -> list[dict[str, Any]]:
         return list(document["files"])
     # files that changed or vanished before their rows were committed: the batch goes on without them
     left = [file for file in document["files"] if file not in lost]
-    root.write(ledger.manifest(batch.number), ledger.written(document | {"files": left}))
+    changed = document | {"files": left, "fence": writer.lease.fence}
+    if root.replace(ledger.manifest(batch.number), ledger.written(changed), mark) is None:
+        raise Overtaken(f"another run wrote down batch {batch.number} again; run this one again")
     return left
 
 

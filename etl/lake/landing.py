@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import posixpath
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -225,14 +225,22 @@ def cut(files: tuple[File, ...], max_files: int, max_bytes: int) -> tuple[File, 
     return files[: whole or taken]
 
 
-def archive(root: Root, files: Iterable[tuple[File, str]], date: str, run_id: str) -> list[File]:
+def archive(
+    root: Root,
+    files: Iterable[tuple[File, str]],
+    date: str,
+    run_id: str,
+    require: Callable[[], None] = lambda: None,
+) -> list[File]:
     """Move ingested files (and their sha256) to the archive of that day. Returns those that changed meanwhile: refused.
 
-    May be called again after a crash. A file that cannot be taken away from landing is copied.
+    May be called again after a crash. A file that cannot be taken away from landing is copied. `require` is asked
+    before each: what another run has archived may be there again by now, with other content.
     """
     changed, folders = [], set()
     for file, sha256 in files:
         crash_point(f"before the archive: {file.table}")
+        require()
         entry = root.entry(file.landing)
         if entry and entry.mark != file.mark and not _is(root, file, sha256):
             changed.append(file.refused("changed while it was ingested: the lake has what it was before"))

@@ -32,7 +32,7 @@ class NotDeclared(LookupError):
 
 
 class NotFinished(RuntimeError):
-    """The table has rows of a batch that is not published yet, or another run published meanwhile."""
+    """The table has rows of a batch that is not published yet."""
 
 
 @dataclass(frozen=True)
@@ -95,23 +95,19 @@ def promote(lake: "Lake", table: str, name: str, run_id: str) -> Promoted:
     if declared.fields[column].type.is_nested() and declared.fields[column].default is not None:
         raise ValueError(f"{table}.{column} has a default, and of a list or struct `_rescued` has a part as well")
     root, work = lake.root, _Work(declared, column)
-    with commit.writing(root, run_id):
-        pointer = snapshot.read_pointer(root)
+    with commit.writing(lake, run_id) as writer:
+        pointer = writer.pointer
         if pointer is None:
             raise snapshot.NothingPublished(f"nothing is published under {root.url} yet")
         published = pointer["tables"].get(table, -1)
         if (lake.table(table).transaction_version(commit.APP_ID) or 0) > pointer["batch"]:
             raise NotFinished(f"batch {pointer['batch'] + 1} is not finished: run {lake.ingested_by} first")
-        done = evolution.change(lake, table, run_id, work, "UPDATE")
+        done = evolution.change(lake, table, run_id, work, "UPDATE", writer.lease.require)
         delta.sync(root, f"lake/{table}", after=published, until=done.version)
-        if snapshot.read_pointer(root) != pointer:  # an object store's lease ends while files are written
-            raise NotFinished("another run published meanwhile: ask again")
         known = pointer.get("schemas", {}) | {table: lake.fingerprints[table]}
         if done.version != published or known != pointer.get("schemas"):
             crash_point("before the promotion is published")
-            snapshot.swap_pointer(
-                root,
-                pointer,
+            writer.publish(
                 batch=pointer["batch"],
                 as_of=pointer["as_of"],
                 versions=pointer["tables"] | {table: done.version},

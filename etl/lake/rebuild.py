@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from etl.lake import commit, ingest, landing, ledger, quarantine, snapshot, sorting
+from etl.lake import commit, ingest, landing, ledger, quarantine, snapshot, sorting, switch
 from etl.storage import Damaged, Root
 
 if TYPE_CHECKING:
     from etl.lake.lake import Lake
 
-SCRATCH = "rebuilding"
 NO_LIMIT = 1 << 40
 UNREADABLE = (Exception, pl.exceptions.PanicException)  # whatever a library says of what is damaged
 
@@ -47,29 +46,39 @@ class Part:
 def rebuild(lake: "Lake", run_id: str = "rebuild", accept_quarantine: bool = False) -> pl.DataFrame:
     """Make the lake again and put it in the place of the present one, which stays as `lake-before-<time>`.
 
+    Killed before the swap it has changed nothing; killed after it, the next writer does what is left.
+
     Returns one row a table: table, rows, rows_before, equal (null where the present one cannot be read). Files in
     landing wait meanwhile. Files of which no line fits by now go to `refused/` too; they stay in the archive. Raises
-    NotWhole, storage.LeaseHeld, and unless `accept_quarantine` RowsWouldGo when rows that are in the present one would
+    NotWhole, leases.LeaseHeld, and unless `accept_quarantine` RowsWouldGo when rows that are in the present one would
     be set apart; nothing is changed then.
     """
-    root, scratch = lake.root, lake.at(lake.root.url_of(SCRATCH))
-    with commit.writing(root, run_id):
-        root.remove_tree(SCRATCH)
+    root = lake.root
+    with root.lease(commit.WRITER, run_id) as lease:
+        mark, pointer = root.mark(snapshot.POINTER), None
+        with contextlib.suppress(Damaged):
+            pointer = snapshot.read_pointer(root)
+        if pointer:
+            lease.rise(pointer.get("fence", 0))
+            if "under" in pointer:
+                switch.finish(root, pointer, lease)
+                mark = root.mark(snapshot.POINTER)
+        scratch = switch.scratch(lake, lease)
         for part in _parts(lake):
             _again(lake, scratch, part, run_id)
         if not snapshot.published(scratch):
-            root.remove_tree(SCRATCH)
+            root.remove_tree(switch.folder_of(lease))
             raise NotWhole("no line of the archive's files fits, or there are none: nothing was changed")
         if not accept_quarantine and (gone := list(_gone(lake, scratch))):
-            root.remove_tree(SCRATCH)
+            root.remove_tree(switch.folder_of(lease))
             raise RowsWouldGo(f"{'; '.join(gone)}. Nothing was changed")
         compared = _compare(lake, scratch)
         before = f"lake-before-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
-        root.move_tree("lake", before)
-        root.move_tree(f"{SCRATCH}/lake", "lake")
-        for rel in root.files(f"{SCRATCH}/refused"):
-            root.move(rel, rel.removeprefix(f"{SCRATCH}/"))
-        root.remove_tree(SCRATCH)
+        least = max([_published_batch(root), *(manifest["batch"] for manifest in _manifests(root))])
+        switch.begin(lake, scratch, lease, mark, least, before)
+        pointer = snapshot.read_pointer(root)
+        if pointer and "under" in pointer:  # else another one took over and has done it
+            switch.finish(root, pointer, lease)
     return compared
 
 

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
 import pyarrow as pa
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from etl.lake.lake import Lake
     from etl.lake.table import DataType
 
+APP_ID = "preprocess"  # whose transactions number the batches; it is in the log of every lake, whatever the stage
 READER_VERSION, WRITER_VERSION = 1, 2  # of Delta's protocol, that this engine reads and writes
 WIDER = {
     "byte": {"short", "integer", "long"},
@@ -46,6 +47,22 @@ class ChangedMeanwhile(RuntimeError):
     """Somebody gave a table other columns while a batch was committed; it can become what it is declared to be."""
 
 
+class RowsTaken(SchemasDiffer):
+    """Another writer took rows of ours away; nothing was written."""
+
+
+class Look(NamedTuple):
+    """What came to a table since it was published: its newest `version`, the newest `batch` of ours, 0 for none,
+    whether its columns may have been `touched`, and whether the log has been `cleaned` of what was published. `why`:
+    what of it is not welcome."""
+
+    version: int
+    batch: int
+    touched: bool
+    cleaned: bool = False
+    why: str | None = None
+
+
 @dataclass(frozen=True)
 class Move:
     """What is to become of a table's columns. `fields`: all of them then, as Delta's schema has them. `rewrites`:
@@ -71,19 +88,24 @@ def fingerprint(fields: list[delta.Action], partitions: Sequence[str] = ()) -> s
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
-def unsettled(lake: "Lake", pointer: dict[str, Any] | None) -> dict[str, str | None]:
+def unsettled(
+    lake: "Lake", pointer: dict[str, Any] | None, looks: "Mapping[str, Look] | None" = None
+) -> dict[str, str | None]:
     """The tables that there are and that are not known to be as they are declared -> why one cannot become it, or was
-    changed by others to what this engine does not write; None where it can.
+    changed by others to what this engine does not write; None where it can. `looks`: as of `look_at_all`, if that was
+    asked already.
 
     Only a table is opened whose columns the pointer does not know, or that others changed since, so nearly always none:
     of the others the commits since the published version are looked at, which nearly always are none.
     """
-    known, versions = ((pointer or {}).get(what, {}) for what in ("schemas", "tables"))
+    seen = look_at_all(lake, pointer) if looks is None else looks
+    known = (pointer or {}).get("schemas", {})
 
     def looked(table: str) -> tuple[bool, str | None]:
-        touched = table in versions and _touched(lake, table, versions[table])
-        unknown = known.get(table) != lake.fingerprints[table] or table not in versions
-        if not touched and not (unknown and lake.root.names(delta.log_of(f"lake/{table}"))):
+        if table in seen and seen[table].why:
+            return True, seen[table].why
+        unknown = known.get(table) != lake.fingerprints[table] or table not in seen
+        if not (table in seen and seen[table].touched) and not (unknown and _is_there(lake, table)):
             return False, None
         try:
             return True, plan(lake, table, lake.table(table))[1]
@@ -105,10 +127,83 @@ def require_none(blocked: Mapping[str, str], tables: Iterable[str]) -> None:
         raise SchemasDiffer(refusal(wrong))
 
 
-def _touched(lake: "Lake", table: str, after: int) -> bool:
-    """Whether a commit after the version says something of the table's columns or protocol."""
-    commits = delta.since(lake.root, f"lake/{table}", after)
-    return any("protocol" in line or "metaData" in line for _, lines in commits for line in lines)
+def _is_there(lake: "Lake", table: str) -> bool:
+    return bool(lake.root.names(delta.log_of(f"lake/{table}")))
+
+
+def look_at_all(lake: "Lake", pointer: dict[str, Any] | None) -> dict[str, Look]:
+    """What came to each published table since; where that is not welcome, why."""
+    versions = {table: version for table, version in (pointer or {}).get("tables", {}).items() if table in lake.columns}
+
+    def looked(table: str) -> Look:
+        try:
+            return look(lake, table, versions[table])
+        except SchemasDiffer as error:
+            return Look(versions[table], 0, touched=True, why=str(error))
+
+    return dict(zip(versions, lake.root.each(looked, versions), strict=True))
+
+
+def look(lake: "Lake", table: str, after: int) -> Look:
+    """What came to a table after the version `after`, nearly always nothing.
+
+    Rows that others append are welcome; that they take rows away is not. Raises SchemasDiffer when somebody asks for
+    what this engine does not write, RowsTaken.
+    """
+    version, batch, touched = after, 0, False
+    theirs: set[str] = set()  # files that others have brought since
+    gone: dict[str, str] = {}  # files that others have taken away since, and that are not back: who did it
+    try:
+        for number, lines in delta.since(lake.root, f"lake/{table}", after):
+            version = number
+            info: delta.Action = next((line["commitInfo"] for line in lines if "commitInfo" in line), {})
+            ours = "run_id" in info and info.get("stage") in (lake.ingested_by, lake.compacted_by)
+            for line in lines:
+                require_protocol(table, line.get("protocol", {}))
+                touched |= "protocol" in line or "metaData" in line
+                if line.get("txn", {}).get("appId") == APP_ID:
+                    batch = max(batch, line["txn"]["version"])
+                removed = line.get("remove", {})
+                if removed.get("dataChange") and not ours and removed["path"] not in theirs:
+                    gone[removed["path"]] = f"version {number} ({info.get('operation', 'of an unknown operation')})"
+            for line in lines:  # a file may be taken away and brought by one commit
+                added = line.get("add", {})
+                if gone.pop(added.get("path"), None) is None and added.get("dataChange") and not ours:
+                    theirs.add(added["path"])
+    except delta.Cleaned:  # what came is known by the table alone
+        handle = lake.table(table)
+        _require_all_rows(lake, table, handle)
+        return Look(handle.version(), handle.transaction_version(APP_ID) or 0, touched=True, cleaned=True)
+    if gone:
+        raise RowsTaken(_taken(table, f"by {' and '.join(sorted(set(gone.values())))}", after))
+    return Look(version, batch, touched)
+
+
+def _require_all_rows(lake: "Lake", table: str, handle: "DeltaTable") -> None:
+    counted = rows_by_ledger(lake, table, lake.table("files"))
+    there = delta.file_stats(handle)[1]
+    if counted is not None and there < counted:
+        raise RowsTaken(_taken(table, f"{counted - there:,} of {counted:,}, and cleaned its log", None))
+
+
+def _taken(table: str, what: str, version: int | None) -> str:
+    back = f"bring them back (`DeltaTable(...).restore({version})`)" if version is not None else "bring them back"
+    return (
+        f"{table}: another writer took rows of ours away, {what}. Nothing was written; what to do: {back}, or make the "
+        f"lake again from its archive: `orchestrate.py rebuild`"
+    )
+
+
+def rows_by_ledger(lake: "Lake", table: str, ledger: "DeltaTable") -> int | None:
+    """How many rows of a table a version of the ledger knows of; None where it cannot say: of a table in which newer
+    rows replace older ones, of the ledger itself, and where a file's rows were not counted."""
+    declared = lake.tables.get(table)
+    if table == "files" or (declared and declared.upserts):
+        return None
+    files = pl.scan_delta(ledger)
+    counted = files.select("refused") if table == "quarantine" else files.filter(table=table).select("rows")
+    column = counted.collect().to_series()
+    return None if column.null_count() else int(column.sum())
 
 
 def require_protocol(table: str, protocol: delta.Action) -> None:

@@ -16,6 +16,7 @@ import polars as pl
 from etl import delta
 from etl.lake import schemas, upsert
 from etl.lake.table import BATCH, RESCUED
+from etl.leases import LeaseLost
 from etl.storage import Damaged, Root
 
 if TYPE_CHECKING:
@@ -154,7 +155,9 @@ def published(lake: "Lake") -> Snapshot | None:
 
 
 def of_pointer(lake: "Lake", pointer: dict[str, Any]) -> Snapshot:
-    """The snapshot that a pointer names."""
+    """The snapshot that a pointer names. `under`: the folder that has its lake, where that has not been moved yet."""
+    if "under" in pointer:
+        lake = lake.at(lake.root.url_of(pointer["under"]))
     as_of = datetime.fromisoformat(pointer["as_of"])
     newest = {table: datetime.fromisoformat(time) for table, time in clocks_of(pointer).items() if table}
     return Snapshot(lake, pointer["batch"], as_of, pointer["tables"], pointer["run_id"], newest)
@@ -168,7 +171,7 @@ def clocks_of(pointer: dict[str, Any] | None) -> dict[str, str]:
 
 
 def read_pointer(root: Root) -> dict[str, Any] | None:
-    """The pointer itself: batch, as_of, tables, schemas, run_id, published_at; None before the first batch.
+    """The pointer itself: batch, fence, as_of, tables, schemas, run_id, published_at; None before the first batch.
 
     Raises storage.Damaged.
     """
@@ -188,19 +191,24 @@ def swap_pointer(
     run_id: str,
     schemas: dict[str, str] | None = None,
     clocks: dict[str, str] | None = None,
+    fence: int = 0,
 ) -> dict[str, Any]:
-    """Have the pointer name these versions; returns it. Only under the writer's lease, by which `before` was read.
+    """Have the pointer name these versions, if it is still as `before`; returns it.
+
+    Of two who have read the same one the second raises LeaseLost, whatever lease it believes to hold: so the pointer
+    never moves back. `fence`: the number of the lease by which it is moved.
 
     `schemas`: table -> the fingerprint of the columns that it is known to have; None where nobody looked: then what was
     known stays so of the tables whose version does.
     """
-    known = clocks_of(before)
+    known, was = clocks_of(before), before
     if schemas is None:
         before = before or {"tables": {}}
         same = {table for table, version in versions.items() if before["tables"].get(table) == version}
         schemas = {table: known for table, known in before.get("schemas", {}).items() if table in same}
     pointer = {
         "batch": batch,
+        "fence": fence,
         "as_of": as_of,
         "tables": versions,
         "schemas": schemas,
@@ -208,5 +216,14 @@ def swap_pointer(
         "run_id": run_id,
         "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    root.write(POINTER, json.dumps(pointer, indent=1).encode())
+    replace_pointer(root, was, pointer)
     return pointer
+
+
+def replace_pointer(root: Root, before: dict[str, Any] | None, pointer: dict[str, Any]) -> None:
+    """Put a pointer in the place of the one that is as `before`, None for none. Raises LeaseLost when it is not."""
+    mark = root.mark(POINTER)
+    if (mark is None) != (before is None) or (before is not None and read_pointer(root) != before):
+        raise LeaseLost("another run published meanwhile: run this one again")
+    if root.replace(POINTER, json.dumps(pointer, indent=1).encode(), mark) is None:
+        raise LeaseLost("another run published meanwhile: run this one again")

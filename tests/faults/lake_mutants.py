@@ -1,11 +1,13 @@
 """The campaign itself under test: with a safeguard taken out it has to fail. One that does not notice is of no use."""
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from etl.storage import PROJECT
@@ -26,21 +28,48 @@ def _published_early() -> None:
 
     append = commit.append
 
-    def early(lake, table, rows, *, batch, run_id, after):
+    def early(lake, table, rows, *, batch, **about):
         if table == "lineitem":
             pointer = read_pointer(lake.root)
             as_of = pointer["as_of"] if pointer else "1970-01-01T00:00:00+00:00"
             versions = {name: lake.table(name).version() for name in lake.columns}
-            swap_pointer(lake.root, pointer, batch=batch, as_of=as_of, versions=versions, run_id=run_id)
-        return append(lake, table, rows, batch=batch, run_id=run_id, after=after)
+            swap_pointer(lake.root, pointer, batch=batch, as_of=as_of, versions=versions, run_id=about["run_id"])
+        return append(lake, table, rows, batch=batch, **about)
 
     commit.append = early
 
 
 def _no_lease() -> None:
+    from etl.leases import Lease
     from etl.storage import LocalRoot
 
-    LocalRoot.lease = lambda self, rel, holder, ttl_s=300, wait_s=30: contextlib.nullcontext()
+    class Nobody(Lease):
+        def require(self) -> None:
+            """It is held by all."""
+
+    LocalRoot.lease = lambda self, rel, holder, wait_s=30: contextlib.nullcontext(Nobody("", holder, {}))
+
+
+def _quick_leases(clock_s: float = 0) -> None:
+    """Leases that are taken over within a second, on a machine whose clock is wrong."""
+    import time
+
+    from etl import leases
+    from etl.lake import compaction, ingest
+
+    leases.RENEW_S, leases.DEAD_S, leases.LOOK_S = 0.2, 1.0, 0.05
+    now, clock = time.time, datetime.now
+    time.time = lambda: now() + clock_s
+
+    class Wrong(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return clock(tz) + timedelta(seconds=clock_s)
+
+        fromisoformat = datetime.fromisoformat
+
+    for module in (compaction, ingest):
+        module.datetime = Wrong
 
 
 def _librarys_compaction() -> None:
@@ -106,6 +135,9 @@ def _librarys_append_to_the_index() -> None:
 
 
 APPLY = {
+    "quick leases": _quick_leases,
+    "quick leases, clock ahead": functools.partial(_quick_leases, 600),
+    "quick leases, clock behind": functools.partial(_quick_leases, -600),
     "nothing synced": _nothing_synced,
     "no folder synced": _no_folder_synced,
     "no sync of what others left": _no_sync_of_what_others_left,

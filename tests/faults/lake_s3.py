@@ -19,7 +19,7 @@ SHARE = 0.2  # of the answers to PUT and DELETE
 def lost_replies(n: int, seed: int) -> str:
     """n batches and compactions, a fifth of all answers to their writes lost; every line is there exactly once."""
     pick = random.Random(seed)
-    with tempfile.TemporaryDirectory(prefix="lake-") as folder, _bucket() as (proxy, root):
+    with tempfile.TemporaryDirectory(prefix="lake-") as folder, bucket() as (proxy, root):
         world, again = World(Path(folder), seed), 0
         world.root, proxy.dice = root, pick
         for number in range(n):
@@ -37,7 +37,7 @@ def lost_replies(n: int, seed: int) -> str:
 
 
 @contextlib.contextmanager
-def _bucket():
+def bucket():
     """A proxy before an S3 server of its own, and the URL of a root there."""
     import boto3
     import s3fs

@@ -21,7 +21,8 @@ import duckdb
 import polars as pl
 
 from etl.lake import Snapshot, ingest
-from etl.storage import LeaseHeld, Root
+from etl.leases import LeaseHeld
+from etl.storage import Root
 from pipeline import Lake, source
 from pipeline.tables import TABLES
 
@@ -59,12 +60,14 @@ class World:
         self.random, self.bad, self.next_tick = random.Random(seed), bad, 0
         self.quarantined: set[tuple[str, int]] = set()
         self.reads = 0
+        self.environment: dict[str, str] = {}  # of the stages
         (self.folder / "given").mkdir(parents=True, exist_ok=True)
 
     def copied(self, folder: Path) -> "World":
         """The same world again, in another folder."""
         shutil.copytree(self.folder, folder)
         copy = World(folder, self.next_tick, self.bad)
+        copy.environment = self.environment
         copy.quarantined, copy.next_tick = set(self.quarantined), self.next_tick
         return copy
 
@@ -102,7 +105,8 @@ class World:
 
     def process(self, stage: str, crash_at: str | None = None, mutant: str | None = None, wait_for: str | None = None):
         """A stage in a process of its own, started; it begins when the file `wait_for` is there."""
-        child = processes.Process(target=_run, args=(stage, self.root, str(self.folder), crash_at, mutant, wait_for))
+        about = (stage, self.root, str(self.folder), crash_at, mutant, wait_for, self.environment)
+        child = processes.Process(target=_run, args=about)
         child.start()
         return child
 
@@ -203,9 +207,20 @@ def stage(name: str, root: str) -> None:
         failed = Lake(root).compact(**ask).drop_nulls("failed")
         if failed.height:
             raise NotHeld(f"{failed['table'][0]} could not be compacted: {failed['failed'][0]}")
+    elif name == "rebuild":
+        Lake(root).rebuild(f"rebuild-{os.getpid()}")
 
 
-def _run(name: str, root: str, folder: str, crash_at: str | None, mutant: str | None, wait_for: str | None) -> None:
+def _run(
+    name: str,
+    root: str,
+    folder: str,
+    crash_at: str | None,
+    mutant: str | None,
+    wait_for: str | None,
+    environment: dict[str, str],
+) -> None:
+    os.environ |= environment
     log = os.open(f"{folder}/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 2)
     if crash_at:

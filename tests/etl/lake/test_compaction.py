@@ -114,7 +114,7 @@ def test_two_compactions_that_read_the_same_files_change_no_row(scattered):
 
 
 def test_a_table_has_one_compaction_at_a_time(scattered):
-    with Root.at(scattered).lease("lake/leases/lineitem", "another"):
+    with Root.at(scattered).lease("leases/tables/lineitem", "another"):
         done = Lake(scattered).compact(**ASK, run_id="compact-1")
     assert "left to another compaction" in done.filter(table="lineitem")["note"][0]
     assert done.filter(table="orders")["files_after"][0] == 1

@@ -24,6 +24,7 @@ from polars.testing import assert_frame_equal
 from etl import delta, storage
 from etl.lake import Lake, commit, compaction, evolution, ingest, landing, schemas, snapshot
 from etl.lake.table import DAY, INT, INT32, TEXT, TIME, Column, Table, decimal
+from etl.leases import LeaseLost
 from etl.questions import engines
 from etl.runs import provenance
 
@@ -543,7 +544,7 @@ def test_a_table_is_moved_while_it_is_compacted(begun, monkeypatch, point):
 
 
 def test_the_pointer_is_not_moved_back_where_a_lease_ended_meanwhile(begun, monkeypatch):
-    """As in an object store, when files take longer to be written again than a lease lasts."""
+    """As in an object store, when a writer is stopped for longer than its lease lasts."""
     lake = moved(begun.root)
     land(lake, 2, {"id": 4, "colour": "red", "price": 2})
     newer = {**snapshot.read_pointer(lake.root), "published_at": "2026-03-01T12:00:00+00:00", "run_id": "another"}
@@ -553,7 +554,7 @@ def test_the_pointer_is_not_moved_back_where_a_lease_ended_meanwhile(begun, monk
             lake.root.write(snapshot.POINTER, json.dumps(newer).encode())
 
     monkeypatch.setattr(evolution, "crash_point", meanwhile)
-    with pytest.raises(ingest.Overtaken, match="another run published while tables were given their columns"):
+    with pytest.raises(LeaseLost, match="another run published meanwhile"):
         ingested(lake)
     assert snapshot.read_pointer(lake.root) == newer
     ingested(lake)

@@ -1,12 +1,20 @@
 """An object store that does what it is asked, whose answer is lost on the way: what was committed stays committed."""
 
+import json
+import threading
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import duckdb
 import polars as pl
+import pyarrow as pa
 import pytest
+import s3fs
+from deltalake import write_deltalake
 from support import ingest_all
 
+from etl import delta
 from etl.storage import Root
 from pipeline import Lake, source
 
@@ -30,6 +38,49 @@ def rows(root: str, tmp_path, table: str = "orders") -> tuple:
 def given(made: dict, ticks) -> tuple:
     frames = pl.concat([made[tick]["orders"] for tick in ticks])
     return frames.height, frames["o_orderkey"].n_unique(), frames["o_totalprice"].sum()
+
+
+@pytest.fixture
+def credentials_endpoint(monkeypatch) -> Iterator[list[str]]:
+    """No keys in the environment, but who hands them out; what it was asked."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            soon = f"{datetime.now(UTC) + timedelta(hours=1):%Y-%m-%dT%H:%M:%SZ}"
+            keys = {"AccessKeyId": "handed", "SecretAccessKey": "out", "Token": "token", "Expiration": soon}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(keys).encode())
+
+        def log_message(self, *_) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"http://127.0.0.1:{server.server_address[1]}/keys")
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield asked
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.shutdown()
+    server.server_close()
+
+
+def test_credentials_that_an_endpoint_hands_out_reach_all_libraries(s3_root, credentials_endpoint, tmp_path):
+    place = Root.at(s3_root)
+    options = place.storage_options
+    keys = {name: options.get(f"AWS_{name}") for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN")}
+    assert keys == {"ACCESS_KEY_ID": "handed", "SECRET_ACCESS_KEY": "out", "SESSION_TOKEN": "token"}
+    columns = {"id": pl.Int64}
+    delta.create_table(place, "lake/t", columns, keys=(), properties={}, about={})  # s3fs
+    write_deltalake(place.table("lake/t"), pa.table({"id": [1, 2]}), mode="append")
+    assert pl.scan_delta(place.table("lake/t")).collect()["id"].to_list() == [1, 2]
+    [url] = place.table("lake/t").file_uris()
+    assert pl.read_parquet(url, storage_options=place.storage_options).height == 2
+    assert credentials_endpoint == ["/keys"] * len(credentials_endpoint) and credentials_endpoint
 
 
 @pytest.mark.parametrize("says", [True, False])

@@ -1,21 +1,24 @@
 """The lake again from its archive, and doctor: what is planted is named."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from deltalake import DeltaTable
 from faults import synthetic
 from polars.testing import assert_frame_equal
 from support import AT, ingest_all
 
 from etl.findings import Finding
-from etl.lake import rebuild
+from etl.lake import rebuild, switch
+from etl.lake import snapshot as snapshots
 from etl.lake.table import TEXT, Column
 from etl.questions import results
 from etl.runs import index
-from etl.storage import Root
+from etl.storage import Damaged, Root
 from pipeline import Lake, model, queries, source
 from pipeline.tables import TABLES
 
@@ -242,3 +245,106 @@ def test_doctor_names_what_is_planted_and_what_to_do(lived, what):
     wrong = [finding for finding in examine(lived) if finding.problem]
     assert {one.what for one in wrong} == {named}
     assert all(one.remedy for one in wrong)
+
+
+class Died(BaseException):
+    """As if the process had been killed."""
+
+
+SWITCH = [
+    ("made again, not switched", 1),
+    ("what was before is beside", 1),
+    ("some of it is there", 2),
+    ("what was before is gone", 1),
+    ("switched and moved", 1),
+]
+
+
+def dying_at(monkeypatch, point: str, time: int) -> None:
+    """The `time`-th time that a rebuild comes to the point it dies."""
+    met = []
+
+    def die(name: str) -> None:
+        met.append(name)
+        if (name, met.count(name)) == (point, time):
+            raise Died
+
+    monkeypatch.setattr(switch, "crash_point", die)
+
+
+@pytest.mark.parametrize(
+    "point,time,next_run",
+    [(*at, run) for at, run in zip(SWITCH, itertools.cycle(["preprocess", "compact", "rebuild"]))],
+)
+def test_a_rebuild_that_dies_is_ended_by_the_next_run(lived, made, stream, monkeypatch, point, time, next_run):
+    before = tables(lived)
+    with monkeypatch.context() as patched, pytest.raises(Died):
+        dying_at(patched, point, time)
+        Lake(lived).rebuild()
+    for table, frame in tables(lived).items():  # readers meanwhile
+        assert_frame_equal(frame, before[table])
+    if next_run == "preprocess":
+        assert Lake(lived).next_batch(max_files=9, scheduled_for=AT) is None
+    elif next_run == "compact":
+        assert (
+            Lake(lived).compact(target_mb=64, min_small_files=2, vacuum_hours=24, run_id="c")["failed"].is_null().all()
+        )
+    else:
+        assert Lake(lived).rebuild()["equal"].all()
+    source.land(Root.at(lived), stream, source.make_ticks(stream, range(3, 4)))
+    ingest_all(lived)
+    after = tables(lived)
+    for table, frame in before.items():
+        key = Lake(lived).keys[table]
+        assert_frame_equal(after[table].join(frame.select(key), on=key, how="semi"), frame)
+    assert (after["files"].height, Lake(lived).snapshot().batch) == (before["files"].height + 2, 4)
+    Lake(lived).compact(target_mb=64, min_small_files=2, vacuum_hours=24, run_id="c")
+    left = {name.split("-")[0] for name in Root.at(lived).names("")}
+    assert left == {"archive", "lake", "landing", "leases"}
+    assert examine(lived) == [Finding(finding.what) for finding in examine(lived)]
+
+
+def test_versions_rise_and_the_log_begins_with_what_was_made_again(lived):
+    before = Lake(lived).snapshot()
+    Lake(lived).rebuild()
+    after = Lake(lived).snapshot()
+    assert set(after.versions.values()) == {1000} and after.batch == before.batch
+    assert (
+        DeltaTable(f"{lived}/lake/orders").version(),
+        len(list(Path(lived, "lake/orders/_delta_log").iterdir())),
+    ) == (
+        1000,
+        3,
+    )
+    beside = next(path for path in Path(lived).iterdir() if path.name.startswith("lake-before-"))
+    assert json.loads((beside / "published.json").read_text())["tables"] == before.versions
+    assert DeltaTable(str(beside / "orders")).version() == before.versions["orders"]
+
+
+def test_a_lake_that_vanished_does_not_begin_anew(lived):
+    shutil.rmtree(Path(lived, "lake"))
+    for _ in range(2):
+        with pytest.raises(Damaged, match="batch 3 was published and archive/ has what was ingested.*rebuild"):
+            Lake(lived).next_batch(max_files=9, scheduled_for=AT)
+        shutil.move(Path(lived, "archive"), Path(lived, "elsewhere"))
+        with pytest.raises(Damaged, match="though batch 3 was published: nothing begins anew"):
+            Lake(lived).next_batch(max_files=9, scheduled_for=AT)
+        shutil.move(Path(lived, "elsewhere"), Path(lived, "archive"))
+    assert not Path(lived, "lake").exists()
+    Lake(lived).rebuild()
+    assert Lake(lived).next_batch(max_files=9, scheduled_for=AT) is None
+
+
+def test_a_rebuild_in_an_object_store_that_dies_is_ended_by_the_next_run(s3_root, stream, made, monkeypatch):
+    source.land(Root.at(s3_root), stream, {1: made[1]})
+    ingest_all(s3_root)
+    before = tables(s3_root)
+    with monkeypatch.context() as patched, pytest.raises(Died):
+        dying_at(patched, "some of it is there", 2)
+        Lake(s3_root).rebuild()
+    assert_frame_equal(tables(s3_root)["orders"], before["orders"])
+    assert Lake(s3_root).next_batch(max_files=9, scheduled_for=AT) is None
+    assert "under" not in snapshots.read_pointer(Root.at(s3_root))
+    for table, frame in tables(s3_root).items():
+        assert_frame_equal(frame, before[table])
+    assert Lake(s3_root).snapshot().versions["orders"] == 1000

@@ -277,5 +277,5 @@ def test_a_move_in_an_object_store_that_is_killed_is_ended_by_the_next(s3_root, 
 
 
 def expire(root, lease):
-    """As if the lease of a killed process had run out."""
-    root.write(lease, json.dumps(root.read_json(lease) | {"until": 0}).encode())
+    """As if nobody had renewed the lease of a killed process for long."""
+    root.write(lease, json.dumps(root.read_json(lease) | {"holder": None}).encode())

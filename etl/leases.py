@@ -1,0 +1,223 @@
+"""Who may write: one holder at a time, each with a number that is higher than all before it, its fence.
+
+On this machine the operating system holds a lease (flock) and frees it the moment its holder dies. In an object store
+it is a document that its holder writes again every RENEW_S seconds. Two machines' clocks are never held against each
+other: whoever waits looks whether the document changes, by the watch of its own process, and takes the lease over when
+it has not for DEAD_S. Taking, renewing and letting go are conditional on what was there, so that of two who take it
+over at once one succeeds, and a holder that was taken over finds that out by its next renewal.
+
+A holder that was stopped and goes on later does not know at once that it was taken over. `require` says it: it goes by
+a watch that runs while the process, or the machine, does not, and a lease that was renewed less than DEAD_S ago cannot
+have been taken over, whatever the clocks say, as long as all watches run about equally fast. Between `require` and what
+is done next a holder may be stopped again. So what is done next has to be harmless by itself when it comes too late:
+conditional on what the holder has read before.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from etl.storage import Root
+
+log = logging.getLogger(__name__)
+RENEW_S = 5.0
+DEAD_S = 25.0  # without a renewal
+LOOK_S = 0.5  # between two looks whether it is free
+
+
+class LeaseHeld(RuntimeError):
+    """Somebody else holds the lease and did not let go of it in time."""
+
+
+class LeaseLost(LeaseHeld):
+    """The lease was taken over, since it was not renewed in time; what was published meanwhile is another's."""
+
+
+class Lease:
+    """A lease that is held. `fence`: its number. `about`: what the holder leaves for the next one, and what it got."""
+
+    def __init__(self, url: str, holder: str, before: dict[str, Any]):
+        self._url, self._holder, self._token, self._beat = url, holder, os.urandom(16).hex(), 0
+        self.fence, self.about = int(before.get("fence", 0)) + 1, dict(before.get("about", {}))
+
+    def require(self) -> None:
+        """Raises LeaseLost unless the lease is held now."""
+        raise NotImplementedError
+
+    def rise(self, fence: int) -> None:
+        """Have a number above `fence`, which was given out by a lease that somebody removed."""
+        if self.fence <= fence:
+            self.fence = fence + 1
+            self._say(self._holder)
+
+    def _say(self, holder: str | None) -> None:
+        """Write the document. `holder`: None to let go of it."""
+        raise NotImplementedError
+
+    def _document(self, holder: str | None) -> bytes:
+        self._beat += 1
+        said = {"holder": holder, "fence": self.fence, "beat": self._beat, "token": self._token, "about": self.about}
+        return json.dumps(said).encode()
+
+
+class FileLease(Lease):
+    """Held by flock on a file, which has the document."""
+
+    def __init__(self, path: str, holder: str, file: IO[bytes]):
+        self._file = file
+        super().__init__(path, holder, _read(file))
+        self._say(holder)
+
+    def require(self) -> None:
+        if not os.fstat(self._file.fileno()).st_nlink:
+            raise LeaseLost(f"{self._url} was removed while {self._holder} held it")
+
+    def _say(self, holder: str | None) -> None:
+        said = self._document(holder)
+        self._file.seek(0)
+        self._file.write(said)
+        self._file.truncate(len(said))
+        self._file.flush()
+
+    def release(self) -> None:
+        """Leave the document to the next one; the lock goes with the file's closing."""
+        self._say(None)
+
+
+@contextlib.contextmanager
+def of_file(path: str, holder: str, wait_s: float) -> Iterator[FileLease]:
+    """Hold the lease whose file is at `path`. Raises LeaseHeld."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", closefd=True) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise LeaseHeld(f"{path} is held by {_read(file).get('holder') or 'another process'}") from None
+            else:
+                if os.fstat(file.fileno()).st_nlink:  # else it was removed before it was locked
+                    lease = FileLease(path, holder, file)
+                    try:
+                        yield lease
+                    finally:
+                        lease.release()
+                    return
+        time.sleep(0.05)
+
+
+def _read(file: IO[bytes]) -> dict[str, Any]:
+    file.seek(0)
+    return _parsed(file.read())
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    """The document; empty where it is none, as after a loss of power."""
+    with contextlib.suppress(ValueError):
+        document = json.loads(data)
+        if isinstance(document, dict):
+            return document
+    return {}
+
+
+class StoreLease(Lease):
+    """Held by renewing the document in an object store."""
+
+    def __init__(self, root: "Root", rel: str, holder: str, before: dict[str, Any]):
+        super().__init__(root.url_of(rel), holder, before)
+        self._root, self._rel, self._mark, self._renewed = root, rel, "", 0.0
+        self._lock, self._ended, self._lost = threading.Lock(), threading.Event(), False
+
+    def take(self, mark: str | None) -> bool:
+        """Write the document in the place of the one with this mark, None for none; whether that succeeded."""
+        began = _watch()
+        taken = self._root.replace(self._rel, self._document(self._holder), mark)
+        if taken is None:
+            return False
+        self._mark, self._renewed = taken, began
+        threading.Thread(target=self._renewing, name=f"lease {self._rel}", daemon=True).start()
+        return True
+
+    def require(self) -> None:
+        with self._lock:
+            if not self._lost and _watch() - self._renewed > 2 * RENEW_S:
+                self._renew(self._holder)
+            if self._lost:
+                raise LeaseLost(f"{self._url} was taken over: {self._holder} did not renew it for {DEAD_S:.0f} s")
+
+    def release(self) -> None:
+        """Let go of it. Not removed: a removal whose answer was lost is asked for again, and would free the next
+        holder's lease."""
+        self._ended.set()
+        with self._lock:
+            if not self._lost:
+                self._renew(None)
+
+    def _say(self, holder: str | None) -> None:
+        with self._lock:
+            self._renew(holder)
+
+    def _renew(self, holder: str | None) -> None:
+        """Write the document again. The lock is held."""
+        began = _watch()
+        renewed = self._root.replace(self._rel, self._document(holder), self._mark)
+        if renewed is None:
+            self._lost = True
+        else:
+            self._mark, self._renewed = renewed, began
+
+    def _renewing(self) -> None:
+        while not self._ended.wait(RENEW_S):
+            with self._lock:
+                if self._lost or self._ended.is_set():
+                    return
+                try:
+                    self._renew(self._holder)
+                except Exception as error:  # if the store is down for others too, nobody takes the lease
+                    log.warning("%s cannot be renewed now: %s", self._url, error)
+
+
+@contextlib.contextmanager
+def in_store(root: "Root", rel: str, holder: str, wait_s: float) -> Iterator[StoreLease]:
+    """Hold the lease whose document is at `rel`. Raises LeaseHeld.
+
+    It is not given up at the end of `wait_s` before the holder was seen to be alive: a holder that died is taken over
+    DEAD_S after it is looked at for the first time, or after its last renewal since.
+    """
+    lease = _taken(root, rel, holder, wait_s)
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+def _taken(root: "Root", rel: str, holder: str, wait_s: float) -> StoreLease:
+    deadline = time.monotonic() + wait_s
+    seen, since, alive = root.mark(rel), time.monotonic(), False
+    while True:
+        document: dict[str, Any] = {}
+        if seen is not None:
+            with contextlib.suppress(FileNotFoundError):
+                document = _parsed(root.read(rel))
+        now = time.monotonic()
+        if not document.get("holder") or now - since > DEAD_S:
+            lease = StoreLease(root, rel, holder, document)
+            if lease.take(seen):
+                return lease
+        elif now > deadline and alive and now - since < 2 * RENEW_S:
+            raise LeaseHeld(f"{root.url_of(rel)} is held by {document['holder']}")
+        time.sleep(LOOK_S)
+        if (mark := root.mark(rel)) != seen:
+            seen, since, alive = mark, time.monotonic(), mark is not None
+
+
+def _watch() -> float:
+    """Seconds, also those in which this process or this machine was stopped."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
