@@ -121,8 +121,7 @@ def compact(
     for table, line in lines.items():
         with _told(line), root.lease(f"leases/tables/{table}", run_id, wait_s=0):
             crash_point(f"compaction holds: {table}")
-            handle = _readable(lake, table, published)
-            began[table] = _names(handle) | (_names(lake.table(table, versions[table])) if table in versions else set())
+            handle, began[table] = _readable(lake, table, published)
             line |= _compact_table(lake, table, handle, target_mb, min_small_files, run_id)
     _forget(root)
     if published and "files" in published["tables"]:
@@ -162,18 +161,21 @@ def _told(line: dict[str, Any]) -> Iterator[None]:
         line["failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _readable(lake: "Lake", table: str, published: dict[str, Any] | None) -> "DeltaTable":
-    """The newest version of a table; the published one when that holds a batch that is not published.
+def _readable(lake: "Lake", table: str, published: dict[str, Any] | None) -> tuple["DeltaTable", set[str]]:
+    """The newest version of a table, or the published one when that holds a batch that is not published; and the files
+    that either has.
 
     Raises schemas.RowsTaken: what others took away is no reason to leave the table to them.
     """
     newest = lake.table(table)
     if published is None or table not in published["tables"]:
-        return newest
+        return newest, _names(newest)
     version = published["tables"][table]
-    schemas.look(lake, table, version)
+    if schemas.look(lake, table, version).cleaned:  # by others: nobody can open the published one any more
+        return newest, _names(newest)
+    before = lake.table(table, version)
     is_ahead = (newest.transaction_version(commit.APP_ID) or 0) > published["batch"]
-    return lake.table(table, version) if is_ahead else newest
+    return before if is_ahead else newest, _names(newest) | _names(before)
 
 
 def _compact_table(

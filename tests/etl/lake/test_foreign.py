@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from etl.lake import Lake, rebuild, schemas
+from etl.lake import Lake, rebuild
 from etl.lake.table import INT, TEXT, TIME, Table
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -127,14 +127,16 @@ def test_rows_that_others_take_away_are_missed_and_come_back(lake, what, remedy)
     published = lake.snapshot()
     what(lake)
     lake.root.write("landing/other/9.json", b'{"id": 9}')
-    with pytest.raises(schemas.RowsTaken, match=r"item: another writer took rows of ours away, by version \d+") as told:
-        again(lake)
+    again(lake)
+    assert ids(lake, "other") == [0, 1, 2, 9]  # the other table goes on
+    told = lake.blocked()
+    assert re.search(r"item: another writer took rows of ours away, by version \d+", told)
     assert "took rows of ours away" in lake.compact(**ASK).filter(table="item")["failed"][0]
     assert lake.snapshot().versions["item"] == published.versions["item"]
     assert ids(lake) == [*range(6)]  # readers do not mind
-    assert any(str(told.value) in problem for problem in problems(lake))
+    assert any("item: another writer took rows of ours away" in problem for problem in problems(lake))
     if remedy == "restore":
-        version = re.search(r"\.restore\((\d+)\)", str(told.value))
+        version = re.search(r"\.restore\((\d+)\)", told)
         theirs(lake).restore(int(version[1]))
     else:
         lake.rebuild()
@@ -147,8 +149,8 @@ def test_rows_that_others_take_away_are_missed_and_come_back(lake, what, remedy)
 def test_rows_that_others_took_before_they_cleaned_the_log_are_missed(lake):
     delete(lake)
     clean(lake)
-    with pytest.raises(schemas.RowsTaken, match="took rows of ours away, 1 of 6, and cleaned its log"):
-        ingest(lake, 3)
+    ingest(lake, 3)
+    assert "took rows of ours away, 1 of 6, and cleaned its log" in lake.blocked()
     lake.rebuild()
     again(lake)
     assert ids(lake) == [*range(8)]
@@ -214,5 +216,5 @@ def test_a_pointer_and_tables_that_were_copied_back_are_filled_from_the_archive(
 def test_rows_of_ours_that_others_have_rewritten_are_still_ours(lake):
     optimize(lake)
     delete(lake)
-    with pytest.raises(schemas.RowsTaken, match=r"version \d+ \(DELETE\)"):
-        ingest(lake, 3)
+    ingest(lake, 3)
+    assert re.search(r"version \d+ \(DELETE\)", lake.blocked())
