@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from etl.lake import compaction, doctor, ingest, landing, promotion, quarantine, schemas
+from etl.lake.backup import backup, restore
 from etl.lake.rebuild import rebuild
 from etl.lake.snapshot import published, snapshot
 from etl.lake.table import LEDGER, LEDGER_KEY, QUARANTINE, QUARANTINE_KEY, DataType, Table
@@ -120,5 +121,7 @@ class Lake:
     promote = promotion.promote
     propose = promotion.propose
     rebuild = rebuild
+    backup = backup
+    restore = restore
     examine = doctor.examine
     look = doctor.look
