@@ -203,6 +203,8 @@ def stage(name: str, root: str) -> None:
         failed = Lake(root).compact(**ask).drop_nulls("failed")
         if failed.height:
             raise NotHeld(f"{failed['table'][0]} could not be compacted: {failed['failed'][0]}")
+    elif name == "backup":
+        Lake(root).backup(Root.at(f"{root}-backup"), keep=3)
 
 
 def _run(name: str, root: str, folder: str, crash_at: str | None, mutant: str | None, wait_for: str | None) -> None:

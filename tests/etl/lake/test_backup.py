@@ -2,10 +2,10 @@
 
 import json
 import shutil
-import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 from support import ingest_all
@@ -36,11 +36,18 @@ def assert_same(root: str, other: dict) -> None:
         assert_frame_equal(frame, other[table])
 
 
-def land(root: str, stream, first: int, last: int) -> None:
-    source.land(Root.at(root), stream, source.make_ticks(stream, range(first, last)))
+def land(root: str, made, *numbers: int) -> None:
+    """A few rows in files of these numbers, under keys that no other number has."""
+    for number in numbers:
+        orders = made[1]["orders"].head(5)
+        lines = made[1]["lineitem"].filter(pl.col("l_orderkey").is_in(orders["o_orderkey"].to_list()))
+        frames = {"orders": orders.with_columns(pl.col("o_orderkey") + number * 10**7)}
+        frames["lineitem"] = lines.with_columns(pl.col("l_orderkey") + number * 10**7)
+        for table, frame in frames.items():
+            Root.at(root).write(source.file_name(table, number), source.to_json_lines(frame))
 
 
-def test_a_restored_root_goes_on(scattered, target, tmp_path, stream):
+def test_a_restored_root_goes_on(scattered, target, tmp_path, stream, made):
     before, lake = tables(scattered), Lake(scattered)
     Root.at(scattered).write("refused/2026-01-01/orders/x.json~1", b"x")
     Root.at(scattered).write("models/current.json", b"{}")
@@ -48,18 +55,19 @@ def test_a_restored_root_goes_on(scattered, target, tmp_path, stream):
     Root.at(scattered).write("results/q/a.parquet", b"rows")
     Root.at(scattered).write("reports/query/2026-01-01/query-1/report.html", b"page")
     Root.at(scattered).write("reports/query/2026-01-01/query-1/report.ipynb", b"{}")
-    made = lake.backup(target)
-    assert made.written == len(made.point.files)
+    copied = lake.backup(target)
+    assert copied.written == len(copied.point.files)
     other = str(tmp_path / "another root, né")
     point, moved = Lake(other).restore(target)
-    assert (point, moved) == (made.point, [])
+    assert (point, moved) == (copied.point, [])
     assert_same(other, before)
     assert [finding for finding in Lake(other).examine() if finding.problem] == []
-    copied = {*Root.at(other).files("refused"), *Root.at(other).files("reports"), *Root.at(other).files("results")}
-    assert {path.rpartition("/")[2] for path in copied} == {"x.json~1", "report.ipynb", "current.json", "a.parquet"}
+    beside = {*Root.at(other).files("refused"), *Root.at(other).files("reports"), *Root.at(other).files("results")}
+    assert {path.rpartition("/")[2] for path in beside} == {"x.json~1", "report.ipynb", "current.json", "a.parquet"}
     assert Root.at(other).names("") == ["lake", "landing", "models", "refused", "reports", "results"]
-    land(other, stream, 2, 4)  # tick 2 is known, 3 is new; the stream's memory came along
-    land(scattered, stream, 2, 4)
+    for each in (other, scattered):
+        source.land(Root.at(each), stream, {2: made[2]})  # known
+        land(each, made, 3)
     assert ingest_all(other) == ingest_all(scattered)
     assert Lake(other).snapshot().batch == Lake(scattered).snapshot().batch == point.batch + 1
     assert_same(other, {k: v for k, v in tables(scattered).items() if k != "files"} | {"files": tables(other)["files"]})
@@ -67,21 +75,21 @@ def test_a_restored_root_goes_on(scattered, target, tmp_path, stream):
     assert_same(other, tables(other))
 
 
-def test_only_what_it_lacks_is_written_and_points_are_kept(filled, target, tmp_path, stream):
+def test_only_what_it_lacks_is_written_and_points_are_kept(filled, target, tmp_path, made):
     lake, at = Lake(filled), datetime(2026, 3, 1, tzinfo=UTC)
     states = []
     for day in range(4):
         if day:
-            land(filled, stream, day + 2, day + 3)
+            land(filled, made, day + 2)
             ingest_all(filled)
         if day == 2:
             lake.compact(**MANY)
         states.append(tables(filled))
         # a clock that jumped ahead, and back again, removes nothing that the next one would not
-        made = lake.backup(target, keep=3, now=at + timedelta(days=day if day != 1 else 9000))
-        data = [copy.path for copy in made.point.files if copy.path.endswith(".parquet")]
-        assert made.removed == (day == 3)
-    assert made.written < len(made.point.files)
+        done = lake.backup(target, keep=3, now=at + timedelta(days=day if day != 1 else 9000))
+        data = [copy.path for copy in done.point.files if copy.stored.startswith("files/")]
+        assert done.removed == (day == 3)
+    assert done.written < len(done.point.files)
     assert {f"files/{path}" for path, _ in target.tree("files")} >= {f"files/{path}" for path in data}
     assert [point.number for point in backup.points(target)] == [2, 3, 4]
     first = str(tmp_path / "first")
@@ -105,57 +113,10 @@ def test_only_what_it_lacks_is_written_and_points_are_kept(filled, target, tmp_p
     assert_same(str(by_hand), states[3])
 
 
-def test_while_batches_and_compactions_go_on(filled, target, tmp_path, stream):
-    end, wrong = threading.Event(), []
-    ticks = source.make_ticks(stream, range(3, 40))
-
-    def running() -> None:
-        try:
-            for tick in range(3, 40):
-                source.land(Root.at(filled), stream, {tick: ticks[tick]})
-                ingest_all(filled)
-                if tick % 3 == 0:
-                    wrong.extend(Lake(filled).compact(**MANY)["failed"].drop_nulls().to_list())
-                if end.is_set():
-                    return
-        except Exception as error:
-            wrong.append(repr(error))
-
-    thread = threading.Thread(target=running)
-    thread.start()
-    made = [Lake(filled).backup(target) for _ in range(4)]
-    end.set()
-    thread.join()
-    assert wrong == []
-    everything = tables(filled)
-    for number, one in enumerate(made):
-        root = str(tmp_path / f"restored-{number}")
-        Lake(root).restore(target, as_of=None) if number == 3 else _restore(root, target, one.point)
-        files = tables(root)["files"]
-        expected = {t: f for t, f in everything.items() if t in ("orders", "lineitem")}
-        assert files["batch"].max() == one.point.batch == Lake(root).snapshot().batch
-        # what came later is landed again: known files are told from new ones
-        land(root, stream, 0, int(everything["files"]["batch"].max()) + 2)
-        while batch := Lake(root).next_batch(max_files=500, scheduled_for=None):
-            Lake(root).commit(Lake(root).read(batch), run_id="preprocess-2")
-        for table, frame in expected.items():
-            assert_frame_equal(tables(root)[table], frame)
-
-
-def _restore(root: str, target: Root, point: backup.Point) -> None:
-    """The point, by its number: those of a second have the same time."""
-    folder = Path(root).parent / f"only-{point.number}"
-    shutil.copytree(target.url, folder)
-    for other in backup.points(Root.at(folder)):
-        if other.number > point.number:
-            (folder / "points" / f"{other.name}.json").unlink()
-    Lake(root).restore(Root.at(folder))
-
-
-def test_where_there_is_a_lake_nothing_is_changed_unless_it_may_be_moved(filled, target, stream):
+def test_where_there_is_a_lake_nothing_is_changed_unless_it_may_be_moved(filled, target, made):
     before = tables(filled)
     Lake(filled).backup(target)
-    land(filled, stream, 3, 4)
+    land(filled, made, 3)
     ingest_all(filled)
     after = tables(filled)
     with pytest.raises(backup.NotEmpty, match="has lake already"):
@@ -217,7 +178,7 @@ def test_doctor_tells_how_old_the_newest_backup_is(filled, target):
     assert backup._without_credentials("s3://key:secret@bucket/a") == "s3://bucket/a"
 
 
-def test_to_and_from_an_object_store(filled, s3_root, tmp_path, stream):
+def test_to_and_from_an_object_store(filled, s3_root, tmp_path, made):
     target, lake = Root.at(f"{s3_root}/backup"), Lake(filled)
     before = tables(filled)
     lake.backup(target)
@@ -225,7 +186,7 @@ def test_to_and_from_an_object_store(filled, s3_root, tmp_path, stream):
     there = f"{s3_root}/a root"
     Lake(there).restore(target)
     assert_same(there, before)
-    land(there, stream, 3, 4)
+    land(there, made, 3)
     ingest_all(there)
     second = Root.at(tmp_path / "second")
     Lake(there).backup(second)
