@@ -2,9 +2,10 @@
 
 import contextlib
 import importlib
+import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -242,7 +243,9 @@ def make_backup(
     archive: Annotated[bool, typer.Option("--archive", help="The ingested files as well, for `rebuild`.")] = False,
     reports: Annotated[bool, typer.Option("--reports/--no-reports", help="The reports of runs.")] = True,
     keep: Annotated[int, typer.Option(min=0, help="Points that stay; 0: all of them.")] = 30,
-    verify: Annotated[bool, typer.Option("--verify", help="Read all files of the point, not the new ones alone.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all files of the point, not the new ones alone.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Copy what is published to another place, as a new point in time, while everything runs.
@@ -322,7 +325,9 @@ def _print_points(rows: list[dict[str, object]], as_json: bool) -> None:
         return
     table = Table("point", "at", "batch", "files", "MB")
     for row in rows:
-        table.add_row(*(str(row[name]) for name in ("point", "at", "batch", "files")), f"{int(str(row['bytes'])) / 1e6:.1f}")
+        table.add_row(
+            *(str(row[name]) for name in ("point", "at", "batch", "files")), f"{int(str(row['bytes'])) / 1e6:.1f}"
+        )
     out.print(table if rows else "there is no point")
 
 
@@ -344,7 +349,12 @@ def list_refused(context: typer.Context, env: Env = "local", root: RootOption = 
 
 @refused.command("show")
 def show_refused(
-    context: typer.Context, file: FileName, env: Env = "local", root: RootOption = None, as_json: AsJson = False
+    context: typer.Context,
+    file: FileName,
+    env: Env = "local",
+    root: RootOption = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Only the lines, byte for byte as they came.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """The refused lines of a file with their reasons, or why it was refused whole."""
     lake = _lake(context, env, root)
@@ -353,6 +363,9 @@ def show_refused(
     except LookupError as error:
         refuse(str(error.args[0]))
     lines = found.to_dicts()
+    if raw:
+        _write_raw(lines)
+        return
     if as_json:
         print_json({"file": whole, "lines": lines})
         return
@@ -361,6 +374,17 @@ def show_refused(
     for line in lines:
         say(f"{file}:{line['line']}: {line['reason']}", style="bold")
         say(line["raw"])
+
+
+def _write_raw(lines: list[dict[str, Any]]) -> None:
+    """The lines' bytes on stdout; those that are not kept whole are refused after the others."""
+    from etl.lake.parse import as_it_came
+
+    came = [as_it_came(line["raw"], line["reason"]) for line in lines]
+    sys.stdout.buffer.write(b"".join(raw + b"\n" for raw in came if raw is not None))
+    sys.stdout.flush()
+    if lost := [line["line"] for line, raw in zip(lines, came, strict=True) if raw is None]:
+        refuse(f"{len(lost)} lines are not kept as they came, line {lost[0]} among them")
 
 
 @refused.command("retry")

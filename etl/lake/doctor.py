@@ -37,7 +37,11 @@ def _looks(lake: "Lake") -> dict[str, Callable[["Lake"], Iterator[tuple[str, str
         **{f"table {name}": partial(_table, table=name) for name in lake.columns},
         "landing": _landing,
         "the archive": _archive,
-        **({f"the newest backup, of {made[1]:%Y-%m-%d %H:%M} UTC": _backup} if (made := backup.newest(lake.root)) else {}),
+        **(
+            {f"the newest backup, of {made[1]:%Y-%m-%d %H:%M} UTC": _backup}
+            if (made := backup.newest(lake.root))
+            else {}
+        ),
     }
 
 
