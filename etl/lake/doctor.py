@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from etl import findings
 from etl.findings import Finding, inspect
-from etl.lake import backup, compaction, landing, ledger, quarantine, schemas, snapshot
+from etl.lake import backup, landing, ledger, quarantine, retention, schemas, snapshot
 from etl.storage import Damaged, Root
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _pointer(lake: "Lake") -> Iterator[tuple[str, str]]:
             yield f"{snapshot.POINTER} is gone", REBUILD
         elif batches:
             yield "batch 1 is not finished", _run(lake)
-    elif datetime.fromisoformat(pointer["published_at"]) > datetime.now(UTC) + compaction.SLACK:
+    elif datetime.fromisoformat(pointer["published_at"]) > datetime.now(UTC) + retention.SLACK:
         yield (
             f"it is from the future: {pointer['published_at']}",
             "set this machine's clock; nothing is vacuumed until",

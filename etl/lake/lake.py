@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
-from etl.lake import compaction, doctor, ingest, landing, promotion, quarantine, schemas
+from etl.lake import compaction, doctor, ingest, landing, promotion, quarantine, retention, schemas
 from etl.lake.backup import backup, restore
 from etl.lake.rebuild import rebuild
 from etl.lake.snapshot import published, snapshot
@@ -110,7 +110,7 @@ class Lake:
     survey = compaction.survey
     compact = compaction.compact
     compaction_chart = staticmethod(compaction.chart)
-    prune_archive = compaction.prune_archive
+    prune = retention.prune
     unmatched = landing.unmatched
     idle = landing.idle
     refused_files = quarantine.refused_files
