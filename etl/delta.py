@@ -7,6 +7,7 @@ https://github.com/delta-io/delta/blob/master/PROTOCOL.md
 """
 
 import json
+import re
 import tempfile
 import time
 import uuid
@@ -31,6 +32,7 @@ TYPES = {
 }
 EXACT_DIGITS = 15  # that a float has: of a longer decimal the log would say bounds that its values are beyond
 LAST = "_last_checkpoint"
+NUMBERED = re.compile(r"\d{20}\.")  # begins the name of a file that is a version's
 
 
 def log_of(table: str) -> str:
@@ -45,7 +47,7 @@ def commit_of(table: str, version: int) -> str:
 
 def newest_version(root: Root, table: str) -> int | None:
     """The newest version of a table, from its log's names; None when there is no table."""
-    return max((int(name[:20]) for name in root.names(log_of(table)) if name[:20].isdigit()), default=None)
+    return max((int(name[:20]) for name in root.names(log_of(table)) if NUMBERED.match(name)), default=None)
 
 
 def actions(root: Root, table: str, version: int) -> list[Action]:
@@ -201,7 +203,7 @@ def _checkpoint(root: Root, table: str, version: int) -> None:
         root.table(table, version).create_checkpoint()
         return
     log = log_of(table)
-    names = [name for name in root.names(log) if name[:20].isdigit() and int(name[:20]) <= version]
+    names = [name for name in root.names(log) if NUMBERED.match(name) and int(name[:20]) <= version]
     start = max((name[:20] for name in names if ".checkpoint." in name), default="")
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
         copy = Path(log_of(folder))

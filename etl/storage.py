@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # the folder of notebooks, params and the domain: around this package, or where the console script was called
 PROJECT = Path(os.environ.get("ETL_PROJECT") or Path(__file__).resolve().parent.parent)
+LOST_AND_FOUND = "lost+found"  # the file system's own, in the folder where a disk is mounted
 NOT_RENAMED = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EROFS)  # by an error of these it may still be copied
 CONFLICTS = 8  # of a conditional write with nothing there, before it is an error
 STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")  # the schemes of object stores' URLs
@@ -334,7 +335,7 @@ class Root:
         return sorted(path[start:] for path in self._fs.find(self._path(rel)))
 
     def names(self, rel: str) -> list[str]:
-        """The names directly under a folder, sorted; none when there is no such folder."""
+        """The names directly under a folder, sorted; none when there is no such folder, or a file of that name."""
         try:
             paths = self._fs.ls(self._path(rel), detail=False)
         except FileNotFoundError:
@@ -395,7 +396,7 @@ class Root:
         return True
 
     def remove(self, rel: str) -> None:
-        """Remove a file; one that is missing is fine."""
+        """Remove a file; one that is missing is fine, and a folder of that name stays."""
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._path(rel))
 
@@ -615,13 +616,13 @@ class LocalRoot(Root):
     def names(self, rel: str) -> list[str]:
         try:
             return sorted(name for name in os.listdir(self._path(rel)) if not name.startswith("."))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def entries(self, rel: str) -> list[Entry]:
         try:
             files = sorted(os.scandir(self._path(rel)), key=lambda entry: entry.name)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         return [entry for file in files if not file.name.startswith(".") and (entry := _entry(file.path))]
 
@@ -686,7 +687,8 @@ class LocalRoot(Root):
         return True
 
     def remove(self, rel: str) -> None:
-        Path(self._path(rel)).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            os.unlink(self._path(rel))
 
     def remove_unfinished(self, rel: str, before: datetime) -> None:
         for folder, _, names in os.walk(self._path(rel)):
@@ -785,8 +787,8 @@ def _entry(path: str) -> Entry | None:
 def _below(folder: str, above: str) -> Iterator[tuple[str, Entry]]:
     """As `Root.tree`, in any order. A folder that cannot be entered is one of the entries."""
     try:
-        found = [*os.scandir(folder)]
-    except FileNotFoundError:
+        found = [entry for entry in os.scandir(folder) if entry.name != LOST_AND_FOUND]
+    except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
         yield above.rstrip("/"), Entry(os.path.basename(folder), 0, "", f"cannot be entered: {error.strerror}")

@@ -308,12 +308,11 @@ def _if_there(root: Root, path: str) -> dict[str, bytes]:
 def _log(root: Root, table: str, version: int) -> list[str]:
     """The files of a table's log by which a version opens: its last checkpoint, and the commits from that on."""
     log = delta.log_of(table)
-    numbered = {name: int(name[:20]) for name in root.names(log) if name[:20].isdigit()}
+    numbered = {name: int(name[:20]) for name in root.names(log) if delta.NUMBERED.match(name)}
     checkpoints = {name: number for name, number in numbered.items() if ".checkpoint." in name and number <= version}
     start = max(checkpoints.values(), default=-1)
     parts = [name for name, number in checkpoints.items() if number == start]
-    commits = [name for name, n in numbered.items() if name.endswith(".json") and name[20:] == ".json"]
-    commits = [name for name in commits if start <= numbered[name] <= version]
+    commits = [name for name, n in numbered.items() if name[20:] == ".json" and start <= n <= version]
     if not {*range(start + 1, version + 1)} <= {numbered[name] for name in commits}:
         raise FileNotFoundError(f"{log} has not all commits up to version {version}")
     return [f"{log}/{name}" for name in sorted([*parts, *commits])]

@@ -11,6 +11,7 @@ from etl.lake import ingest, snapshot
 from etl.lake.landing import RETRIED, WHY
 from etl.lake.parse import RAW_CHARS, as_file, as_it_came, fits
 from etl.lake.table import QUARANTINE
+from etl.storage import Damaged, Root
 
 if TYPE_CHECKING:
     from etl.lake.lake import Lake
@@ -26,11 +27,19 @@ def refused_files(lake: "Lake") -> list[dict[str, Any]]:
         rels = [f"refused/{date}/{path}" for path, _ in root.tree(f"refused/{date}")]  # links to folders, too
         there = {*rels}
         for rel in rels:
-            if rel.endswith(WHY) and (path := rel.removesuffix(WHY)) in there:
-                why = json.loads(root.read(rel))
+            if rel.endswith(WHY) and (path := rel.removesuffix(WHY)) in there and (why := _why(root, rel)):
                 why.setdefault("landing", f"landing/{why['table']}/{why['file']}")  # as it was until November 2026
                 refused.append(why | {"date": date, "path": path})
     return refused
+
+
+def _why(root: Root, rel: str) -> dict[str, Any] | None:
+    """What is beside a refused file; None where it is somebody else's."""
+    try:
+        why = root.read_json(rel)
+    except (OSError, Damaged):
+        return None
+    return why if why and {"table", "file", "why"} <= why.keys() else None
 
 
 def refused_lines(lake: "Lake", file: str | None = None) -> pl.DataFrame:
