@@ -8,7 +8,6 @@ https://github.com/delta-io/delta/blob/master/PROTOCOL.md
 
 import json
 import re
-import tempfile
 import time
 import uuid
 from collections.abc import Container, Iterator, Mapping
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from urllib.parse import unquote
 
-from etl.storage import Damaged, Root, crash_point
+from etl.storage import Damaged, Root, crash_point, temporary_folder
 
 if TYPE_CHECKING:
     import polars as pl
@@ -205,7 +204,7 @@ def _checkpoint(root: Root, table: str, version: int) -> None:
     log = log_of(table)
     names = [name for name in root.names(log) if NUMBERED.match(name) and int(name[:20]) <= version]
     start = max((name[:20] for name in names if ".checkpoint." in name), default="")
-    with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
+    with temporary_folder("checkpoint-") as folder:
         copy = Path(log_of(folder))
         copy.mkdir()
         for name in names:
@@ -221,7 +220,9 @@ def sync(root: Root, table: str, after: int, until: int) -> None:
     if not root.may_tear or until <= after:
         return
     log = log_of(table)
-    rels = [f"{log}/{name}" for name in root.names(log) if name > f"{after:020d}.z"]  # _last_checkpoint, too
+    rels = [
+        f"{log}/{name}" for name in root.names(log) if name == LAST or (NUMBERED.match(name) and int(name[:20]) > after)
+    ]
     for version in range(after + 1, until + 1):
         rels += [f"{table}/{unquote(line['add']['path'])}" for line in actions(root, table, version) if "add" in line]
     root.sync([*filter(root.exists, rels), table, log])

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # the folder of notebooks, params and the domain: around this package, or where the console script was called
 PROJECT = Path(os.environ.get("ETL_PROJECT") or Path(__file__).resolve().parent.parent)
+HELD = ".held"  # in a temporary folder: locked while its process lives
 LOST_AND_FOUND = "lost+found"  # the file system's own, in the folder where a disk is mounted
 NOT_RENAMED = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EROFS)  # by an error of these it may still be copied
 CONFLICTS = 8  # of a conditional write with nothing there, before it is an error
@@ -533,7 +534,10 @@ class LocalRoot(Root):
         return f"{self.url}/{rel}"
 
     def read(self, rel: str) -> bytes:
-        return Path(self._path(rel)).read_bytes()
+        try:
+            return Path(self._path(rel)).read_bytes()
+        except NotADirectoryError:  # a file stands where a folder would
+            raise FileNotFoundError(errno.ENOENT, "there is no such file", self._path(rel)) from None
 
     def read_at_most(self, rel: str, most: int) -> bytes:
         try:
@@ -546,6 +550,8 @@ class LocalRoot(Root):
                 raise Unreadable("is a symbolic link") from None
             if error.errno == errno.ENXIO:
                 raise Unreadable("is a socket") from None
+            if error.errno == errno.ENOTDIR:
+                raise FileNotFoundError(errno.ENOENT, "there is no such file", self._path(rel)) from None
             raise
         try:
             info = os.fstat(descriptor)
@@ -752,6 +758,24 @@ def _remove_folders(paths: list[str], first: str) -> None:
                 shutil.rmtree(path)
 
 
+@contextlib.contextmanager
+def temporary_folder(prefix: str) -> Iterator[str]:
+    """A folder for the length of the block; those of the same prefix whose process was killed go first."""
+    with os.scandir(tempfile.gettempdir()) as others:
+        for path in [other.path for other in others if other.name.startswith(prefix)]:
+            _remove_abandoned(path)
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder, open(f"{folder}/.new", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.rename(lock.name, f"{folder}/{HELD}")  # never there without being held
+        yield folder
+
+
+def _remove_abandoned(folder: str) -> None:
+    with contextlib.suppress(OSError), open(f"{folder}/{HELD}") as lock:  # another user's, or gone
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def make_folder(path: str) -> None:
     """As os.makedirs, and each that is new is on the disk: a synced file in a folder without a name is lost."""
     if os.path.isdir(path):
@@ -775,7 +799,7 @@ def sync(path: str) -> None:
 def _entry(path: str) -> Entry | None:
     try:
         info = os.lstat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     mark = f"{info.st_ino}-{info.st_mtime_ns}-{info.st_size}"
     modified = datetime.fromtimestamp(info.st_mtime, UTC)

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from etl import delta
 from etl.lake import commit, ledger, quarantine, snapshot
-from etl.storage import Damaged, LocalRoot, Root, crash_point
+from etl.storage import Damaged, LocalRoot, Root, crash_point, temporary_folder
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
@@ -263,9 +262,9 @@ def _state(lake: "Lake", archive: bool, reports: bool) -> _State:
     lasting = dict(data)
     for path, content in _around(lake, pointer):
         changing[path] = content
-    if index := (ledger.read(root, pointer["batch"]) or {}).get("known", {}).get("index"):
-        if entry := root.entry(index):
-            lasting[index] = entry.bytes
+    index = (ledger.read(root, pointer["batch"]) or {}).get("known", {}).get("index")
+    if index and (entry := root.entry(index)):
+        lasting[index] = entry.bytes
     for path, size in _beside(root, archive, reports):
         if _changes(path):
             changing |= _if_there(root, path)
@@ -371,7 +370,7 @@ def _require_whole(target: Root, point: Point) -> None:
     there = {f"{FILES}/{path}": entry.bytes for path, entry in target.tree(FILES)}
     stored = {copy.path: copy for copy in point.files}
     for table, content in point.tables.items():
-        with tempfile.TemporaryDirectory(prefix="backup-") as folder:
+        with temporary_folder("backup-") as folder:
             local = Root.at(folder)
             for path, copy in stored.items():
                 if path.startswith(f"{delta.log_of(table)}/"):

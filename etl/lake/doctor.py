@@ -56,7 +56,7 @@ def _pointer(lake: "Lake") -> Iterator[tuple[str, str]]:
         batches = root.names(ledger.BATCHES)
         if any(name.endswith(".done") for name in batches):
             yield f"{snapshot.POINTER} is gone", REBUILD
-        elif batches:
+        elif any(map(ledger.NUMBERED.fullmatch, batches)):
             yield "batch 1 is not finished", _run(lake)
     elif datetime.fromisoformat(pointer["published_at"]) > datetime.now(UTC) + retention.SLACK:
         yield (

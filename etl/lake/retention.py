@@ -1,7 +1,7 @@
 """What of the lake goes, and when: by what was seen, never by what is claimed, and at most a day's worth in a run.
 
-A clock that jumps ahead makes a week of what is a minute old. So the times of runs are remembered (`lake/clock.json`): what
-lies between two runs that are days apart is no time that passed, as far as anybody saw, and makes nothing older.
+A clock that jumps ahead makes a week of what is a minute old. So the times of runs are remembered (`lake/clock.json`):
+what lies between two runs that are days apart is no time that passed, as far as anybody saw, and makes nothing older.
 """
 
 import json

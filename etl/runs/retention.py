@@ -1,7 +1,8 @@
 """Which reports stay: those that tell something the others do not. The row in the index always stays.
 
-Kept of a stage's runs: those that were neither ok nor noop, of many in a day the first and the newest, the first ok one after one, the slowest ok one of each
-day, the first ok one of each hour for a day and of each day after that, and everything that ended within the hour.
+Kept of a stage's runs: those that were neither ok nor noop, of many in a day the first and the newest, the first ok one
+after one, the slowest ok one of each day, the first ok one of each hour for a day and of each day after that, and
+everything that ended within the hour.
 A run that loses its report by these rules can never be wanted again, so sweeps need no memory: each reads the index,
 looks at what is there and removes the rest. One that is killed is finished by the next. Of a report run.json goes
 first, and a folder without it is no report: neither `runs` nor a reader takes a half removed one for whole.
@@ -94,9 +95,9 @@ def sweep(
 
     At most the reports of a day go in a sweep, the oldest first.
 
-    Returns counts: runs (rows in the index), kept and removed (reports there), later (removed by sweeps to come), missing (wanted, not there: not
-    delivered yet), unknown (folders of no run in the index: a run under way, perhaps; left alone) and pages (removed
-    from kept reports).
+    Returns counts: runs (rows in the index), kept and removed (reports there), later (removed by sweeps to come),
+    missing (wanted, not there: not delivered yet), unknown (folders of no run in the index: a run under way, perhaps;
+    left alone) and pages (removed from kept reports).
     """
     now, rules = now or datetime.datetime.now(datetime.UTC), rules or Rules()
     index = run_index.scan(root).select("run_id", "stage", "state", "ended_at", "seconds", "report").collect()
@@ -104,7 +105,9 @@ def sweep(
     known, keep = set(index["report"]), set(kept["report"])
     expected = set(kept.filter(kept["state"] != "noop")["report"])
     stages = [stage for stage in root.names(PLACE) if stage != LOST_AND_FOUND]
-    days = [f"{PLACE}/{stage}/{day}" for stage in stages for day in root.names(f"{PLACE}/{stage}") if DAY.fullmatch(day)]
+    days = [
+        f"{PLACE}/{stage}/{day}" for stage in stages for day in root.names(f"{PLACE}/{stage}") if DAY.fullmatch(day)
+    ]
     stored = {f"{day}/{run_id}" for day in days for run_id in root.names(day)}
     unwanted = stored & known - keep
     until = min((ends[report] for report in unwanted), default=now) + datetime.timedelta(days=1)

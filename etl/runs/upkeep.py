@@ -76,9 +76,9 @@ def worth_it(sizes: Mapping[str, int]) -> list[str]:
 def remove_unneeded(root: Root) -> None:
     """Remove the files that the newest version has not named for a day, and what killed processes left, a day old.
 
-    By the machine's clock and by the store's, whichever is behind, and at most a day's worth at a time. Between two files
-    no more than SEEN_HOURS are believed to have passed: the clock may have been moved. A file that the newest version
-    names stays, whatever they say.
+    By the machine's clock and by the store's, whichever is behind, and at most a day's worth at a time. Between two
+    files no more than SEEN_HOURS are believed to have passed: the clock may have been moved. A file that the newest
+    version names stays, whatever they say.
     """
     # listed before the version is opened, so that what is committed meanwhile is not among them
     parquet = [entry for entry in root.entries(TABLE) if entry.name.endswith(".parquet")]
@@ -100,7 +100,7 @@ def remove_unneeded(root: Root) -> None:
 def _seen_ago(
     times: Sequence[datetime.datetime], now: datetime.datetime, span: datetime.timedelta
 ) -> datetime.datetime:
-    """The time that was `span` ago, of the time that was seen to pass. `times`: when something was written, in order."""
+    """The time that was `span` ago, of time that was seen to pass. `times`: when something was written, in order."""
     later = now
     for earlier in reversed([time for time in times if time < now]):
         passed = min(later - earlier, datetime.timedelta(hours=SEEN_HOURS))

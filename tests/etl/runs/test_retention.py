@@ -195,7 +195,15 @@ def test_a_sweep_leaves_what_is_wanted_and_finishes_what_was_left(request, where
     stray = doomed[2] + "0"
     root.write(f"{stray}/report.ipynb", b"{}")  # its row is still to come
     assert not {row["report"] for row in run_index.newest(root, limit=100) if row["kept"]} & {half, gone}
-    counts = {"runs": 24, "kept": len(wanted), "removed": len(doomed) - 1, "later": 0, "missing": 0, "unknown": 1, "pages": 0}
+    counts = {
+        "runs": 24,
+        "kept": len(wanted),
+        "removed": len(doomed) - 1,
+        "later": 0,
+        "missing": 0,
+        "unknown": 1,
+        "pages": 0,
+    }
     assert retention.sweep(root, now=NOW, dry_run=True) == retention.sweep(root, now=NOW) == counts
     listed = run_index.newest(root, limit=100)
     assert len(listed) == 24 and {row["report"] for row in listed if row["kept"]} == wanted
