@@ -6,6 +6,7 @@ all the rest of a batch. The lines are those of the protocol:
 https://github.com/delta-io/delta/blob/master/PROTOCOL.md
 """
 
+import itertools
 import json
 import re
 import time
@@ -77,6 +78,25 @@ def since(root: Root, table: str, after: int) -> Iterator[tuple[int, list[Action
         yield version, lines
 
 
+def added(root: Root, table: str, after: int, until: int) -> list[Action] | None:
+    """The files with rows that the commits after version `after` up to `until` brought, as the log has them.
+
+    Also those that were compacted since. None when it cannot be said so: a commit was cleaned up, took rows away, or
+    changed the columns. Raises Damaged.
+    """
+    try:
+        commits = root.each(lambda version: actions(root, table, version), range(after + 1, until + 1))
+    except FileNotFoundError:
+        return None
+    files = []
+    for line in itertools.chain.from_iterable(commits):
+        if "metaData" in line or line.get("remove", {}).get("dataChange"):
+            return None
+        if line.get("add", {}).get("dataChange"):
+            files.append(line["add"])
+    return files
+
+
 def create_table(
     root: Root,
     table: str,
@@ -85,21 +105,21 @@ def create_table(
     keys: Container[str],
     properties: dict[str, str],
     about: Action,
-) -> None:
-    """Version 0 of a table, unless it is there already; safe to race.
+) -> bool:
+    """Version 0 of a table, unless it is there already: then False; safe to race.
 
     `columns`: Polars types by name; `keys`: those that are never null; `about`: for the commit, as run_id and stage.
     """
     if root.exists(commit_of(table, 0)):
         root.sync([log_of(table)])  # who made it may have died before it was
-        return
+        return False
     fields = [field(name, dtype, name not in keys) for name, dtype in columns.items()]
     lines = [
         commit_info("CREATE TABLE", about),
         {"protocol": {"minReaderVersion": 1, "minWriterVersion": 2}},
         meta_data(table.rpartition("/")[2], fields, properties),
     ]
-    commit(root, table, 0, lines)
+    return commit(root, table, 0, lines)
 
 
 def commit_info(operation: str, about: Action) -> Action:

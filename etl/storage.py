@@ -20,12 +20,12 @@ import stat
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote
 
 if TYPE_CHECKING:
@@ -45,6 +45,9 @@ NOT_IN_A_PATH = re.compile(r"\\|%[0-9A-Fa-f]{2}|[\x00-\x1f\x7f]")
 # what S3 says to avoid, and what fsspec and URLs read as something else:
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html
 NOT_IN_A_URL = re.compile(r"""[\\{}^%`\[\]"<>#|*?\x00-\x1f\x7f]|::""")
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 class BadRoot(ValueError):
@@ -240,6 +243,11 @@ class Root:
     def make(self) -> None:
         """Make the folder, where a root is one."""
 
+    def each(self, work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
+        """The results in the order of the items; in an object store, where each is a request, many at once."""
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(work, items))
+
     def url_of(self, rel: str) -> str:
         """The full path or URL of a file or folder, for deltalake and Polars (with glob=False)."""
         return f"{self.url}/{rel}"
@@ -403,9 +411,7 @@ class Root:
 
     def remove_all(self, rels: Iterable[str]) -> None:
         """Remove many files; one that is missing is fine."""
-        with ThreadPoolExecutor(16) as pool:  # in an object store each is a request
-            for _ in pool.map(self.remove, rels):
-                pass
+        self.each(self.remove, rels)
 
     def remove_unfinished(self, rel: str, before: datetime) -> None:
         """Remove what writers that were killed `before` left below a folder. In an object store nothing shows."""
@@ -525,6 +531,9 @@ class LocalRoot(Root):
 
     def make(self) -> None:
         os.makedirs(self.url, exist_ok=True)
+
+    def each(self, work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
+        return [work(item) for item in items]
 
     @property
     def storage_options(self) -> dict[str, str]:

@@ -384,7 +384,7 @@ def _write_raw(lines: list[dict[str, Any]]) -> None:
     sys.stdout.buffer.write(b"".join(raw + b"\n" for raw in came if raw is not None))
     sys.stdout.flush()
     if lost := [line["line"] for line, raw in zip(lines, came, strict=True) if raw is None]:
-        refuse(f"{len(lost)} lines are not kept as they came, line {lost[0]} among them")
+        refuse(f"{len(lost)} of its lines are not kept as they came, line {lost[0]} among them")
 
 
 @refused.command("retry")

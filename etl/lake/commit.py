@@ -33,13 +33,16 @@ def writing(root: Root, run_id: str) -> Iterator[None]:
         yield
 
 
-def create_tables(lake: "Lake", run_id: str, known: Container[str] = ()) -> None:
-    """Create the tables that are not there yet, but for those that are known to be; safe to race."""
-    about = {"run_id": run_id, "stage": lake.ingested_by}
+def create_tables(lake: "Lake", run_id: str, known: Container[str] = ()) -> list[str]:
+    """Create the tables that are not there yet, but for those that are known to be; safe to race. Returns those that
+    were not."""
+    about, created = {"run_id": run_id, "stage": lake.ingested_by}, []
     for name, columns in lake.columns.items():
         if name not in known:
-            needed = lake.required[name]
-            delta.create_table(lake.root, f"lake/{name}", columns, keys=needed, properties=PROPERTIES, about=about)
+            keys, path = lake.required[name], f"lake/{name}"
+            if delta.create_table(lake.root, path, columns, keys=keys, properties=PROPERTIES, about=about):
+                created.append(name)
+    return created
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ readers give a file's rows other types only with a feature that not all of them 
 import io
 import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
@@ -45,16 +45,16 @@ class Written:
     stats: str
 
 
-def move(lake: "Lake", pointer: dict[str, Any] | None, run_id: str) -> dict[str, int]:
+def move(lake: "Lake", pointer: dict[str, Any] | None, run_id: str, created: Container[str] = ()) -> dict[str, int]:
     """Give the tables that are not as they are declared the columns that they are to have. Only under the writer's
     lease.
 
     Returns table -> version, of those that were looked at; all of it is on the disk. Killed anywhere and called again
-    it does what is left. Raises SchemasDiffer before it has changed any when one of them cannot be moved.
+    it does what is left. `created`: tables that were made as they are declared a moment ago. Raises SchemasDiffer
+    before it has changed any when one of them cannot be moved.
     """
-    schemas.check(lake, pointer)
     published, versions = (pointer or {}).get("tables", {}), {}
-    for table in schemas.unsettled(lake, pointer):
+    for table in schemas.check(lake, pointer, but=created):
         versions[table] = change(lake, table, run_id).version
         delta.sync(lake.root, f"lake/{table}", after=published.get(table, -1), until=versions[table])
     return versions

@@ -452,8 +452,8 @@ def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], run_id: str) ->
             asked = [table for table in lake.columns if table not in gone | ({"quarantine"} if gone else set())]
             heights = {table: frames[table].height if table in frames else 0 for table in asked}
             commits.require_same_rows(lake, heights, batch=number, published=before["tables"])
-        commits.create_tables(lake, run_id, known=before["tables"])
-        moved = evolution.move(lake, pointer, run_id)
+        created = commits.create_tables(lake, run_id, known=before["tables"])
+        moved = evolution.move(lake, pointer, run_id, created)
         # an object store's lease ends while files are written
         if moved and snapshot.read_pointer(lake.root) != pointer:
             raise Overtaken("another run published while tables were given their columns; run this one again")

@@ -121,7 +121,9 @@ def _land_lines(lake: "Lake", name: str, lines: pl.DataFrame) -> list[str]:
         made.append(target)
     if not made:
         why = f"nothing of {name} fits: `quarantine show {name}` tells why"
-        changed = f"{others} lines are not kept as they came (longer than {RAW_CHARS:,} bytes, or of an older release)"
+        changed = (
+            f"{others} of its lines are not kept as they came (longer than {RAW_CHARS:,} bytes, or of an older release)"
+        )
         why = f"{again} of its lines were put into landing before, and {why}" if again else why
         raise LookupError(f"{why}; {changed}: put them right in a file of your own" if others else why)
     return made

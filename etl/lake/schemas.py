@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -63,22 +63,24 @@ def fingerprint(fields: list[delta.Action]) -> str:
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
-def check(lake: "Lake", pointer: dict[str, Any] | None) -> None:
+def check(lake: "Lake", pointer: dict[str, Any] | None, but: Container[str] = ()) -> list[str]:
     """Raise SchemasDiffer when a table of the lake is not as it is declared and cannot become it, or was changed by
-    others to what this engine does not write.
+    others to what this engine does not write. Returns the tables of which that had to be looked at.
 
     Only a table is opened whose columns the pointer does not know, or that others changed since, so nearly always none.
+    `but`: tables that are known to be as they are declared.
     """
-    wrong = []
-    for table in unsettled(lake, pointer):
+    wrong, tables = [], _unsettled(lake, pointer, [table for table in lake.columns if table not in but])
+    for table in tables:
         _, why = plan(lake, table, lake.table(table))
         wrong += [why] if why else []
     if wrong:
         raise SchemasDiffer(refusal(wrong))
+    return tables
 
 
-def unsettled(lake: "Lake", pointer: dict[str, Any] | None) -> list[str]:
-    """The tables that there are and that are not known to be as they are declared.
+def _unsettled(lake: "Lake", pointer: dict[str, Any] | None, tables: list[str]) -> list[str]:
+    """Those of the tables that there are and that are not known to be as they are declared.
 
     Of the others only the commits since the published version are looked at, which nearly always are none.
     Raises SchemasDiffer where one of them asks for what this engine does not write.
@@ -90,8 +92,7 @@ def unsettled(lake: "Lake", pointer: dict[str, Any] | None) -> list[str]:
         unknown = known.get(table) != lake.fingerprints[table] or table not in versions
         return touched or (unknown and bool(lake.root.names(delta.log_of(f"lake/{table}"))))
 
-    with ThreadPoolExecutor(8) as pool:  # in an object store each is a request
-        return [table for table, asked in zip(lake.columns, pool.map(looked, lake.columns), strict=True) if asked]
+    return [table for table, asked in zip(tables, lake.root.each(looked, tables), strict=True) if asked]
 
 
 def _touched(lake: "Lake", table: str, after: int) -> bool:

@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import polars as pl
 
@@ -72,6 +73,14 @@ class Snapshot:
         kept = upsert.scan(over.kept, schema, self.root.storage_options).select(schema.names())
         others = kept.join(over.keys.lazy(), on=over.keys.columns, how="anti")
         return pl.concat([others, over.rows.lazy()])
+
+    def frame_of(self, table: str, paths: list[str]) -> pl.LazyFrame:
+        """The rows of some files of the table, by their paths in its log, in the declared columns: as `frame`, where
+        the table's columns are those of when the files came."""
+        folder = self.root.url_of(f"lake/{table}")
+        urls = [f"{folder}/{unquote(path)}" for path in paths]
+        rows = upsert.scan(urls, self._rows(table).collect_schema(), self.root.storage_options)
+        return rows.with_columns(self.otherwise(table)).select(name for name in self.lake.columns[table])
 
     def overlay(self, table: str) -> upsert.Overlay | None:
         """Of a table in which the newest row of a key counts, what counts beside its compacted files."""

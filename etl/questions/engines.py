@@ -8,7 +8,7 @@ import contextlib
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
@@ -42,17 +42,25 @@ def by_polars(
     tables: dict[str, list[str]],
     window: Window,
     parameters: dict[str, Any],
+    files: Mapping[str, list[str]] = {},
 ) -> pl.DataFrame:
-    """The answer, by Polars' streaming engine: large intermediate results are never in memory as a whole."""
+    """The answer, by Polars' streaming engine: large intermediate results are never in memory as a whole.
+
+    `files`: of these tables only some files are read, by their paths in the log.
+    """
     import narwhals as nw
 
     frames = {
         # prunes files by the log's statistics, and row groups by the files' own
-        name: nw.from_native(_rows(snapshot.frame(name), columns, window.get(name)))
+        name: nw.from_native(_rows(_frame(snapshot, name, files.get(name)), columns, window.get(name)))
         for name, columns in tables.items()
     }
     result: pl.DataFrame = answer(**frames, **parameters).collect("polars", engine="streaming").to_native()
     return result
+
+
+def _frame(snapshot: "Snapshot", table: str, paths: list[str] | None) -> pl.LazyFrame:
+    return snapshot.frame(table) if paths is None else snapshot.frame_of(table, paths)
 
 
 @contextlib.contextmanager

@@ -6,9 +6,14 @@ question's parameters. It may also hold
 
 - `chart`: a function from the answer to a plot,
 - `FIGURE`: the answer's column that is followed over time,
-- `window`: since when rows matter, by the question's parameters and `as_of`; older ones are not read.
+- `window`: since when rows matter, by the question's parameters and `as_of`; older ones are not read;
+- `portion` and `MERGES`: what some rows of a table that only grows come to, and how two portions become one, column
+  by column: "sum", "min" or "max"; the other columns name a group. `portion` is a function as `answer` is, whose first
+  frame is that table's. Then `answer` has what all rows come to as its first frame, and of the tables those that it
+  names. So an answer reads the rows that are new since the one before (`portions`).
 """
 
+import functools
 import inspect
 import logging
 import pkgutil
@@ -19,9 +24,12 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import narwhals as nw
 import polars as pl
 
+from etl.questions import portions
 from etl.questions.engines import Window, by_dask, by_polars, connected
+from etl.storage import Root
 
 if TYPE_CHECKING:
     import distributed
@@ -46,6 +54,13 @@ class Question:
     answer: Callable[..., Any] = field(repr=False)
     chart: Callable[[pl.DataFrame], Any] | None = field(repr=False)
     window: Callable[..., Window] | None = field(repr=False)
+    portion: Callable[..., Any] | None = field(repr=False, default=None)
+    merges: dict[str, str] = field(repr=False, default_factory=dict)
+
+    @property
+    def grows(self) -> str:
+        """The table of which a portion is made of some rows; "" without one."""
+        return next(iter(_frames(self.portion))) if self.portion else ""
 
     @property
     def given(self) -> str:
@@ -80,10 +95,13 @@ def load(module_name: str) -> Question:
     """The question that a module holds."""
     module = import_module(module_name)
     title, _, text = (inspect.getdoc(module) or "").partition("\n")
-    arguments = inspect.signature(module.answer).parameters.values()
-    keywords = {argument.name: argument.default for argument in arguments if argument.kind is argument.KEYWORD_ONLY}
+    portion, name = getattr(module, "portion", None), module_name.rpartition(".")[2]
+    keywords = (_keywords(portion) if portion else {}) | _keywords(module.answer)
+    merges = getattr(module, "MERGES", {})
+    if portion and ("as_of" in keywords or not {*merges.values()} <= {*portions.MERGES}):
+        raise TypeError(f"{name}: a portion does not depend on as_of, and MERGES are {', '.join(portions.MERGES)}")
     return Question(
-        name=module_name.rpartition(".")[2],
+        name=name,
         title=title,
         text=" ".join(text.split()),
         tables=module.TABLES,
@@ -93,15 +111,35 @@ def load(module_name: str) -> Question:
         answer=module.answer,
         chart=getattr(module, "chart", None),
         window=getattr(module, "window", None),
+        portion=portion,
+        merges=merges,
     )
 
 
+def _keywords(function: Callable[..., Any]) -> dict[str, Any]:
+    """Its keyword arguments: name -> default."""
+    arguments = inspect.signature(function).parameters.values()
+    return {argument.name: argument.default for argument in arguments if argument.kind is argument.KEYWORD_ONLY}
+
+
+def _frames(function: Callable[..., Any]) -> list[str]:
+    """Its other arguments: the frames that it takes."""
+    arguments = inspect.signature(function).parameters.values()
+    return [argument.name for argument in arguments if argument.kind is not argument.KEYWORD_ONLY]
+
+
 def ask(
-    question: Question, snapshot: "Snapshot", *, dask: "str | distributed.Client | None" = None, **parameters: Any
+    question: Question,
+    snapshot: "Snapshot",
+    *,
+    dask: "str | distributed.Client | None" = None,
+    portions_in: Root | None = None,
+    **parameters: Any,
 ) -> pl.DataFrame:
     """The answer from one snapshot, by Polars in this process or by a Dask cluster: its address, or a client of it.
 
-    Raises TypeError for a parameter that the question does not have, OSError when no cluster answers.
+    `portions_in`: the root under which what is known of earlier rows is looked for and kept; without one all rows are
+    read. Raises TypeError for a parameter that the question does not have, OSError when no cluster answers.
     """
     unknown = sorted(set(parameters) - set(question.parameters))
     if unknown:
@@ -110,9 +148,49 @@ def ask(
         parameters["as_of"] = snapshot.as_of
     window = question.window(**parameters) if question.window else {}
     with connected(dask) as client:
+        if question.portion:
+            rows = _of_portions(question, question.portion, snapshot, client, parameters, portions_in)
+            tables = {name: question.tables[name] for name in _frames(question.answer)[1:]}
+            answer = functools.partial(question.answer, nw.from_native(rows.lazy()))
+            return by_polars(answer, snapshot, tables, {}, _of(parameters, question.answer))
         if client is None:
             return by_polars(question.answer, snapshot, question.tables, window, parameters)
         return by_dask(client, question.answer, snapshot, question.tables, window, parameters)
+
+
+def _of(parameters: dict[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
+    """Those that the function takes."""
+    return {name: value for name, value in parameters.items() if name in _keywords(function)}
+
+
+def _of_portions(
+    question: Question,
+    portion: Callable[..., Any],
+    snapshot: "Snapshot",
+    client: "distributed.Client | None",
+    parameters: dict[str, Any],
+    root: Root | None,
+) -> pl.DataFrame:
+    """What a question's portion makes of all rows of the table that grows."""
+    tables = {name: question.tables[name] for name in _frames(portion)}
+    given, made = _of(parameters, portion), None
+    before = portions.kept(root, question, parameters) if root else None
+    new = portions.news(snapshot, question, before) if before else None
+    if before and new:
+        try:
+            files = {question.grows: new.paths}
+            came = [by_polars(portion, snapshot, tables, {}, given, files)] if new.paths else []
+            frame = portions.merged(question, [before.frame, *came])
+            made = portions.Portion(frame, snapshot.versions, before.counted + new.rows)
+        except (OSError, pl.exceptions.PolarsError) as error:  # a file that was compacted since may be gone
+            log.warning("%s is made of all rows again: %r", question.name, error)
+    if made is None:
+        asked = by_polars if client is None else functools.partial(by_dask, client)
+        frame = portions.merged(question, [asked(portion, snapshot, tables, {}, given)])
+        made = portions.Portion(frame, snapshot.versions, snapshot.row_count(question.grows))
+    if root:
+        portions.keep(root, question, parameters, made)
+    return made.frame
 
 
 def ask_all(
@@ -121,20 +199,28 @@ def ask_all(
     *,
     draw: Draw | None = None,
     dask: str | None = None,
+    portions_in: Root | None = None,
 ) -> list[Answer]:
     """Every question's answer, one after the other; one that fails is told, and the next is asked.
 
     `draw` makes a picture of a question's chart and its answer; an answer whose picture fails is an answer. `dask`: the
-    address of a cluster. Raises OSError when nobody answers there: then no question would have an answer.
+    address of a cluster. `portions_in`: as of `ask`. Raises OSError when nobody answers at `dask`: then no question
+    would have an answer.
     """
     with connected(dask) as client:
-        return [_answer(question, snapshot, draw, client) for question in asked]
+        return [_answer(question, snapshot, draw, client, portions_in) for question in asked]
 
 
-def _answer(question: Question, snapshot: "Snapshot", draw: Draw | None, client: "distributed.Client | None") -> Answer:
+def _answer(
+    question: Question,
+    snapshot: "Snapshot",
+    draw: Draw | None,
+    client: "distributed.Client | None",
+    portions_in: Root | None,
+) -> Answer:
     began, frame, seconds, picture, problem = time.perf_counter(), None, None, None, ""
     try:
-        frame = ask(question, snapshot, dask=client)
+        frame = ask(question, snapshot, dask=client, portions_in=portions_in)
         seconds = time.perf_counter() - began
         if draw and question.chart and frame.height:
             picture = draw(question.chart, frame)

@@ -12,7 +12,6 @@ import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from etl import delta, findings
@@ -305,9 +304,8 @@ def _last(
         index = index.filter(started < _moment(until))
     newest = index.select(columns).sort("started_at", "run_id", descending=True).head(limit)
     rows = [_as_record(row) for row in newest.collect().to_dicts()]
-    with ThreadPoolExecutor(16) as pool:  # in an object store each is a request
-        complete = pool.map(lambda row: root.exists(f"{row['report']}/{COMPLETE}"), rows)
-        return [row | {"kept": kept} for row, kept in zip(rows, complete, strict=True)]
+    complete = root.each(lambda row: root.exists(f"{row['report']}/{COMPLETE}"), rows)
+    return [row | {"kept": kept} for row, kept in zip(rows, complete, strict=True)]
 
 
 def _read(root: Root, report: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import datetime
 import io
 import uuid
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from etl import delta
@@ -43,10 +42,9 @@ def compact(root: Root) -> None:
     small = worth_it(sizes)
     if not small:
         return
-    with ThreadPoolExecutor(16) as pool:  # in an object store each is a request
-        parts = pool.map(lambda name: pl.read_parquet(io.BytesIO(root.read(f"{TABLE}/{name}"))), small)
-        # an older release's files lack the newer columns
-        rows = pl.concat(parts, how="diagonal").sort("started_at", "run_id")
+    parts = root.each(lambda name: pl.read_parquet(io.BytesIO(root.read(f"{TABLE}/{name}"))), small)
+    # an older release's files lack the newer columns
+    rows = pl.concat(parts, how="diagonal").sort("started_at", "run_id")
     buffer, path = io.BytesIO(), f"compacted-{uuid.uuid4()}.parquet"
     rows.write_parquet(buffer)
     root.write(f"{TABLE}/{path}", buffer.getvalue())

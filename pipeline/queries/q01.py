@@ -8,7 +8,7 @@ from datetime import date, timedelta
 
 import narwhals as nw
 
-from etl.questions.exact import gathered, money
+from etl.questions.exact import money
 from pipeline.queries._revenue import revenue
 
 TABLES = {
@@ -25,9 +25,12 @@ TABLES = {
 FIGURE = "charge"
 
 
-def answer(lineitem, *, days: int = 90):
-    """One row for each return flag and line status; averages are floats, all money is exact."""
-    sums = (
+MERGES = dict.fromkeys(("quantity", "list_price", "revenue", "tax", "discount", "line_items"), "sum")
+
+
+def portion(lineitem, *, days: int = 90):
+    """What some line items come to, by return flag and line status: whole numbers, in hundredths and their products."""
+    return (
         lineitem.filter(nw.col("l_shipdate") <= date(1998, 12, 1) - timedelta(days=days))
         .select(
             return_flag=nw.col("l_returnflag"),
@@ -44,22 +47,22 @@ def answer(lineitem, *, days: int = 90):
             nw.len().alias("line_items"),
         )
     )
-    return (
-        gathered(sums)
-        .select(
-            "return_flag",
-            "line_status",
-            quantity=money("quantity", 2),
-            list_price=money("list_price", 2),
-            revenue=money("revenue", 4),
-            charge=money("revenue", 4) + money("tax", 6),
-            average_quantity=nw.col("quantity") / nw.col("line_items") / 100,
-            average_price=nw.col("list_price") / nw.col("line_items") / 100,
-            average_discount=nw.col("discount") / nw.col("line_items") / 100,
-            line_items=nw.col("line_items").cast(nw.Int64),
-        )
-        .sort("return_flag", "line_status")
-    )
+
+
+def answer(sums):
+    """One row for each return flag and line status; averages are floats, all money is exact."""
+    return sums.select(
+        "return_flag",
+        "line_status",
+        quantity=money("quantity", 2),
+        list_price=money("list_price", 2),
+        revenue=money("revenue", 4),
+        charge=money("revenue", 4) + money("tax", 6),
+        average_quantity=nw.col("quantity") / nw.col("line_items") / 100,
+        average_price=nw.col("list_price") / nw.col("line_items") / 100,
+        average_discount=nw.col("discount") / nw.col("line_items") / 100,
+        line_items=nw.col("line_items").cast(nw.Int64),
+    ).sort("return_flag", "line_status")
 
 
 def chart(result):

@@ -9,7 +9,7 @@ from decimal import Decimal
 
 import narwhals as nw
 
-from etl.questions.exact import cents, gathered, money
+from etl.questions.exact import cents, money
 from pipeline.queries._dates import months_later
 
 TABLES = {
@@ -18,14 +18,22 @@ TABLES = {
 FIGURE = "revenue"
 
 
-def answer(lineitem, *, first_day: date = date(1994, 1, 1), discount: Decimal = Decimal("0.06"), quantity: int = 24):
-    """One row: revenue. Discounts count from one percent below to one above `discount`, quantities below `quantity`."""
+MERGES = {"revenue": "sum"}
+
+
+def portion(lineitem, *, first_day: date = date(1994, 1, 1), discount: Decimal = Decimal("0.06"), quantity: int = 24):
+    """One row: revenue, in 1/10,000. Discounts count from one percent below to one above `discount`, quantities below
+    `quantity`."""
     percent = cents(discount)
-    given_away = lineitem.filter(
+    return lineitem.filter(
         nw.col("l_shipdate") >= first_day,
         nw.col("l_shipdate") < months_later(first_day, 12),
         nw.col("l_discount") >= percent - 1,
         nw.col("l_discount") <= percent + 1,
         nw.col("l_quantity") < cents(quantity),
-    ).select(revenue=nw.col("l_extendedprice") * nw.col("l_discount"))
-    return gathered(given_away.select(nw.col("revenue").sum())).select(money("revenue", 4))
+    ).select(revenue=(nw.col("l_extendedprice") * nw.col("l_discount")).sum())
+
+
+def answer(sums):
+    """One row: revenue."""
+    return sums.select(money("revenue", 4))

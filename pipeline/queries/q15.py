@@ -7,7 +7,7 @@ from datetime import date
 
 import narwhals as nw
 
-from etl.questions.exact import gathered, money
+from etl.questions.exact import money
 from pipeline.queries._dates import months_later
 from pipeline.queries._revenue import revenue
 
@@ -18,19 +18,24 @@ TABLES = {
 FIGURE = "revenue"
 
 
-def answer(supplier, lineitem, *, first_day: date = date(1996, 1, 1)):
-    """One row, more where several are equal: supplier_key, supplier, address, phone, revenue."""
-    per_supplier = (
+MERGES = {"revenue": "sum"}
+
+
+def portion(lineitem, *, first_day: date = date(1996, 1, 1)):
+    """The revenue of each supplier in the quarter, in 1/10,000."""
+    return (
         lineitem.filter(nw.col("l_shipdate") >= first_day, nw.col("l_shipdate") < months_later(first_day, 3))
         .select("l_suppkey", revenue=revenue())
         .group_by("l_suppkey")
         .agg(nw.col("revenue").sum())
     )
-    revenues = gathered(per_supplier)
+
+
+def answer(revenues, supplier):
+    """One row, more where several are equal: supplier_key, supplier, address, phone, revenue."""
     top = revenues.join(revenues.select(nw.col("revenue").max()), on="revenue")
     return (
-        gathered(supplier)
-        .join(top, left_on="s_suppkey", right_on="l_suppkey")
+        supplier.join(top, left_on="s_suppkey", right_on="l_suppkey")
         .select(
             supplier_key="s_suppkey",
             supplier="s_name",

@@ -6,7 +6,7 @@ What revenue did three brands bring with parts that suit their containers, sent 
 
 import narwhals as nw
 
-from etl.questions.exact import cents, gathered, money
+from etl.questions.exact import cents, money
 from pipeline.queries._revenue import revenue
 
 TABLES = {
@@ -17,9 +17,12 @@ FIGURE = "revenue"
 KINDS = ("CASE", "BOX", "PACK", "PKG"), ("BAG", "BOX", "PKG", "PACK"), ("CASE", "BOX", "PACK", "PKG")
 
 
-def answer(
-    part,
+MERGES = {"revenue": "sum"}
+
+
+def portion(
     lineitem,
+    part,
     *,
     small_brand: str = "Brand#12",
     medium_brand: str = "Brand#23",
@@ -28,7 +31,7 @@ def answer(
     medium_quantity: int = 10,
     large_quantity: int = 20,
 ):
-    """One row: revenue, 0 when there is none. Each quantity reaches from the number given to ten more."""
+    """One row: revenue, in 1/10,000. Each quantity reaches from the number given to ten more."""
     wanted = [
         part.filter(
             nw.col("p_brand") == brand,
@@ -42,13 +45,17 @@ def answer(
             (large_brand, "LG", KINDS[2], 15, large_quantity),
         )
     ]
-    sold = (
+    return (
         lineitem.filter(
             nw.col("l_shipinstruct") == "DELIVER IN PERSON",
             nw.col("l_shipmode").is_in(["AIR", "AIR REG"]),
         )
         .join(nw.concat(wanted), left_on="l_partkey", right_on="p_partkey")
         .filter(nw.col("l_quantity") >= nw.col("least"), nw.col("l_quantity") <= nw.col("least") + cents(10))
-        .select(revenue=revenue())
+        .select(revenue=revenue().sum())
     )
-    return gathered(sold.select(nw.col("revenue").sum())).select(money("revenue", 4))
+
+
+def answer(sums):
+    """One row: revenue, 0 when there is none."""
+    return sums.select(money("revenue", 4))

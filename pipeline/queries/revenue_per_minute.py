@@ -18,14 +18,15 @@ FIGURE = "revenue"
 
 
 def window(*, as_of: datetime, minutes: int = 60):
-    """Nothing ships before it is ordered."""
-    return {"lineitem": ("l_ship_time", _span(as_of, minutes)[0])}
+    """Nothing ships before it is ordered; and of a day's orders before, whether there are any."""
+    start, _ = _span(as_of, minutes)
+    return {"orders": ("o_order_time", start - timedelta(days=1)), "lineitem": ("l_ship_time", start)}
 
 
 def answer(orders, lineitem, *, as_of: datetime, minutes: int = 60):
     """One row for each of the last `minutes` whole minutes before `as_of`, newest first; 0 where nothing came in.
 
-    Minutes before the very first order are left out, but for the newest.
+    Minutes before the first order are left out, but for the newest; an order of more than a day before is none.
     """
     import polars as pl
 

@@ -388,6 +388,65 @@ def test_nothing_of_the_archive_goes_while_the_clock_looks_wrong(root):
     assert pruned(root, now=started + timedelta(days=4, hours=3)) == [day(20)]
 
 
+def test_a_clock_that_is_nine_days_ahead_takes_no_week_of_the_archive(steady):
+    days = [archived(steady, day(age), age) for age in (5, 4, 1)]
+    started = datetime.now(UTC)
+    assert pruned(steady, now=started) == []
+    assert [pruned(steady, now=started + timedelta(days=9, hours=hour)) for hour in range(40)] == [[]] * 40
+    assert Root.at(steady).names("archive") == sorted(path.removeprefix("archive/") for path in days)
+    later = [pruned(steady, now=started + timedelta(days=9 + since)) for since in range(2, 5)]
+    assert later == [[day(5)], [day(4)], []]  # as they are really seven days old
+
+
+def test_in_an_object_store_the_stores_clock_counts(s3_root, monkeypatch):
+    class Ahead(datetime):
+        """A machine whose clock has always been nine days ahead."""
+
+        @classmethod
+        def now(cls, zone=None):
+            return datetime.now(zone) + timedelta(days=9)
+
+    place = Root.at(s3_root)
+    place.write("archive/2020-01-01/orders/orders-00000000.json", b"x")
+    monkeypatch.setattr(retention, "datetime", Ahead)
+    seen = retention.clock(place, None, 24)
+    assert abs(seen.now - datetime.now(UTC)) < timedelta(minutes=10)
+
+
+def test_refused_files_old_lakes_and_leftovers_go_one_of_each_a_run(steady):
+    place = Root.at(steady)
+    for folder, name, age in (
+        *(("refused", day(days), days) for days in (120, 92, 91, 80)),
+        *((f"lake-before-{stamp(days)}", "orders", days) for days in (45, 40, 20)),
+        ("runs-before-notes", "x", 99),
+        ("restoring", "lake", 2),
+        ("rebuilding", "lake", 0.5),
+    ):
+        place.write(f"{folder}/{name}/a", b"x")
+        for path in (f"{steady}/{folder}/{name}", f"{steady}/{folder}"):
+            os.utime(path, (days_ago(age),) * 2)
+    gone = [[path.partition("-before")[0] for path in Lake(steady).prune()] for _ in range(4)]
+    refused = [f"refused/{day(days)}" for days in (120, 92, 91)]
+    assert gone == [[refused[0], "lake", "restoring"], [refused[1], "lake"], [refused[2]], []]
+    assert Lake(steady).prune(refused_days=0) == []
+    assert place.names("refused") == [day(80)] and {"runs-before-notes", "rebuilding"} <= {*place.names("")}
+
+
+def stamp(days: float) -> str:
+    return f"{datetime.fromtimestamp(days_ago(days), UTC):%Y%m%dT%H%M%S.%f}"
+
+
+def test_a_sweep_of_a_table_takes_a_days_worth(steady):
+    now, since = datetime.now(UTC), {}
+    for days in range(2, 9):
+        since[f"{days}.parquet"] = now - timedelta(days=days)
+    clock = retention.Clock(now, None)
+    assert retention._days_worth(since, timedelta(days=1), clock) == {"8.parquet"}
+    paused = retention.Clock(now, None, ((now - timedelta(days=9), now - timedelta(days=1)),))
+    assert retention._days_worth(since, timedelta(days=1), paused) == {"8.parquet"} and paused.age(now) == timedelta(0)
+    assert retention._days_worth(since, timedelta(days=1, hours=1), paused) == set()
+
+
 def test_old_days_of_an_archive_in_an_object_store_go(s3_root):
     place, started = Root.at(s3_root), datetime.now(UTC)
     place.write("landing/orders/orders-00000000.json", b"x")
