@@ -36,7 +36,7 @@ NOTE = "backups.json"  # under the root that was copied: URL -> its newest point
 SCRATCH = "restoring"
 RUNS = "runs"  # the index of runs, a Delta table without a pointer
 REPLACED = (RUNS, "results", "models", "lake")  # as they are in the point; what else it has is added. The lake last
-PAGE = "report.html"  # made again from the notebook when somebody asks
+MADE_AGAIN = re.compile(r"^reports/.*/report\.html$|^results/[^/]+/portion/")  # from the notebook, and from all rows
 KEEP = 30  # points
 WORKERS = 4  # each holds a file in memory
 ATTEMPTS = 5  # to find a state that is whole, where tables are swapped meanwhile
@@ -287,7 +287,7 @@ def _beside(root: Root, archive: bool, reports: bool) -> Iterator[tuple[str, int
     folders = ["results", "models", "refused", *(["reports"] if reports else []), *(["archive"] if archive else [])]
     for folder in folders:
         for path, entry in root.tree(folder):
-            if not entry.problem and path.rpartition("/")[2] != PAGE:
+            if not entry.problem and not MADE_AGAIN.search(f"{folder}/{path}"):
                 yield f"{folder}/{path}", entry.bytes
 
 

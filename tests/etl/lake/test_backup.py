@@ -53,6 +53,7 @@ def test_a_restored_root_goes_on(scattered, target, tmp_path, stream, made):
     Root.at(scattered).write("models/current.json", b"{}")
     Root.at(scattered).write("results/q/current.json", b"{}")
     Root.at(scattered).write("results/q/a.parquet", b"rows")
+    Root.at(scattered).write("results/q/portion/all.parquet", b"made again")
     Root.at(scattered).write("reports/query/2026-01-01/query-1/report.html", b"page")
     Root.at(scattered).write("reports/query/2026-01-01/query-1/report.ipynb", b"{}")
     copied = lake.backup(target)
