@@ -559,8 +559,6 @@ class LocalRoot(Root):
                 raise Unreadable("is a symbolic link") from None
             if error.errno == errno.ENXIO:
                 raise Unreadable("is a socket") from None
-            if error.errno == errno.ENOTDIR:
-                raise FileNotFoundError(errno.ENOENT, "there is no such file", self._path(rel)) from None
             raise
         try:
             info = os.fstat(descriptor)
