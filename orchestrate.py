@@ -19,6 +19,7 @@ runs    the index of runs
 whence  which run wrote a version of a table
 doctor  what is wrong with the data, the packages and the ports, and what to do
 rebuild     the lake again, from the archive
+backup      what is published, copied elsewhere while everything runs; restore  a root again from it
 quarantine  what did not fit: list, show, try again
 """
 

@@ -1,6 +1,7 @@
 """What the dashboard's pages share: answers and runs as they are shown, cached by the pointers they come from."""
 
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -114,12 +115,17 @@ def _names_kept(part: Any, name: str = "") -> Any:
     return part.replace("#", "#\u2060") if isinstance(part, str) and "color" not in name else part
 
 
+def stages(root: Root) -> list[str]:
+    """The stages that have a report."""
+    return [name for name in root.names("reports") if re.fullmatch(r"[\w-]+", name)]
+
+
 @st.cache_data(ttl=LOOK_S - 5, max_entries=8, show_spinner=False)
 def latest_runs(root_url: str) -> list[dict[str, Any]]:
     """The last runs of all, newest first, and at least one of every stage that has a report."""
     root = Root.at(root_url)
     latest = index.newest(root, limit=200)
-    for stage in set(root.names("reports")) - {run["stage"] for run in latest}:
+    for stage in set(stages(root)) - {run["stage"] for run in latest}:
         latest += index.newest(root, stage=stage, limit=1)
     return latest
 

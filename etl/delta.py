@@ -8,7 +8,7 @@ https://github.com/delta-io/delta/blob/master/PROTOCOL.md
 
 import itertools
 import json
-import tempfile
+import re
 import time
 import uuid
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 from urllib.parse import quote, unquote
 
-from etl.storage import Damaged, Root, crash_point
+from etl.storage import Damaged, Root, crash_point, temporary_folder
 
 if TYPE_CHECKING:
     import polars as pl
@@ -32,6 +32,7 @@ TYPES = {
 }
 EXACT_DIGITS = 15  # that a float has: of a longer decimal the log would say bounds that its values are beyond
 LAST = "_last_checkpoint"
+NUMBERED = re.compile(r"\d{20}\.")  # begins the name of a file that is a version's
 NULL_FOLDER = "__HIVE_DEFAULT_PARTITION__"
 
 
@@ -66,7 +67,7 @@ def commit_of(table: str, version: int) -> str:
 
 def newest_version(root: Root, table: str) -> int | None:
     """The newest version of a table, from its log's names; None when there is no table."""
-    return max((int(name[:20]) for name in root.names(log_of(table)) if name[:20].isdigit()), default=None)
+    return max((int(name[:20]) for name in root.names(log_of(table)) if NUMBERED.match(name)), default=None)
 
 
 def actions(root: Root, table: str, version: int) -> list[Action]:
@@ -285,9 +286,9 @@ def _checkpoint(root: Root, table: str, version: int) -> None:
         root.table(table, version).create_checkpoint()
         return
     log = log_of(table)
-    names = [name for name in root.names(log) if name[:20].isdigit() and int(name[:20]) <= version]
+    names = [name for name in root.names(log) if NUMBERED.match(name) and int(name[:20]) <= version]
     start = max((name[:20] for name in names if ".checkpoint." in name), default="")
-    with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
+    with temporary_folder("checkpoint-") as folder:
         copy = Path(log_of(folder))
         copy.mkdir()
         for name in names:
@@ -303,8 +304,8 @@ def sync(root: Root, table: str, after: int, until: int) -> None:
     if not root.may_tear or until <= after:
         return
     log = log_of(table)
-    rels = [f"{log}/{name}" for name in root.names(log) if name > f"{after:020d}.z"]  # _last_checkpoint, too
-    there = {name for name in root.names(log) if name.endswith(".json")}
+    there = root.names(log)
+    rels = [f"{log}/{name}" for name in there if name == LAST or (NUMBERED.match(name) and int(name[:20]) > after)]
     for version in range(after + 1, until + 1):
         if f"{version:020d}.json" not in there:  # another writer cleaned the log
             continue
@@ -359,7 +360,7 @@ def renumber(root: Root, table: str, version: int, about: Action) -> None:
     uses yet."""
     log, lines = log_of(table), [commit_info("CREATE TABLE", about), *folded(root, table)]
     before = root.names(log)
-    with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
+    with temporary_folder("checkpoint-") as folder:
         alone = Root.at(folder)
         alone.create(commit_of("t", 0), "\n".join(map(json.dumps, lines)).encode())
         alone.table("t", 0).create_checkpoint()

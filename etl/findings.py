@@ -61,7 +61,7 @@ def damages(root: Root, table: str, version: int | None = None) -> Iterator[str]
     for name in root.names(log):
         if problem := _reading(partial(_read_log, root, table, name)):
             yield problem if log in problem else f"{log}/{name} is damaged: {problem}"
-    if not root.names(log):
+    if delta.newest_version(root, table) is None:
         return
     files: list[tuple[str, int, int]] = []
     if problem := _reading(lambda: files.extend(_files(root.table(table, version)))):

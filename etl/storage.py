@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 # the folder of notebooks, params and the domain: around this package, or where the console script was called
 PROJECT = Path(os.environ.get("ETL_PROJECT") or Path(__file__).resolve().parent.parent)
+HELD = ".held"  # in a temporary folder: locked while its process lives
+LOST_AND_FOUND = "lost+found"  # the file system's own, in the folder where a disk is mounted
 NOT_RENAMED = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EROFS)  # by an error of these it may still be copied
 CREDENTIALS = ("AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
 CONFLICTS = 8  # of a conditional write with nothing there, before it is an error
@@ -360,7 +362,7 @@ class Root:
         return sorted(path[start:] for path in self._fs.find(self._path(rel)))
 
     def names(self, rel: str) -> list[str]:
-        """The names directly under a folder, sorted; none when there is no such folder."""
+        """The names directly under a folder, sorted; none when there is no such folder, or a file of that name."""
         try:
             paths = self._fs.ls(self._path(rel), detail=False)
         except FileNotFoundError:
@@ -421,7 +423,7 @@ class Root:
         return True
 
     def remove(self, rel: str) -> None:
-        """Remove a file; one that is missing is fine."""
+        """Remove a file; one that is missing is fine, and a folder of that name stays."""
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._path(rel))
 
@@ -552,7 +554,10 @@ class LocalRoot(Root):
         return f"{self.url}/{rel}"
 
     def read(self, rel: str) -> bytes:
-        return Path(self._path(rel)).read_bytes()
+        try:
+            return Path(self._path(rel)).read_bytes()
+        except NotADirectoryError:  # a file stands where a folder would
+            raise FileNotFoundError(errno.ENOENT, "there is no such file", self._path(rel)) from None
 
     def open(self, rel: str) -> BinaryIO:
         return open(self._path(rel), "rb")
@@ -634,13 +639,13 @@ class LocalRoot(Root):
     def names(self, rel: str) -> list[str]:
         try:
             return sorted(name for name in os.listdir(self._path(rel)) if not name.startswith("."))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def entries(self, rel: str) -> list[Entry]:
         try:
             files = sorted(os.scandir(self._path(rel)), key=lambda entry: entry.name)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         return [entry for file in files if not file.name.startswith(".") and (entry := _entry(file.path))]
 
@@ -705,7 +710,8 @@ class LocalRoot(Root):
         return True
 
     def remove(self, rel: str) -> None:
-        Path(self._path(rel)).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            os.unlink(self._path(rel))
 
     def remove_unfinished(self, rel: str, before: datetime) -> None:
         for folder, _, names in os.walk(self._path(rel)):
@@ -789,6 +795,24 @@ def _remove_folders(paths: list[str], first: str) -> None:
                 shutil.rmtree(path)
 
 
+@contextlib.contextmanager
+def temporary_folder(prefix: str) -> Iterator[str]:
+    """A folder for the length of the block; those of the same prefix whose process was killed go first."""
+    with os.scandir(tempfile.gettempdir()) as others:
+        for path in [other.path for other in others if other.name.startswith(prefix)]:
+            _remove_abandoned(path)
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder, open(f"{folder}/.new", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.rename(lock.name, f"{folder}/{HELD}")  # never there without being held
+        yield folder
+
+
+def _remove_abandoned(folder: str) -> None:
+    with contextlib.suppress(OSError), open(f"{folder}/{HELD}") as lock:  # another user's, or gone
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def make_folder(path: str) -> None:
     """As os.makedirs, and each that is new is on the disk: a synced file in a folder without a name is lost."""
     if os.path.isdir(path):
@@ -812,7 +836,7 @@ def sync(path: str) -> None:
 def _entry(path: str) -> Entry | None:
     try:
         info = os.lstat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     mark = f"{info.st_ino}-{info.st_mtime_ns}-{info.st_size}"
     modified = datetime.fromtimestamp(info.st_mtime, UTC)
@@ -824,8 +848,8 @@ def _entry(path: str) -> Entry | None:
 def _below(folder: str, above: str) -> Iterator[tuple[str, Entry]]:
     """As `Root.tree`, in any order. A folder that cannot be entered is one of the entries."""
     try:
-        found = [*os.scandir(folder)]
-    except FileNotFoundError:
+        found = [entry for entry in os.scandir(folder) if entry.name != LOST_AND_FOUND]
+    except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
         yield above.rstrip("/"), Entry(os.path.basename(folder), 0, "", f"cannot be entered: {error.strerror}")

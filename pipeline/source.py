@@ -14,7 +14,6 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import polars as pl
 
-from etl.storage import Root
+from etl.storage import Root, temporary_folder
 from pipeline.tables import STREAMED, TABLES
 
 TICK_S = 30  # seconds of event time between two ticks
@@ -304,7 +303,7 @@ def _tpchgen(
         command.append(f"--parts={slices}")
     if slices > 1 and len(parts) == 1:
         command.append(f"--part={next(iter(parts))}")
-    with tempfile.TemporaryDirectory(prefix="tpchgen-") as folder:
+    with temporary_folder("tpchgen-") as folder:
         done = subprocess.run([*command, f"--output-dir={folder}"], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"tpchgen-cli failed with status {done.returncode}: {done.stderr.strip()}")

@@ -2,10 +2,11 @@
 
 import html
 import json
+import re
 import shutil
 import subprocess
 import sys
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import polars as pl
@@ -14,8 +15,11 @@ from polars.testing import assert_frame_equal
 from support import AT, SMALL, ingest_all, orchestrate
 from tpch_sql import QUESTIONS, connect, unlike
 
+from app import shown
+from etl.questions import results
+from etl.runs import index, retention
 from etl.storage import PROJECT, Root
-from pipeline import Lake, queries, source
+from pipeline import Lake, model, queries, source
 from pipeline.tables import TABLES
 
 
@@ -182,3 +186,53 @@ def test_the_same_answers_on_a_dask_cluster(full, project):
         pointer, by_dask = queries.current(Root.at(full[0]), name)
         assert pointer["run_id"] == record["run_id"]
         assert_frame_equal(by_dask, answer)
+
+
+def test_every_folder_that_is_written_is_in_the_table_of_what_goes(full):
+    root = Path(full[0])
+    text = (PROJECT / "docs/operations.md").read_text()
+    rows = re.findall(r"^\| `([^`]*)/` \| \S|^\| `([^`]*/\.\.\.)` \| \S", text, re.M)
+    patterns = [re.escape(row or deep.removesuffix("/...")) for row, deep in rows]
+    patterns = [re.sub(r"<\w+>", "[^/]+", pattern) for pattern in patterns]
+    named = re.compile("|".join(f"{p}(?:/.*)?" if deep else p for p, (_, deep) in zip(patterns, rows, strict=True)))
+    written = {str(path.parent.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+    assert {"lake/orders", "models", "runs/_delta_log"} <= written
+    assert [folder for folder in sorted(written) if not named.fullmatch(folder)] == []
+
+
+def test_names_that_are_nobodys_break_nothing(full, tmp_path):
+    """In every folder: a file system's own folder, a file manager's, a note, a file and a folder called like data."""
+    place = Root.at(shutil.copytree(full[0], tmp_path / "root"))
+    lake, folders = Lake(place), [path for path in Path(place.url).rglob("*") if path.is_dir()]
+    for folder in [Path(place.url), *folders]:
+        (folder / "lost+found").mkdir()
+        (folder / "README.txt").write_text("read me")
+        (folder / ".DS_Store").write_bytes(b"\0")
+        (folder / "2020-01-01.parquet").mkdir()
+        (folder / "2020").write_text("a file where a folder may be")
+    for folder in ("archive", "refused", "results", "models", "reports", "reports/query"):
+        (Path(place.url) / folder).mkdir(exist_ok=True)
+        (Path(place.url) / folder / "2020-01-01").write_text("a file in the place of a day")
+    (Path(place.url) / "refused/2020-01-02").mkdir()
+    (Path(place.url) / "refused/2020-01-02/a.json").write_text("{}")
+    (Path(place.url) / "refused/2020-01-02/a.json.why.json").write_text("[1]")
+    before, now = lake.snapshot().rows(), datetime.now(UTC)
+    for days in range(3):
+        done = lake.compact(
+            target_mb=64, min_small_files=2, vacuum_hours=24, run_id="c", now=now + timedelta(days=days)
+        )
+        assert done["failed"].drop_nulls().to_list() == []
+        assert not {"archive/2020-01-01", "refused/2020-01-01"} & {*lake.prune(now=now + timedelta(days=days))}
+    retention.sweep(place)
+    found = [*lake.examine(), *index.examine(place), *results.examine(place), *model.examine(place)]
+    assert [finding for finding in found if finding.problem and finding.what != "landing"] == []
+    assert lake.refused() == [] and lake.refused_lines().height == 0
+    assert {run["stage"] for run in index.newest(place)} == {"generate", "preprocess", "compact", "query", "train"}
+    assert shown.stages(place) == ["2020", "2020-01-01", "compact", "generate", "preprocess", "query", "train"]
+    assert shown.latest_runs(place.url) and all(queries.current(place, name)[1].width for name in QUESTIONS)
+    lake.backup(Root.at(tmp_path / "backup"))
+    assert lake.rebuild()["equal"].all()
+    rows = dict(before.select("table", "rows").iter_rows())
+    assert dict(lake.snapshot().rows().select("table", "rows").iter_rows()) == rows
+    Lake(tmp_path / "other").restore(Root.at(tmp_path / "backup"))
+    assert dict(Lake(tmp_path / "other").snapshot().rows().select("table", "rows").iter_rows()) == rows

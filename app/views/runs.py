@@ -15,7 +15,7 @@ def page() -> None:
     """The newest runs that the reader asks for."""
     st.title("Runs", anchor=False)
     with shown.panel("The list of runs"):
-        stages = [ALL, *shown.published_root().names("reports")]
+        stages = [ALL, *shown.stages(shown.published_root())]
         stage = st.segmented_control("Stage", stages, default=ALL, key="stage", required=True)
         state = st.segmented_control(
             "State", [ALL, BAD, *STATES], default=ALL, format_func=shown.words, key="state", required=True

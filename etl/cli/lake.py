@@ -1,10 +1,11 @@
-"""The commands about the data: `doctor`, `whence`, `promote`, `rebuild`, `quarantine`."""
+"""The commands about the data: `doctor`, `whence`, `promote`, `rebuild`, `backup`, `restore`, `quarantine`."""
 
 import contextlib
 import importlib
+import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -18,6 +19,7 @@ from etl.cli.common import (
     Timetable,
     environment,
     existing_root,
+    moment,
     out,
     print_json,
     refuse,
@@ -35,6 +37,7 @@ from etl.storage import Root
 if TYPE_CHECKING:
     from etl.findings import Finding
     from etl.lake import Lake
+    from etl.lake.backup import Point
 
 refused = typer.Typer(no_args_is_help=True, help="The lines and files that did not fit.")
 FileName = Annotated[str, typer.Argument(help="A file's name, as `quarantine list` has it.")]
@@ -45,6 +48,8 @@ def register(app: typer.Typer, timetable: Timetable) -> None:
     app.command()(with_ports(doctor, timetable.ports))
     app.command()(promote)
     app.command("rebuild")(rebuild_lake)
+    app.command("backup")(make_backup)
+    app.command("restore")(restore_root)
 
 
 def whence(
@@ -228,6 +233,105 @@ def _lake(context: typer.Context, env: str, root: str | None) -> "Lake":
     return timetable.lake_at(existing_root(env, root))
 
 
+BackupUrl = Annotated[str, typer.Argument(metavar="URL", help="A folder, or s3://bucket/prefix.")]
+
+
+def make_backup(
+    context: typer.Context,
+    url: BackupUrl,
+    env: Env = "local",
+    root: RootOption = None,
+    archive: Annotated[bool, typer.Option("--archive", help="The ingested files as well, for `rebuild`.")] = False,
+    reports: Annotated[bool, typer.Option("--reports/--no-reports", help="The reports of runs.")] = True,
+    keep: Annotated[int, typer.Option(min=0, help="Points that stay; 0: all of them.")] = 30,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all files of the point, not the new ones alone.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Copy what is published to another place, as a new point in time, while everything runs.
+
+    Only what the backup lacks is written, and what is written is read again. `restore` brings a point back.
+    """
+    from etl.lake.snapshot import NothingPublished
+    from etl.storage import Damaged
+
+    lake, target = _lake(context, env, root), root_at(url)
+    try:
+        made = lake.backup(target, archive=archive, reports=reports, keep=keep, verify=verify)
+    except LeaseHeld as error:
+        refuse(f"another backup is under way: {error}")
+    except (NothingPublished, Damaged, ValueError, LookupError) as error:
+        refuse(str(error))
+    point, megabytes = made.point, made.bytes / 1e6
+    if as_json:
+        print_json(_about(point) | {"written": made.written, "written_bytes": made.bytes, "removed": made.removed})
+        return
+    rows = sum(content.rows for content in point.tables.values())
+    say(f"{point.name}  batch {point.batch}, {rows:,} rows, {len(point.files):,} files, {point.bytes / 1e6:,.1f} MB")
+    removed = f"; {made.removed} older points went" if made.removed else ""
+    say(f"{made.written:,} files were written, {megabytes:,.1f} MB, and read again{removed}")
+
+
+def restore_root(
+    context: typer.Context,
+    url: BackupUrl,
+    env: Env = "local",
+    root: RootOption = None,
+    as_of: Annotated[
+        str | None, typer.Option(metavar="TIME", help="The last point of then or before; the newest without.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also where there is a lake: it is moved aside, and stays there.")
+    ] = False,
+    points: Annotated[bool, typer.Option("--list", help="Name the points of the backup, and change nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """A root again from its backup, after which all stages go on. End `up` first."""
+    from etl.lake import backup
+    from etl.storage import Damaged
+
+    timetable: Timetable = context.obj
+    asked, source = root_at(root or environment(env).root), root_at(url)
+    before = moment(as_of) if as_of else None
+    try:
+        if points:
+            rows = [_about(point) for point in backup.points(source)]
+            _print_points(rows, as_json)
+            return
+        point, moved = timetable.lake_at(asked).restore(
+            source, as_of=before, force=force, run_id=f"restore-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+        )
+    except backup.NotEmpty as error:
+        refuse(f"{error}: nothing was changed. `restore --force` moves it aside; or name an empty root with --root")
+    except (backup.NoBackup, Damaged, LeaseHeld, ValueError) as error:
+        refuse(f"{error}: nothing was changed")
+    if as_json:
+        print_json(_about(point) | {"root": asked.url, "moved": moved})
+        return
+    say(f"{asked.url} is as it was at {point.at:%Y-%m-%d %H:%M:%S} UTC: batch {point.batch}")
+    for folder in moved:
+        say(f"what was there is in {folder}")
+
+
+def _about(point: "Point") -> dict[str, object]:
+    tables = {table: {"version": c.version, "rows": c.rows} for table, c in point.tables.items()}
+    about = {"point": point.name, "at": point.at.isoformat(), "batch": point.batch, "as_of": point.as_of}
+    return {**about, "files": len(point.files), "bytes": point.bytes, "tables": tables}
+
+
+def _print_points(rows: list[dict[str, object]], as_json: bool) -> None:
+    if as_json:
+        print_json(rows)
+        return
+    table = Table("point", "at", "batch", "files", "MB")
+    for row in rows:
+        table.add_row(
+            *(str(row[name]) for name in ("point", "at", "batch", "files")), f"{int(str(row['bytes'])) / 1e6:.1f}"
+        )
+    out.print(table if rows else "there is no point")
+
+
 @refused.command("list")
 def list_refused(context: typer.Context, env: Env = "local", root: RootOption = None, as_json: AsJson = False) -> None:
     """What did not fit: files with refused lines, and files that were refused whole, the newest first."""
@@ -246,7 +350,12 @@ def list_refused(context: typer.Context, env: Env = "local", root: RootOption = 
 
 @refused.command("show")
 def show_refused(
-    context: typer.Context, file: FileName, env: Env = "local", root: RootOption = None, as_json: AsJson = False
+    context: typer.Context,
+    file: FileName,
+    env: Env = "local",
+    root: RootOption = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Only the lines, byte for byte as they came.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """The refused lines of a file with their reasons, or why it was refused whole."""
     lake = _lake(context, env, root)
@@ -255,6 +364,9 @@ def show_refused(
     except LookupError as error:
         refuse(str(error.args[0]))
     lines = found.to_dicts()
+    if raw:
+        _write_raw(lines)
+        return
     if as_json:
         print_json({"file": whole, "lines": lines})
         return
@@ -263,6 +375,17 @@ def show_refused(
     for line in lines:
         say(f"{file}:{line['line']}: {line['reason']}", style="bold")
         say(line["raw"])
+
+
+def _write_raw(lines: list[dict[str, Any]]) -> None:
+    """The lines' bytes on stdout; those that are not kept whole are refused after the others."""
+    from etl.lake.parse import as_it_came
+
+    came = [as_it_came(line["raw"], line["reason"]) for line in lines]
+    sys.stdout.buffer.write(b"".join(raw + b"\n" for raw in came if raw is not None))
+    sys.stdout.flush()
+    if lost := [line["line"] for line, raw in zip(lines, came, strict=True) if raw is None]:
+        refuse(f"{len(lost)} of its lines are not kept as they came, line {lost[0]} among them")
 
 
 @refused.command("retry")

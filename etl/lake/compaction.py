@@ -8,13 +8,12 @@ replaces, so a batch may be committed meanwhile, and the writer's lease is held 
 
 import json
 import math
-import tempfile
 import traceback
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,23 +24,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from etl import delta
-from etl.lake import commit, ledger, schemas, snapshot, sorting, switch, upsert
+from etl.lake import commit, ledger, retention, schemas, sorting, switch, upsert
 from etl.leases import LeaseHeld
-from etl.storage import Damaged, Root, crash_point
+from etl.storage import crash_point, temporary_folder
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
 
     from etl.lake.lake import Lake
 
-VACUUM_HOURS = 24  # at least: a reader may still be on a version this old
-ARCHIVE_DAYS = 7
-WRITTEN = ("lake", "landing", "refused", "results", "models")  # where a killed run may leave a file half written
-CLOCK = "lake/clock.json"
-KEPT_LOG = "lake/kept_log"
-SLACK = timedelta(minutes=5)  # between two machines' clocks
 MEMORY = 1  # times the target: of rows that are sorted at once, which takes about four times that
-GAP = timedelta(days=2)  # without a run: the clock may have been moved
 ROW_GROUP = 100_000  # rows: what a reader skips or reads at once
 LEDGER_ROW_GROUP = 5_000  # of the ledger, which is asked for single batches
 
@@ -109,10 +101,12 @@ def compact(
     batch stays. A table that another compaction is at work on is left to it, and one that fails, RowsDiffer above all,
     stays as it was and keeps no other from its turn. Raises ValueError when `vacuum_hours` is under 24.
     """
-    if vacuum_hours < VACUUM_HOURS:
-        raise ValueError(f"vacuum_hours is {vacuum_hours}: readers may be on versions up to {VACUUM_HOURS} hours old")
-    root, now = lake.root, now or datetime.now(UTC)
-    suspicion = clock_problem(root, now, vacuum_hours)
+    if vacuum_hours < retention.VACUUM_HOURS:
+        raise ValueError(
+            f"vacuum_hours is {vacuum_hours}: readers may be on versions up to {retention.VACUUM_HOURS} hours old"
+        )
+    root = lake.root
+    clock = retention.clock(root, now, vacuum_hours)
     published = commit.settled(lake, run_id)
     versions = published["tables"] if published else {}
     lines: dict[str, dict[str, Any]] = {table: {"table": table, "note": ""} for table in tables(lake)}
@@ -123,7 +117,6 @@ def compact(
             crash_point(f"compaction holds: {table}")
             handle, began[table] = _readable(lake, table, published)
             line |= _compact_table(lake, table, handle, target_mb, min_small_files, run_id)
-    _forget(root)
     if published and "files" in published["tables"]:
         ledger.prune(root, published["batch"])
     if published:
@@ -133,12 +126,10 @@ def compact(
         with _told(line):
             handle = handles.get(table) or lake.table(table)
             line["version"] = handle.version()
-            line["removed"] = _sweep(lake, table, handle, versions.get(table), names, vacuum_hours, now, suspicion)
-        if suspicion and not line["note"]:
-            line["note"] = f"nothing removed: {suspicion}"
-    if not suspicion:
-        for folder in WRITTEN:
-            root.remove_unfinished(folder, before=now - timedelta(hours=vacuum_hours))
+            line["removed"] = retention.sweep(lake, table, handle, versions.get(table), names, vacuum_hours, clock)
+        if clock.problem and not line["note"]:
+            line["note"] = f"nothing removed: {clock.problem}"
+    retention.remove_unfinished(root, vacuum_hours, clock)
     schema = {"table": pl.String, "version": pl.Int64} | {
         f"{what}_{when}": kind
         for what, kind in (("rows", pl.Int64), ("files", pl.Int64), ("mb", pl.Float64))
@@ -169,13 +160,13 @@ def _readable(lake: "Lake", table: str, published: dict[str, Any] | None) -> tup
     """
     newest = lake.table(table)
     if published is None or table not in published["tables"]:
-        return newest, _names(newest)
+        return newest, retention.names_of(newest)
     version = published["tables"][table]
     if schemas.look(lake, table, version).cleaned:  # by others: nobody can open the published one any more
-        return newest, _names(newest)
+        return newest, retention.names_of(newest)
     before = lake.table(table, version)
     is_ahead = (newest.transaction_version(commit.APP_ID) or 0) > published["batch"]
-    return before if is_ahead else newest, _names(newest) | _names(before)
+    return before if is_ahead else newest, retention.names_of(newest) | retention.names_of(before)
 
 
 def _compact_table(
@@ -320,7 +311,7 @@ def _write(
     made: list[Rewrite] = []
     step = LEDGER_ROW_GROUP if table == "files" else ROW_GROUP
     parts = _parts(frames, step, source.declared)
-    with tempfile.TemporaryDirectory(prefix="compaction-") as folder:
+    with temporary_folder("compaction-") as folder:
         local, part = Path(folder, "file"), next(parts, None)
         while part:
             rows, total = 0, 0
@@ -444,96 +435,6 @@ def _assert_same(lake: "Lake", table: str, version: int, rewrites: list[Rewrite]
     raise RowsDiffer(f"{what}: put back")
 
 
-def _sweep(
-    lake: "Lake",
-    table: str,
-    newest: "DeltaTable",
-    published: int | None,
-    began: set[str],
-    hours: int,
-    now: datetime,
-    suspicion: str | None,
-) -> int:
-    """Remove the Parquet files that neither the newest version nor a published one has needed for `hours`; how many.
-
-    Since when is kept in `lake/unneeded/<table>.json`, as each sweep sees it. The log cannot tell: checkpoints forget
-    what was removed, nobody ever wrote down what a killed run left, and a removal that is old may still be published.
-    Nor can a file's own time, which is when it was written. So a file that is about to be committed has a day as well.
-    `began`: the files that were published when the run began; what it superseded was needed until now.
-    """
-    root = lake.root
-    files = delta.data_names(root, f"lake/{table}")
-    needed = _names(newest)
-    if published not in (None, newest.version()):
-        needed |= _names(lake.table(table, published))
-    memory = f"lake/unneeded/{table}.json"
-    before = _unneeded(root, memory)
-    since = {name: now if name in began else min(before.get(name, now), now) for name in files - needed}
-    old = set() if suspicion else {name for name, seen in since.items() if now - seen >= timedelta(hours=hours)}
-    root.remove_all(f"lake/{table}/{name}" for name in sorted(old))
-    crash_point(f"swept: {table}")
-    left = {name: seen for name, seen in since.items() if name not in old}
-    if left != before:
-        by_time: dict[str, list[str]] = {}
-        for name in sorted(left):
-            by_time.setdefault(left[name].isoformat(), []).append(name)
-        root.write(memory, json.dumps({"since": by_time}).encode())
-    if not suspicion and published in (None, newest.version()):  # readers open the published one by its log
-        newest.cleanup_metadata()  # what the log's retention allows; a checkpoint alone was not seen to do it
-    return len(old)
-
-
-def _names(handle: "DeltaTable") -> set[str]:
-    """The paths of a version's files below the table's folder, as the log has them and as they are on the disk."""
-    names = _live(handle)
-    return names | {unquote(name) for name in names}
-
-
-def _unneeded(root: Root, memory: str) -> dict[str, datetime]:
-    """Name -> since when; nothing is known when it is damaged, and everything has another day."""
-    try:
-        by_time = (root.read_json(memory) or {"since": {}})["since"]
-    except Damaged:
-        return {}
-    return {name: datetime.fromisoformat(time) for time, names in by_time.items() for name in names}
-
-
-def _forget(root: Root) -> None:
-    """Remove the second copies that releases until November 2026 kept of commits and documents."""
-    if root.names(KEPT_LOG):
-        for rel in root.files("lake"):
-            if rel.endswith(".copy.json"):
-                root.remove(rel)
-        root.remove_tree(KEPT_LOG)
-
-
-def clock_problem(root: Root, now: datetime, hours: int) -> str | None:
-    """Why the clock is not believed enough to delete by it; None when it has been steady for `hours`.
-
-    A clock that jumped ahead makes yesterday of what is a minute old. So the times of runs are remembered, and after a
-    jump, or a pause that looks the same, nothing is deleted until the clock has been steady for that long.
-    """
-    published = snapshot.read_pointer(root)
-    newest = datetime.fromisoformat(published["published_at"]) if published else now
-    try:
-        seen = root.read_json(CLOCK)
-    except Damaged:
-        seen = None
-    seen = seen or {"steady_since": now.isoformat(), "seen": now.isoformat()}
-    last, since = (datetime.fromisoformat(seen[name]) for name in ("seen", "steady_since"))
-    jumped = now < last - SLACK or now > last + GAP
-    if jumped:
-        since = now
-    root.write(CLOCK, json.dumps({"steady_since": since.isoformat(), "seen": now.isoformat()}).encode())
-    if now < newest - SLACK:
-        return f"the clock says {now:%Y-%m-%d %H:%M}, before the newest snapshot, of {newest:%Y-%m-%d %H:%M}"
-    if jumped:
-        return f"the clock went from {last:%Y-%m-%d %H:%M} to {now:%Y-%m-%d %H:%M} between two runs"
-    if now - since < timedelta(hours=hours):
-        return f"the clock is known to be steady only since {since:%Y-%m-%d %H:%M}"
-    return None
-
-
 def _publish(lake: "Lake", lines: list[dict[str, Any]], run_id: str) -> tuple[dict[str, int], dict[str, "DeltaTable"]]:
     """Move the snapshot to the newest versions, but not of a table that holds rows of a batch that is not published.
 
@@ -573,32 +474,6 @@ def _publishable(lake: "Lake", table: str, newest: "DeltaTable", version: int, b
     delta.sync(lake.root, f"lake/{table}", after=version, until=newest.version())
     crash_point(f"compaction synced: {table}")
     return newest.version()
-
-
-def prune_archive(lake: "Lake", days: int = ARCHIVE_DAYS, now: datetime | None = None) -> list[str]:
-    """Remove the oldest day of the archive that nothing was put into for more than `days`. Returns it, if there is one.
-
-    What is removed cannot be made again from the archive, so it is a day at a time, nothing while the clock looks
-    wrong, and by when files really came: a day's name may be one that somebody asked for. With 0 days nothing goes.
-    """
-    root, now = lake.root, now or datetime.now(UTC)
-    if not days or clock_problem(root, now, VACUUM_HOURS):
-        return []
-    oldest = (now - timedelta(days=days)).date()
-    for day in root.names("archive"):
-        newest = None if _is_recent(day, oldest, now.date()) else root.newest(f"archive/{day}")
-        if newest and newest.date() < oldest:
-            root.remove_tree(f"archive/{day}")
-            return [day]
-    return []
-
-
-def _is_recent(day: str, oldest: date, today: date) -> bool:
-    """Whether a folder's name says that there is no need to look into it; one that is no day is left alone."""
-    try:
-        return oldest <= date.fromisoformat(day) <= today
-    except ValueError:
-        return True
 
 
 def chart(done: pl.DataFrame) -> Any:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from etl import delta, findings
 from etl.findings import Finding, inspect
-from etl.lake import compaction, landing, ledger, quarantine, schemas, snapshot
+from etl.lake import backup, landing, ledger, quarantine, retention, schemas, snapshot
 from etl.storage import Damaged, Root
 
 if TYPE_CHECKING:
     from etl.lake.lake import Lake
 
 REBUILD = "end `up`, then `orchestrate.py rebuild`"
+BACKUP_AGE = timedelta(days=1)
 WAITS = timedelta(minutes=30)  # for a file in landing, with a schedule of a minute
 
 
@@ -37,6 +38,11 @@ def _looks(lake: "Lake") -> dict[str, Callable[["Lake"], Iterator[tuple[str, str
         **{f"table {name}": partial(_table, table=name) for name in lake.columns},
         "landing": _landing,
         "the archive": _archive,
+        **(
+            {f"the newest backup, of {made[1]:%Y-%m-%d %H:%M} UTC": _backup}
+            if (made := backup.newest(lake.root))
+            else {}
+        ),
     }
 
 
@@ -51,9 +57,9 @@ def _pointer(lake: "Lake") -> Iterator[tuple[str, str]]:
         batches = root.names(ledger.BATCHES)
         if any(name.endswith(".done") for name in batches):
             yield f"{snapshot.POINTER} is gone", REBUILD
-        elif batches:
+        elif any(map(ledger.NUMBERED.fullmatch, batches)):
             yield "batch 1 is not finished", _run(lake)
-    elif datetime.fromisoformat(pointer["published_at"]) > datetime.now(UTC) + compaction.SLACK:
+    elif datetime.fromisoformat(pointer["published_at"]) > datetime.now(UTC) + retention.SLACK:
         yield (
             f"it is from the future: {pointer['published_at']}",
             "set this machine's clock; nothing is vacuumed until",
@@ -141,6 +147,14 @@ def _landing(lake: "Lake") -> Iterator[tuple[str, str]]:
             f"{len(unmatched)} files are no table's, landing/{unmatched[0]} among them: they are refused after a day",
             f"put them where a table's are, or declare it: {globs}",
         )
+
+
+def _backup(lake: "Lake") -> Iterator[tuple[str, str]]:
+    """Whether it is older than a day; a root that never had a backup is asked for none."""
+    if made := backup.newest(lake.root):
+        age = datetime.now(UTC) - made[1]
+        if age > BACKUP_AGE:
+            yield f"it is {age.days} days and {age.seconds // 3600} hours old", f"`orchestrate.py backup {made[0]}`"
 
 
 def _archive(lake: "Lake") -> Iterator[tuple[str, str]]:

@@ -636,7 +636,7 @@ def _read(root: Root, file: File, expected: str | None) -> tuple[bytes, str]:
         return data, hashlib.sha256(data).hexdigest()
     for date in reversed(root.names("archive")):  # a replay after some of its files were archived
         for rel in landing.in_archive(root, file, date):
-            with contextlib.suppress(FileNotFoundError, Unreadable):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, Unreadable):
                 data = root.read_at_most(rel, file.bytes)
                 sha256 = hashlib.sha256(data).hexdigest()
                 if expected in (sha256, None):

@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
-from etl.lake import compaction, doctor, ingest, landing, promotion, quarantine, schemas
+from etl.lake import compaction, doctor, ingest, landing, promotion, quarantine, retention, schemas
+from etl.lake.backup import backup, restore
 from etl.lake.rebuild import rebuild
 from etl.lake.snapshot import published, snapshot
 from etl.lake.table import LEDGER, LEDGER_KEY, QUARANTINE, QUARANTINE_KEY, DataType, Table
@@ -117,7 +118,7 @@ class Lake:
     survey = compaction.survey
     compact = compaction.compact
     compaction_chart = staticmethod(compaction.chart)
-    prune_archive = compaction.prune_archive
+    prune = retention.prune
     unmatched = landing.unmatched
     idle = landing.idle
     blocked = ingest.blocked
@@ -129,5 +130,7 @@ class Lake:
     promote = promotion.promote
     propose = promotion.propose
     rebuild = rebuild
+    backup = backup
+    restore = restore
     examine = doctor.examine
     look = doctor.look

@@ -26,7 +26,8 @@ from etl.storage import Unreadable
 RAW_CHARS = 4000  # of a refused line that quarantine keeps
 VALUE_CHARS = 80  # of a value that a reason shows
 INEXACT = "is a number that its column would round"
-NOT_UTF8 = "not UTF-8"  # begins a reason: what quarantine keeps of the line is not what it was
+NOT_UTF8 = "not UTF-8"  # begins a reason
+ESCAPED = r"; here \xNN stands for such a byte, \\ for a backslash"  # ends it, where the line can be had back from raw
 SHOWN_KINDS = 3  # of reasons why a whole file is refused
 LINE_BYTES = 1 << 20  # a longer line is refused unread
 PIECE_BYTES = 64 << 10  # a piece that is not plain is cut down to this before it is read line by line
@@ -99,25 +100,25 @@ def why_whole(refused: pl.DataFrame, lines: int) -> str:
     return f"{refused.height:,} of {lines:,} lines do not fit: {said}{others}; line {first['line']}: {first['reason']}"
 
 
-def fits(raw: str, table: Table) -> bool:
+def fits(raw: bytes, table: Table) -> bool:
     """Whether a line that quarantine has fits the table: of JSON, or a header and a record of CSV."""
-    if "\n" not in raw:
-        return parse(raw.encode(), table)[0].height == 1
+    if b"\n" not in raw:
+        return parse(raw, table)[0].height == 1
     try:
-        content = opened(raw.encode(), table.named)
+        content = opened(raw, table.named)
     except Unreadable:
         return False
     rows, _, lines = parse_all([content], table)
     return content.kind == "csv" and (rows.height, lines) == (1, [1])
 
 
-def as_file(raws: Sequence[str], table: Table) -> bytes:
+def as_file(raws: Sequence[bytes], table: Table) -> bytes:
     """A file of lines that quarantine has of one file, as `fits`."""
-    first = ""
-    if "\n" in raws[0]:
-        _, (_, first) = next(records(raws[0], delimiter(raws[0].encode(), table.named) or ","))
-        first += "\n"
-    return (first + "".join(f"{raw.removeprefix(first)}\n" for raw in raws)).encode()
+    first = b""
+    if b"\n" in raws[0]:
+        _, (_, header) = next(records(raws[0].decode(), delimiter(raws[0], table.named) or ","))
+        first = f"{header}\n".encode()
+    return first + b"".join(raw.removeprefix(first) + b"\n" for raw in raws)
 
 
 def line_count(data: bytes) -> int:
@@ -704,12 +705,12 @@ def _object(line: bytes) -> Any:
     """A line as JSON. Raises ValueError, RecursionError."""
     if len(line) > LINE_BYTES:
         raise ValueError(f"a line of {len(line):,} bytes; at most {LINE_BYTES:,}")
-    if line.startswith(b"\xef\xbb\xbf"):
-        raise ValueError("not JSON: begins with a byte order mark")
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{NOT_UTF8}: {error.reason} at byte {error.start + 1}") from None
+        raise ValueError(f"{NOT_UTF8}: {error.reason} at byte {error.start + 1}{ESCAPED}") from None
+    if text.startswith("\ufeff"):
+        raise ValueError("not JSON: begins with a byte order mark")
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
@@ -934,7 +935,23 @@ def _short(text: str, chars: int) -> str:
 
 
 def _as_text(line: bytes) -> str:
-    return line[:RAW_CHARS].decode("utf-8", "replace")
+    """What quarantine keeps of a line: `as_it_came` gives its bytes again."""
+    kept = line[:RAW_CHARS]
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return kept.replace(b"\\", rb"\\").decode("utf-8", "backslashreplace")
+    return kept.decode("utf-8", "replace")
+
+
+def as_it_came(raw: str, reason: str) -> bytes | None:
+    """The bytes of a line that quarantine has; None where it does not have all of them, as of a long one."""
+    data = raw.encode()
+    if reason.startswith(NOT_UTF8):
+        if not reason.endswith(ESCAPED):  # until November 2026 what was no character was replaced
+            return None
+        data = re.sub(rb"\\(?:\\|x([0-9a-f]{2}))", lambda m: bytes.fromhex(m[1].decode()) if m[1] else b"\\", data)
+    return data if len(data) < RAW_CHARS else None
 
 
 def _typed(name: str, dtype: DataType) -> pl.Expr:

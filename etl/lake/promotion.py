@@ -84,7 +84,7 @@ def promote(lake: "Lake", table: str, name: str, run_id: str) -> Promoted:
     One commit under the writer's lease, with the change of columns where the table has not had it yet. Only files with
     such rows are written again. Killed anywhere and called again it does what is left. Raises NotDeclared, ValueError
     for a column of which it cannot be known who has it already, schemas.SchemasDiffer, snapshot.NothingPublished,
-    storage.LeaseHeld, NotFinished.
+    leases.LeaseHeld, NotFinished.
     """
     declared = lake.tables[table]
     column = column_for(declared, name)

@@ -9,8 +9,9 @@ import polars as pl
 
 from etl.lake import ingest, snapshot
 from etl.lake.landing import RETRIED, WHY
-from etl.lake.parse import NOT_UTF8, RAW_CHARS, as_file, fits
+from etl.lake.parse import RAW_CHARS, as_file, as_it_came, fits
 from etl.lake.table import QUARANTINE
+from etl.storage import Damaged, Root
 
 if TYPE_CHECKING:
     from etl.lake.lake import Lake
@@ -26,11 +27,19 @@ def refused_files(lake: "Lake") -> list[dict[str, Any]]:
         rels = [f"refused/{date}/{path}" for path, _ in root.tree(f"refused/{date}")]  # links to folders, too
         there = {*rels}
         for rel in rels:
-            if rel.endswith(WHY) and (path := rel.removesuffix(WHY)) in there:
-                why = json.loads(root.read(rel))
+            if rel.endswith(WHY) and (path := rel.removesuffix(WHY)) in there and (why := _why(root, rel)):
                 why.setdefault("landing", f"landing/{why['table']}/{why['file']}")  # as it was until November 2026
                 refused.append(why | {"date": date, "path": path})
     return refused
+
+
+def _why(root: Root, rel: str) -> dict[str, Any] | None:
+    """What is beside a refused file; None where it is somebody else's."""
+    try:
+        why = root.read_json(rel)
+    except (OSError, Damaged):
+        return None
+    return why if why and {"table", "file", "why"} <= why.keys() else None
 
 
 def refused_lines(lake: "Lake", file: str | None = None) -> pl.DataFrame:
@@ -71,7 +80,7 @@ def retry(lake: "Lake", file: str) -> list[str]:
 
     A file that was refused whole comes back where it was. Of one whose lines were refused, those that fit by now come
     in a file of their own, each once: those that fit only later come when it is asked again. A line that quarantine
-    does not have as it came, since it was not UTF-8 or too long, is not tried. The rows of quarantine stay, as what
+    does not have as it came, since it was too long, is not tried. The rows of quarantine stay, as what
     happened.
     Raises LookupError when there is nothing to try, FileExistsError when it waits already.
     """
@@ -93,13 +102,12 @@ def _land_lines(lake: "Lake", name: str, lines: pl.DataFrame) -> list[str]:
     tried = lake.root.read_json(TRIED) or {}
     for (batch, table, file), group in lines.group_by("batch", "table", "file", maintain_order=True):
         before = tried.setdefault(f"{batch} {file}", [])
-        whole = group.filter(
-            pl.col("raw").str.len_bytes() < RAW_CHARS, ~pl.col("reason").str.starts_with(NOT_UTF8)
-        )  # what is not here as it was would be ingested as something else
-        others += group.height - whole.height
+        came = {n: as_it_came(raw, reason) for n, raw, reason in group.select("line", "raw", "reason").iter_rows()}
+        # what is not here as it was would be ingested as something else
+        others += sum(raw is None for raw in came.values())
         again += len(before)
         rules = ingest.rules(lake.tables[str(table)], now)
-        fit = [(n, raw) for n, raw in whole.select("line", "raw").iter_rows() if n not in before and fits(raw, rules)]
+        fit = [(n, raw) for n, raw in came.items() if raw is not None and n not in before and fits(raw, rules)]
         if not fit:
             continue
         content = as_file([raw for _, raw in fit], rules)
@@ -113,7 +121,9 @@ def _land_lines(lake: "Lake", name: str, lines: pl.DataFrame) -> list[str]:
         made.append(target)
     if not made:
         why = f"nothing of {name} fits: `quarantine show {name}` tells why"
-        changed = f"{others} lines are not kept as they came (not UTF-8, or longer than {RAW_CHARS:,} characters)"
+        changed = (
+            f"{others} of its lines are not kept as they came (longer than {RAW_CHARS:,} bytes, or of an older release)"
+        )
         why = f"{again} of its lines were put into landing before, and {why}" if again else why
         raise LookupError(f"{why}; {changed}: put them right in a file of your own" if others else why)
     return made

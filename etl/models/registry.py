@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 CURRENT = "models/current.json"
 POINTER = {"model_id": str, "run_id": str, "sha256": str, "metrics": dict}  # what it holds
+KEPT = 30  # models, the current one among them
 TOLERANCE = 1e-5  # between machines; a damaged tree is off by far more
 JSON_LIMIT, MODEL_LIMIT = 1_000_000, 250_000_000  # bytes of the small files and of the model's own
 
@@ -127,7 +128,21 @@ def publish(
     root.write(f"models/{model_id}/metrics.json", _json(pointer | {"features": list(spec.features)}))
     _load(root, pointer, spec)
     root.write(CURRENT, _json(pointer))
+    _remove_oldest(root)
     return model_id
+
+
+def _remove_oldest(root: Root) -> None:
+    """Of more than KEPT models the oldest go, two in a publication, by the store's clock; none that a pointer names."""
+    names = root.names("models")
+    pointers = b"".join(root.read(f"models/{name}") for name in names if name.endswith(".json"))
+    models = [name for name in names if root.exists(f"models/{name}/model.json")]  # the first that is written
+    if len(models) <= KEPT:
+        return
+    written = {name: root.newest(f"models/{name}") for name in models if name.encode() not in pointers}
+    oldest = sorted((time, name) for name, time in written.items() if time)
+    for _, name in oldest[: min(2, len(models) - KEPT)]:
+        root.remove_tree(f"models/{name}")
 
 
 def load_current(root: Root, spec: Spec) -> Model:

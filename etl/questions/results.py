@@ -76,7 +76,7 @@ def save(
     for entry in root.entries(folder):
         # one that is not listed and fresh is another run's, which is about to list it
         gone = entry.name not in kept and (entry.name in dropped or bool(entry.modified and entry.modified < yesterday))
-        if gone and entry.name.endswith(".parquet"):
+        if gone and entry.name.endswith(".parquet") and not entry.problem:
             root.remove(f"{folder}/{entry.name}")
     return pointer
 
@@ -142,6 +142,8 @@ def _problems(root: Root) -> Iterator[tuple[str, str]]:
 
     for question in root.names("results"):
         rel = f"results/{question}"
+        if not any(name.endswith((".json", ".parquet")) for name in root.names(rel)):  # nothing that `save` wrote
+            continue
         for what, read in ((f"{rel}/current.json or its file", current), (f"{rel}/history.json", history)):
             try:
                 read(root, question)

@@ -123,7 +123,7 @@ def move_from_lake(root: Root) -> None:
 
 def _newest_name(root: Root, table: str) -> str:
     """The last name in a table's log, of the newest version; empty when there is none."""
-    return max((name for name in root.names(delta.log_of(table)) if name[:20].isdigit()), default="")
+    return max((name for name in root.names(delta.log_of(table)) if delta.NUMBERED.match(name)), default="")
 
 
 def _is_copy(root: Root, name: str) -> bool:

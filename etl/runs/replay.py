@@ -23,6 +23,7 @@ from etl.runs.record import RunRecord
 from etl.storage import Root
 
 REPLAYS = "outputs/replay"  # a folder for each replayed run
+KEPT = 20  # of them
 PINNED = "lake/pinned.json"  # has the lake's readers see another root's versions
 TIME_LIKE = re.compile(r"(.*_)?(s|ms|seconds|at)")  # metrics of how long or when: never twice the same
 TOLERANCE = 1e-9  # of floats, relative: threads add in any order
@@ -98,6 +99,7 @@ def replay(
     for table, version in run["versions_read"].items():
         _require_version(source, table, version)
     scratch.remove_tree("")
+    _remove_oldest(Root.at(REPLAYS))
     if run["versions_read"]:
         pinned = {
             "source_root": source.url,
@@ -118,6 +120,13 @@ def replay(
     )
     differences, compared = _compare(source, run, scratch, vars(record))
     return Replay(run["run_id"], record, differences, _code(run, vars(record)), compared)
+
+
+def _remove_oldest(replays: Root) -> None:
+    """Of more than KEPT replays the two that were written to longest ago go."""
+    written = sorted((time, name) for name in replays.names("") if (time := replays.newest(name)))
+    for _, name in written[: max(0, min(2, len(written) - KEPT))]:
+        replays.remove_tree(name)
 
 
 def _require_version(source: Root, table: str, version: int) -> None:

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import math
 import os
-import tempfile
 import uuid
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from etl.reports import page
 from etl.runs.driver import NotebookRun, collected_signals, raise_again
 from etl.runs.journal import Journal
 from etl.runs.record import RunRequest, now
+from etl.storage import temporary_folder
 
 NOT_SUPPORTED = ("log_output", "stdout_file", "stderr_file")
 
@@ -54,7 +54,7 @@ def execute(
     def on_cell(done: int, total: int, heading: str) -> None:
         logger.info(f"{done} of {total} cells are done{heading and f', now: {heading}'}")
 
-    with tempfile.TemporaryDirectory(prefix="papermill-") as folder, collected_signals() as signals:
+    with temporary_folder("papermill-") as folder, collected_signals() as signals:
         journal = Journal(Path(folder, "journal"))
         with contextlib.closing(journal):
             run = NotebookRun(

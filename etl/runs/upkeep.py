@@ -7,7 +7,7 @@ tears its commit, the index does not open, with all that was appended since.
 import datetime
 import io
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from etl import delta
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from deltalake import DeltaTable
 
 KEPT_HOURS = 24  # from when a file is not needed any more, or was left by somebody who was killed
+SEEN_HOURS = 6
 FEW = 8  # files that are left as they are
 LARGE = 16_000_000  # bytes of a file that is left as it is
 
@@ -73,8 +74,9 @@ def worth_it(sizes: Mapping[str, int]) -> list[str]:
 def remove_unneeded(root: Root) -> None:
     """Remove the files that the newest version has not named for a day, and what killed processes left, a day old.
 
-    By the machine's clock and by the store's, whichever is behind. A file that the newest version names stays, whatever
-    they say.
+    By the machine's clock and by the store's, whichever is behind, and at most a day's worth at a time. Between two
+    files no more than SEEN_HOURS are believed to have passed: the clock may have been moved. A file that the newest
+    version names stays, whatever they say.
     """
     # listed before the version is opened, so that what is committed meanwhile is not among them
     parquet = [entry for entry in root.entries(TABLE) if entry.name.endswith(".parquet")]
@@ -83,12 +85,27 @@ def remove_unneeded(root: Root) -> None:
     if not modified:
         return
     kept = datetime.timedelta(hours=KEPT_HOURS)
-    before = min(max(modified.values()), datetime.datetime.now(datetime.UTC)) - kept
+    now = min(max(modified.values()), datetime.datetime.now(datetime.UTC))
+    before = _seen_ago(sorted(modified.values()), now, kept)
     # full: a checkpoint forgets what was removed long ago, and nobody wrote down what a killed process left
     unneeded = table.vacuum(retention_hours=KEPT_HOURS, dry_run=True, enforce_retention_duration=False, full=True)
-    old = {name for name, time in modified.items() if time < before}
-    root.remove_all(f"{TABLE}/{name}" for name in sorted(old & {*unneeded} - _sizes(table).keys()))
+    old = {name for name in {*unneeded} - _sizes(table).keys() if name in modified and modified[name] < before}
+    until = min((modified[name] for name in old), default=now) + datetime.timedelta(days=1)
+    root.remove_all(f"{TABLE}/{name}" for name in sorted(old) if modified[name] < until)
     root.remove_unfinished(TABLE, before=before)
+
+
+def _seen_ago(
+    times: Sequence[datetime.datetime], now: datetime.datetime, span: datetime.timedelta
+) -> datetime.datetime:
+    """The time that was `span` ago, of time that was seen to pass. `times`: when something was written, in order."""
+    later = now
+    for earlier in reversed([time for time in times if time < now]):
+        passed = min(later - earlier, datetime.timedelta(hours=SEEN_HOURS))
+        if passed >= span:
+            return later - span
+        span, later = span - passed, earlier
+    return later - span
 
 
 def _sizes(table: "DeltaTable") -> dict[str, int]:

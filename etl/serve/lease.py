@@ -11,6 +11,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -23,7 +24,7 @@ from typing import IO, Any
 from etl.storage import LocalRoot, Root
 
 log = logging.getLogger(__name__)
-PLACE = "services/up"
+PLACE, NUMBERED = "services/up", re.compile(r"\d{9}\.json")
 RENEW_S = 5
 DEAD_S = 25  # without a renewal; with the start of a new `up` less than 45 s
 LOOK_S = 1  # between two looks whether a document is renewed
@@ -105,7 +106,7 @@ class Lease:
         threading.Thread(target=self._renewing, name="lease", daemon=True).start()
 
     def _numbers(self) -> list[int]:
-        return [int(name.removesuffix(".json")) for name in self._root.names(PLACE) if name[:9].isdigit()]
+        return [int(name[:9]) for name in self._root.names(PLACE) if NUMBERED.fullmatch(name)]
 
     def _read(self, number: int) -> bytes:
         try:

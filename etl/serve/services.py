@@ -5,6 +5,7 @@ import http.client
 import importlib.util
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 READY_S = 300  # until an essential one answers, on busy cores; 15 s on idle ones
 PORTS = {"prefect": 4200, "api": 8000, "dashboard": 8501}  # all on 127.0.0.1
 MOST = 5  # deaths within an hour of what `up` cannot do without; after that it gives up
+LOG_BYTES = 16_000_000  # of a service's log, and as many of the one before
 END_S = 15  # until the children of an `up` that was killed have ended
 
 # What Prefect's server needs to be quiet, private and honest here; a variable that is set already wins.
@@ -101,7 +103,9 @@ class Service:
             time.sleep(0.2)
 
     def ensure(self) -> None:
-        """Start it again when it has died, if it is time. Raises RuntimeError when an essential one dies too often."""
+        """Start it again when it has died, if it is time, and keep its log short. Raises RuntimeError when an essential
+        one dies too often."""
+        shorten(self.log_path)
         if self.process and self.process.poll() is None:
             return
         if self.process:
@@ -126,6 +130,17 @@ class Service:
         if self.process:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
+
+
+def shorten(log_path: Path, most: int = LOG_BYTES) -> None:
+    """Move what is in a log aside once it is long, in the place of what was moved before; whoever writes to it goes on.
+
+    What comes between the copy and the cut is lost.
+    """
+    with contextlib.suppress(OSError):  # none yet, or no room: the next time
+        if log_path.is_file() and log_path.stat().st_size > most:
+            shutil.copyfile(log_path, log_path.with_name(f"{log_path.name}.before"))
+            os.truncate(log_path, 0)
 
 
 def stop(services: list[Service], grace_s: float = 3) -> None:

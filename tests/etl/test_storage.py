@@ -5,11 +5,16 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+from etl import storage
 from etl.leases import LeaseHeld
 from etl.storage import PROJECT, Root
 
@@ -238,3 +243,40 @@ def test_a_tree_is_moved_with_all_that_is_in_it(place, last):
     assert place.files("from") == [] and place.read("to/a.parquet") == b"a.parquet"
     with pytest.raises(FileNotFoundError):
         place.move_tree("from/here", "again", last=last)
+
+
+def test_what_killed_processes_left_of_temporary_folders_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = (
+        "import os, signal, sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
+        "from etl.storage import temporary_folder\n"
+        "with temporary_folder('made-') as folder:\n"
+        "    open(f'{folder}/a', 'w').close(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)])
+    assert killed.returncode == -signal.SIGKILL and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "made-by-somebody-else").mkdir()
+    (tmp_path / "made-note").write_text("a file")
+    with storage.temporary_folder("made-") as first, storage.temporary_folder("made-") as second:
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names == {"made-by-somebody-else", "made-note", Path(first).name, Path(second).name}
+    assert {path.name for path in tmp_path.iterdir()} == {"made-by-somebody-else", "made-note"}
+
+
+def test_a_file_in_the_place_of_a_folder_is_an_empty_folder(tmp_path):
+    place = Root.at(tmp_path)
+    place.write("a", b"x")
+    assert (place.names("a"), place.entries("a"), place.tree("a"), place.files("a"), place.entry("a/b")) == (
+        [],
+        [],
+        [],
+        [],
+        None,
+    )
+    with pytest.raises(FileNotFoundError):
+        place.read("a/b")
+    assert place.read_json("a/b") is None
+    (tmp_path / "c").mkdir()
+    place.remove("c")
+    place.remove("a/b")
+    assert place.names("") == ["a", "c"]

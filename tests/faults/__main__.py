@@ -12,6 +12,7 @@ import typer  # noqa: E402
 from faults import (
     answers,
     endings,
+    lake_backups,
     lake_crashes,
     lake_damage,
     lake_days,
@@ -76,6 +77,7 @@ SCENARIOS = [
     ("pointers", lake_fence.pointers, 20, 1, "pointers older than the tables"),
     ("pairs", lake_fence.pairs, 2400, 1, "pairs of crashes of preprocess and compact at named points"),
     ("superseded", lake_days.superseded, 10, 2, "days of batches, compactions and killed runs"),
+    ("backups", lake_backups.backups, 100, 3, "copies of a lake that goes on, each restored and continued"),
     ("mutants", lake_mutants.mutants, 8, 1, "safeguards taken out"),
     ("cancelled", under_prefect.cancelled, 20, 2, "runs, cancelled in Prefect"),
     ("workers", workers.same_states, 1, 1, "time all flows by both workers"),

@@ -25,7 +25,8 @@ def main(url: str, now: str, event: str, number: str) -> None:
                     os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
-    retention.sweep(Root.at(url), now=datetime.fromisoformat(now))
+    while retention.sweep(Root.at(url), now=datetime.fromisoformat(now))["later"]:
+        pass
 
 
 if __name__ == "__main__":

@@ -209,6 +209,8 @@ def stage(name: str, root: str) -> None:
             raise NotHeld(f"{failed['table'][0]} could not be compacted: {failed['failed'][0]}")
     elif name == "rebuild":
         Lake(root).rebuild(f"rebuild-{os.getpid()}")
+    elif name == "backup":
+        Lake(root).backup(Root.at(f"{root}-backup"), keep=3)
 
 
 def _run(

@@ -99,6 +99,8 @@ def test_every_command_has_help():
         ("promote",),
         ("doctor",),
         ("rebuild",),
+        ("backup",),
+        ("restore",),
         ("quarantine",),
         ("new",),
         ("new", "table"),
@@ -397,6 +399,7 @@ def test_a_root_that_is_not_there_is_said_to_be_not_there(project, tmp_path):
         ("replay", "x"),
         ("run", "--from", "x"),
         ("rebuild",),
+        ("backup", "x"),
     ):
         done = CliRunner().invoke(orchestrate_app, [*command, "--root", f"{tmp_path}/mistyped"])
         assert (done.exit_code, done.stdout) == (1, ""), command
@@ -491,3 +494,48 @@ def test_what_was_refused_is_listed_shown_and_tried_again_and_the_lake_rebuilt(f
     assert run("quarantine", "retry", "orders-1.json")[0] == 1
     again = json.loads(run("rebuild", "--json")[1])
     assert all(row["equal"] for row in again) and sum(row["rows"] for row in again) > 10_000
+
+
+def test_a_root_is_copied_and_restored(filled, tmp_path):
+    def run(*arguments: str, root: str = filled) -> tuple[int, str, str]:
+        done = CliRunner().invoke(orchestrate_app, [*arguments, "--root", root])
+        return done.exit_code, done.stdout, done.stderr
+
+    target, other = str(tmp_path / "a copy"), str(tmp_path / "other")
+    made = json.loads(run("backup", target, "--json")[1])
+    assert made["written"] == made["files"] and made["tables"]["lake/orders"]["rows"] > 1000
+    status, said, _ = run("backup", target, "--verify")
+    assert status == 0 and "batch 1, " in said and "files were written" in said
+    assert [point["batch"] for point in json.loads(run("restore", target, "--list", "--json")[1])] == [1, 1]
+    assert made["point"] in run("restore", target, "--list")[1]
+    status, said, _ = run("restore", target, root=other)
+    assert status == 0 and said.startswith(f"{other} is as it was at ") and not Root.at(other).names("restoring")
+    assert run("quarantine", "list", root=other)[0] == 0
+    status, _, why = run("restore", target, root=other)
+    assert status == 1 and "has lake already: nothing was changed. `restore --force` moves it aside" in why
+    moved = json.loads(run("restore", target, "--force", "--json", root=other)[1])["moved"]
+    assert [name.partition("-before-")[0] for name in moved] == ["lake"]
+    for arguments, expected, word in (
+        (("restore", target, "--as-of", "2000-01-01"), 1, "there is no backup"),
+        (("restore", target, "--as-of", "yesterday"), 2, "is not a time"),
+        (("restore", str(tmp_path / "nothing")), 1, "there is no backup"),
+        (("backup", f"{other}/inside"), 1, "would be lost with it"),
+        (("backup", "nowhere://x"), 2, "there is no store"),
+    ):
+        status, _, why = run(*arguments, root=other)
+        assert status == expected and word in " ".join(why.split()), (arguments, status, why)
+
+
+def test_refused_lines_are_written_as_they_came(filled):
+    lines = [b"{\xff\xfe", b"{\\xff", b"x" * 5000]
+    Root.at(filled).write("landing/orders/orders-00000009.json", b"\n".join(lines))
+    good = Root.at(filled).files("archive")
+    first = next(Root.at(filled).read(path) for path in good if "orders-00000001" in path).splitlines()[0]
+    changed = re.sub(rb'"o_orderkey": ?\d+', b'"o_orderkey":999999999', first)
+    Root.at(filled).write("landing/orders/orders-00000009.json", b"\n".join([changed, *lines]))
+    ingest_all(filled)
+    done = CliRunner().invoke(
+        orchestrate_app, ["quarantine", "show", "--raw", "orders-00000009.json", "--root", filled]
+    )
+    assert done.stdout_bytes == b"".join(line + b"\n" for line in lines[:2])
+    assert done.exit_code == 1 and "1 of its lines are not kept as they came" in done.stderr

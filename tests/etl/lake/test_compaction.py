@@ -18,7 +18,7 @@ from polars.testing import assert_frame_equal
 from support import AT, ingest_all
 
 from etl import delta
-from etl.lake import compaction, sorting
+from etl.lake import compaction, retention, sorting
 from etl.lake import snapshot as snapshots
 from etl.storage import Root
 from pipeline import Lake, source
@@ -154,12 +154,12 @@ def test_nothing_is_vacuumed_while_the_clock_looks_wrong(scattered):
     place = Root.at(scattered)
     started = datetime.now(UTC)
     half_hours = [started + timedelta(minutes=30 * i) for i in range(60)]
-    said = [compaction.clock_problem(place, now, hours=24) for now in half_hours]
+    said = [retention.clock(place, now, hours=24).problem for now in half_hours]
     assert all("steady only since" in why for why in said[:48])
     assert said[48:] == [None] * 12
-    assert "went from" in compaction.clock_problem(place, started + timedelta(days=30), hours=24)
-    assert "steady only since" in compaction.clock_problem(place, started + timedelta(days=30, hours=1), hours=24)
-    assert "before the newest snapshot" in compaction.clock_problem(place, started - timedelta(hours=1), hours=24)
+    assert "went from" in retention.clock(place, started + timedelta(days=30), hours=24).problem
+    assert "steady only since" in retention.clock(place, started + timedelta(days=30, hours=1), hours=24).problem
+    assert "before the newest snapshot" in retention.clock(place, started - timedelta(hours=1), hours=24).problem
 
 
 def test_what_nothing_needs_any_more_goes_a_day_later_once_the_clock_is_known(scattered):
@@ -220,7 +220,7 @@ def test_what_an_unfinished_batch_needs_stays_however_long_it_takes(scattered, s
 def test_a_file_that_was_not_committed_yet_when_it_was_seen_has_a_day_from_its_end(scattered):
     """A sweep met a batch's file before its commit; the next one, a day later, is the one that supersedes it."""
     place, started, before = Root.at(scattered), datetime.now(UTC), Lake(scattered).snapshot()
-    compaction.clock_problem(place, started, hours=24)
+    retention.clock(place, started, hours=24)
     rows, files = before.frame("orders").collect().height, [Path(url).name for url in before.files("orders")]
     place.write("lake/unneeded/orders.json", json.dumps({"since": {started.isoformat(): files}}).encode())
     for hours, removed in ((24, 0), (47, 0), (48, 3)):
@@ -324,7 +324,7 @@ def test_a_log_that_is_old_is_cut_and_the_lake_stays_whole(root, stream, made, m
         if path.suffix == ".json":
             path.write_text(re.sub(r'"timestamp":\d+', f'"timestamp":{days_ago * 1000:.0f}', path.read_text(), count=1))
         os.utime(path, (days_ago, days_ago))
-    monkeypatch.setattr(compaction, "clock_problem", lambda *_: None)
+    monkeypatch.setattr(retention, "clock", lambda *_: retention.Clock(datetime.now(UTC), None))
     Lake(root).compact(**ASK, run_id="compact-1")
     left = sorted(path.name for path in log.glob("*[0-9].json"))
     assert left[0] == f"{39:020d}.json"  # from the newest checkpoint on
@@ -349,48 +349,111 @@ def day(days: float) -> str:
     return f"{datetime.fromtimestamp(days_ago(days), UTC):%Y-%m-%d}"
 
 
+def pruned(root: str, **asked) -> list[str]:
+    return [path.removeprefix("archive/") for path in Lake(root).prune(**asked)]
+
+
 @pytest.fixture
 def steady(root) -> str:
     """A root whose clock was seen to be steady for a day."""
-    compaction.clock_problem(Root.at(root), datetime.fromtimestamp(days_ago(1), UTC), 24)
+    retention.clock(Root.at(root), datetime.fromtimestamp(days_ago(1), UTC), 24)
     return root
 
 
 def test_old_days_of_the_archive_go_one_a_run(steady):
     for age in (20, 9, 8, 7, 1, 0):
         archived(steady, day(age), age)
-    assert [Lake(steady).prune_archive() for _ in range(4)] == [[day(20)], [day(9)], [day(8)], []]
+    assert [pruned(steady) for _ in range(4)] == [[day(20)], [day(9)], [day(8)], []]
     assert Root.at(steady).names("archive") == [day(7), day(1), day(0)]
-    assert Lake(steady).prune_archive(days=0) == []
+    assert pruned(steady, archive_days=0) == []
 
 
 def test_the_archive_is_pruned_by_when_files_came_and_not_by_what_a_day_is_called(steady):
     archived(steady, "1999-01-01", 2)
     archived(steady, "2100-01-01", 3)
     archived(steady, "notes", 300)
-    assert Lake(steady).prune_archive() == []
+    assert pruned(steady) == []
     archived(steady, "2100-01-01", 9)
-    assert [Lake(steady).prune_archive() for _ in range(2)] == [["2100-01-01"], []]
+    assert [pruned(steady) for _ in range(2)] == [["2100-01-01"], []]
     assert Root.at(steady).names("archive") == ["1999-01-01", "notes"]
 
 
 def test_nothing_of_the_archive_goes_while_the_clock_looks_wrong(root):
     old, started = archived(root, day(20), 20), datetime.now(UTC)
-    assert Lake(root).prune_archive(now=started) == []
-    assert Lake(root).prune_archive(now=started + timedelta(hours=23)) == []
-    assert Lake(root).prune_archive(now=started + timedelta(days=3, hours=1)) == []  # a pause, or a jump
-    assert Lake(root).prune_archive(now=datetime(2100, 1, 1, tzinfo=UTC)) == []
-    assert Lake(root).prune_archive(now=started + timedelta(days=3, hours=2)) == []
+    assert pruned(root, now=started) == []
+    assert pruned(root, now=started + timedelta(hours=23)) == []
+    assert pruned(root, now=started + timedelta(days=3, hours=1)) == []  # a pause, or a jump
+    assert pruned(root, now=datetime(2100, 1, 1, tzinfo=UTC)) == []
+    assert pruned(root, now=started + timedelta(days=3, hours=2)) == []
     assert Root.at(root).exists(old)
-    assert Lake(root).prune_archive(now=started + timedelta(days=4, hours=3)) == [day(20)]
+    assert pruned(root, now=started + timedelta(days=4, hours=3)) == [day(20)]
+
+
+def test_a_clock_that_is_nine_days_ahead_takes_no_week_of_the_archive(steady):
+    days = [archived(steady, day(age), age) for age in (5, 4, 1)]
+    started = datetime.now(UTC)
+    assert pruned(steady, now=started) == []
+    assert [pruned(steady, now=started + timedelta(days=9, hours=hour)) for hour in range(40)] == [[]] * 40
+    assert Root.at(steady).names("archive") == sorted(path.removeprefix("archive/") for path in days)
+    later = [pruned(steady, now=started + timedelta(days=9 + since)) for since in range(2, 5)]
+    assert later == [[day(5)], [day(4)], []]  # as they are really seven days old
+
+
+def test_in_an_object_store_the_stores_clock_counts(s3_root, monkeypatch):
+    class Ahead(datetime):
+        """A machine whose clock has always been nine days ahead."""
+
+        @classmethod
+        def now(cls, zone=None):
+            return datetime.now(zone) + timedelta(days=9)
+
+    place = Root.at(s3_root)
+    place.write("archive/2020-01-01/orders/orders-00000000.json", b"x")
+    monkeypatch.setattr(retention, "datetime", Ahead)
+    seen = retention.clock(place, None, 24)
+    assert abs(seen.now - datetime.now(UTC)) < timedelta(minutes=10)
+
+
+def test_refused_files_old_lakes_and_leftovers_go_one_of_each_a_run(steady):
+    place = Root.at(steady)
+    for folder, name, age in (
+        *(("refused", day(days), days) for days in (120, 92, 91, 80)),
+        *((f"lake-before-{stamp(days)}", "orders", days) for days in (45, 40, 20)),
+        ("runs-before-notes", "x", 99),
+        ("restoring", "lake", 2),
+        ("rebuilding", "lake", 0.5),
+    ):
+        place.write(f"{folder}/{name}/a", b"x")
+        for path in (f"{steady}/{folder}/{name}", f"{steady}/{folder}"):
+            os.utime(path, (days_ago(age),) * 2)
+    gone = [[path.partition("-before")[0] for path in Lake(steady).prune()] for _ in range(4)]
+    refused = [f"refused/{day(days)}" for days in (120, 92, 91)]
+    assert gone == [[refused[0], "lake", "restoring"], [refused[1], "lake"], [refused[2]], []]
+    assert Lake(steady).prune(refused_days=0) == []
+    assert place.names("refused") == [day(80)] and {"runs-before-notes", "rebuilding"} <= {*place.names("")}
+
+
+def stamp(days: float) -> str:
+    return f"{datetime.fromtimestamp(days_ago(days), UTC):%Y%m%dT%H%M%S.%f}"
+
+
+def test_a_sweep_of_a_table_takes_a_days_worth(steady):
+    now, since = datetime.now(UTC), {}
+    for days in range(2, 9):
+        since[f"{days}.parquet"] = now - timedelta(days=days)
+    clock = retention.Clock(now, None)
+    assert retention._days_worth(since, timedelta(days=1), clock) == {"8.parquet"}
+    paused = retention.Clock(now, None, ((now - timedelta(days=9), now - timedelta(days=1)),))
+    assert retention._days_worth(since, timedelta(days=1), paused) == {"8.parquet"} and paused.age(now) == timedelta(0)
+    assert retention._days_worth(since, timedelta(days=1, hours=1), paused) == set()
 
 
 def test_old_days_of_an_archive_in_an_object_store_go(s3_root):
     place, started = Root.at(s3_root), datetime.now(UTC)
     place.write("landing/orders/orders-00000000.json", b"x")
     place.move("landing/orders/orders-00000000.json", "archive/2020-01-01/orders/orders-00000000.json")
-    pruned = [Lake(s3_root).prune_archive(now=started + timedelta(days=days)) for days in range(10)]
-    assert pruned == [[]] * 8 + [["2020-01-01"], []]
+    gone = [pruned(s3_root, now=started + timedelta(days=days)) for days in range(10)]
+    assert gone == [[]] * 8 + [["2020-01-01"], []]
     assert place.names("archive") == []
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 from dataclasses import replace
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ import pytest
 from support import AT
 
 from etl import lake as lakes
+from etl.lake import parse
 from etl.lake.table import INT, TEXT, Column, Table
 
 NOTES = Table("notes", {"id": INT, "kind": Column(TEXT, choices=("a",)), "note": Column(TEXT, nullable=True)}, ("id",))
@@ -109,3 +111,48 @@ def test_lines_that_fit_later_are_taken_each_once_and_made_again_once(tmp_path):
     assert sorted(lake.snapshot().frame("t").collect()["id"]) == [1, 2, 3]
     assert lake.refused_lines().is_empty()
     assert not [finding for finding in lake.examine() if finding.problem]
+
+
+def odd_lines(count: int) -> list[bytes]:
+    """Lines without a newline, most of them not UTF-8, with backslashes and what looks escaped."""
+    pick = random.Random(5)
+    parts = [
+        b"\xff",
+        b"\xe2\x82",
+        b"\\",
+        b"\\\\",
+        b"\\xff",
+        b"\\x",
+        b"x",
+        "é€".encode(),
+        b'{"id": 1',
+        b"\xed\xa0\x80",
+        b"\x80",
+    ]
+    return [
+        b"{" + b"".join(pick.choices(parts, k=pick.randrange(1, 9))) + bytes([pick.randrange(11, 256)])
+        for _ in range(count)
+    ]
+
+
+def test_a_refused_line_is_kept_byte_for_byte(root):
+    class Notes(lakes.Lake):
+        tables: ClassVar = {"notes": NOTES}
+
+    lines = [*odd_lines(400), b"\xef\xbb\xbf{\xff", b"{" + b"\xff" * 3998]
+    good = json.dumps(as_objects()[0]).encode()
+    lake = Notes(root)
+    lake.root.write("landing/notes/odd.json", b"\n".join([good, *lines]) + b"\n")
+    limits = {"max_files": 9, "max_bytes": 10**6, "max_bad_share": 1.0, "for_s": 60.0, "scheduled_for": AT}
+    assert lake.drain(**limits, run_id="one")["refused"].to_list() == [len(lines)]
+    kept = lake.refused_lines().sort("line")
+    assert [parse.as_it_came(raw, reason) for raw, reason in kept.select("raw", "reason").iter_rows()] == lines
+    assert parse.as_file(lines[:3], NOTES) == b"\n".join(lines[:3]) + b"\n"
+
+
+def test_what_is_not_whole_is_not_said_to_be():
+    assert parse.as_it_came("{\ufffd", "not UTF-8: invalid start byte at byte 2") is None  # of an older release
+    [(raw, reason)] = parse.parse(b"{" + b"\xff" * 5000 + b"\n", NOTES)[1].select("raw", "reason").iter_rows()
+    assert parse.as_it_came(raw, reason) is None
+    [(raw, reason)] = parse.parse(b"{" + b"x" * 5000 + b"\n", NOTES)[1].select("raw", "reason").iter_rows()
+    assert parse.as_it_came(raw, reason) is None

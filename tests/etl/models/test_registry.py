@@ -268,3 +268,19 @@ def test_a_prediction_wakes_no_other_thread(root):
     """Each waits for the others on busy cores: a row cost 14 to 21 ms of CPU."""
     done = subprocess.run([sys.executable, "-c", COUNT_SWITCHES, root.url], capture_output=True, text=True, check=True)
     assert not any(json.loads(done.stdout))
+
+
+def test_of_many_models_the_oldest_go_and_none_that_is_named(root, booster):
+    for number in range(registry.KEPT + 3):
+        root.write(f"models/old-{number:02d}/model.json", b"{}")
+        os.utime(f"{root.url}/models/old-{number:02d}", (number, number))
+    root.write("models/aliases.json", json.dumps({"shadow": "old-00"}).encode())
+    (Path(root.url) / "models/lost+found").mkdir()
+    current = registry.publish(root, booster, METRICS, GOLDEN, "train-2", SPEC)
+    gone = {f"old-{number:02d}" for number in range(registry.KEPT + 3)} - {*root.names("models")}
+    assert gone == {"old-01", "old-02"}
+    for number in range(3, 9):
+        current = registry.publish(root, booster, METRICS, GOLDEN, f"train-{number}", SPEC)
+    models = [name for name in root.names("models") if root.exists(f"models/{name}/model.json")]
+    assert len(models) == registry.KEPT and {current, "old-00"} <= {*models}
+    assert registry.load_current(root, SPEC).model_id == current and root.names("models/lost+found") == []

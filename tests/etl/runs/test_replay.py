@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 from dataclasses import replace
 from datetime import UTC, date, datetime
@@ -398,3 +399,15 @@ def test_whence_is_right_for_every_version_and_honest_about_none(root):
 def test_whence_is_right_for_every_table_of_a_lake():
     """Also in a compacted one; with more runs in `make faults`, and after minutes of `up`."""
     assert "11 tables, 2 runs" in replay_scenarios.whence_right(1, seed=1)
+
+
+def test_of_many_replays_the_oldest_go(tmp_path):
+    folder = Root.at(tmp_path / "replay")
+    for number in range(replays.KEPT + 3):
+        folder.write(f"query-{number:02d}/run.json", b"{}")
+        os.utime(f"{folder.url}/query-{number:02d}", (number, number))
+    folder.write("README.txt", b"x")
+    for left in (replays.KEPT + 1, replays.KEPT, replays.KEPT):
+        replays._remove_oldest(folder)
+        assert len(folder.names("")) == left + 1
+    assert folder.names("")[0:2] == ["README.txt", "query-03"]

@@ -35,7 +35,12 @@ def toy(*ended: str, stage: str = "toy") -> pl.DataFrame:
 
 
 def kept(index: pl.DataFrame, **rules) -> list[str]:
-    return retention.wanted(index, Rules(**rules), NOW)["run_id"].to_list()
+    """What is kept where another stage runs all the while."""
+    began = index["ended_at"].min()
+    times = [began + n * 6 * HOUR for n in range((NOW - began) // (6 * HOUR) + 1)]
+    rows = [(f"clock {time}", "clock", "noop", time, 1.0) for time in times]
+    seen = pl.concat([index, pl.DataFrame(rows, schema=index.schema, orient="row")])
+    return retention.wanted(seen, Rules(**rules), NOW).filter(pl.col("stage") != "clock")["run_id"].to_list()
 
 
 def until(condition) -> None:
@@ -86,6 +91,40 @@ def test_one_an_hour_for_a_day_and_everything_for_an_hour():
     assert kept(toy(*lines), all_hours=0, hourly_days=0) == ["03-30 00:15", "03-29 22:00"]
 
 
+def test_of_many_bad_ones_of_a_day_the_first_and_the_newest_of_a_stage():
+    """A broken stage leaves thousands."""
+    states = ["failed"] * 20 + ["killed"] + ["failed"] * 20
+    lines = [f"03-01 00:{minute} {state} 1" for minute, state in zip(range(10, 51), states, strict=True)]
+    others = [*lines, "03-02 00:10 failed 1", "03-02 00:11 killed 1"]
+    first, newest = [f"03-01 00:{minute}" for minute in range(10, 13)], ["03-01 00:49", "03-01 00:50"]
+    assert kept(toy(*others), bad_a_day=5) == [*first, "03-01 00:30", *newest, "03-02 00:10", "03-02 00:11"]
+    assert len(kept(toy(*lines))) == 41
+    assert kept(toy(*lines), bad_a_day=0) == ["03-01 00:10", "03-01 00:30"]
+
+
+def test_a_clock_that_jumps_ahead_makes_reports_older_by_hours():
+    """By six of them, of the ten days that it jumped."""
+    lines = [f"03-{day} {hour:02d}:10 ok 1" for day in (19, 20) for hour in range(24)]
+    moved = toy(*lines, "03-30 23:50 ok 1")
+    names = retention.wanted(moved, Rules(), NOW)["run_id"].to_list()
+    hourly = [f"03-20 {hour:02d}:10" for hour in range(6, 24)]
+    assert names == ["03-19 00:10", "03-20 00:10", *hourly, "03-30 23:50"]
+
+
+def test_at_most_a_days_worth_goes_in_a_sweep(root):
+    place, records = Root.at(root), synthetic.month(3, days=4, bad_share=0)[::40]
+    synthetic.write_index(place, records, recent=0)
+    for record in records:
+        place.write(f"{record.report}/run.json", b"{}")
+    later, removed = [], []
+    while not later or later[-1]:
+        counts = retention.sweep(place, now=NOW + HOUR)
+        later.append(counts["later"])
+        removed.append(counts["removed"])
+    assert len(removed) == 4 and max(removed) <= len(records) / 3
+    assert retention.sweep(place, now=NOW + HOUR)["removed"] == 0
+
+
 def test_an_end_to_it_when_asked_for():
     old = toy("03-01 00:10 failed 2", "03-25 08:00 failed 5")
     assert kept(old) == ["03-01 00:10", "03-25 08:00"] and kept(old, days=10) == ["03-25 08:00"]
@@ -132,6 +171,11 @@ def test_a_page_is_as_old_as_its_run_and_not_as_what_it_was_scheduled_for(root, 
         place.write(f"{record.report}/{name}", b"{}")
     assert retention.sweep(place, now=NOW)["pages"] == 0
     assert place.names(record.report) == sorted(synthetic.FILES)
+    # a clock that is eight days ahead since nobody ran makes nothing old; runs that came meanwhile do
+    assert retention.sweep(place, now=NOW + 8 * 24 * HOUR)["pages"] == 0
+    ended = [(NOW + n * 6 * HOUR).isoformat() for n in range(1, 32)]
+    others = [replace(record, run_id=f"other-{at}", report=f"reports/other/{at}", ended_at=at) for at in ended]
+    synthetic.write_index(place, [record, *others], recent=0)
     assert retention.sweep(place, now=NOW + 8 * 24 * HOUR)["pages"] == 1
 
 
@@ -151,7 +195,15 @@ def test_a_sweep_leaves_what_is_wanted_and_finishes_what_was_left(request, where
     stray = doomed[2] + "0"
     root.write(f"{stray}/report.ipynb", b"{}")  # its row is still to come
     assert not {row["report"] for row in run_index.newest(root, limit=100) if row["kept"]} & {half, gone}
-    counts = {"runs": 24, "kept": len(wanted), "removed": len(doomed) - 1, "missing": 0, "unknown": 1, "pages": 0}
+    counts = {
+        "runs": 24,
+        "kept": len(wanted),
+        "removed": len(doomed) - 1,
+        "later": 0,
+        "missing": 0,
+        "unknown": 1,
+        "pages": 0,
+    }
     assert retention.sweep(root, now=NOW, dry_run=True) == retention.sweep(root, now=NOW) == counts
     listed = run_index.newest(root, limit=100)
     assert len(listed) == 24 and {row["report"] for row in listed if row["kept"]} == wanted
@@ -183,10 +235,10 @@ def test_a_sweep_killed_anywhere_leaves_index_and_disk_in_agreement(tmp_path, da
 
 def test_it_comes_regularly_also_after_one_that_failed(tmp_path, caplog, day):
     root, said = Root.at(tmp_path / "root"), "could not be swept"
-    Path(root.url).write_text("no folder")
+    root.write(f"{run_index.TABLE}/_delta_log/{0:020d}.json", b"{torn")
     end = retention.sweep_regularly(root, Rules(), every_s=0.05)
     until(lambda: said in caplog.text)
-    Path(root.url).unlink()
+    root.remove_tree(run_index.TABLE)
     synthetic.write_index(root, day[:10], recent=9)
     synthetic.write_reports(root, day[:10], tmp_path / "templates")
     doomed = folders(root) - set(retention.wanted(run_index.frame(day[:10]), Rules(), datetime.now(UTC))["report"])

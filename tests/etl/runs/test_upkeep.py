@@ -42,6 +42,15 @@ def age(root: Root, seconds: float) -> None:
             os.utime(path, (then, then))
 
 
+def came_since(root: Root, days: int) -> None:
+    """Let something have been written every six hours of the last days: so the clock was not moved."""
+    for number in range(1, days * 4):
+        name = f"{index.TABLE}/came-{number}.parquet"
+        root.write(name, b"x")
+        then = time.time() - number * 6 * 3600
+        os.utime(f"{root.url}/{name}", (then, then))
+
+
 @pytest.mark.parametrize("where", ["root", "s3_root"])
 def test_small_files_become_one_with_the_same_rows(request, where, records):
     root = Root.at(request.getfixturevalue(where))
@@ -135,6 +144,9 @@ def test_an_unneeded_file_goes_after_a_day_and_a_needed_one_never(root, records)
     age(place, DAY_S * 400)
     place.write(f"{index.TABLE}/orphan-new.parquet", b"x")
     upkeep.remove_unneeded(place)
+    assert files(place) >= orphans, "a clock that is 400 days ahead since nobody wrote"
+    came_since(place, 2)
+    upkeep.remove_unneeded(place)
     assert files(place) & (small | orphans) == small, "the log says that they were needed until now"
     assert files(place) >= needed | {"orphan-new.parquet"}
     assert not Path(root, index.TABLE, ".orphan.part").exists()
@@ -155,6 +167,7 @@ def test_what_a_compaction_replaced_goes_a_day_later(root, records, monkeypatch)
     monkeypatch.setattr(delta, "remove", a_day_ago)
     upkeep.compact(place)
     age(place, DAY_S * 2)
+    came_since(place, 2)
     index.append(place, records[10])
     upkeep.tidy(place)
     assert not files(place) & small and len(rows(place)) == 11

@@ -101,3 +101,16 @@ def test_a_port_that_is_given_up_soon_is_waited_for(tmp_path):
             services.ensure_free(port, "API")
         threading.Timer(0.5, other.close).start()
         services.ensure_free(port, "API", within_s=60)
+
+
+def test_a_long_log_moves_aside_while_its_service_goes_on_writing(tmp_path):
+    path = tmp_path / "log"
+    services.shorten(path)  # none yet
+    with path.open("ab", buffering=0) as log:
+        log.write(b"a" * 90)
+        services.shorten(path, most=99)
+        assert path.stat().st_size == 90
+        log.write(b"b" * 10)
+        services.shorten(path, most=99)
+        log.write(b"c")
+    assert path.read_bytes() == b"c" and path.with_name("log.before").read_bytes() == b"a" * 90 + b"b" * 10
