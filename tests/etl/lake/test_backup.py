@@ -66,7 +66,7 @@ def test_a_restored_root_goes_on(scattered, target, tmp_path, stream, made):
     assert [finding for finding in Lake(other).examine() if finding.problem] == []
     beside = {*Root.at(other).files("refused"), *Root.at(other).files("reports"), *Root.at(other).files("results")}
     assert {path.rpartition("/")[2] for path in beside} == {"x.json~1", "report.ipynb", "current.json", "a.parquet"}
-    assert Root.at(other).names("") == ["lake", "landing", "models", "refused", "reports", "results"]
+    assert Root.at(other).names("") == ["lake", "landing", "leases", "models", "refused", "reports", "results"]
     for each in (other, scattered):
         source.land(Root.at(each), stream, {2: made[2]})  # known
         land(each, made, 3)
