@@ -1,5 +1,6 @@
 """`check` and `plan`: what would run, without starting a kernel."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,18 +27,12 @@ def check(
 ) -> None:
     """Parameters, notebooks and env files, one or all of them, without a kernel. Exit status 2 on a problem."""
     timetable: Timetable = context.obj
-    problems, stages = params.without_yaml(PROJECT), {}
+    problems, stages = problems_of(env, p, timetable.domain)
     if root is not None:
         try:
             root_url(root)
         except BadRoot as error:
             problems.append(params.Problem("--root", None, str(error)))
-    for name in [env] if env else params.environments(PROJECT):
-        try:
-            stages = params.load(PROJECT, name, p).stages
-        except params.ParamsError as error:
-            problems += [problem for problem in error.problems if problem not in problems]
-    problems += params.breaches(PROJECT, list(stages) or None, timetable.domain)
     if as_json:
         print_json({"ok": not problems, "stages": list(stages), "problems": [str(problem) for problem in problems]})
     elif problems:
@@ -46,6 +41,17 @@ def check(
         out.print(f"[green]ok[/]  {len(stages)} stages: {', '.join(stages)}")
     if problems:
         raise typer.Exit(2)
+
+
+def problems_of(env: str, overrides: Sequence[str], domain: str) -> tuple[list[params.Problem], list[str]]:
+    """(what is wrong in the working tree, the stages from the shortest cadence on); of every env file without `env`."""
+    problems, stages = params.without_yaml(PROJECT), {}
+    for name in [env] if env else params.environments(PROJECT):
+        try:
+            stages = params.load(PROJECT, name, overrides).stages
+        except params.ParamsError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    return problems + params.breaches(PROJECT, list(stages) or None, domain), list(stages)
 
 
 def plan(env: Env = "local", p: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
