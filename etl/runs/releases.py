@@ -30,6 +30,7 @@ from etl.storage import PROJECT, Damaged, LocalRoot, Root
 
 FOLDER, CURRENT, MANIFEST = "releases", "releases/current.json", "release.json"
 LEASE = "services/releases.lease"
+TOLD = "services/code.json"  # what an `up` at work runs, for who reads the root
 CACHE = PROJECT / "outputs" / FOLDER  # what was fetched from an object store
 KEPT = 10  # releases that `up` ran last, at least; also of those in the cache
 MOVES = 100  # the last, that current.json tells of
@@ -452,3 +453,32 @@ def _cells(nb: dict[str, Any]) -> Iterator[str]:
         tags = cell["metadata"].get("tags")
         yield f"# %% {cell['cell_type']}{f' {tags}' if tags else ''}"
         yield "".join(cell["source"])
+
+
+# --- what `up` says of it ---
+
+
+@dataclass(frozen=True)
+class Told:
+    """What `up` runs, as people are told it. `differs`: files of the working tree that are not as in the release."""
+
+    release: str | None  # None: the working tree
+    since: str | None  # when it became the current one, ISO, UTC
+    differs: list[str]
+
+    def __str__(self) -> str:
+        if self.release is None:
+            return "live: the working tree runs"
+        moment = f"{self.since[:10]} {self.since[11:16]} UTC" if self.since else "an unknown time"
+        text = f"release {self.release} of {moment}"
+        if not self.differs:
+            return f"{text}; the working tree is the same"
+        return (
+            f"{text}; working tree differs from the release: {len(self.differs)} file{'s' * (len(self.differs) != 1)}"
+        )
+
+
+def told(root: Root) -> Told | None:
+    """What an `up` at work said last; None when none is."""
+    document = root.read_json(TOLD)
+    return Told(**document) if document else None

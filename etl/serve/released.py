@@ -4,15 +4,14 @@ import contextlib
 import json
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from etl import params
 from etl.runs import releases
-from etl.runs.releases import NoRelease, Tree, WorkingTree
+from etl.runs.releases import TOLD, NoRelease, Told, Tree, WorkingTree
 from etl.storage import Damaged, Root
 
-TOLD = "services/code.json"  # under the root: what the dashboard says of it
 Trees = Callable[[], Tree]
 
 
@@ -40,29 +39,6 @@ class Released:
             except Exception as error:  # what an object store raises is no OSError
                 raise Unreadable(f"the release cannot be read: {type(error).__name__}: {error}") from None
             return self._tree
-
-
-@dataclass(frozen=True)
-class Told:
-    """What `up` runs, as people are told it. `differs`: files of the working tree that are not as in the release."""
-
-    release: str | None  # None: the working tree
-    since: str | None  # when it became the current one, ISO, UTC
-    differs: list[str]
-
-    def __str__(self) -> str:
-        if self.release is None:
-            return "live: the working tree runs"
-        moment = f"{self.since[:10]} {self.since[11:16]} UTC" if self.since else "an unknown time"
-        text = f"release {self.release} of {moment}"
-        if not self.differs:
-            return f"{text}; the working tree is the same"
-        return f"{text}; working tree differs from the release: {count(self.differs)}"
-
-
-def count(files: list[str]) -> str:
-    """As in `3 files`."""
-    return f"{len(files)} file{'s' * (len(files) != 1)}"
 
 
 class Teller:
@@ -93,9 +69,3 @@ class Teller:
         """Nothing runs any more."""
         with contextlib.suppress(Exception):
             self._root.remove(TOLD)
-
-
-def told(root: Root) -> Told | None:
-    """What an `up` at work said last; None when none is."""
-    document = root.read_json(TOLD)
-    return Told(**document) if document else None
