@@ -47,7 +47,7 @@ def release(
     root: RootOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Have `up` run what the working tree is now, if it passes `check` and replays as before, or that is accepted."""
+    """Have `up` run what the working tree is now, if it passes `check`, and what then differs is accepted."""
     from etl.runs import gate, releases
 
     timetable: Timetable = context.obj

@@ -176,19 +176,19 @@ def freeze(project: Path, root: Root, message: str = "") -> Release:
     """Keep a copy of what the project's stages are now, once for each content; it is not yet what `up` runs."""
     held = {rel: _content(path) for rel, path in contents(project).items()}
     files = {rel: _sha256(data) for rel, data in held.items()}
-    with contextlib.suppress(NoRelease, Damaged):
-        known = find(root, _id_of(files))
-        if not isinstance(root, LocalRoot) or not _problem(_stored(root, known.id), known):
-            return known
-    git = provenance.git(project)
-    release = Release(
-        id=_id_of(files),
-        made_at=_now(),
-        message=message,
-        git_commit=git["git_commit"],
-        dirty=[path for path in provenance.uncommitted(project) if path in files],
-        files=files,
-    )
+    try:
+        release = find(root, _id_of(files))
+        if not isinstance(root, LocalRoot) or not _problem(_stored(root, release.id), release):
+            return release
+    except (NoRelease, Damaged):
+        release = Release(
+            id=_id_of(files),
+            made_at=_now(),
+            message=message,
+            git_commit=provenance.git(project)["git_commit"],
+            dirty=[path for path in provenance.uncommitted(project) if path in files],
+            files=files,
+        )
 
     def write(rel: str) -> None:
         root.write(f"{FOLDER}/{release.id}/files/{rel}", held[rel])
