@@ -61,7 +61,10 @@ def release(
     at = releases.moves(asked)[-1].id if releases.moves(asked) else None
     candidate = _read(lambda: releases.load(asked, releases.freeze(PROJECT, asked, message).id, env))
     if candidate.release.id == at:
-        say(f"release {at} is what the working tree is: nothing to do")
+        if as_json:
+            print_json({"release": at, "released": False, "refused": [], "changes": [], "stages": []})
+        else:
+            say(f"release {at} is what the working tree is: nothing to do")
         return
     in_use = _in_use(asked, at, env)
     changes = releases.diff(asked, in_use.release if in_use else None, candidate.release)

@@ -103,7 +103,7 @@ def up(
                 if child.essential:
                     raise
                 err.print(f"[bold red]{escape(str(error))}", highlight=False)
-        code.follow(tree)
+        code.begin(tree)
         from etl.serve import flows
 
         def on_record(record: "RunRecord") -> None:
@@ -149,29 +149,30 @@ class Code:
         self._tree: Tree | None = None
         self._swept: threading.Event | None = None
 
-    def follow(self, tree: "Tree") -> None:
-        """Have `tree` be what runs begin with. Raises OSError when a root or a disk is down."""
+    async def follow(self, tree: "Tree") -> None:
+        """Have `tree` be what runs begin with, and tell so. Raises OSError when a root or a disk is down."""
         if tree is not self._tree:
-            self._begin(tree)
-            self._warn_of_the_engine(tree)
-            self._tree = tree
-        self._teller.tell(tree)
+            self.begin(tree)
+        await asyncio.to_thread(self._teller.tell, tree)
 
-    def _begin(self, tree: "Tree") -> None:
+    def begin(self, tree: "Tree") -> None:
+        """Take what `tree` needs in the place of what was. In the main thread: with it its children end."""
         from etl.kernels import client
         from etl.runs import retention
 
         environment = tree.project.environment
+        new = client.Keeper(environment.ready_kernels, self._log, tree.folder)
         for keeper in [child for child in self._children if isinstance(child, client.Keeper)]:
             self._children.remove(keeper)
-            keeper.end()
-        if environment.ready_kernels:
-            keeper = client.Keeper(environment.ready_kernels, self._log, tree.folder)
-            keeper.start()
-            self._children.append(keeper)
+            new.take_over(keeper)
+        if new.ready:
+            new.start()
+            self._children.append(new)
         if self._swept:
             self._swept.set()
         self._swept = retention.sweep_regularly(self._root, environment.retention)
+        self._warn_of_the_engine(tree)
+        self._tree = tree
 
     def _warn_of_the_engine(self, tree: "Tree") -> None:
         """Kernels have a release's engine; this process keeps the one that it began with."""

@@ -31,6 +31,7 @@ from etl.storage import PROJECT
 
 log = logging.getLogger(__name__)
 ANSWER_S = 2  # a fork server answers in a millisecond; one that takes longer is no help
+THREADS = "threads"  # in `server_folder`: which modules start threads, as JSON
 IMPORTED = "imported"  # in `server_folder`: the own files that kernels have imported, as JSON
 FOLLOW_S = 60  # a kernel that was forked but now may still be coming up
 END_S = 12  # the black box gives what has to be killed ten
@@ -65,8 +66,15 @@ def checked_server_folder(project: Path = PROJECT) -> Path:
 
 
 def packages(project: Path = PROJECT) -> str:
-    """Changes when the lock or the installed packages do."""
-    return repr([sources.mark(str(path)) for path in (project / "requirements.lock", sysconfig.get_path("purelib"))])
+    """Changes when the lock's content or the installed packages do; the same in two releases with one lock."""
+    lock = str(project / "requirements.lock")
+    return repr([_sha256(lock, sources.mark(lock)), sources.mark(sysconfig.get_path("purelib"))])
+
+
+@functools.lru_cache(8)
+def _sha256(path: str, mark: sources.Mark) -> str | None:
+    """Of a file's content; None without one. `mark`: by which the cache knows it."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if mark else None
 
 
 def read_at_start(env: dict[str, str]) -> dict[str, str]:
@@ -258,7 +266,16 @@ class Keeper:
                 self.process.wait(END_S)
             self.signal(signal.SIGKILL)
             self.process.wait()
-            shutil.rmtree(server_folder(self.project), ignore_errors=True)
+            self.process = None
+
+    def take_over(self, other: "Keeper") -> None:
+        """End another one's server for good, and know from it what it has found out about packages."""
+        mine, its = server_folder(self.project), server_folder(other.project)
+        with contextlib.suppress(OSError):
+            mine.mkdir(mode=0o700, exist_ok=True)
+            shutil.copy(its / THREADS, mine / THREADS)
+        other.end()
+        shutil.rmtree(its, ignore_errors=True)
 
 
 def variables(project: Path) -> dict[str, str]:

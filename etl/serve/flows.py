@@ -177,11 +177,11 @@ async def serve(
     on_record: Callable[[RunRecord], None],
     on_status: Callable[[str], None],
     trees: Trees | None = None,
-    on_tree: Callable[[Tree], None] = lambda _: None,
+    on_tree: Callable[[Tree], Awaitable[None]] | None = None,
 ) -> None:
     """Deploy every stage, run each once, and follow the schedules until cancelled. Children that die are restarted.
 
-    `trees`: what the runs run, asked again and again; the working tree when None. `on_tree` is called in a thread with
+    `trees`: what the runs run, asked again and again; the working tree when None. `on_tree` is awaited with
     what it gave, every LOOK_S seconds, before schedules follow a new one.
     """
     async with get_client() as client:
@@ -212,7 +212,7 @@ async def _following(
     deployed: Project,
     flows: dict[UUID, Flow[..., Any]],
     trees: Trees | None,
-    on_tree: Callable[[Tree], None],
+    on_tree: Callable[[Tree], Awaitable[None]] | None,
     api_url: str | None,
     on_record: Callable[[RunRecord], None],
 ) -> None:
@@ -221,7 +221,8 @@ async def _following(
     while trees:
         try:
             tree = await asyncio.to_thread(trees)
-            await asyncio.to_thread(on_tree, tree)
+            if on_tree:
+                await on_tree(tree)
             if _schedules(tree.project) != _schedules(deployed):
                 deployed = await _deploy_again(deployed, tree.project, flows, flow_of)
             warned = ""
