@@ -241,10 +241,10 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path):
         # it runs a release: edits wait for the next, which brings notebooks, schedules and stages together
         [first] = releases.newest(Root.at(str(root)))
         assert f"release {first.id} of " in up.log.read_text()
-        write_stage(small, "works", "record(edited=1)", yml="retries: 1\n")
+        write_stage(small, "works", 'check("true", True)\nrecord(edited=1)', yml="retries: 1\n")
         (small / "notebooks/breaks.ipynb").unlink()
         (small / "params/breaks.yml").unlink()
-        write_stage(small, "comes", "record(rows=2)")
+        write_stage(small, "comes", 'check("true", True)\nrecord(rows=2)')
         eventually(lambda: b"differs from the release: 5 files" in up.log.read_bytes(), 60, "the edits are told", up)
         since = now()
         eventually(lambda: run_since(root, since, "works"), 60, "a run after the edit", up)
