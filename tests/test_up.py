@@ -245,7 +245,7 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path):
         (small / "notebooks/breaks.ipynb").unlink()
         (small / "params/breaks.yml").unlink()
         write_stage(small, "comes", 'check("true", True)\nrecord(rows=2)')
-        eventually(lambda: b"differs from the release: 5 files" in up.log.read_bytes(), 60, "the edits are told", up)
+        eventually(lambda: b"differs from the release: 6 files" in up.log.read_bytes(), 60, "the edits are told", up)
         since = now()
         eventually(lambda: run_since(root, since, "works"), 60, "a run after the edit", up)
         assert run_since(root, since, "works")["release"] == first.id

@@ -121,7 +121,7 @@ def _replay(root: Root, current: Tree | None, candidate: Tree, runs: int, progre
                 anyway = {_key(difference) for difference in _replayed(run, current, progress)}
                 differences = [difference for difference in differences if _key(difference) not in anyway]
         except (NotRepeatable, params.ParamsError) as error:
-            verdict.unseen.append(f"{run['run_id']}: {error}")
+            verdict.unseen.append(f"{run['run_id']}: {str(error).removeprefix(run['run_id']).strip()}")
             continue
         verdict.replayed.append(run["run_id"])
         verdict.differences += differences

@@ -1,5 +1,6 @@
-"""What a flow makes of the parameters that a Prefect run is given."""
+"""What a flow runs: with which parameters, and of which release."""
 
+from dataclasses import replace
 from datetime import date
 
 import pytest
@@ -8,6 +9,8 @@ from support import write_stage
 from etl import params
 from etl.runs.releases import Tree
 from etl.serve import flows
+from etl.serve.released import Released, Unreadable
+from etl.storage import Root
 
 DECLARED = "word: str = 'x'  # a text\nday: datetime.date = datetime.date(2026, 1, 1)  # a day\n"
 
@@ -22,3 +25,22 @@ def test_values_of_a_prefect_run_keep_their_types(project, text):
     assert stage.origins == {"word": "Prefect", "day": "Prefect"}
     with pytest.raises(params.ParamsError, match="Prefect, typed.word: word: expected str, got int 5"):
         flows._with_values(stage, tree, {"word": 5})
+
+
+def test_a_release_that_cannot_be_read_is_a_failed_run_that_says_so(project, root, monkeypatch):
+    monkeypatch.setattr(flows, "create_link_artifact", lambda *_, **__: None)  # of Prefect's server
+    write_stage(project, "typed", "print(word, day)", parameters=DECLARED)
+    loaded = params.load(project, stage="typed")
+    environment, records = replace(loaded.environment, root=root), []
+    trees = Released(Root.at(root), "local")
+    with pytest.raises(Unreadable, match="nothing is released under"):
+        trees()
+    Root.at(root).write(
+        "releases/current.json", b'{"id": "0123456789ab", "moves": [{"id": "0123456789ab", "at": "", "how": "up"}]}'
+    )
+    state = flows.stage_flow(loaded.stages["typed"], environment, None, records.append, trees).fn()
+    assert (records[0].state, records[0].reason) == ("failed", f"there is no release 0123456789ab under {root}")
+    assert state.name == "Failed" and "there is no release" in state.message
+    gone = Tree(project, replace(loaded, stages={}, environment=environment))
+    flows.stage_flow(loaded.stages["typed"], environment, None, records.append, lambda: gone).fn()
+    assert (records[1].state, records[1].reason) == ("failed", "typed is no stage of the release any more")
