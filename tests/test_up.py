@@ -242,6 +242,8 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path):
         [first] = releases.newest(Root.at(str(root)))
         assert f"release {first.id} of " in up.log.read_text()
         write_stage(small, "works", 'check("true", True)\nrecord(edited=1)', yml="retries: 1\n")
+        path = small / "params/works.yml"
+        path.write_text(path.read_text().replace("every: 5", "every: 3"))
         (small / "notebooks/breaks.ipynb").unlink()
         (small / "params/breaks.yml").unlink()
         write_stage(small, "comes", 'check("true", True)\nrecord(rows=2)')
@@ -252,14 +254,16 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path):
         assert "edited" not in run_since(root, since, "works")["metrics"]
         command = ("release", "--root", str(root), "--runs", "0")
         refused = orchestrate(small, *command)
-        assert refused.returncode == 1 and "--accept works --accept breaks" in refused.stderr, refused
-        moved = orchestrate(small, *command, "--accept", "works", "--accept", "breaks", "-m", "edited", "--json")
+        assert refused.returncode == 1 and "accept it with --accept breaks\n" in refused.stderr, refused
+        moved = orchestrate(small, *command, "--accept", "breaks", "-m", "edited", "--json")
         second, since = json.loads(moved.stdout)["release"], now()
         eventually(lambda: run_since(root, since, "comes", release=second), 90, "a run of the new stage", up)
         edited = eventually(lambda: run_since(root, since, "works", release=second), 60, "a run of the edited one", up)
         assert edited["metrics"] == {"edited": 1}
         gone = lambda: {d["name"] for d in api_of(up, "/deployments/filter", {})} == {"works", "comes", "theirs"}  # noqa: E731
         eventually(gone, 60, "the stage that is gone has no deployment", up)
+        [schedule] = api_of(up, "/deployments/name/works/works")["schedules"]
+        assert schedule["active"] and schedule["schedule"]["interval"] == 3
         up.end(signal.SIGTERM)  # its handler does what Ctrl-C does
         assert up.process.returncode == 0, up.log.read_text()[-2000:]
     finally:

@@ -1,5 +1,6 @@
 """What a flow runs: with which parameters, and of which release."""
 
+import json
 from dataclasses import replace
 from datetime import date
 
@@ -7,6 +8,7 @@ import pytest
 from support import write_stage
 
 from etl import params
+from etl.runs import delivery
 from etl.runs.releases import Tree
 from etl.serve import flows
 from etl.serve.released import Released, Unreadable
@@ -29,15 +31,15 @@ def test_values_of_a_prefect_run_keep_their_types(project, text):
 
 def test_a_release_that_cannot_be_read_is_a_failed_run_that_says_so(project, root, monkeypatch):
     monkeypatch.setattr(flows, "create_link_artifact", lambda *_, **__: None)  # of Prefect's server
+    monkeypatch.setattr(delivery, "_in_background", lambda work: None)
     write_stage(project, "typed", "print(word, day)", parameters=DECLARED)
     loaded = params.load(project, stage="typed")
     environment, records = replace(loaded.environment, root=root), []
     trees = Released(Root.at(root), "local")
     with pytest.raises(Unreadable, match="nothing is released under"):
         trees()
-    Root.at(root).write(
-        "releases/current.json", b'{"id": "0123456789ab", "moves": [{"id": "0123456789ab", "at": "", "how": "up"}]}'
-    )
+    moved = {"moves": [{"id": "0123456789ab", "at": "", "how": "up"}]}
+    Root.at(root).write("releases/current.json", json.dumps(moved).encode())
     state = flows.stage_flow(loaded.stages["typed"], environment, None, records.append, trees).fn()
     assert (records[0].state, records[0].reason) == ("failed", f"there is no release 0123456789ab under {root}")
     assert state.name == "Failed" and "there is no release" in state.message
