@@ -74,7 +74,8 @@ def _files(name: str, tree: Tree) -> dict[str, str]:
     assert tree.release, "of a release"
     notebook = f"notebooks/{name}.ipynb"
     own = sources.packages_of(tree.folder, [tree.folder / notebook]).values()
-    code = tuple(f"{path.relative_to(tree.folder)}{'/' if path.is_dir() else ''}" for path in own)
+    held = [path for path in own if path.is_relative_to(tree.folder)]  # others came after it
+    code = tuple(f"{path.relative_to(tree.folder)}{'/' if path.is_dir() else ''}" for path in held)
     exact = (notebook, f"params/{name}.yml", f"params/env/{tree.project.environment.name}.yml", "requirements.lock")
     return {
         path: sha256

@@ -8,6 +8,7 @@ The files of a release are a project of their own: with its folder first on Pyth
 is imported. What a notebook shows is none of its content: a release holds notebooks without outputs.
 """
 
+import compileall
 import contextlib
 import difflib
 import functools
@@ -335,7 +336,7 @@ def _checkout(_: str, id: str, asked: _Unhashed) -> Path:
     if isinstance(root, LocalRoot) and os.pathsep not in str(folder):  # which no entry of PYTHONPATH can have
         if problem := _problem(folder, release):
             raise Damaged(f"release {id}: {problem}")
-        return folder
+        return _compiled(folder)
     folder = CACHE / id / "files"
     if _problem(folder, release):
         _fetch(root, release)
@@ -345,6 +346,12 @@ def _checkout(_: str, id: str, asked: _Unhashed) -> Path:
     others = sorted((path for path in CACHE.iterdir() if path.name != id), key=lambda path: path.stat().st_mtime)
     for path in others[: 1 - KEPT]:
         shutil.rmtree(path, ignore_errors=True)
+    return _compiled(folder)
+
+
+def _compiled(folder: Path) -> Path:
+    """The folder, its code compiled: where Python writes no bytecode, each kernel would do so."""
+    compileall.compile_dir(folder, quiet=2)
     return folder
 
 
