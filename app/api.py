@@ -3,18 +3,18 @@
 It reads, and never starts a stage. Every error is JSON, `{"detail": "<a sentence>"}`.
 """
 
+import contextlib
 import functools
 import json
 import re
-import threading
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
-from decimal import Decimal
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import polars as pl
 from anyio import CapacityLimiter, to_thread
-from fastapi import Depends, HTTPException, Path, Query, Request, Response
+from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi_offline import FastAPIOffline
@@ -22,10 +22,10 @@ from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationEr
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from app.predictions import ServedModel, ShortWay
 from app.rows import LIKELY_FROM, prediction_model, row_model
 from app.settings import Settings
 from etl.lake.snapshot import POINTER, NothingPublished
-from etl.models import registry
 from etl.reports import page as reports
 from etl.runs import index
 from etl.runs.record import STATES
@@ -181,40 +181,28 @@ class BodyLimit:
         await self.app(scope, counted, send)
 
 
-class ServedModel:
-    """The model that predictions come from: the published one, or the last good one while that cannot be used."""
-
-    def __init__(self, root: Root):
-        self.root = root
-        self._looking = threading.Lock()
-        self._mark: str | None = None  # of the pointer to the model that is served
-        self._model: registry.Model | None = None
-        self._problem: str | None = None
-
-    def current(self) -> tuple[registry.Model | None, str | None]:
-        """The model, and what is wrong with the published one: None when nothing is. Safe in threads."""
-        if self._looking.acquire(blocking=self._model is None):  # while one of them loads, the others go on with this
-            try:
-                self._problem = self._look()
-            finally:
-                self._looking.release()
-        return self._model, self._problem
-
-    def _look(self) -> str | None:
-        """Take up what is published since. What is wrong with that is tried again by the next request."""
-        try:
-            entry = self.root.entry(registry.CURRENT)
-            if entry is None or entry.mark != self._mark:
-                self._model = registry.load_current(self.root, model.SPEC)
-                self._mark = entry and entry.mark
-        except Exception as error:  # whatever it is, of the files or of where they are, what is loaded still predicts
-            if self._model is not None:
-                return f"the published model cannot be used, {self._model.model_id} still is: {error}"
-            return str(error) if isinstance(error, registry.NoModel) else f"the published model cannot be used: {error}"
-        return None
+@functools.cache
+def served_model(root: Root) -> ServedModel:
+    """The model that is served of a root."""
+    return ServedModel(root, model.SPEC)
 
 
-served_model = functools.cache(ServedModel)
+@contextlib.asynccontextmanager
+async def watching(_: FastAPI) -> AsyncIterator[None]:
+    """While the service is up another thread looks what is published. Without a usable root each request says so."""
+    global watched
+    try:
+        served = served_model(_root_at(settings().root))
+    except BadRoot:
+        yield
+        return
+    with served.watched():
+        watched = served
+        yield
+    watched = None
+
+
+watched: ServedModel | None = None  # by the service that is up
 
 # What holds the interpreter's lock for long has threads of its own, and few: nobody else waits for one of them, and
 # they keep nobody waiting for the lock. All else shares the 40 of Starlette's pool.
@@ -260,8 +248,10 @@ app = FastAPIOffline(
     title="ETL notebooks",
     summary="What the notebooks have published: freshness, answers, predictions, runs and their reports.",
     description='Reads only, and never starts a stage. Every error is JSON: `{"detail": "<a sentence>"}`.',
+    lifespan=watching,
 )
 app.add_middleware(BodyLimit, limit=BODY_LIMIT)
+app.add_middleware(ShortWay, card=model.CARD, served=lambda: watched, limits=(BODY_LIMIT, ITEM_LIMIT))
 app.add_middleware(KnownHosts)  # the outermost
 
 
@@ -339,15 +329,13 @@ def _predict(body: bytes, content_type: str, root: Root) -> bytes:
     served, problem = served_model(root).current()
     if served is None:
         raise HTTPException(503, problem)
-    # exact as floats too: 15 digits; as a Decimal 1 may have any number of zeros behind it, and Polars panics
-    rows = [{name: float(v) if isinstance(v, Decimal) else v for name, v in row} for row in sent]
     predictions = [
         Prediction(
             probability=probability,
             model_id=served.model_id,
             **{model.CARD.outcome: probability >= LIKELY_FROM},
         )
-        for probability in served.predict(rows)
+        for probability in served.predict([dict(row) for row in sent])
     ]
     return PREDICTIONS.dump_json(predictions)
 

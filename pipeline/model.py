@@ -5,6 +5,7 @@ the true probability is known, and with it the lowest log loss that any model ca
 """
 
 import math
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
@@ -38,27 +39,26 @@ SHIPPED = [
 COLUMNS = [*SHIPPED, "l_receiptdate"]  # what training reads
 MODES = ["REG AIR", "AIR", "RAIL", "SHIP", "TRUCK", "MAIL", "FOB"]
 INSTRUCTIONS = ["DELIVER IN PERSON", "COLLECT COD", "NONE", "TAKE BACK RETURN"]
-FEATURES = ["days_to_commit", "quantity", "unit_price", "discount", "tax", "ship_mode", "ship_instruction"]
+ROW = {name: TABLES["lineitem"].fields[name] for name in SHIPPED} | {
+    "l_shipmode": Column(TEXT, choices=MODES),
+    "l_shipinstruct": Column(TEXT, choices=INSTRUCTIONS),
+}
+FEATURES = {
+    "days_to_commit": lambda row: row["l_commitdate"] - row["l_shipdate"],
+    "quantity": itemgetter("l_quantity"),
+    "unit_price": lambda row: row["l_extendedprice"] / row["l_quantity"],
+    "discount": itemgetter("l_discount"),
+    "tax": itemgetter("l_tax"),
+    "ship_mode": itemgetter("l_shipmode"),
+    "ship_instruction": itemgetter("l_shipinstruct"),
+}
 LONGEST_DAYS = 30  # on the road
 GOLDEN_ROWS = 32
 
 
 def features(lineitem: pl.DataFrame) -> pl.DataFrame:
-    """One Float32 column for each of FEATURES, from SHIPPED columns; an unknown mode or instruction is null.
-
-    Dates may be text (ISO), as JSON has them.
-    """
-    days = [pl.col(c).str.to_date() if lineitem.schema[c] == pl.String else pl.col(c) for c in SHIPPED[:2]]
-    numbers = {c: pl.col(c).cast(pl.Float64) for c in SHIPPED[2:6]}
-    return lineitem.select(
-        days_to_commit=(days[1] - days[0]).dt.total_days(),
-        quantity=numbers["l_quantity"],
-        unit_price=numbers["l_extendedprice"] / numbers["l_quantity"],
-        discount=numbers["l_discount"],
-        tax=numbers["l_tax"],
-        ship_mode=pl.col("l_shipmode").replace_strict(MODES, range(len(MODES)), default=None),
-        ship_instruction=pl.col("l_shipinstruct").replace_strict(INSTRUCTIONS, range(len(INSTRUCTIONS)), default=None),
-    ).cast(pl.Float32)
+    """One Float32 column for each of FEATURES, from SHIPPED columns; an unknown mode or instruction is NaN."""
+    return pl.DataFrame(SPEC.matrix(lineitem), schema=[*FEATURES])
 
 
 def late(lineitem: pl.DataFrame) -> pl.Series:
@@ -100,7 +100,7 @@ def content(lineitem: pl.DataFrame) -> "np.ndarray":
     """
     import numpy as np
 
-    columns = [*features(lineitem).fill_null(float("nan")), lineitem["l_shipdate"].to_physical()]
+    columns = [*features(lineitem), lineitem["l_shipdate"].to_physical()]
     mixed = np.zeros(lineitem.height, np.uint64)
     for column in columns:
         mixed ^= column.to_numpy().view(np.uint32)
@@ -146,21 +146,16 @@ def train(
     return booster[: booster.best_iteration + 1]
 
 
-def _values(lineitem: pl.DataFrame) -> "np.ndarray":
-    """FEATURES as XGBoost takes them: null becomes NaN, which is missing."""
-    return features(lineitem).to_numpy(order="c")
-
-
 def _matrix(lineitem: pl.DataFrame, threads: int) -> "xgboost.DMatrix":
     import xgboost
 
     label = late(lineitem).to_numpy()
-    return xgboost.DMatrix(_values(lineitem), label=label, feature_names=FEATURES, nthread=threads)
+    return xgboost.DMatrix(SPEC.matrix(lineitem), label=label, feature_names=[*FEATURES], nthread=threads)
 
 
 def predict(booster: "xgboost.Booster", lineitem: pl.DataFrame) -> "np.ndarray":
     """The probability that each line item arrives late. Safe in threads."""
-    return registry.predict(booster, _values(lineitem))
+    return registry.predict(booster, SPEC.matrix(lineitem))
 
 
 def best_possible(days_to_commit: "np.ndarray") -> "np.ndarray":
@@ -360,21 +355,13 @@ def examine(root: Root) -> "list[Finding]":
     return registry.examine(root, SPEC)
 
 
-def _matrix_of(line_items: pl.DataFrame | list[dict[str, Any]]) -> "np.ndarray":
-    """The values of line items, also as JSON has them, with their SHIPPED columns."""
-    if not isinstance(line_items, pl.DataFrame):
-        columns = {name: pl.Series([row[name] for row in line_items], strict=False) for name in SHIPPED}
-        line_items = pl.DataFrame(columns)
-    return _values(line_items)
-
-
 def _rows_as_json(lineitem: pl.DataFrame) -> list[dict[str, Any]]:
     """Rows as a client of the API would send them: dates as text, money as numbers."""
     dates, money = pl.selectors.date(), pl.selectors.decimal()
     return lineitem.with_columns(dates.cast(pl.String), money.cast(pl.Float64)).to_dicts()
 
 
-SPEC = registry.Spec(FEATURES, _matrix_of, golden_rows="line_items", golden_predictions="late")
+SPEC = registry.Spec(ROW, FEATURES, golden_rows="line_items", golden_predictions="late")
 
 
 def losses(metrics: dict[str, Any]) -> dict[str, float]:
@@ -393,8 +380,7 @@ CARD = Card(
     text="Will a line item that ships now arrive after the day it was promised for? TPC-H draws the days on the road "
     "evenly from 1 to 30, so the lowest log loss that any model can have is known.",
     rows="line items",
-    row={name: TABLES["lineitem"].fields[name] for name in SHIPPED}
-    | {"l_shipmode": Column(TEXT, choices=MODES), "l_shipinstruct": Column(TEXT, choices=INSTRUCTIONS)},
+    row=ROW,
     example={
         "l_shipdate": "1996-03-13",
         "l_commitdate": "1996-03-25",

@@ -8,14 +8,18 @@ domain knows, its features and how rows become a matrix of them, is handed in as
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
+from etl.lake.table import Column, DataType
+from etl.models import rows
 from etl.storage import Root, Unreadable
 
 if TYPE_CHECKING:
     import numpy as np
+    import polars as pl
     import xgboost
 
     from etl.findings import Finding
@@ -40,16 +44,29 @@ class ModelDamaged(ValueError):
 class Spec:
     """What the domain says of its model.
 
-    `features`: their names, in the order of the matrix's columns. `matrix`: makes that matrix of rows, among them rows
-    as JSON has them. `stage`: the one that publishes the model, for what is to be done. `golden_rows` and
-    `golden_predictions`: the keys of the two lists in golden.json.
+    `row`: the columns that a row has when it is asked about, declared as those of a table; `features`: name -> how it
+    is computed from them, in the order of the matrix's columns; the columns as they are, where none is named. `stage`:
+    the one that publishes the model, for what is to be done. `golden_rows` and `golden_predictions`: the keys of the
+    two lists in golden.json.
     """
 
-    features: Sequence[str]
-    matrix: Callable[[Any], "np.ndarray"]
+    row: Mapping[str, Column | DataType]
+    features: Mapping[str, rows.Feature] = field(default_factory=dict)
     stage: str = "train"
     golden_rows: str = "rows"
     golden_predictions: str = "predictions"
+
+    def __post_init__(self) -> None:
+        if not self.features:
+            object.__setattr__(self, "features", {name: itemgetter(name) for name in self.row})
+
+    def matrix(self, given: "pl.DataFrame | Sequence[Mapping[str, Any]]") -> "np.ndarray":
+        """A frame's rows, or rows as JSON has them, as XGBoost takes them: Float32, a column a feature."""
+        import polars as pl
+
+        row = rows.columns_of(self.row)
+        columns = rows.of_frame(given, row) if isinstance(given, pl.DataFrame) else rows.of_rows(given, row)
+        return rows.matrix(columns, self.features)
 
 
 @dataclass(frozen=True)
@@ -68,9 +85,13 @@ class Model:
         """Their names, which are those that the domain declares too."""
         return list(self.booster.feature_names or ())
 
-    def predict(self, rows: Any) -> list[float]:
-        """A prediction for each row. Safe in threads. Raises what the domain's matrix does when rows do not fit."""
-        return _floats(predict(self.booster, self.spec.matrix(rows)))
+    def predict(self, given: "pl.DataFrame | Sequence[Mapping[str, Any]]") -> list[float]:
+        """A prediction for each row. Safe in threads. Raises what the domain's features do when rows do not fit."""
+        return _floats(predict(self.booster, self.spec.matrix(given)))
+
+    def predict_columns(self, columns: rows.Columns) -> list[float]:
+        """As `predict`, of rows that are columns already."""
+        return _floats(predict(self.booster, rows.matrix(columns, self.spec.features)))
 
 
 def predict(booster: "xgboost.Booster", matrix: "np.ndarray") -> "np.ndarray":
@@ -178,7 +199,7 @@ def _load(root: Root, pointer: Any, spec: Spec) -> Model:
         is_golden = _is_golden(model, golden)
     except ModelDamaged:
         raise
-    except Exception as error:  # the domain's matrix may raise anything for rows that are damaged
+    except Exception as error:  # the domain's features may raise anything for rows that are damaged
         raise ModelDamaged(f"the model {pointer['model_id']} cannot be read: {error!r}") from error
     if not is_golden:
         raise ModelDamaged(f"{root.url_of(folder)} does not predict what it did when it was published")

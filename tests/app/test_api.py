@@ -282,7 +282,7 @@ class TestModel:
         published, said = model.load_current(Root.at(root)), api.get("/model").json()
         assert (said["model_id"], said["run_id"]) == (published.model_id, TRAIN_RUN)
         assert said["metrics"] == published.metrics
-        assert said["features"] == model.FEATURES
+        assert said["features"] == [*model.FEATURES]
 
     def test_a_new_one_is_taken_up(self, api, root):
         before = api.get("/model").json()["model_id"]

@@ -21,7 +21,7 @@ def sessions(events: pl.DataFrame) -> pl.DataFrame:
     return rows.sort("session").with_columns(held_out=pl.col("session").str.slice(-1).is_in(list("0123")))
 
 
-SPEC = registry.Spec(list(ROW), lambda rows: pl.DataFrame(rows).select(list(ROW)).cast(pl.Float32).to_numpy(order="c"))
+SPEC = registry.Spec(ROW)
 examine = partial(registry.examine, spec=SPEC)
 CARD = Card(
     title="Who buys",

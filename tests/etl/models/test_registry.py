@@ -5,25 +5,26 @@ import math
 import os
 import subprocess
 import sys
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xgboost
 
+from etl.lake.table import FLOAT
 from etl.models import registry
 from etl.storage import Root
 
 FEATURES = ["width", "height"]
+ROW = dict.fromkeys(FEATURES, FLOAT)
 GOLDEN = [{"width": float(number % 7), "height": float(number % 3)} for number in range(8)]
 METRICS = {"loss": 0.25}
 
 
-def matrix(rows: list[dict]) -> np.ndarray:
-    return np.array([[row[name] for name in FEATURES] for row in rows], np.float32).reshape(-1, len(FEATURES))
-
-
-SPEC = registry.Spec(FEATURES, matrix)
+FUNCTIONS = {name: itemgetter(name) for name in FEATURES}
+SPEC = registry.Spec(ROW, FUNCTIONS)
+matrix = SPEC.matrix
 
 
 def train(seed: int, trees: int = 40) -> xgboost.Booster:
@@ -83,7 +84,7 @@ def test_the_files_of_a_model_and_its_pointer(root):
 
 
 def test_the_golden_lists_are_called_as_the_domain_says(booster, tmp_path):
-    root, spec = Root.at(tmp_path), registry.Spec(FEATURES, matrix, golden_rows="boxes", golden_predictions="wide")
+    root, spec = Root.at(tmp_path), registry.Spec(ROW, FUNCTIONS, golden_rows="boxes", golden_predictions="wide")
     registry.publish(root, booster, METRICS, GOLDEN, "train-1", spec)
     assert json.loads(model_file(root, "golden.json").read_text()).keys() == {"boxes", "wide"}
     assert registry.load_current(root, spec).predict(GOLDEN)
@@ -157,13 +158,13 @@ def test_a_model_that_predicts_something_else_is_refused_though_its_bytes_are_ri
 
 
 def test_a_change_of_the_code_that_makes_the_features_is_noticed(root):
-    swapped = registry.Spec(FEATURES, lambda rows: matrix(rows)[:, ::-1])
+    swapped = registry.Spec(ROW, {"width": FUNCTIONS["height"], "height": FUNCTIONS["width"]})
     with pytest.raises(registry.ModelDamaged, match="does not predict what it did"):
         registry.load_current(root, swapped)
     with pytest.raises(registry.ModelDamaged, match="other features: .'width', 'height'."):
-        registry.load_current(root, registry.Spec(FEATURES[::-1], matrix))
+        registry.load_current(root, registry.Spec(ROW, dict(reversed(FUNCTIONS.items()))))
     with pytest.raises(registry.ModelDamaged, match="cannot be read: KeyError"):
-        registry.load_current(root, registry.Spec(FEATURES, lambda rows: [row["depth"] for row in rows]))
+        registry.load_current(root, registry.Spec(ROW, FUNCTIONS | {"height": itemgetter("depth")}))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +236,8 @@ def test_a_damaged_model_is_told_with_what_to_do(root, tmp_path):
 
 COUNT_SWITCHES = """
 import pathlib, sys, time
-import numpy as np
+from operator import itemgetter
+from etl.lake.table import FLOAT
 from etl.models import registry
 from etl.storage import Root
 
@@ -248,7 +250,7 @@ def threads():
 
 own = pathlib.Path("/proc/self/comm").read_text()
 features = ["width", "height"]
-spec = registry.Spec(features, lambda rows: np.array([[row[name] for name in features] for row in rows], np.float32))
+spec = registry.Spec(dict.fromkeys(features, FLOAT), {name: itemgetter(name) for name in features})
 import xgboost
 before = threads()
 served = registry.load_current(Root.at(sys.argv[1]), spec)  # loading has them all work once

@@ -1,0 +1,159 @@
+"""Predictions the short way: a body of plain rows goes from the socket to the model and back in one step.
+
+It is a layer around the application. What is odd about a request, and what is wrong with it, is left to the route that
+is documented: it is handed on as it came. What this layer answers the route would answer with the same numbers.
+"""
+
+import functools
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import msgspec
+
+from app.rows import LIKELY_FROM
+from etl.models import registry
+from etl.models.card import Card
+from etl.models.rows import Decoder
+from etl.storage import Root
+
+LOOK_S = 1  # between two looks at the pointer
+REST_S = 30  # at most, while what it names cannot be used
+PATHS = ("/predict", "/v1/predict")
+JSON = (b"application/json", b"application/json; charset=utf-8")
+Message = dict[str, Any]
+
+
+class ServedModel:
+    """The model that predictions come from: the published one, or the last good one while that cannot be used."""
+
+    def __init__(self, root: Root, spec: registry.Spec):
+        self.root, self.spec = root, spec
+        self.model: registry.Model | None = None
+        self._problem: str | None = None
+        self._looking = threading.Lock()
+        self._mark: str | None = None  # of the pointer to the model that is served
+        self._ended: threading.Event | None = None  # of the watch, while there is one
+
+    def current(self) -> tuple[registry.Model | None, str | None]:
+        """The model, and what is wrong with the published one: None when nothing is. Safe in threads."""
+        if not self.is_watched:
+            self.look()
+        return self.model, self._problem
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody looks for another one, so that requests need not."""
+        return self._ended is not None
+
+    def look(self) -> None:
+        """Take up what is published since. What is wrong with that is tried again the next time."""
+        if self._looking.acquire(blocking=self.model is None):  # while one loads, others go on with what is there
+            try:
+                self._problem = self._look()
+            finally:
+                self._looking.release()
+
+    def _look(self) -> str | None:
+        try:
+            entry = self.root.entry(registry.CURRENT)
+            if entry is None or entry.mark != self._mark:
+                self.model = registry.load_current(self.root, self.spec)
+                self._mark = entry and entry.mark
+        except Exception as error:  # whatever it is, of the files or of where they are, what is loaded still predicts
+            if self.model is not None:
+                return f"the published model cannot be used, {self.model.model_id} still is: {error}"
+            return str(error) if isinstance(error, registry.NoModel) else f"the published model cannot be used: {error}"
+        return None
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """For the length of the block another thread looks for another one, every second."""
+        self.look()
+        self._ended = ended = threading.Event()
+        thread = threading.Thread(target=self._watch, args=(ended,), name="published model", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            self._ended = None
+            thread.join()
+
+    def _watch(self, ended: threading.Event) -> None:
+        wait_s: float = LOOK_S
+        while not ended.wait(wait_s):
+            began = time.monotonic()
+            self.look()
+            # to load what is damaged costs: it is looked at the less often the longer it is
+            wait_s = min(2 * wait_s, REST_S) if self._problem and self.model else LOOK_S
+            wait_s = max(wait_s, 3 * (time.monotonic() - began))
+
+
+class ShortWay:
+    """ASGI middleware: answers plain requests for predictions, and hands all else on as it came."""
+
+    def __init__(self, app: Any, card: Card, served: Callable[[], ServedModel | None], limits: tuple[int, int]):
+        """`served`: the model that is watched, None while none is. `limits`: bytes and rows of a body, at most."""
+        self.app, self.served, self.limit = app, served, limits[0]
+        self._encode, self._decoder = _encoder(card), None
+        with suppress(ValueError):  # a column is no number: such rows go the long way
+            self._decoder = Decoder(card.row, limits[1])
+
+    async def __call__(self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Any) -> None:
+        if scope["type"] != "http" or scope["path"] not in PATHS or scope["method"] != "POST" or not _is_json(scope):
+            await self.app(scope, receive, send)
+            return
+        messages, size = [], 0
+        while True:
+            messages.append(message := await receive())
+            size += len(message.get("body", b""))
+            if message["type"] != "http.request" or not message.get("more_body") or size > self.limit:
+                break
+        is_whole = messages[-1]["type"] == "http.request" and size <= self.limit
+        answer = self._answer(b"".join(message.get("body", b"") for message in messages)) if is_whole else None
+        if answer is None:
+            await self.app(scope, _again(messages, receive), send)
+            return
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(answer))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": answer})
+
+    def _answer(self, body: bytes) -> bytes | None:
+        """None where the long way has to say what is wrong, or do it."""
+        served = self.served()
+        model = served.model if served else None
+        columns = self._decoder.decode(body) if model and self._decoder else None
+        if model is None or columns is None:
+            return None
+        try:
+            probabilities = model.predict_columns(columns)
+        except Exception:  # the long way meets it, too, and tells
+            return None
+        return self._encode(probabilities, model.model_id)
+
+
+def _is_json(scope: Message) -> bool:
+    kinds = [value.lower() for name, value in scope["headers"] if name == b"content-type"]
+    return len(kinds) == 1 and kinds[0] in JSON
+
+
+def _again(messages: list[Message], receive: Callable[[], Awaitable[Message]]) -> Callable[[], Awaitable[Message]]:
+    """What was received, then what comes."""
+    waiting = iter(messages)
+
+    async def next_message() -> Message:
+        return next(waiting, None) or await receive()
+
+    return next_message
+
+
+def _encoder(card: Card) -> Callable[[list[float], str], bytes]:
+    """The answer's bytes, of probabilities and the model's id."""
+    kind = msgspec.defstruct(
+        "Predicted", [("probability", float), ("outcome", bool), ("model_id", str)], rename={"outcome": card.outcome}
+    )
+    encode = functools.partial(msgspec.json.Encoder().encode)
+    return lambda probabilities, model_id: encode([kind(p, p >= LIKELY_FROM, model_id) for p in probabilities])
