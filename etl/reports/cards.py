@@ -67,6 +67,9 @@ def _changes(record: "RunRecord", last_ok: dict[str, Any]) -> list[str]:
         old, new = (json.dumps(values.get(name), default=str) for values in (before, given))
         if (name in given or record.origins.get(name) != "supplied") and name in record.parameters and old != new:
             changes.append(f"`{name}` {_short(old)} → {_short(new)}")
+    if "release" in last_ok and last_ok["release"] != record.release:
+        old, new = (release or "working tree" for release in (last_ok["release"], record.release))
+        changes.append(f"release {old} → {new}")
     then, now = last_ok.get("provenance") or {}, record.provenance
     for name, what in (("code_sha256", "code"), ("notebook_sha256", "notebook"), ("lock_sha256", "packages")):
         old, new = then.get(name), now.get(name)

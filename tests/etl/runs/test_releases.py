@@ -2,7 +2,8 @@
 
 import json
 import os
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -209,6 +210,21 @@ def test_one_in_an_object_store_is_fetched_once_and_verified(small, s3_root, own
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [release.id]
 
 
+def test_another_machine_runs_the_release_that_it_fetches(small, s3_root, own_only, monkeypatch, tmp_path):
+    monkeypatch.setattr(releases, "CACHE", tmp_path / "here")
+    place = Root.at(s3_root)
+    tree = releases.load(place, released_now(small, place).id, "local")
+    stage, environment = tree.project.stages["says"], tree.project.environment
+    asked = dispatch.make_request(stage, environment, AT, 1, dask_address=None, release=tree.release)
+    edit(small / "mine/figures.py", "1", "2")
+    releases._checkout.cache_clear()
+    monkeypatch.setattr(releases, "CACHE", tmp_path / "there")
+    shutil.rmtree(tmp_path / "here")
+    record = dispatch.execute_there(asdict(asked))
+    assert (record["state"], record["metrics"], record["release"]) == ("ok", {"said": [1]}, tree.release.id)
+    assert (tmp_path / "there" / tree.release.id / "files/mine/figures.py").exists()
+
+
 # --- what runs ---
 
 LOOK = """import json, os, pathlib, psutil, sys
@@ -261,6 +277,10 @@ def test_runs_are_of_the_release_whole_in_ready_kernels_too(small, place, tmp_pa
     run = index.get(place, index.newest(place, limit=1)[0]["run_id"])
     release, folder = releases.of_run(place, run)
     assert release.id == first and folder == trees().folder
+    stage, environment, _ = replays.recorded(folder, "local", run)
+    monkeypatch.setattr(replays, "REPLAYS", str(tmp_path / "replay"))
+    again = replays.replay(run, stage, replace(environment, root=place.url), release=release)
+    assert again.record.release == first and again.record.metrics["said"] == [1, 1, 1] and again.changed == []
     releases.discard(place, first)
     assert releases.of_run(place, run) is None
 
