@@ -50,7 +50,7 @@ def up(
     """Everything: Prefect's server unless PREFECT_API_URL is set, the schedules, API and dashboard. Ctrl-C ends all."""
     from etl.runs import delivery, releases
     from etl.serve import lease, services
-    from etl.serve.released import Released, Trees
+    from etl.serve.released import Released, always
 
     timetable: Timetable = context.obj
     url = root_at(root or environment(env).root).url
@@ -86,10 +86,7 @@ def up(
     try:
         if is_new:
             releases.first(PROJECT, Root.at(url))
-        trees: Trees = Released(Root.at(url), env)
-        if live and project:
-            working_tree = releases.Tree(PROJECT, project)
-            trees = lambda: working_tree  # noqa: E731
+        trees = always(releases.Tree(PROJECT, project)) if live and project else Released(Root.at(url), env)
         tree = trees()
         for child in children:
             services.ensure_free(child.port, child.name, within_s=services.END_S if held.after_death else 0)

@@ -32,7 +32,7 @@ from etl.storage import PROJECT, Damaged, LocalRoot, Root
 FOLDER, CURRENT, MANIFEST = "releases", "releases/current.json", "release.json"
 LEASE = "services/releases.lease"
 TOLD = "services/code.json"  # what an `up` at work runs, for who reads the root
-CACHE = PROJECT / "outputs" / FOLDER  # what was fetched from an object store
+CACHE = PROJECT / "outputs" / "checkouts"  # what was fetched from an object store; a root has releases/
 KEPT = 10  # releases that `up` ran last, at least; also of those in the cache
 MOVES = 100  # the last, that current.json tells of
 BESIDE = ("requirements.lock", "pyproject.toml")  # files of the project's own folder that are released
@@ -343,9 +343,9 @@ def _checkout(_: str, id: str, asked: _Unhashed) -> Path:
         if problem := _problem(folder, release):
             raise Damaged(f"release {id}: {problem}")
     os.utime(CACHE / id)
-    others = sorted((path for path in CACHE.iterdir() if path.name != id), key=lambda path: path.stat().st_mtime)
-    for path in others[: 1 - KEPT]:
-        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):  # another process fetches one, or drops it
+        for path in sorted(CACHE.iterdir(), key=lambda path: path.stat().st_mtime)[:-KEPT]:
+            shutil.rmtree(path, ignore_errors=True)
     return _compiled(folder)
 
 

@@ -19,6 +19,11 @@ class Unreadable(RuntimeError):
     """The release that is current cannot be run; the message is one line that says why."""
 
 
+def always(tree: Tree) -> Trees:
+    """One tree: the working tree as it was when `up` began."""
+    return lambda: tree
+
+
 class Released:
     """Called, it gives the current release, which is loaded once; safe in threads. Raises Unreadable."""
 

@@ -208,6 +208,15 @@ def test_one_in_an_object_store_is_fetched_once_and_verified(small, s3_root, own
     with pytest.raises(Damaged, match=r"mine/figures.py is not what was released"):
         releases.checkout(place, release)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [release.id]
+    monkeypatch.setattr(releases, "KEPT", 1)
+    edit(small / "mine/figures.py", "1", "2")
+    other = released_now(small, place)
+    releases.checkout(place, other)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [other.id], "the last stay"
+
+
+def test_what_is_fetched_is_not_where_a_root_of_this_project_has_its_releases():
+    assert Path(Root.at("outputs").url_of(releases.FOLDER)) != releases.CACHE
 
 
 def test_another_machine_runs_the_release_that_it_fetches(small, s3_root, own_only, monkeypatch, tmp_path):
