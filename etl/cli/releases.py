@@ -16,6 +16,7 @@ from etl.cli.common import (
     Env,
     RootOption,
     Timetable,
+    announce_new,
     environment,
     err,
     out,
@@ -56,9 +57,12 @@ def release(
     if problems:
         print_problems(problems)
         raise typer.Exit(2)
-    if unknown := sorted(set(accept) - set(stages) - {"all"} - _released_stages(asked, env)):
+    made = _read(lambda: releases.moves(asked))
+    at = made[-1].id if made else None
+    in_use = _in_use(asked, at, env)
+    if unknown := sorted(set(accept) - set(stages) - set(in_use.project.stages if in_use else ())):
         raise typer.BadParameter(f"there is no stage {', '.join(unknown)}")
-    at = releases.moves(asked)[-1].id if releases.moves(asked) else None
+    announce_new(asked.url, err if as_json else out)
     candidate = _read(lambda: releases.load(asked, releases.freeze(PROJECT, asked, message).id, env))
     if candidate.release.id == at:
         if as_json:
@@ -66,7 +70,6 @@ def release(
         else:
             say(f"release {at} is what the working tree is: nothing to do")
         return
-    in_use = _in_use(asked, at, env)
     changes = releases.diff(asked, in_use.release if in_use else None, candidate.release)
     if not as_json:
         what = f"beside {at}" if at else "the first of this root"
@@ -79,7 +82,7 @@ def release(
         except RuntimeError as error:
             refuse(str(error))
         releases.prune(asked)
-    elif candidate.release.id not in {move.id for move in releases.moves(asked)}:
+    elif candidate.release.id not in {move.id for move in made}:
         releases.discard(asked, candidate.release.id)
     if as_json:
         told = {"release": candidate.release.id, "released": not refused, "refused": refused}
@@ -92,16 +95,6 @@ def release(
     if refused:
         options = " ".join(f"--accept {stage}" for stage in refused)
         refuse(f"not released, as {', '.join(refused)} would differ: mend it, or accept it with {options}")
-
-
-def _released_stages(root: Root, env: str) -> set[str]:
-    """Those of the release in use, which the working tree may not have any more."""
-    from etl.runs import releases
-
-    try:
-        return set(releases.load(root, releases.current(root), env).project.stages)
-    except (releases.NoRelease, Damaged, params.ParamsError):
-        return set()
 
 
 def _in_use(root: Root, at: str | None, env: str) -> Any:

@@ -124,7 +124,8 @@ def up(
         err.print_exception()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    code.end()
+    if not held.lost:  # else another tells by now what it runs
+        code.end()
     services.stop(children)
     delivery.settle(5)
     held.release()
