@@ -3,8 +3,10 @@
 import pytest
 from faults.__main__ import SCENARIOS
 
-# in their own files: test_deaths, test_secrets, test_replay, test_end_to_end; with a server: test_up, test_worker
+# in their own files: test_deaths, test_secrets, test_replay, test_end_to_end; with a server: test_up, test_worker,
+# test_releases (which moves between runs)
 ELSEWHERE = {"deaths", "hangs", "canary", "replays", "whence", "scale", "pieces", "cancelled", "workers", "up"}
+ELSEWHERE |= {"releases"}
 
 
 @pytest.mark.parametrize(
