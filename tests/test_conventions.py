@@ -25,6 +25,7 @@ MAY_IMPORT = {  # of the project's own modules
         "etl.reports.page",
         "etl.runs.index",
         "etl.runs.record",
+        "etl.runs.releases",
         "etl.lake",
         "etl.models",
         "etl.questions",

@@ -4,7 +4,7 @@ import pytest
 from faults.__main__ import SCENARIOS
 
 # in their own files: test_deaths, test_secrets, test_replay, test_end_to_end, test_fence; with a server: test_up,
-# test_worker
+# test_worker, test_releases (which moves between runs)
 ELSEWHERE = {
     "deaths",
     "hangs",
@@ -17,6 +17,7 @@ ELSEWHERE = {
     "workers",
     "up",
     "stopped",
+    "releases",
 }
 
 

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 import urllib.request
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from support import WEBSOCKET, asked, environment, free_port, write_stage
+from support import WEBSOCKET, asked, environment, free_port, orchestrate, write_stage
 
+from etl.runs import index, releases
 from etl.storage import PROJECT, Root
 
 sys.path.insert(0, str(PROJECT / "benchmarks"))
@@ -68,6 +69,17 @@ def eventually(condition, timeout_s: float, what: str, up: "Up | None" = None):
     pytest.fail(f"{what}: not within {timeout_s} s" + (f"\n{up.log.read_text()}" if up else ""))
 
 
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def run_since(root: Path, since: str, stage: str, **conditions) -> dict | None:
+    """The first run of a stage that began after a time and is as the conditions say; None before there is one."""
+    place = Root.at(str(root))
+    runs = [index.get(place, row["run_id"]) for row in index.newest(place, stage=stage, since=since)]
+    return next((run for run in reversed(runs) if all(run[key] == value for key, value in conditions.items())), None)
+
+
 def _message(flow_run: dict) -> str:
     """The run's message, "" before its end."""
     return flow_run["state"]["message"] or "" if flow_run["state_type"] == "FAILED" else ""
@@ -76,13 +88,14 @@ def _message(flow_run: dict) -> str:
 class Up:
     """One `orchestrate.py up` on ports of its own."""
 
-    def __init__(self, project: Path, root: Path):
+    def __init__(self, project: Path, root: Path, *more: str):
         self.prefect, self.api, self.dashboard = ports = [free_port() for _ in range(3)]
         options = zip(("--prefect-port", "--api-port", "--dashboard-port"), map(str, ports), strict=True)
         self.log = project / f"up-{self.prefect}.log"
+        asked_for = ["up", "--root", str(root), *more, *(x for pair in options for x in pair)]
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "orchestrate.py", "up", "--root", str(root), *(x for pair in options for x in pair)],
+                [sys.executable, "orchestrate.py", *asked_for],
                 cwd=project,
                 env=environment(project),
                 stdout=out,
@@ -135,7 +148,7 @@ def ask_for_what_is_not_there(up: Up) -> str:
 
 def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path):
     root = tmp_path / "root"
-    up = Up(small, root)
+    up = Up(small, root, "--live")
     try:
         scheduled = {"auto_scheduled": True}
         completed = eventually(
@@ -198,6 +211,8 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path):
             page = html.unescape(get(f"http://127.0.0.1:{up.api}/reports/{run_id}").decode())
             assert why in page
 
+        assert "live: the working tree runs" in up.log.read_text()
+
         # killed outright, its children go too, and the next start closes what was left open
         write_stage(small, "breaks", "import time; time.sleep(0.5)\nraise ValueError('planted')")
         flow = api_of(up, "/flows/", {"name": "theirs"})
@@ -222,6 +237,33 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path):
         assert names == {"works", "breaks", "theirs"}
         ended = {"flows": {"name": {"any_": ["lasts"]}}, "limit": 200}
         assert {run["state_type"] for run in api_of(up, "/flow_runs/filter", ended)} <= {"CRASHED", "CANCELLED"}
+
+        # it runs a release: edits wait for the next, which brings notebooks, schedules and stages together
+        [first] = releases.newest(Root.at(str(root)))
+        assert f"release {first.id} of " in up.log.read_text()
+        write_stage(small, "works", 'check("true", True)\nrecord(edited=1)', yml="retries: 1\n")
+        path = small / "params/works.yml"
+        path.write_text(path.read_text().replace("every: 5", "every: 3"))
+        (small / "notebooks/breaks.ipynb").unlink()
+        (small / "params/breaks.yml").unlink()
+        write_stage(small, "comes", 'check("true", True)\nrecord(rows=2)')
+        eventually(lambda: b"differs from the release: 6 files" in up.log.read_bytes(), 60, "the edits are told", up)
+        since = now()
+        eventually(lambda: run_since(root, since, "works"), 60, "a run after the edit", up)
+        assert run_since(root, since, "works")["release"] == first.id
+        assert "edited" not in run_since(root, since, "works")["metrics"]
+        command = ("release", "--root", str(root), "--runs", "0")
+        refused = orchestrate(small, *command)
+        assert refused.returncode == 1 and "accept it with --accept breaks\n" in refused.stderr, refused
+        moved = orchestrate(small, *command, "--accept", "breaks", "-m", "edited", "--json")
+        second, since = json.loads(moved.stdout)["release"], now()
+        eventually(lambda: run_since(root, since, "comes", release=second), 90, "a run of the new stage", up)
+        edited = eventually(lambda: run_since(root, since, "works", release=second), 60, "a run of the edited one", up)
+        assert edited["metrics"] == {"edited": 1}
+        gone = lambda: {d["name"] for d in api_of(up, "/deployments/filter", {})} == {"works", "comes", "theirs"}  # noqa: E731
+        eventually(gone, 60, "the stage that is gone has no deployment", up)
+        [schedule] = api_of(up, "/deployments/name/works/works")["schedules"]
+        assert schedule["active"] and schedule["schedule"]["interval"] == 3
         up.end(signal.SIGTERM)  # its handler does what Ctrl-C does
         assert up.process.returncode == 0, up.log.read_text()[-2000:]
     finally:

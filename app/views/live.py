@@ -11,7 +11,7 @@ from app import shown
 from app.domain import CARD, model
 from etl.lake import NothingPublished, Snapshot
 from etl.models.registry import CURRENT
-from etl.runs import journal
+from etl.runs import journal, releases
 from etl.storage import Root
 from pipeline import COUNTED, TITLE, Lake, queries
 
@@ -19,14 +19,24 @@ FOLLOW_S = 2  # between two looks at the runs under way
 LINES = 12  # of a run's output, the last
 LATE_S, STALE_S = 300, 3600  # age of the data; preprocess runs every minute
 RUNS = 20  # in the table
+FILES = 20  # that are named, of those that differ from the release
 GROWING = COUNTED | {"quarantine": "Refused rows"}  # tables whose rows are counted
 
 
 def page() -> None:
     """All of it."""
     st.title(TITLE, anchor=False)
+    code()
     under_way()
     published()
+
+
+@st.fragment(run_every=shown.LOOK_S)
+def code() -> None:
+    """Which code `up` runs; nothing where none is at work."""
+    with shown.panel("The release"):
+        if told := releases.told(shown.published_root()):
+            st.caption(str(told), help="\n".join(f"- {path}" for path in told.differs[:FILES]) or None)
 
 
 @st.fragment(run_every=FOLLOW_S)

@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,19 +37,12 @@ def check(
 ) -> None:
     """Parameters, notebooks, env files and the domain's own code, without a kernel. Exit status 2 on a problem."""
     timetable: Timetable = context.obj
-    problems, stages = params.without_yaml(PROJECT), {}
+    problems, stages = problems_of(env, p, timetable)
     if root is not None:
         try:
             root_url(root)
         except BadRoot as error:
             problems.append(params.Problem("--root", None, str(error)))
-    for name in [env] if env else params.environments(PROJECT):
-        try:
-            stages = params.load(PROJECT, name, p).stages
-        except params.ParamsError as error:
-            problems += [problem for problem in error.problems if problem not in problems]
-    problems += params.breaches(PROJECT, list(stages) or None, timetable.domain)
-    problems += _of_domain(timetable)
     if as_json:
         print_json({"ok": not problems, "stages": list(stages), "problems": [str(problem) for problem in problems]})
     elif problems:
@@ -58,6 +51,18 @@ def check(
         out.print(f"[green]ok[/]  {len(stages)} stages: {', '.join(stages)}")
     if problems:
         raise typer.Exit(2)
+
+
+def problems_of(env: str, overrides: Sequence[str], timetable: Timetable) -> tuple[list[params.Problem], list[str]]:
+    """(what is wrong in the working tree, the stages from the shortest cadence on); of every env file without `env`."""
+    problems, stages = params.without_yaml(PROJECT), {}
+    for name in [env] if env else params.environments(PROJECT):
+        try:
+            stages = params.load(PROJECT, name, overrides).stages
+        except params.ParamsError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    problems += params.breaches(PROJECT, list(stages) or None, timetable.domain)
+    return [*problems, *_of_domain(timetable)], list(stages)
 
 
 def _of_domain(timetable: Timetable) -> Iterator[params.Problem]:

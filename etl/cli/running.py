@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +18,7 @@ from etl.cli.common import (
     RunId,
     announce_new,
     close_lost_runs,
+    environment,
     err,
     get_run,
     load,
@@ -81,15 +83,25 @@ def run(
         raise typer.Exit(1)
 
 
-def replay_run(run_id: RunId, env: Env = "local", root: RootOption = None, as_json: AsJson = False) -> None:
-    """A run again, on the versions it read, in outputs/replay/<run>: exit status 0 only when the same comes out."""
-    from etl.runs import replay
+def replay_run(
+    run_id: RunId,
+    env: Env = "local",
+    root: RootOption = None,
+    live: Annotated[bool, typer.Option("--live", help="With the working tree's code, not its release's.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """A run again, on the versions it read, in outputs/replay/<run>: exit status 0 only when the same comes out.
+
+    With the code of its release while that is kept, else the working tree's.
+    """
+    from etl.runs import releases, replay
 
     earlier = get_run(run_id, env, root)
-    stage, environment, _ = _recorded(earlier, env, root)
+    of_run = None if live else releases.of_run(root_at(root or environment(env).root), earlier)
+    stage, chosen, _ = _recorded(earlier, env, root, project=of_run[1] if of_run else PROJECT)
     try:
         with progress(stage, quiet=as_json) as on_cell:
-            result = replay.replay(earlier, stage, environment, on_cell)
+            result = replay.replay(earlier, stage, chosen, on_cell, of_run and of_run[0])
     except replay.NotRepeatable as error:
         refuse(str(error))
     if as_json:
@@ -108,7 +120,12 @@ def replay_run(run_id: RunId, env: Env = "local", root: RootOption = None, as_js
 
 
 def _recorded(
-    record: dict[str, Any], env: str, root: str | None, overrides: Sequence[str] = (), stage: str | None = None
+    record: dict[str, Any],
+    env: str,
+    root: str | None,
+    overrides: Sequence[str] = (),
+    stage: str | None = None,
+    project: Path = PROJECT,
 ) -> tuple[Stage, Environment, list[Any]]:
     """(the stage with a run's parameters, the environment, how those differ); a refusal has exit status 2."""
     from etl.runs import replay
@@ -116,7 +133,7 @@ def _recorded(
     if stage not in (None, record["stage"]):
         raise typer.BadParameter(f"{record['run_id']} is a run of {record['stage']}, not of {stage}")
     try:
-        chosen, environment, differences = replay.recorded(PROJECT, env, record, overrides)
+        chosen, environment, differences = replay.recorded(project, env, record, overrides)
     except params.ParamsError as error:
         print_problems(error.problems)
         raise typer.Exit(2) from None

@@ -5,7 +5,9 @@ import logging
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, Any
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.logging import RichHandler
@@ -17,36 +19,50 @@ from etl.cli.common import (
     Timetable,
     announce_new,
     close_lost_runs,
+    environment,
     err,
     load,
     out,
     refuse,
+    root_at,
     services_folder,
 )
 from etl.cli.ports import with_ports
 from etl.cli.printing import print_record
-from etl.storage import Root
+from etl.storage import PROJECT, Root
 
 if TYPE_CHECKING:
     from etl.runs.record import RunRecord
+    from etl.runs.releases import Tree
 
 
 def register(app: typer.Typer, timetable: Timetable) -> None:
     app.command()(with_ports(up, timetable.ports))
 
 
-def up(context: typer.Context, env: Env = "local", root: RootOption = None, **ports: int) -> None:
+def up(
+    context: typer.Context,
+    env: Env = "local",
+    root: RootOption = None,
+    live: Annotated[bool, typer.Option("--live", help="Run the working tree, not the release.")] = False,
+    **ports: int,
+) -> None:
     """Everything: Prefect's server unless PREFECT_API_URL is set, the schedules, API and dashboard. Ctrl-C ends all."""
-    from etl.kernels import client
-    from etl.runs import delivery
+    from etl.runs import delivery, releases
     from etl.serve import lease, services
+    from etl.serve.released import Released, always
 
     timetable: Timetable = context.obj
-    project = load(env, root=root)
+    url = root_at(root or environment(env).root).url
+    try:
+        is_new = not live and not releases.moves(Root.at(url))
+    except Exception as error:  # what an object store raises is no OSError
+        refuse(f"`up` cannot begin, as {url} cannot be read: {error}")
+    project = load(env, root=root) if live or is_new else None
     _log_to_terminal()
-    announce_new(project.environment.root, out)
-    logs = services_folder(project.environment.root)
-    children: list[Any] = list(timetable.services(project.environment.root, ports, logs))
+    announce_new(url, out)
+    logs = services_folder(url)
+    children: list[Any] = list(timetable.services(url, ports, logs))
     api_url = timetable.report_url(ports)
     if "PREFECT_API_URL" in os.environ:
         del children[0]
@@ -54,20 +70,24 @@ def up(context: typer.Context, env: Env = "local", root: RootOption = None, **po
         os.environ["PREFECT_HOME"] = str(logs / "prefect")
         os.environ["PREFECT_API_URL"] = f"{children[0].page}/api"
     pages = {child.name: child.page for child in children}
-    held = lease.Lease(logs, Root.at(project.environment.root), pages, lambda: os.kill(os.getpid(), signal.SIGINT))
+    held = lease.Lease(logs, Root.at(url), pages, lambda: os.kill(os.getpid(), signal.SIGINT))
     try:
         held.take()
     except lease.Held as error:
         refuse(str(error))
     except Exception as error:  # what an object store raises is no OSError
-        refuse(f"`up` cannot begin, as {project.environment.root} cannot be written: {error}")
+        refuse(f"`up` cannot begin, as {url} cannot be written: {error}")
     close_lost_runs()
-    delivery.deliver(Root.at(project.environment.root))
+    delivery.deliver(Root.at(url))
     # explicitly: a shell that starts it in the background has it ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    status = 1
+    status, code = 1, Code(Root.at(url), children, logs / "kernels.log")
     try:
+        if is_new:
+            releases.first(PROJECT, Root.at(url))
+        trees = always(releases.Tree(PROJECT, project)) if live and project else Released(Root.at(url), env)
+        tree = trees()
         for child in children:
             services.ensure_free(child.port, child.name, within_s=services.END_S if held.after_death else 0)
         for child in children:
@@ -80,18 +100,19 @@ def up(context: typer.Context, env: Env = "local", root: RootOption = None, **po
                 if child.essential:
                     raise
                 err.print(f"[bold red]{escape(str(error))}", highlight=False)
-        if project.environment.ready_kernels:
-            children.append(client.Keeper(project.environment.ready_kernels, logs / "kernels.log"))
-            children[-1].start()
-        from etl.runs import retention
+        code.begin(tree)
         from etl.serve import flows
-
-        retention.sweep_regularly(Root.at(project.environment.root), project.environment.retention)
 
         def on_record(record: "RunRecord") -> None:
             print_record(record, report=f"{api_url}/reports/{record.run_id}")
 
-        asyncio.run(flows.serve(project, api_url, children, on_record=on_record, on_status=_print_status))
+        asyncio.run(
+            flows.serve(
+                *(tree.project, api_url, children, on_record, _print_status),
+                trees=trees,
+                on_tree=code.follow,
+            )
+        )
     except KeyboardInterrupt:
         status = 1 if held.lost else 0
         if held.lost:
@@ -103,6 +124,8 @@ def up(context: typer.Context, env: Env = "local", root: RootOption = None, **po
         err.print_exception()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if not held.lost:  # else another tells by now what it runs
+        code.end()
     services.stop(children)
     delivery.settle(5)
     held.release()
@@ -110,6 +133,59 @@ def up(context: typer.Context, env: Env = "local", root: RootOption = None, **po
     sys.stdout.flush()
     # a thread that still wants to tell the server something would hold the process, as the server is gone
     os._exit(status)
+
+
+class Code:
+    """What goes with the code that runs: its fork server, and the sweeps by its rules. Says which it is."""
+
+    def __init__(self, root: Root, children: list[Any], kernels_log: Path):
+        """`children`: the processes that are kept alive; its fork server is one of them."""
+        from etl.serve.released import Teller
+
+        self._root, self._children, self._log = root, children, kernels_log
+        self._teller = Teller(root, PROJECT, _print_status)
+        self._tree: Tree | None = None
+        self._swept: threading.Event | None = None
+
+    async def follow(self, tree: "Tree") -> None:
+        """Have `tree` be what runs begin with, and tell so. Raises OSError when a root or a disk is down."""
+        if tree is not self._tree:
+            self.begin(tree)
+        await asyncio.to_thread(self._teller.tell, tree)
+
+    def begin(self, tree: "Tree") -> None:
+        """Take what `tree` needs in the place of what was. In the main thread: with it its children end."""
+        from etl.kernels import client
+        from etl.runs import retention
+
+        environment = tree.project.environment
+        new = client.Keeper(environment.ready_kernels, self._log, tree.folder)
+        for keeper in [child for child in self._children if isinstance(child, client.Keeper)]:
+            self._children.remove(keeper)
+            new.take_over(keeper)
+        if new.ready:
+            new.start()
+            self._children.append(new)
+        if self._swept:
+            self._swept.set()
+        self._swept = retention.sweep_regularly(self._root, environment.retention)
+        self._warn_of_the_engine(tree)
+        self._tree = tree
+
+    def _warn_of_the_engine(self, tree: "Tree") -> None:
+        """Kernels have a release's engine; this process keeps the one that it began with."""
+        if not (self._tree and self._tree.release and tree.release):
+            return
+        engines = [
+            {path: sha256 for path, sha256 in one.release.files.items() if path.startswith("etl/")}
+            for one in (self._tree, tree)
+            if one.release
+        ]
+        if engines[0] != engines[1]:
+            _print_status("its engine is another: `up` itself takes that when it is started again")
+
+    def end(self) -> None:
+        self._teller.end()
 
 
 def _print_status(text: str) -> None:

@@ -31,6 +31,7 @@ from etl.storage import PROJECT
 
 log = logging.getLogger(__name__)
 ANSWER_S = 2  # a fork server answers in a millisecond; one that takes longer is no help
+THREADS = "threads"  # in `server_folder`: which modules start threads, as JSON
 IMPORTED = "imported"  # in `server_folder`: the own files that kernels have imported, as JSON
 FOLLOW_S = 60  # a kernel that was forked but now may still be coming up
 END_S = 12  # the black box gives what has to be killed ten
@@ -46,26 +47,34 @@ class NotOurFolder(RuntimeError):
     """The folder for the socket is not ours alone."""
 
 
-def server_folder() -> Path:
-    """The folder of this user's fork server for this project."""
-    whose = f"{PROJECT} {sys.prefix}"
+def server_folder(project: Path = PROJECT) -> Path:
+    """The folder of this user's fork server for a project's folder; ETL_KERNELS names that of this process's own."""
+    whose = hashlib.sha256(f"{project} {sys.prefix}".encode()).hexdigest()[:12]
+    if given := os.environ.get("ETL_KERNELS"):
+        return Path(given if project == PROJECT else f"{given}-{whose}")
     base = tempfile.gettempdir() if len(tempfile.gettempdir()) < 40 else "/tmp"  # of a socket: under 108 characters
-    default = f"{base}/etl-notebooks-{os.getuid()}-{hashlib.sha256(whose.encode()).hexdigest()[:12]}"
-    return Path(os.environ.get("ETL_KERNELS") or default)
+    return Path(f"{base}/etl-notebooks-{os.getuid()}-{whose}")
 
 
-def checked_server_folder() -> Path:
+def checked_server_folder(project: Path = PROJECT) -> Path:
     """`server_folder`, if nobody else may enter it. Raises NotOurFolder, FileNotFoundError before the first server."""
-    folder = server_folder()
+    folder = server_folder(project)
     info = folder.lstat()
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise NotOurFolder(f"{folder} is not a folder of this user alone")
     return folder
 
 
-def packages() -> str:
-    """Changes when the lock or the installed packages do."""
-    return repr([sources.mark(str(path)) for path in (PROJECT / "requirements.lock", sysconfig.get_path("purelib"))])
+def packages(project: Path = PROJECT) -> str:
+    """Changes when the lock's content or the installed packages do; the same in two releases with one lock."""
+    lock = str(project / "requirements.lock")
+    return repr([_sha256(lock, sources.mark(lock)), sources.mark(sysconfig.get_path("purelib"))])
+
+
+@functools.lru_cache(8)
+def _sha256(path: str, mark: sources.Mark) -> str | None:
+    """Of a file's content; None without one. `mark`: by which the cache knows it."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if mark else None
 
 
 def read_at_start(env: dict[str, str]) -> dict[str, str]:
@@ -169,13 +178,13 @@ def run_line(journal: Path | None, memory_mb: float | None) -> bytes:
     return json.dumps(run).encode() + b"\n"
 
 
-def take(env: dict[str, str]) -> Forked | None:
-    """A kernel for a run with these variables; None when there is no fork server, or it cannot help."""
-    asked = {"packages": packages(), "variables": read_at_start(env)}
+def take(env: dict[str, str], project: Path = PROJECT) -> Forked | None:
+    """A kernel for a run of a project's folder with these variables; None without a fork server that can help."""
+    asked = {"packages": packages(project), "variables": read_at_start(env)}
     try:
         with socket.socket(socket.AF_UNIX) as server:
             server.settimeout(ANSWER_S)
-            server.connect(str(checked_server_folder() / "socket"))
+            server.connect(str(checked_server_folder(project) / "socket"))
             _, uid, _ = struct.unpack("3i", server.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
             if uid != os.getuid():
                 raise NotOurFolder(f"the fork server belongs to user {uid}")
@@ -199,15 +208,15 @@ def _warn_once(text: str) -> None:
 
 
 class Keeper:
-    """Keeps a fork server with `ready` waiting kernels alive for as long as this process lives.
+    """Keeps a fork server of a project's folder, with `ready` waiting kernels, for as long as this process lives.
 
     One that dies is started again, at once or, when it dies again and again, later; each such series is one warning.
     """
 
     name = "fork server"
 
-    def __init__(self, ready: int, log_path: Path):
-        self.ready, self.log_path = ready, log_path
+    def __init__(self, ready: int, log_path: Path, project: Path = PROJECT):
+        self.ready, self.log_path, self.project = ready, log_path, project
         self.process: subprocess.Popen[bytes] | None = None
         self.deaths = Deaths()
         self._ended: subprocess.Popen[bytes] | None = None
@@ -218,8 +227,8 @@ class Keeper:
         with self.log_path.open("ab") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "etl.kernels.forkserver", "--ready", str(self.ready)],
-                cwd=PROJECT,
-                env=os.environ | {"PYTHONPATH": python_path()},
+                cwd=self.project,
+                env=os.environ | variables(self.project) | {"ETL_KERNELS": str(server_folder(self.project))},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -249,8 +258,33 @@ class Keeper:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
 
+    def end(self) -> None:
+        """End the server and the kernels that wait; those that serve a run go on."""
+        self.signal(signal.SIGTERM)
+        if self.process:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(END_S)
+            self.signal(signal.SIGKILL)
+            self.process.wait()
+            self.process = None
 
-def python_path(env: Mapping[str, str] = os.environ) -> str:
-    """PYTHONPATH of every kernel: the project first, then what is in `env`."""
-    given = env.get("PYTHONPATH", "").split(os.pathsep)
-    return os.pathsep.join(dict.fromkeys(filter(None, [str(PROJECT), *given])))
+    def take_over(self, other: "Keeper") -> None:
+        """End another one's server for good, and know from it what it has found out about packages."""
+        mine, its = server_folder(self.project), server_folder(other.project)
+        with contextlib.suppress(OSError):
+            mine.mkdir(mode=0o700, exist_ok=True)
+            shutil.copy(its / THREADS, mine / THREADS)
+        other.end()
+        shutil.rmtree(its, ignore_errors=True)
+
+
+def variables(project: Path) -> dict[str, str]:
+    """Those of a kernel, and of a fork server, that say where its code is. A release of the project is one itself."""
+    own = {} if project == PROJECT else {"ETL_PROJECT": str(project)}
+    return own | {"PYTHONPATH": python_path(project=project)}
+
+
+def python_path(env: Mapping[str, str] = os.environ, project: Path = PROJECT) -> str:
+    """PYTHONPATH of every kernel: the folder of its code first, then what is in `env`, but no other code of ours."""
+    given = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != PROJECT]
+    return os.pathsep.join(dict.fromkeys([str(project), *given]))

@@ -287,7 +287,7 @@ def main() -> Callable[[], None] | None:
     before = dict(os.environ)
     os.environ.update({name: value for name, value in FOR_PRELOAD.items() if name not in os.environ})
     own, others = modules = notebooks.modules_of(PROJECT)
-    late = preload(OF_A_KERNEL + others, folder / "threads") + own
+    late = preload(OF_A_KERNEL + others, folder / client.THREADS) + own
     imported = sources.Imported()
     imported.note(began)
     if (threads := _threads()) > 1:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from etl.kernels import client, in_kernel, watcher
+from etl.storage import PROJECT
 
 START_S = 120  # a kernel that has not answered by then never will, also on a busy machine
 POLITE_S = 5  # for what the notebook registered with atexit, such as closing a cluster
@@ -157,17 +158,18 @@ async def start(
     env: dict[str, str],
     journal: Path | None = None,
     memory_mb: float | None = None,
+    project: Path = PROJECT,
 ) -> Kernel:
     """Start a kernel without waiting for it. Raises NoSuchKernel, or OSError when its process cannot start.
 
     `python3` is always the interpreter that runs this, whatever a kernelspec of that name elsewhere says. `announce` is
     called with the kernel's folder before there is anything that may be left behind; with two, if a forked kernel turns
     out to be no help. The samples go to the file at `journal`; above `memory_mb` for the whole process tree the kernel
-    is killed.
+    is killed. `project`: the folder of its code, which `env` leads to.
     """
     from jupyter_client.kernelspec import NATIVE_KERNEL_NAME
 
-    if name == NATIVE_KERNEL_NAME and (forked := client.take(env)):
+    if name == NATIVE_KERNEL_NAME and (forked := client.take(env, project)):
         announce(forked.folder)
         if await forked.begin(env, str(cwd), journal, memory_mb):
             manager = _manager(name, forked.folder)

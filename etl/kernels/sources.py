@@ -116,38 +116,50 @@ class Code:
         return list(dict.fromkeys(paths))
 
     def _find(self) -> None:
-        """Which own packages the notebooks import, and which those import."""
-        from etl.kernels import imports
+        self._tops = _tops_of(self._project, self._project.glob("notebooks/*.ipynb"))
 
-        self._tops, todo = {}, list(ALWAYS)
-        for notebook in self._project.glob("notebooks/*.ipynb"):
-            todo += _imports(imports.code_of(notebook))
-        while todo:
-            name = todo.pop()
-            if name not in self._tops:
-                self._tops[name] = top = self._path_of(name)
-                for path in _files_of(top) if top else ():
-                    todo += _imports(_read(path).decode(errors="replace"))
 
-    def _path_of(self, name: str) -> Path | None:
-        """Where an own top-level package or module is; None for one of a library, and for what is not there."""
-        if name in sys.stdlib_module_names:
-            return None
-        folders = (self._project, self._project / "notebooks")
-        for path in [path for folder in folders for path in (folder / name / "__init__.py", folder / f"{name}.py")]:
-            if path.is_file():
-                return path.parent if path.name == "__init__.py" else path
-        try:
-            spec = importlib.util.find_spec(name)
-        except (ImportError, ValueError):
-            spec = None
-        paths = [*(spec.submodule_search_locations or []), spec.origin or ""] if spec else []
-        if paths and not any(os.path.exists(path) and is_own(f"{path}/") for path in paths):
-            return None
-        # a folder without __init__.py is a package where nobody else has one of that name
-        namespaces = [folder / name for folder in folders if (folder / name).is_dir()]
-        own = [Path(path) for path in paths if os.path.exists(path)]
-        return next(iter(namespaces + own), None)
+def packages_of(project: Path, notebooks: Iterable[Path]) -> dict[str, Path]:
+    """The own top-level packages and modules that notebooks import, and those import: name -> its folder or file."""
+    return {name: path for name, path in sorted(_tops_of(project, notebooks).items()) if path}
+
+
+def _tops_of(project: Path, notebooks: Iterable[Path]) -> dict[str, Path | None]:
+    """As `packages_of`; None for each name that is nobody's own."""
+    from etl.kernels import imports
+
+    tops: dict[str, Path | None] = {}
+    todo = list(ALWAYS)
+    for notebook in notebooks:
+        todo += _imports(imports.code_of(notebook))
+    while todo:
+        name = todo.pop()
+        if name not in tops:
+            tops[name] = top = _path_of(project, name)
+            for path in _files_of(top) if top else ():
+                todo += _imports(_read(path).decode(errors="replace"))
+    return tops
+
+
+def _path_of(project: Path, name: str) -> Path | None:
+    """Where an own top-level package or module is; None for one of a library, and for what is not there."""
+    if name in sys.stdlib_module_names:
+        return None
+    folders = (project, project / "notebooks")
+    for path in [path for folder in folders for path in (folder / name / "__init__.py", folder / f"{name}.py")]:
+        if path.is_file():
+            return path.parent if path.name == "__init__.py" else path
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        spec = None
+    paths = [*(spec.submodule_search_locations or []), spec.origin or ""] if spec else []
+    if paths and not any(os.path.exists(path) and is_own(f"{path}/") for path in paths):
+        return None
+    # a folder without __init__.py is a package where nobody else has one of that name
+    namespaces = [folder / name for folder in folders if (folder / name).is_dir()]
+    own = [Path(path) for path in paths if os.path.exists(path)]
+    return next(iter(namespaces + own), None)
 
 
 def _files_of(path: Path) -> list[str]:

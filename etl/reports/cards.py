@@ -67,6 +67,9 @@ def _changes(record: "RunRecord", last_ok: dict[str, Any]) -> list[str]:
         old, new = (json.dumps(values.get(name), default=str) for values in (before, given))
         if (name in given or record.origins.get(name) != "supplied") and name in record.parameters and old != new:
             changes.append(f"`{name}` {_short(old)} → {_short(new)}")
+    if "release" in last_ok and last_ok["release"] != record.release:
+        old, new = (release or "working tree" for release in (last_ok["release"], record.release))
+        changes.append(f"release {old} → {new}")
     then, now = last_ok.get("provenance") or {}, record.provenance
     for name, what in (("code_sha256", "code"), ("notebook_sha256", "notebook"), ("lock_sha256", "packages")):
         old, new = then.get(name), now.get(name)
@@ -160,15 +163,15 @@ def _cell(text: str, record: "RunRecord", what: str) -> Any:
     return nbformat.v4.new_markdown_cell(text, metadata={"tags": [f"report-{what}"], "runner": ran})
 
 
-def stacks(text: str, cells: list[Any]) -> tuple[str, dict[str, Any] | None]:
+def stacks(text: str, cells: list[Any], project: Path = PROJECT) -> tuple[str, dict[str, Any] | None]:
     """(what faulthandler wrote, cut down to the user's own lines; the main thread's innermost own frame)
 
-    A frame is the user's own when it is in one of `cells` or in the project's code. Threads without one are left out.
+    A frame is the user's own when it is in one of `cells` or in code under `project`. Threads without one are left out.
     """
     names, lines, main = _cell_files(cells), [], None
     for thread in re.split(r"\n(?=(?:Current thread|Thread) 0x)", text):
         frames = [(file, int(line), name) for file, line, name in FRAME.findall(thread)]  # innermost first
-        own = [(frame, name) for file, line, name in frames if (frame := _place(file, line, names, cells))]
+        own = [(frame, name) for file, line, name in frames if (frame := _place(file, line, names, cells, project))]
         if not own:
             continue
         is_main = any(file.endswith((KERNEL[0], "ipykernel_launcher.py")) for file, _, _ in frames)
@@ -178,14 +181,14 @@ def stacks(text: str, cells: list[Any]) -> tuple[str, dict[str, Any] | None]:
         for frame, name in reversed(own):
             lines += [f"  {frame['where']}, in {name}", f"    {frame['code']}"]
         file, line, name = frames[0]
-        if not _place(file, line, names, cells):
+        if not _place(file, line, names, cells, project):
             lines.append(f"  … in {name}, {Path(file).name} line {line}")
     if not lines:
         return "", None
     return "\n".join([f"{STACKS}:", *lines, ""]), main
 
 
-def own_frame(traceback: str, cells: list[Any]) -> dict[str, Any] | None:
+def own_frame(traceback: str, cells: list[Any], project: Path = PROJECT) -> dict[str, Any] | None:
     """The innermost frame of the user's own in an IPython traceback in plain text: {where, code}."""
     frame = None
     for number, line, file, at in SHOWN.findall(traceback):
@@ -193,20 +196,20 @@ def own_frame(traceback: str, cells: list[Any]) -> dict[str, Any] | None:
             index = next((i for i, c in enumerate(cells) if c.get("execution_count") == int(number)), None)
             frame = _in_cell(index, int(line), cells) if index is not None else frame
         else:
-            frame = _place(str(Path(file).expanduser()), int(at), {}, cells) or frame
+            frame = _place(str(Path(file).expanduser()), int(at), {}, cells, project) or frame
     return frame
 
 
-def _place(file: str, line: int, names: dict[str, int], cells: list[Any]) -> dict[str, Any] | None:
+def _place(file: str, line: int, names: dict[str, int], cells: list[Any], project: Path) -> dict[str, Any] | None:
     if (index := names.get(Path(file).name)) is not None and "ipykernel_" in file:
         return _in_cell(index, line, cells)
-    if not file.startswith(f"{PROJECT}/") or LIBRARIES.search(file) or file.removeprefix(f"{PROJECT}/") in KERNEL:
+    if not file.startswith(f"{project}/") or LIBRARIES.search(file) or file.removeprefix(f"{project}/") in KERNEL:
         return None
     try:
         code = Path(file).read_text(errors="replace").splitlines()[line - 1].strip()
     except (OSError, IndexError):
         code = ""
-    return {"where": f"{Path(file).relative_to(PROJECT)}:{line}", "code": code}
+    return {"where": f"{Path(file).relative_to(project)}:{line}", "code": code}
 
 
 def _in_cell(index: int, line: int, cells: list[Any]) -> dict[str, Any]:

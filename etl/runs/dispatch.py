@@ -16,9 +16,10 @@ from typing import Any
 
 from etl.params import Environment, Stage
 from etl.params.cell import BadNotebook, read_notebook
-from etl.runs import provenance
+from etl.runs import provenance, releases
 from etl.runs.engine import execute
 from etl.runs.record import RunRecord, RunRequest
+from etl.runs.releases import Release
 from etl.storage import Root
 
 log = logging.getLogger(__name__)
@@ -36,11 +37,13 @@ def run_stage(
     parent: str | None = None,
     page_later: bool = False,
     refused: str = "",
+    release: Release | None = None,
 ) -> RunRecord:
     """Run a stage to its end, retries included; the record is that of the last attempt. Every attempt has a report.
 
     `scheduled_for` is now when None; `parent` is the run that this one repeats; `page_later` as in
     engine.execute, for a run on this machine. `refused` says why it cannot begin: then it fails with that reason.
+    `release`: the one whose folder the stage was loaded from, so that its code runs; None: this process's own code.
     Never raises for what the notebook does, or is.
     """
     scheduled_for = (scheduled_for or datetime.now(UTC)).astimezone(UTC)
@@ -56,7 +59,7 @@ def run_stage(
             except Exception as error:  # the run's report tells it
                 log.exception("%s has no Dask cluster", stage.name)
                 problem = f"no Dask cluster: {type(error).__name__}: {error}"
-            request = make_request(stage, environment, scheduled_for, attempt, address, parent)
+            request = make_request(stage, environment, scheduled_for, attempt, address, parent, release)
             request = replace(request, variables=variables, refused=problem or request.refused)
             record = _dispatch(request, None if request.refused else stage.machine, on_cell, cancel, page_later)
         if refused or record.state not in RETRIED or attempt > stage.retries:
@@ -75,12 +78,14 @@ def make_request(
     attempt: int,
     dask_address: str | None,
     parent: str | None = None,
+    release: Release | None = None,
 ) -> RunRequest:
     """What the engine needs for one attempt, as plain data: the notebook travels as JSON, not as a path.
 
     A file that is no notebook makes a request that says why it cannot begin.
     """
     notebook, refused = _notebook(stage)
+    project = stage.notebook_path.parent.parent if release else None
     moment = scheduled_for.isoformat(timespec="seconds")
     root = Root.at(environment.root).url
     run_id = f"{stage.name}-{scheduled_for:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
@@ -102,10 +107,12 @@ def make_request(
         deadline_s=stage.deadline_s,
         attempt=attempt,
         parent=parent,
-        provenance=provenance.of(notebook),
+        provenance=provenance.of(notebook, project, release.committed if release else None),
         secrets=list(stage.secrets),
         memory_mb=stage.memory_mb,
         refused=refused,
+        release=release.id if release else None,
+        project=str(project) if project else None,
     )
 
 
@@ -191,6 +198,9 @@ def execute_there(request: dict[str, Any]) -> dict[str, Any]:
     """What runs on the machine: plain data in, plain data out. A run that took the machine with it is told here."""
     began = time.monotonic()
     request["provenance"] |= provenance.here()
+    if request.get("release"):
+        root = Root.at(request["root"])
+        request["project"] = str(releases.checkout(root, releases.find(root, request["release"])))
     record = execute(RunRequest(**request))
     log.info("%s took %.1f s", record.run_id, time.monotonic() - began)
     return asdict(record)

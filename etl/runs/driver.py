@@ -17,7 +17,7 @@ from etl.kernels import launch
 from etl.reports import cards, page
 from etl.runs import endings, outputs
 from etl.runs.endings import Death, Ending, one_line
-from etl.runs.journal import Journal
+from etl.runs.journal import Journal, spool
 from etl.runs.record import CELL_STATE, Progress, RunRequest
 
 log = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class NotebookRun:
         """Put the lines at which the kernel's threads were into the report, of what faulthandler has written."""
         from nbformat.v4 import new_output
 
-        text, frame = cards.stacks(written, self.nb.cells)
+        text, frame = cards.stacks(written, self.nb.cells, self.progress.project)
         self._death.stacks = (text := self.progress.redactor.text(text)), frame
         cell = self.progress.cell()
         if text and cell and "outputs" in cell:
@@ -175,9 +175,18 @@ class NotebookRun:
 
     async def _start_kernel(self, name: str) -> Any:
         """nbclient's client of a kernel that is ready for the first cell."""
-        env = {**os.environ, **self.request.variables, "PYTHONPATH": kernel_client.python_path()}
+        project = self.progress.project
+        env = {**os.environ, **self.request.variables, **kernel_client.variables(project)}
+        if self.request.project:
+            env["ETL_SPOOL"] = str(spool())  # by default it is in the folder of the code
         kernel = await launch.start(
-            name, self._announce, self.cwd, env, journal=self.journal.path, memory_mb=self.request.memory_mb
+            name,
+            self._announce,
+            self.cwd,
+            env,
+            journal=self.journal.path,
+            memory_mb=self.request.memory_mb,
+            project=project,
         )
         self._kernel = kernel
         await kernel.ready()

@@ -11,6 +11,7 @@ import functools
 import logging
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 from etl import params, secrets
@@ -73,8 +74,9 @@ def _run_of(
         Root.at(request.root).write(f"{run.progress.record.report}/report.ipynb", data)
 
     nb = _with_parameters(nbformat.from_dict(request.notebook), request.parameters)
-    notebooks = PROJECT / "notebooks"  # a cloud machine gets the code without it
-    cwd = notebooks if notebooks.is_dir() else PROJECT
+    project = Path(request.project or PROJECT)
+    notebooks = project / "notebooks"  # a cloud machine gets the code without it
+    cwd = notebooks if notebooks.is_dir() else project
     run = NotebookRun(request, nb, journal, write, cwd, on_cell, cancel, signals)
     return run
 

@@ -64,6 +64,7 @@ def schema() -> dict[str, Any]:
         "report": pl.String,
         "host": pl.String,
         "parent": pl.String,
+        "release": pl.String,
         "provenance": pl.String,
         "cells": pl.String,
         "receipt": pl.String,

@@ -19,40 +19,59 @@ LOCK = "requirements.lock"
 COMMIT = re.compile(r"(\d{20})\.json")  # the Delta protocol's name of a version's commit
 
 
-def of(notebook: dict[str, Any]) -> dict[str, Any]:
+def of(
+    notebook: dict[str, Any], project: Path | None = None, committed: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """All that decides what a run does besides its parameters and its data; a few milliseconds.
+
+    `project`: the folder of its code, this process's own when None; `committed`: what `git` would say of it, if known.
 
     git_commit and git_dirty (null where there is no repository), code_sha256 (of the own code that notebooks import,
     wherever it lies), notebook_sha256 (of the cells' sources: outputs do not count), lock_sha256 (null without a lock),
     python, machine.
     """
     cells = [[cell["cell_type"], "".join(cell["source"])] for cell in notebook["cells"]]
-    lock = PROJECT / LOCK
+    project = project or PROJECT
+    lock = project / LOCK
     return {
-        **git(),
-        "code_sha256": _code(PROJECT).sha256(),
+        **(committed or git(project)),
+        "code_sha256": _code(project).sha256(),
         "notebook_sha256": _sha256(json.dumps(cells).encode()),
         "lock_sha256": _sha256(lock.read_bytes()) if lock.exists() else None,
         **here(),
     }
 
 
-@functools.cache
+@functools.lru_cache(8)  # of releases, too
 def _code(project: Path) -> sources.Code:
-    return sources.Code(project, client.server_folder() / client.IMPORTED)
+    return sources.Code(project, client.server_folder(project) / client.IMPORTED)
 
 
-def git() -> dict[str, Any]:
+def git(project: Path | None = None) -> dict[str, Any]:
     """git_commit and git_dirty: whether the project's files differ from it, or are not in it."""
-    # without optional locks: must not be in the way of somebody who is committing
-    command = ["git", "--no-optional-locks", "-C", str(PROJECT), "status", "--porcelain=v2", "--branch", "--", "."]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):  # no git, or no repository
+    said = _git(project or PROJECT, "status", "--porcelain=v2", "--branch", "--", ".")
+    if said is None:
         return {"git_commit": None, "git_dirty": None}
-    commit = re.search(r"^# branch\.oid ([0-9a-f]+)$", done.stdout, re.M)
-    dirty = any(not line.startswith("#") for line in done.stdout.splitlines())
+    commit = re.search(r"^# branch\.oid ([0-9a-f]+)$", said, re.M)
+    dirty = any(not line.startswith("#") for line in said.splitlines())
     return {"git_commit": commit and commit[1], "git_dirty": dirty}
+
+
+def uncommitted(project: Path) -> list[str]:
+    """The project's files, from its folder, that differ from git's commit or are not in it; none without git."""
+    said = _git(project, "ls-files", "-z", "--modified", "--others", "--exclude-standard")
+    staged = _git(project, "diff", "-z", "--cached", "--name-only", "--relative")
+    return sorted({path for text in (said, staged) for path in (text or "").split("\0") if path})
+
+
+def _git(project: Path, *command: str) -> str | None:
+    """What git says; None when there is no git, or no repository."""
+    # without optional locks: must not be in the way of somebody who is committing
+    asked = ["git", "--no-optional-locks", "-C", str(project), *command]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 @functools.cache

@@ -9,12 +9,14 @@ import re
 import socket
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from etl.notebook import CHECK_MIME, RECORD_MIME
 from etl.reports import cards
 from etl.runs import outputs
 from etl.secrets import Redactor
+from etl.storage import PROJECT
 
 STATES = ("ok", "noop", "check_failed", "failed", "timed_out", "killed", "cancelled")  # a run ends in one of them
 # what the run's state makes of the cell it ended in
@@ -42,6 +44,8 @@ class RunRequest:
     memory_mb: int | None = None  # of the kernel's whole process tree; above it the run is killed
     variables: dict[str, str] = field(default_factory=dict)  # of the kernel, besides this process's; never written
     refused: str = ""  # why it cannot begin
+    release: str | None = None  # whose code runs; None: the working tree's
+    project: str | None = None  # the folder of that code; None: this process's own
 
 
 @dataclass
@@ -68,6 +72,7 @@ class RunRecord:
     versions_read: dict[str, int] = field(default_factory=dict)
     versions_written: dict[str, int] = field(default_factory=dict)
     parent: str | None = None  # run_id of the run that this one repeats
+    release: str | None = None  # whose code ran; None: the working tree's
     deadline_s: float | None = None
     memory_mb: int | None = None  # it might take
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -84,6 +89,7 @@ class Progress:
 
     def __init__(self, request: RunRequest, nb: Any, redactor: Redactor):
         self.record, self.nb, self.redactor = _new_record(request), nb, redactor
+        self.project = Path(request.project or PROJECT)
         self.headings = headings(nb, redactor)
         self.at = -1  # index of the code cell that is running or ran last; before the first, the kernel starts
         self._last_event_at = self.record.started_at
@@ -238,6 +244,7 @@ def _new_record(request: RunRequest) -> RunRecord:
         parameters=request.parameters,
         origins=request.origins,
         parent=request.parent,
+        release=request.release,
         deadline_s=request.deadline_s,
         memory_mb=request.memory_mb,
         provenance=request.provenance,

@@ -20,6 +20,7 @@ from etl import delta, params
 from etl.params import Environment, Stage
 from etl.params.cell import SUPPLIED
 from etl.runs.record import RunRecord
+from etl.runs.releases import Release
 from etl.storage import Root
 
 REPLAYS = "outputs/replay"  # a folder for each replayed run
@@ -76,16 +77,22 @@ def recorded(
     loaded = params.load(project, env, overrides, stage=name, values=values, values_from=f"run {run_id}")
     stage = loaded.stages[name]
     differences = [
-        *_unlike("parent", values, _as_json(stage.values)),
-        *_unlike("today", _as_json(today.values), _as_json(stage.values)),
+        *unlike("parent", values, as_json(stage.values)),
+        *unlike("today", as_json(today.values), as_json(stage.values)),
     ]
     return stage, loaded.environment, differences
 
 
 def replay(
-    run: dict[str, Any], stage: Stage, environment: Environment, on_cell: Callable[[int, int, str], None] | None = None
+    run: dict[str, Any],
+    stage: Stage,
+    environment: Environment,
+    on_cell: Callable[[int, int, str], None] | None = None,
+    release: Release | None = None,
 ) -> Replay:
     """Run `run` again as `stage` (from `recorded`) in a root of its own, on the versions it read, and compare.
+
+    `release`: the one whose folder the stage was loaded from; None: the working tree.
 
     `environment.root` is where the run is. Raises NotRepeatable when what it read is gone or was not recorded.
     """
@@ -117,6 +124,7 @@ def replay(
         scheduled_for=datetime.fromisoformat(run["scheduled_for"]),
         on_cell=on_cell,
         parent=run["run_id"],
+        release=release,
     )
     differences, compared = _compare(source, run, scratch, vars(record))
     return Replay(run["run_id"], record, differences, _code(run, vars(record)), compared)
@@ -168,7 +176,7 @@ def _compare(
         "metrics": (_lasting(before["metrics"]), _lasting(after["metrics"])),
         "models": (_models(source, run["run_id"]), _models(scratch, again["run_id"])),
     }
-    differences = [difference for part, (a, b) in parts.items() for difference in _unlike(part, a, b)]
+    differences = [difference for part, (a, b) in parts.items() for difference in unlike(part, a, b)]
     compared = {part: len(a.keys() | b.keys()) for part, (a, b) in parts.items()}
     results, made = _results(source, run["run_id"]), _results(scratch, again["run_id"])
     for question in sorted(results.keys() | made.keys()):
@@ -235,18 +243,18 @@ def _frames_unlike(question: str, before: bytes | None, after: bytes | None) -> 
     a, b = pl.read_parquet(io.BytesIO(before)), pl.read_parquet(io.BytesIO(after))
     if a.schema != b.schema:
         types = [{f"{question} {k}": str(v) for k, v in frame.schema.items()} for frame in (a, b)]
-        return _unlike("results", types[0], types[1])
+        return unlike("results", types[0], types[1])
     if a.height != b.height:
         return [Difference("results", question, f"{a.height} rows", f"{b.height} rows")]
     differences = []
     for column in a.columns:
-        unlike = a[column].ne_missing(b[column])
+        differing = a[column].ne_missing(b[column])
         if a[column].dtype.is_float():
             near = (a[column] - b[column]).abs() <= TOLERANCE * a[column].abs()
-            unlike &= ~near.fill_null(False)
-        if unlike.any():
-            row = unlike.arg_max() or 0
-            name = f"{question}: {column} in {unlike.sum()} of {a.height} rows, first in row {row}"
+            differing &= ~near.fill_null(False)
+        if differing.any():
+            row = differing.arg_max() or 0
+            name = f"{question}: {column} in {differing.sum()} of {a.height} rows, first in row {row}"
             differences.append(Difference("results", name, a[column][row], b[column][row]))
     return differences
 
@@ -256,14 +264,14 @@ def diff(before: dict[str, Any], after: dict[str, Any]) -> list[Difference]:
     own = ("root", "run_id")
     kept = [{k: v for k, v in run["parameters"].items() if k not in own} for run in (before, after)]
     return [
-        *_unlike("state", _of(before, "stage", "state", "reason"), _of(after, "stage", "state", "reason")),
-        *_unlike("parameters", kept[0], kept[1]),
+        *unlike("state", _of(before, "stage", "state", "reason"), _of(after, "stage", "state", "reason")),
+        *unlike("parameters", kept[0], kept[1]),
         *_code(before, after),
-        *_unlike("inputs", before["versions_read"], after["versions_read"]),
-        *_unlike("checks", _checks(before), _checks(after)),
-        *_unlike("metrics", before["metrics"], after["metrics"]),
-        *_unlike("seconds", {"whole run": before["seconds"]}, {"whole run": after["seconds"]}, NOTABLE_S),
-        *_unlike("seconds", _cell_seconds(before), _cell_seconds(after), NOTABLE_S),
+        *unlike("inputs", before["versions_read"], after["versions_read"]),
+        *unlike("checks", _checks(before), _checks(after)),
+        *unlike("metrics", before["metrics"], after["metrics"]),
+        *unlike("seconds", {"whole run": before["seconds"]}, {"whole run": after["seconds"]}, NOTABLE_S),
+        *unlike("seconds", _cell_seconds(before), _cell_seconds(after), NOTABLE_S),
     ]
 
 
@@ -278,10 +286,10 @@ def _cell_seconds(record: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _code(before: dict[str, Any], after: dict[str, Any]) -> list[Difference]:
-    return _unlike("code", before.get("provenance") or {}, after.get("provenance") or {})
+    return unlike("code", before.get("provenance") or {}, after.get("provenance") or {})
 
 
-def _unlike(part: str, before: dict[str, Any], after: dict[str, Any], tolerance: float = 0) -> list[Difference]:
+def unlike(part: str, before: dict[str, Any], after: dict[str, Any], tolerance: float = 0) -> list[Difference]:
     """The keys whose values differ; floats by more than `tolerance`, or relatively by more than TOLERANCE."""
     return [
         Difference(part, name, before.get(name), after.get(name))
@@ -301,6 +309,6 @@ def _alike(a: Any, b: Any, tolerance: float) -> bool:
     return type(a) is type(b) and a == b
 
 
-def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+def as_json(values: dict[str, Any]) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return document

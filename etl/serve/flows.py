@@ -46,12 +46,15 @@ from etl.kernels.children import Deaths
 from etl.params import Environment, Project, Stage
 from etl.runs import dispatch
 from etl.runs.record import RunRecord
+from etl.runs.releases import Tree
 from etl.serve import services
+from etl.serve.released import Trees, Unreadable
 from etl.serve.worker import POOL, InPlaceWorker, cancel_event, reconcile
 from etl.storage import PROJECT, Root
 
 log = logging.getLogger(__name__)
 WATCH_S = 1  # between two looks at the children
+LOOK_S = 3  # between two looks at what is released
 FIRST_S = 60  # at most, from the first run of one stage to that of the next
 
 
@@ -60,8 +63,12 @@ def stage_flow(
     environment: Environment,
     api_url: str | None = None,
     on_record: Callable[[RunRecord], None] = lambda _: None,
+    trees: Trees | None = None,
 ) -> Flow[..., Any]:
-    """The flow of a stage. Its one parameter holds values for the notebook's, in place of those in the YAML."""
+    """The flow of a stage. Its one parameter holds values for the notebook's, in place of those in the YAML.
+
+    Each run takes the stage from what `trees` gives when it begins; without, `stage` of the working tree.
+    """
 
     def name() -> str:
         return f"{stage.name} {_scheduled_time():%H:%M:%S}"
@@ -75,19 +82,27 @@ def stage_flow(
         result_storage=Path("unused"),  # else every run asks the server for one, twice
     )
     def run(parameters: dict[str, Any] | None = None) -> State[Any]:
-        chosen, refused = stage, ""
-        if parameters:
-            try:
-                chosen = _with_values(stage, environment, parameters)
-            except params.ParamsError as error:
-                refused = "; ".join(map(str, error.problems))
+        chosen, refused, tree = stage, "", Tree(PROJECT, Project(environment, {stage.name: stage}))
+        try:
+            if trees:
+                tree = trees()
+            if stage.name not in tree.project.stages:
+                raise Unreadable(f"{stage.name} is no stage of the release any more")
+            chosen = tree.project.stages[stage.name]
+            if parameters:
+                chosen = _with_values(chosen, tree, parameters)
+        except params.ParamsError as error:
+            refused = "; ".join(map(str, error.problems))
+        except Unreadable as error:
+            refused = str(error)
         record = dispatch.run_stage(
             chosen,
-            environment,
+            tree.project.environment,
             scheduled_for=_scheduled_time(),
             cancel=cancel_event(),
             page_later=True,
             refused=refused,
+            release=tree.release,
         )
         link = f"{api_url}/reports/{record.run_id}" if api_url else Root.at(record.root).url_of(record.report)
         on_record(record)
@@ -161,15 +176,22 @@ async def serve(
     children: list[services.Service],
     on_record: Callable[[RunRecord], None],
     on_status: Callable[[str], None],
+    trees: Trees | None = None,
+    on_tree: Callable[[Tree], Awaitable[None]] | None = None,
 ) -> None:
-    """Deploy every stage, run each once, and follow the schedules until cancelled. Children that die are restarted."""
+    """Deploy every stage, run each once, and follow the schedules until cancelled. Children that die are restarted.
+
+    `trees`: what the runs run, asked again and again; the working tree when None. `on_tree` is awaited with
+    what it gave, every LOOK_S seconds, before schedules follow a new one.
+    """
     async with get_client() as client:
-        flows = await deploy(project, api_url, on_record)
+        flows = await deploy(project, api_url, on_record, trees)
         lost, overdue = await reconcile(client, list(flows))
         if lost or overdue:
             on_status(f"closed {lost} runs that an earlier process left, and {overdue} that were missed")
         worker = InPlaceWorker(flows, work_pool_name=POOL, name="here")
         task = asyncio.create_task(_working(worker))
+        following = asyncio.create_task(_following(project, flows, trees, on_tree, api_url, on_record))
         try:
             on_status(f"{len(flows)} deployments; each stage runs once, then on its schedule")
             await _watching(begin(client, flows), task, children)
@@ -182,7 +204,60 @@ async def serve(
                     break
                 await asyncio.sleep(0.1)
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            following.cancel()
+            await asyncio.gather(task, following, return_exceptions=True)
+
+
+async def _following(
+    deployed: Project,
+    flows: dict[UUID, Flow[..., Any]],
+    trees: Trees | None,
+    on_tree: Callable[[Tree], Awaitable[None]] | None,
+    api_url: str | None,
+    on_record: Callable[[RunRecord], None],
+) -> None:
+    """Have schedules be those of the current release. What goes wrong is a warning, and tried again."""
+    warned, flow_of = "", partial(stage_flow, api_url=api_url, on_record=on_record, trees=trees)
+    while trees:
+        try:
+            tree = await asyncio.to_thread(trees)
+            if on_tree:
+                await on_tree(tree)
+            if _schedules(tree.project) != _schedules(deployed):
+                deployed = await _deploy_again(deployed, tree.project, flows, flow_of)
+            warned = ""
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            if text != warned:
+                log.warning("the release is not followed: %s", text)
+            warned = text
+        await asyncio.sleep(LOOK_S)
+
+
+def _schedules(project: Project) -> dict[str, tuple[Any, ...]]:
+    """What a deployment is made from, by stage."""
+    return {name: (stage.every_s, stage.cron, stage.overlap) for name, stage in project.stages.items()}
+
+
+async def _deploy_again(
+    before: Project, after: Project, flows: dict[UUID, Flow[..., Any]], flow_of: Callable[..., Flow[..., Any]]
+) -> Project:
+    """Deploy the stages that are new or have another schedule, which is on at once; remove those that are gone.
+
+    Runs that are under way go on.
+    """
+    now, then = _schedules(after), _schedules(before)
+    for name, stage in after.stages.items():
+        if now[name] != then.get(name):
+            stage_run = flow_of(stage, after.environment)
+            flows[await _apply(stage_run, stage, after.environment, paused=False)] = stage_run
+    async with get_client() as client:
+        for deployment_id, stage_run in list(flows.items()):
+            if stage_run.name not in after.stages:
+                with contextlib.suppress(ObjectNotFound):
+                    await client.delete_deployment(deployment_id)  # with the runs that wait
+                del flows[deployment_id]
+    return after
 
 
 async def _working(worker: InPlaceWorker) -> None:
@@ -203,7 +278,10 @@ async def _working(worker: InPlaceWorker) -> None:
 
 
 async def deploy(
-    project: Project, api_url: str | None, on_record: Callable[[RunRecord], None] = lambda _: None
+    project: Project,
+    api_url: str | None,
+    on_record: Callable[[RunRecord], None] = lambda _: None,
+    trees: Trees | None = None,
 ) -> dict[UUID, Flow[..., Any]]:
     """One deployment a stage in the pool, its schedule paused: deployment id -> flow, in the project's order."""
     async with get_client() as client:
@@ -211,24 +289,29 @@ async def deploy(
             await client.create_work_pool(WorkPoolCreate(name=POOL, type=POOL))
     flows = {}
     for stage in project.stages.values():
-        stage_run = stage_flow(stage, project.environment, api_url, on_record)
-        deployment = await stage_run.ato_deployment(
-            stage.name,
-            schedule=schedule_of(stage),  # type: ignore[arg-type]  # it takes those of its client, too
-            paused=True,
-            concurrency_limit=ConcurrencyLimitConfig(
-                limit=1,
-                collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW
-                if stage.overlap == "skip"
-                else ConcurrencyLimitStrategy.ENQUEUE,
-            ),
-            tags=[*_ours(project.environment), project.environment.name],
-            work_pool_name=POOL,
-        )
-        flows[await deployment.aapply(work_pool_name=POOL)] = stage_run
+        stage_run = stage_flow(stage, project.environment, api_url, on_record, trees)
+        flows[await _apply(stage_run, stage, project.environment, paused=True)] = stage_run
     async with get_client() as client:
         await _remove_others(client, list(flows), _ours(project.environment))
     return flows
+
+
+async def _apply(stage_run: Flow[..., Any], stage: Stage, environment: Environment, paused: bool) -> UUID:
+    """Make the stage's deployment, or make it anew; its id."""
+    deployment = await stage_run.ato_deployment(
+        stage.name,
+        schedule=schedule_of(stage),  # type: ignore[arg-type]  # it takes those of its client, too
+        paused=paused,
+        concurrency_limit=ConcurrencyLimitConfig(
+            limit=1,
+            collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW
+            if stage.overlap == "skip"
+            else ConcurrencyLimitStrategy.ENQUEUE,
+        ),
+        tags=[*_ours(environment), environment.name],
+        work_pool_name=POOL,
+    )
+    return await deployment.aapply(work_pool_name=POOL)
 
 
 def _ours(environment: Environment) -> list[str]:
@@ -264,7 +347,7 @@ async def begin(client: PrefectClient, flows: dict[UUID, Flow[..., Any]], wait_s
 
     The next one waits for the end of that run, as it may read what it writes, but no longer than `wait_s`.
     """
-    for deployment_id, of_stage in flows.items():
+    for deployment_id, of_stage in list(flows.items()):  # a release may bring others
         until = time.monotonic() + wait_s
         flow_run = await _patiently(partial(client.create_flow_run_from_deployment, deployment_id), of_stage.name)
         while flow_run and not (flow_run.state and flow_run.state.is_final()) and time.monotonic() < until:
@@ -308,7 +391,8 @@ def _scheduled_time() -> datetime:
     return this_run.scheduled_start_time or datetime.now(UTC)
 
 
-def _with_values(stage: Stage, environment: Environment, values: dict[str, Any]) -> Stage:
+def _with_values(stage: Stage, tree: Tree, values: dict[str, Any]) -> Stage:
     """The stage with values from a Prefect run's own parameters; they are checked as those of the YAML are."""
-    loaded = params.load(PROJECT, environment.name, stage=stage.name, values=values, values_from="Prefect")
+    env = tree.project.environment.name
+    loaded = params.load(tree.folder, env, stage=stage.name, values=values, values_from="Prefect")
     return loaded.stages[stage.name]

@@ -12,7 +12,7 @@ from published import QUERY_RUN, add_run
 from streamlit.testing.v1 import AppTest
 
 from app.shown import column
-from etl.runs import engine
+from etl.runs import engine, releases
 from etl.runs.record import RunRequest
 from etl.storage import PROJECT, Root
 from pipeline import Lake, queries
@@ -79,6 +79,16 @@ def test_before_the_first_run_it_says_what_is_missing(empty):
     assert "No stage has run yet" in said
     assert not shown.metric and not shown.get("plotly_chart")
     assert not Path(empty).exists()
+
+
+def test_which_code_runs_is_said_while_up_is_at_work(empty):
+    assert not [text for text in texts(page().caption) if "release" in text or "live:" in text]
+    told = {"release": "3f2a91c0d4e5", "since": "2026-11-22T12:04:09+00:00", "differs": ["notebooks/query.ipynb"]}
+    Root.at(empty).write(releases.TOLD, json.dumps(told).encode())
+    said = "release 3f2a91c0d4e5 of 2026-11-22 12:04 UTC; working tree differs from the release: 1 file"
+    assert said in texts(page().caption)
+    Root.at(empty).write(releases.TOLD, json.dumps({"release": None, "since": None, "differs": []}).encode())
+    assert "live: the working tree runs" in texts(page().caption)
 
 
 def test_a_first_run_that_failed_is_shown(empty):

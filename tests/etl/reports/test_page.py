@@ -244,6 +244,13 @@ def test_a_lower_memory_limit_is_named_where_it_was_met():
     assert limited(before, after | {"receipt": {"peak_memory_mb": 90}}).endswith("since then nothing has changed.")
 
 
+def test_another_release_is_named():
+    before = {"release": "3f2a91c0d4e5", "provenance": {"code_sha256": "1" * 64}}
+    assert limited(before, {"state": "failed", "release": "3f2a91c0d4e5"}).endswith("nothing has changed.")
+    assert limited(before, {"state": "failed", "release": "81bc"}).endswith("release 3f2a91c0d4e5 → 81bc.")
+    assert limited(before, {"state": "failed"}).endswith("release 3f2a91c0d4e5 → working tree.")
+
+
 def test_code_that_no_commit_holds_is_a_change_and_a_commit_without_any_is_none():
     before = {"provenance": {"git_commit": "a" * 40, "code_sha256": "1" * 64}}
     dirty = {"git_commit": "a" * 40, "code_sha256": "2" * 64}

@@ -1,0 +1,145 @@
+"""Before a release: what the stages that changed would have made of the runs that were, and what they ask otherwise.
+
+Each changed stage runs its last ok runs again, on the versions they read, with the candidate's code and values; only
+what was given to a run alone stays as it was. What comes out otherwise, and would not with the code in use, differs.
+Replays cannot show everything: a check that asks less passes what passed. So values and checks are compared as well.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+from etl import params
+from etl.kernels import imports, sources
+from etl.params import Stage
+from etl.params.cell import SUPPLIED
+from etl.runs import index, replay
+from etl.runs.releases import Tree
+from etl.runs.replay import Difference, NotRepeatable, as_json, unlike
+from etl.storage import Root
+
+GIVEN = re.compile(r"command line|Prefect|run \S+")  # origins of values that were one run's alone
+WHEN = ("every_s", "cron", "overlap", "deadline_s", "retries", "memory_mb", "machine", "dask")
+Progress = Callable[[Stage], AbstractContextManager[Callable[[int, int, str], None] | None]]
+
+
+@dataclass
+class Verdict:
+    """What the gate has seen of a stage. `differences` have to be accepted; of `settings` it only tells."""
+
+    stage: str
+    changed: list[str]  # its files that are not as in the release in use
+    differences: list[Difference] = field(default_factory=list)
+    settings: list[Difference] = field(default_factory=list)  # when and where it runs, and what is new
+    replayed: list[str] = field(default_factory=list)  # run_ids
+    unseen: list[str] = field(default_factory=list)  # why a run was not replayed, or none was
+
+
+def look(root: Root, current: Tree | None, candidate: Tree, runs: int, progress: Progress) -> list[Verdict]:
+    """A verdict of each stage that is not what it is in `current`; of all of them when there is none.
+
+    `runs`: how many of a stage's runs are replayed at most. `progress`: a context a replay, which gives its `on_cell`.
+    """
+    before = current.project.stages if current else {}
+    verdicts = []
+    for name in [*candidate.project.stages, *(name for name in before if name not in candidate.project.stages)]:
+        changed = _changed(name, current, candidate)
+        if not changed:
+            continue
+        verdict = Verdict(name, changed)
+        verdicts.append(verdict)
+        if name not in candidate.project.stages:
+            verdict.differences.append(Difference("stage", name, "there", "gone"))
+            continue
+        if current and name in before:
+            _compare(before[name], candidate.project.stages[name], verdict)
+        elif current:
+            verdict.unseen.append("it is new")
+            continue
+        _replay(root, current, candidate, runs, progress, verdict)
+    return verdicts
+
+
+def _changed(name: str, current: Tree | None, candidate: Tree) -> list[str]:
+    """The files of a stage that differ: its notebook, its YAML, the env file, the lock, and all code it imports."""
+    files = [_files(name, tree) if tree else {} for tree in (current, candidate)]
+    return sorted({path for path, _ in files[0].items() ^ files[1].items()})
+
+
+def _files(name: str, tree: Tree) -> dict[str, str]:
+    assert tree.release, "of a release"
+    notebook = f"notebooks/{name}.ipynb"
+    own = sources.packages_of(tree.folder, [tree.folder / notebook]).values()
+    held = [path for path in own if path.is_relative_to(tree.folder)]  # others came after it
+    code = tuple(f"{path.relative_to(tree.folder)}{'/' if path.is_dir() else ''}" for path in held)
+    exact = (notebook, f"params/{name}.yml", f"params/env/{tree.project.environment.name}.yml", "requirements.lock")
+    return {
+        path: sha256
+        for path, sha256 in tree.release.files.items()
+        if path in exact or path.startswith(code) and not path.endswith(".ipynb")
+    }
+
+
+def _compare(before: Stage, after: Stage, verdict: Verdict) -> None:
+    """What two releases ask of a stage without its running."""
+    values = unlike("parameters", as_json(before.values), as_json(after.values))
+    checks = unlike("checks", _checks(before), _checks(after))
+    for difference in values + checks:
+        is_new = difference.name not in (before.values if difference.part == "parameters" else _checks(before))
+        (verdict.settings if is_new else verdict.differences).append(difference)
+    when = [as_json({name: getattr(stage, name) for name in WHEN}) for stage in (before, after)]
+    verdict.settings += unlike("when", when[0], when[1])
+
+
+def _checks(stage: Stage) -> dict[str, str]:
+    """Name of each check in a stage's notebook -> what it asks, as Python."""
+    asked: dict[str, str] = {}
+    try:
+        tree = ast.parse(imports.code_of(stage.notebook_path))
+    except (SyntaxError, ValueError):
+        return asked  # its runs will say so
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "check" and len(node.args) > 1:
+            name = node.args[0].value if isinstance(node.args[0], ast.Constant) else ast.unparse(node.args[0])
+            asked[str(name)] = ast.unparse(node.args[1])
+    return asked
+
+
+def _replay(root: Root, current: Tree | None, candidate: Tree, runs: int, progress: Progress, verdict: Verdict) -> None:
+    """Run a stage's last ok runs again with the candidate, and what then differs with the release in use as well."""
+    last = index.newest(root, stage=verdict.stage, state="ok", limit=runs) if runs else []
+    if not last:
+        verdict.unseen.append("no run of it was ok yet" if runs else "no run is replayed")
+    for row in last:
+        run = index.get(root, row["run_id"])
+        try:
+            differences = _replayed(run, candidate, progress)
+            if differences and current and verdict.stage in current.project.stages:
+                anyway = {_key(difference) for difference in _replayed(run, current, progress)}
+                differences = [difference for difference in differences if _key(difference) not in anyway]
+        except (NotRepeatable, params.ParamsError) as error:
+            verdict.unseen.append(f"{run['run_id']}: {str(error).removeprefix(run['run_id']).strip()}")
+            continue
+        verdict.replayed.append(run["run_id"])
+        verdict.differences += differences
+
+
+def _replayed(run: dict[str, Any], tree: Tree, progress: Progress) -> list[Difference]:
+    name, environment = run["stage"], tree.project.environment
+    given = {
+        name: value
+        for name, value in run["parameters"].items()
+        if name not in SUPPLIED and GIVEN.fullmatch((run.get("origins") or {}).get(name, ""))
+    }
+    loaded = params.load(tree.folder, environment.name, stage=name, values=given, values_from=f"run {run['run_id']}")
+    stage = loaded.stages[name]
+    with progress(stage) as on_cell:
+        return replay.replay(run, stage, environment, on_cell, tree.release).differences
+
+
+def _key(difference: Difference) -> tuple[str, str, str]:
+    return difference.part, difference.name, json.dumps(difference.after, default=str)

@@ -1,0 +1,86 @@
+"""`release`, `releases` and `rollback`: what they say, what they refuse, and with which exit status."""
+
+import json
+from pathlib import Path
+
+import pytest
+from support import write_stage
+from typer.testing import CliRunner
+
+from etl.kernels import sources
+from etl.runs import releases
+from etl.storage import Root
+from orchestrate import app
+
+
+@pytest.fixture
+def told(tmp_path, monkeypatch):
+    """Calls the command line of a project with two stages; the project's folder is its `project`."""
+    project = tmp_path / "project"
+    (project / "params/env").mkdir(parents=True)
+    (project / "notebooks").mkdir()
+    (project / "params/env/local.yml").write_text("root: outputs\n")
+    monkeypatch.setattr(sources, "_path_of", lambda *_: None)  # without the engine's files
+    for module in ("checking", "common", "releases"):
+        monkeypatch.setattr(f"etl.cli.{module}.PROJECT", project)
+    write_stage(project, "greet", "record(rows=loud)\ncheck('loud', loud > 0)", parameters="loud: int = 1  # times\n")
+    write_stage(project, "other", "record(rows=1)\ncheck('true', True)")
+
+    def call(*command: str, status: int = 0, as_json: bool = False):
+        done = CliRunner().invoke(app, [*command, "--root", str(tmp_path / "root"), *["--json"] * as_json])
+        assert done.exit_code == status, done.output
+        return json.loads(done.stdout) if as_json else " ".join(done.output.split())
+
+    call.project = project
+    return call
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def test_what_differs_is_refused_until_it_is_accepted_by_name(told, tmp_path):
+    place = Root.at(tmp_path / "root")
+    first = told("release", "-m", "the first", as_json=True)
+    assert first["released"] and {stage["stage"] for stage in first["stages"]} == {"greet", "other"}
+    assert "nothing to do" in told("release")
+
+    edit(told.project / "notebooks/greet.ipynb", "loud: int = 1", "loud: int = 2")
+    refused = told("release", status=1)
+    assert "parameters loud 1 2" in refused.replace("│", "").replace("  ", " ")
+    assert "not released, as greet would differ: mend it, or accept it with --accept greet" in refused
+    assert releases.current(place) == first["release"]
+    assert [release.id for release in releases.newest(place)] == [first["release"]], "what is refused is not kept"
+    assert "there is no stage nobody" in told("release", "--accept", "nobody", status=2)
+    accepted = told("release", "--accept", "greet", as_json=True)
+    assert accepted["changes"] == ["notebooks/greet.ipynb"]
+    assert [stage["stage"] for stage in accepted["stages"]] == ["greet"], "of the other nothing has changed"
+
+    assert [row["current"] for row in told("releases", "list", as_json=True)] == [True, False]
+    assert "the first" in told("releases", "list")
+    shown = told("releases", "show", first["release"][:6], as_json=True)
+    assert shown["message"] == "the first" and [move["how"] for move in shown["moves"]] == ["release"]
+    text = told("releases", "diff", first["release"], accepted["release"])
+    assert "-loud: int = 1 # times +loud: int = 2 # times" in text
+    assert told("releases", "diff") == "nothing differs"
+    assert "there is no release ffff" in told("releases", "show", "ffff", status=1)
+
+    assert f"`up` runs {first['release']}" in told("rollback")
+    assert releases.current(place) == first["release"] and "loud: int = 2" in told("releases", "diff")
+    assert "there is none before" in told("rollback", status=1)
+
+
+def test_what_check_refuses_is_not_released(told, tmp_path):
+    assert "nothing is released under" in told("rollback", status=1)
+    edit(told.project / "params/greet.yml", "deadline", "deadlime")
+    assert "unknown key 'deadlime'" in told("release", status=2)
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_stage_that_went_has_to_be_accepted_too(told):
+    told("release", as_json=True)
+    for path in ("notebooks/other.ipynb", "params/other.yml"):
+        (told.project / path).unlink()
+    assert "--accept other" in told("release", status=1)
+    assert told("release", "--accept", "other", as_json=True)["released"]
