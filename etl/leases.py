@@ -81,10 +81,8 @@ class FileLease(Lease):
 
     def _say(self, holder: str | None) -> None:
         said = self._document(holder)
-        self._file.seek(0)
-        self._file.write(said)
-        self._file.truncate(len(said))
-        self._file.flush()
+        os.pwrite(self._file.fileno(), said, 0)
+        os.ftruncate(self._file.fileno(), len(said))
 
     def release(self) -> None:
         """Leave the document to the next one; the lock goes with the file's closing."""

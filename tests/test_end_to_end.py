@@ -121,7 +121,7 @@ def test_generate_again_gives_the_same_bytes_and_preprocess_again_changes_nothin
 
 def test_a_bad_file_is_refused_and_told_and_the_others_are_in(root, stream, made):
     source.land(Root.at(root), stream, {1: made[1]})
-    half_bad = source.to_json_lines(made[1]["orders"].head(1)) + b"{oops\n"
+    half_bad = source.to_json_lines(made[1]["orders"].head(1)) + b"{oops\n{oops\n"
     Root.at(root).write("landing/orders/orders-00000000.json", half_bad)
     asked = ("run", "preprocess", "--root", root, "--at", AT, "--json")
     done = orchestrate(PROJECT, *asked)
@@ -130,7 +130,7 @@ def test_a_bad_file_is_refused_and_told_and_the_others_are_in(root, stream, made
     ((name, why),) = [(check["name"], check["detail"]) for check in record["checks"] if not check["ok"]]
     assert name == "few lines of each file do not fit"
     assert why.startswith(
-        "1 file, orders/orders-00000000.json: 1 of 2 lines do not fit: not JSON: Expecting property name"
+        "1 file, orders/orders-00000000.json: 2 of 3 lines do not fit: not JSON: Expecting property name"
     )
     assert (record["metrics"]["files"], record["metrics"]["files_refused"]) == (2, 1)
     assert set(record["versions_written"]) == {"orders", "lineitem"}

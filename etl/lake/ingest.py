@@ -428,7 +428,7 @@ def _look(batch: Batch, group: list[_Opened], most: float) -> _Looked:
             continue
         why = parse.why_whole(bad[number], lines[number])
         refused.append((file, why))
-        if bad[number].height > allowed and bad[number]["line"][0] != parse.WHOLE:
+        if bad[number].height and bad[number]["line"][0] != parse.WHOLE:
             unfit.append((file.table, file.name, lines[number], bad[number].height, why))
     if any(number not in kept and bad[number].height < lines[number] for number in range(len(files))):
         rows = _of_files(rows, [count - frame.height for count, frame in zip(lines, bad, strict=True)], kept)

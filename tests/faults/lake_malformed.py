@@ -445,7 +445,8 @@ def _strictly(data: bytes) -> list[tuple[str | None, ...]]:
             for key in ("o_orderstatus", "o_orderdate", "o_orderpriority", "o_clerk", "o_comment", "o_order_time"):
                 row[key].encode()
             price, day, moment = row["o_totalprice"], row["o_orderdate"], row["o_order_time"]
-            if isinstance(price, bool) or (isinstance(price, str) and not re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", price)):
+            is_text = isinstance(price, str) and not isinstance(price, Fraction)  # which may have no exponent
+            if isinstance(price, bool) or (is_text and not re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", price)):
                 raise ValueError
             price = Decimal(price) + 0  # no -0
             ok = bool(
