@@ -111,12 +111,24 @@ def object_store_options() -> dict[str, str]:
     return options
 
 
-@functools.cache
-def _credentials(endpoint: tuple[str, ...]) -> "Credentials | None":
-    """What an endpoint hands out as credentials. Polars does not ask it once it is given any option."""
-    from botocore.session import Session
+class _Credentials:
+    """What an endpoint hands out as credentials, asked once. Polars does not ask it once it is given any option."""
 
-    return Session().get_credentials()
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, ...], Credentials | None] = {}
+
+    def __call__(self, endpoint: tuple[str, ...]) -> "Credentials | None":
+        from botocore.session import Session
+
+        if endpoint not in self._known:
+            self._known[endpoint] = Session().get_credentials()
+        return self._known[endpoint]
+
+    def __reduce__(self) -> "tuple[type[_Credentials], tuple[()]]":
+        return type(self), ()  # a worker of Dask asks for its own
+
+
+_credentials = _Credentials()
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import pytest
 from faults.__main__ import SCENARIOS
 
 # in their own files: test_deaths, test_secrets, test_replay, test_end_to_end, test_fence; with a server: test_up,
-# test_worker, test_releases (which moves between runs)
+# test_worker, test_releases (which moves between runs); by function calls: test_rebuild, test_foreign
 ELSEWHERE = {
     "deaths",
     "hangs",
@@ -18,6 +18,11 @@ ELSEWHERE = {
     "up",
     "stopped",
     "releases",
+    "rebuilds",
+    "storms",
+    "foreign",
+    "pointers",
+    "pairs",
 }
 
 
