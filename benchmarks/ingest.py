@@ -1,8 +1,8 @@
 """How fast JSON becomes tables: this project, pandas with write_deltalake, and the limit that Polars sets.
 
 The same files of TPC-H orders and line items, scale 0.1, are ingested by each, in a process of its own, round after
-round; imports are not counted, the files are in the page cache. Two shapes: 288 ticks of 1 MB, as they wait after
-`preprocess` was away for 2.4 hours of the default schedule, and 4 ticks of 73 MB.
+round; imports are not counted, the files are in the page cache. Three shapes: 288 ticks of 1 MB, as they wait after
+`preprocess` was away for 2.4 hours of the default schedule, the same in gzip, and 4 ticks of 73 MB.
 
 - `ours`: as preprocess runs it, with every promise kept (checked rows, manifest, exactly once, synced, archived);
 - `pandas`: `pandas.read_json` and `write_deltalake` of one file after the other, as the pipeline coiled/etl-tpch does
@@ -10,7 +10,9 @@ round; imports are not counted, the files are in the page cache. Two shapes: 288
 - `pandas, typed`: the same, made the types that the tables have (decimals, dates, times) before it is written;
 - `limit, as text`: Polars reads all files at once and writes one bare Parquet file a table, and no promise is kept;
   amounts, days and times stay the texts they are in JSON;
-- `limit, typed`: the same, made the types that the tables have.
+- `limit, typed`: the same, made the types that the tables have;
+- `inflating alone`, of files in gzip: Python's gzip in a thread a core, and nothing is done with what comes of it. That
+  and `limit, typed` of the same files as they are is the limit of files in gzip.
 
 Then what one tick costs on a lake of 10,000 versions, beside one on a fresh lake. Medians are printed and written to
 outputs/benchmarks/ingest.json.
@@ -19,6 +21,7 @@ outputs/benchmarks/ingest.json.
 """
 
 import argparse
+import gzip
 import json
 import os
 import re
@@ -28,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
@@ -38,7 +42,8 @@ from pipeline import Lake
 
 AT = "2026-03-01T12:00:10+00:00"
 SCALE = 0.1  # of the files that are ingested: 150,000 orders, 600,000 line items, 290 MB
-SHAPES = {"288 ticks of 1 MB": 288, "4 ticks of 73 MB": 4}
+SHAPES = {"288 ticks of 1 MB": 288, "288 ticks of 1 MB in gzip": 288, "4 ticks of 73 MB": 4}
+ZIPPED = "in gzip"  # ends the name of such a shape
 LIMITS = {"max_files": 500, "max_bytes": 256_000_000, "max_bad_share": 0.0, "for_s": 1e9, "scheduled_for": AT}
 AGE_S = 60  # between two versions of the old lake, as on schedule
 TICKS = 15  # measured on each lake, in turn
@@ -109,8 +114,15 @@ def limit_typed(root: str) -> None:
         frame.write_parquet(f"{root}/{table}.parquet")
 
 
+def inflating(root: str) -> None:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(lambda path: gzip.decompress(path.read_bytes()), Path(root, "landing").glob("*/*.gz")):
+            pass
+
+
 WAYS = {
     "ours": ours,
+    "inflating alone": inflating,
     "pandas": with_pandas,
     "pandas, typed": with_pandas_typed,
     "limit, as text": limit_as_text,
@@ -139,9 +151,13 @@ def throughput(folder: Path, rounds: int) -> dict:
     for shape, slices in SHAPES.items():
         files = folder / "files"
         size, rows = _land(str(files), slices)
-        taken: dict[str, list[dict]] = {way: [] for way in WAYS}
+        zipped = shape.endswith(ZIPPED)
+        if zipped:
+            _zip(files)
+        ways = ("ours", "inflating alone") if zipped else [way for way in WAYS if way != "inflating alone"]
+        taken: dict[str, list[dict]] = {way: [] for way in ways}
         for _ in range(rounds):
-            for way in WAYS:
+            for way in ways:
                 root = folder / "root"
                 shutil.copytree(files, root)
                 os.sync()  # what the copy left to be written is not this one's to pay
@@ -163,6 +179,12 @@ def _land(root: str, slices: int) -> tuple[int, int]:
     ticks = range(1, slices + 1)  # without tick 0, which brings the small tables
     written = source.land(Root.at(root), stream, source.make_ticks(stream, ticks))
     return int(written["bytes"].sum()), int(written["rows"].sum())
+
+
+def _zip(root: Path) -> None:
+    for path in Path(root, "landing").glob("*/*.json"):
+        path.with_suffix(".json.gz").write_bytes(gzip.compress(path.read_bytes(), 6))
+        path.unlink()
 
 
 def aged(root: str, versions: int) -> None:
@@ -259,6 +281,10 @@ def main(rounds: int, versions: int) -> None:
         result["throughput"] = throughput(folder, rounds)
         for shape, found in result["throughput"].items():
             console.print(_shown(shape, found))
+        told = {shape: _medians(found) for shape, found in result["throughput"].items()}
+        for shape in [shape for shape in told if shape.endswith(ZIPPED)]:
+            limit = told[shape]["inflating alone"] + told[shape.removesuffix(f" {ZIPPED}")]["limit, typed"]
+            console.print(f"{shape}: {limit / told[shape]['ours']:.2f} of inflating alone and the typed limit")
     if versions:
         result["ticks"] = ticks(folder, versions)
         every = result["ticks"]["seconds"]
@@ -272,8 +298,12 @@ def main(rounds: int, versions: int) -> None:
     shutil.rmtree(folder)
 
 
+def _medians(found: dict) -> dict[str, float]:
+    return {way: statistics.median(one["seconds"] for one in every) for way, every in found["taken"].items()}
+
+
 def _shown(shape: str, found: dict) -> Table:
-    medians = {way: statistics.median(one["seconds"] for one in every) for way, every in found["taken"].items()}
+    medians = _medians(found)
     rounds = len(found["taken"]["ours"])
     table = Table("way", "seconds", "MB/s", "rows/s", "memory MB", "ours is", title=f"{shape}, {rounds} rounds")
     for way, median in medians.items():
