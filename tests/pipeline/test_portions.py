@@ -16,7 +16,7 @@ from etl.storage import Root
 from pipeline import Lake, source
 from pipeline.queries import ask, questions
 
-STREAM = source.Stream(0.01, 12, "2026-03-01T11:00:00+00:00")
+STREAM = source.Stream(0.01, 6, "2026-03-01T11:00:00+00:00")
 GROWING = [question for question in questions() if question.portion]
 Q01, Q14 = (next(question for question in GROWING if question.name == name) for name in ("q01", "q14"))
 COMPACT = {"target_mb": 128, "min_small_files": 2, "vacuum_hours": 24, "run_id": "compact"}
@@ -32,9 +32,9 @@ def came(root, *ticks):
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
-    """A root that was asked everything after six of twelve ticks."""
+    """A root that was asked everything after three of six ticks."""
     root = tmp_path_factory.mktemp("half")
-    snapshot = came(str(root), 0, 1, 2, 3, 4, 5)
+    snapshot = came(str(root), 0, 1, 2, 3)
     for question in GROWING:
         ask(question, snapshot, portions_in=snapshot.root)
     return root
@@ -61,7 +61,7 @@ def test_the_questions_that_have_one_are_these():
 def test_what_was_read_before_is_not_read_again(lake):
     """It is gone, and only who asks without what was kept misses it."""
     before, expected = files(lake), {}
-    snapshot = came(lake.root.url, 6)
+    snapshot = came(lake.root.url, 4)
     for question in GROWING:
         expected[question.name] = ask(question, snapshot)
     for path in before:
@@ -74,14 +74,14 @@ def test_what_was_read_before_is_not_read_again(lake):
 
 
 def test_all_batches_come_to_the_answers_of_sql(lake, tmp_path):
-    for tick in (6, 7):
+    for tick in (4, 5):
         came(lake.root.url, tick)
-        if tick == 7:
+        if tick == 5:
             lake.compact(**COMPACT)
         snapshot = lake.snapshot()
         for question in GROWING:
             ask(question, snapshot, portions_in=lake.root)
-    snapshot = came(lake.root.url, 8, 9, 10, 11, 12)
+    snapshot = came(lake.root.url, 6)
     for table in lake.tables:
         snapshot.frame(table).sink_parquet(tmp_path / f"{table}.parquet")
     with connect(tmp_path) as connection:
@@ -92,7 +92,7 @@ def test_all_batches_come_to_the_answers_of_sql(lake, tmp_path):
 
 
 def test_what_was_compacted_since_is_read_as_it_came(lake):
-    came(lake.root.url, 6)
+    came(lake.root.url, 4)
     lake.compact(**COMPACT)
     compacted = [path for path in files(lake) if path.name.startswith("compacted-")]
     expected = ask(Q01, lake.snapshot())
@@ -103,7 +103,7 @@ def test_what_was_compacted_since_is_read_as_it_came(lake):
 
 def test_everything_is_read_where_what_is_new_cannot_be_told(lake, caplog):
     first = files(lake)
-    snapshot = came(lake.root.url, 6)
+    snapshot = came(lake.root.url, 4)
     new, expected = files(lake) - first, ask(Q01, snapshot)
     lake.compact(**COMPACT)
     for path in new:  # as after a day

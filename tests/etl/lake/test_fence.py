@@ -12,9 +12,7 @@ from etl.leases import LeaseLost
 from etl.storage import Root
 
 STEPS = {
-    "written down": ingest,
     "before the commit: item": ingest,
-    "before it is published": ingest,
     "before the archive: item": landing,
     "before the compaction is published": compaction,
 }
