@@ -46,4 +46,6 @@ def waits(marks: str):
 @flow
 def is_long(marks: str) -> None:
     Path(marks, "long").touch()
-    time.sleep(4)
+    until = time.monotonic() + 60
+    while not Path(marks, "refused").exists() and time.monotonic() < until:
+        time.sleep(0.1)

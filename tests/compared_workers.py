@@ -38,6 +38,8 @@ async def main(kind: str, marks: Path) -> None:
         runs = {name: (await client.create_flow_run_from_deployment(ids[name])).id for name in FLOWS}
         await there(marks, "long")
         runs["is_refused"] = (await client.create_flow_run_from_deployment(ids["is_long"])).id
+        await ended(client, runs["is_refused"])
+        (marks / "refused").touch()
         await there(marks, str(runs["waits"]))
         await client.set_flow_run_state(runs["waits"], Cancelling())
         found = {name: await ended(client, run) for name, run in runs.items()}
