@@ -42,6 +42,10 @@ class RowsDiffer(RuntimeError):
     """A compaction would have changed rows, or did and was taken back."""
 
 
+class Left(RuntimeError):
+    """A table that cannot be compacted before something else was done, which the message says."""
+
+
 class Overlapped(RuntimeError):
     """Another writer replaced a file that this compaction had read."""
 
@@ -145,6 +149,8 @@ def _told(line: dict[str, Any]) -> Iterator[None]:
     """What goes wrong with a table is told in its line, and in full on stderr; the next one has its turn."""
     try:
         yield
+    except Left as error:
+        line["note"] = str(error)
     except (LeaseHeld, Overlapped) as error:
         line["note"] = f"left to another compaction: {error}"
     except Exception as error:
@@ -158,14 +164,20 @@ def _readable(lake: "Lake", table: str, published: dict[str, Any] | None) -> tup
 
     Raises schemas.RowsTaken: what others took away is no reason to leave the table to them.
     """
+    from deltalake.exceptions import DeltaError
+
     newest = lake.table(table)
     if published is None or table not in published["tables"]:
         return newest, retention.names_of(newest)
     version = published["tables"][table]
-    if schemas.look(lake, table, version).cleaned:  # by others: nobody can open the published one any more
-        return newest, retention.names_of(newest)
-    before = lake.table(table, version)
     is_ahead = (newest.transaction_version(commit.APP_ID) or 0) > published["batch"]
+    schemas.look(lake, table, version)
+    try:
+        before = lake.table(table, version)
+    except DeltaError:  # others cleaned the log of it, or of what it builds on: nobody can open it any more
+        if is_ahead:
+            raise Left(f"others cleaned its log while a batch was half in: run {lake.ingested_by} first") from None
+        return newest, retention.names_of(newest)
     return before if is_ahead else newest, retention.names_of(newest) | retention.names_of(before)
 
 
