@@ -129,22 +129,22 @@ def create_table(
     properties: dict[str, str],
     about: Action,
     partitions: Sequence[str] = (),
-) -> bool:
-    """Version 0 of a table, unless it is there already: then False; safe to race.
+) -> None:
+    """Version 0 of a table, unless it is there already; safe to race.
 
     `columns`: Polars types by name; `keys`: those that are never null; `about`: for the commit, as run_id and stage;
     `partitions`: the columns by which it is partitioned.
     """
     if root.exists(commit_of(table, 0)):
         root.sync([log_of(table)])  # who made it may have died before it was
-        return False
+        return
     fields = [field(name, dtype, name not in keys) for name, dtype in columns.items()]
     lines = [
         commit_info("CREATE TABLE", about),
         {"protocol": {"minReaderVersion": 1, "minWriterVersion": 2}},
         meta_data(table.rpartition("/")[2], fields, properties, partitions=partitions),
     ]
-    return commit(root, table, 0, lines)
+    commit(root, table, 0, lines)
 
 
 def commit_info(operation: str, about: Action) -> Action:

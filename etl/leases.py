@@ -13,6 +13,7 @@ is done next a holder may be stopped again. So what is done next has to be harml
 conditional on what the holder has read before.
 """
 
+import abc
 import contextlib
 import fcntl
 import json
@@ -40,16 +41,16 @@ class LeaseLost(LeaseHeld):
     """The lease was taken over, since it was not renewed in time; what was published meanwhile is another's."""
 
 
-class Lease:
+class Lease(abc.ABC):
     """A lease that is held. `fence`: its number. `about`: what the holder leaves for the next one, and what it got."""
 
     def __init__(self, url: str, holder: str, before: dict[str, Any]):
         self._url, self._holder, self._token, self._beat = url, holder, os.urandom(16).hex(), 0
         self.fence, self.about = int(before.get("fence", 0)) + 1, dict(before.get("about", {}))
 
+    @abc.abstractmethod
     def require(self) -> None:
         """Raises LeaseLost unless the lease is held now."""
-        raise NotImplementedError
 
     def rise(self, fence: int) -> None:
         """Have a number above `fence`, which was given out by a lease that somebody removed."""
@@ -57,9 +58,9 @@ class Lease:
             self.fence = fence + 1
             self._say(self._holder)
 
+    @abc.abstractmethod
     def _say(self, holder: str | None) -> None:
         """Write the document. `holder`: None to let go of it."""
-        raise NotImplementedError
 
     def _document(self, holder: str | None) -> bytes:
         self._beat += 1

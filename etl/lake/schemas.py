@@ -53,13 +53,11 @@ class RowsTaken(SchemasDiffer):
 
 class Look(NamedTuple):
     """What came to a table since it was published: its newest `version`, the newest `batch` of ours, 0 for none,
-    whether its columns may have been `touched`, and whether the log has been `cleaned` of what was published. `why`:
-    what of it is not welcome."""
+    and whether its columns may have been `touched`. `why`: what of it is not welcome."""
 
     version: int
     batch: int
     touched: bool
-    cleaned: bool = False
     why: str | None = None
 
 
@@ -173,7 +171,7 @@ def look(lake: "Lake", table: str, after: int) -> Look:
     except delta.Cleaned:  # what came is known by the table alone
         handle = lake.table(table)
         _require_all_rows(lake, table, handle)
-        return Look(handle.version(), handle.transaction_version(APP_ID) or 0, touched=True, cleaned=True)
+        return Look(handle.version(), handle.transaction_version(APP_ID) or 0, touched=True)
     if gone:
         raise RowsTaken(_taken(table, f"by {' and '.join(sorted(set(gone.values())))}", after))
     return Look(version, batch, touched)
