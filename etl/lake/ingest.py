@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import polars as pl
 
 from etl.lake import commit as commits
-from etl.lake import evolution, formats, landing, ledger, parse, schemas, snapshot, upsert
+from etl.lake import evolution, formats, landing, ledger, memory, parse, schemas, snapshot, upsert
 from etl.lake.landing import File
 from etl.lake.table import QUARANTINE, RESCUED, DataType, Table
 from etl.leases import LeaseHeld, LeaseLost
@@ -267,7 +267,7 @@ def read(batch: Batch, *, max_bad_share: float = 1.0, max_inflated: int = format
     expected = {f["path"]: f["sha256"] for f in batch.manifest["files"]} if batch.manifest else {}
     most = 1.0 if batch.manifest else max_bad_share
     room = math.inf if batch.manifest else max(max_inflated, sum(file.bytes for file in batch.files))
-    with ThreadPoolExecutor(cores + 1) as pool:  # one reads and hashes while Polars has the cores
+    with memory.kept(), ThreadPoolExecutor(cores + 1) as pool:  # one reads and hashes while Polars has the cores
         opened = _under_way(pool, lambda file: _open(batch, file, expected), batch.files, cores)
         opened = _within(_without_copies(batch, opened), room)
         groups = list(_under_way(pool, lambda group: _look(batch, group, most), _groups(opened), cores))

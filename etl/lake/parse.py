@@ -138,6 +138,17 @@ def _count(data: bytes, byte: bytes) -> int:
     return sum(int(np.count_nonzero(part == byte[0])) for part in parts)
 
 
+def _has_null(data: bytes) -> bool:
+    """As b"null" in data, in a third of its time: four bytes are a number, at each of four offsets."""
+    null = np.frombuffer(b"null", np.uint32)
+    for offset in range(min(4, len(data) - 3)):
+        values = np.frombuffer(data, np.uint32, (len(data) - offset) // 4, offset)
+        for start in range(0, len(values), COUNTED_BYTES // 4):
+            if (values[start : start + COUNTED_BYTES // 4] == null).any():
+                return True
+    return False
+
+
 def parse(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The rows that fit (the table's columns, typed, and `_rescued`), and the lines that do not (`REFUSED`).
 
@@ -538,7 +549,7 @@ def _nulls_marked(data: bytes, table: Table) -> tuple[dict[str, str], bytes] | N
     """
     marks: dict[str, str] = {}
     optional = [name for name, column in table.fields.items() if column.optional]
-    if not optional or b"null" not in data:  # to look for it is a tenth of all the work
+    if not optional or not _has_null(data):
         return marks, data
     for name in optional:
         marked = data

@@ -341,3 +341,10 @@ def test_a_table_without_a_text_is_read_as_any_other():
         rows, refused = parse.parse(data, table)
         assert rows["id"].to_list() == [1, 2] and refused.is_empty()
         assert rows[RESCUED].to_list() == rescued
+
+
+@pytest.mark.parametrize("length", [0, 3, 4, 5, 7, 8, 1 << 18, (1 << 18) + 3, (1 << 18) + 7])
+def test_a_null_is_seen_wherever_it_is(length):
+    assert not parse._has_null(b"n" * length)
+    for start in {0, 1, 2, 3, length // 2, length - 6, length - 5, length - 4} & {*range(length - 3)}:
+        assert parse._has_null(b"n" * start + b"null" + b"l" * (length - start - 4)), start
