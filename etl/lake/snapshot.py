@@ -6,6 +6,7 @@ those versions and nothing else.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 POINTER = "lake/published.json"
 IN_POINTER = {"batch", "as_of", "tables", "run_id", "published_at"}
+PIECE_ROWS = 150_000
 PINNED = "lake/pinned.json"  # a root that reads a snapshot of another one, as a replay does
 
 
@@ -78,13 +80,34 @@ class Snapshot:
     def frame_of(self, table: str, files: list[delta.Action]) -> pl.LazyFrame:
         """The rows of some files of the table, as its log adds them, in the declared columns: as `frame`, where the
         table's columns are those of when the files came."""
+        schema = self._rows(table).collect_schema()
+        return self._of_files(table, [(unquote(file["path"]), delta.values_of(file, schema)) for file in files])
+
+    def _of_files(self, table: str, files: list[tuple[str, dict[str, Any]]]) -> pl.LazyFrame:
+        """The rows of files of the table, each with its path in the table's folder and the values of its partition."""
         folder, schema = self.root.url_of(f"lake/{table}"), self._rows(table).collect_schema()
-        rows = upsert.scan(
-            [upsert.File(f"{folder}/{unquote(file['path'])}", delta.values_of(file, schema)) for file in files],
-            schema,
-            self.root.storage_options,
-        )
+        named = [upsert.File(f"{folder}/{path}", values) for path, values in files]
+        rows = upsert.scan(named, schema, self.root.storage_options)
         return rows.with_columns(self.otherwise(table)).select(name for name in self.lake.columns[table])
+
+    def pieces(
+        self, table: str, columns: list[str], *, where: pl.Expr | None = None, most: int = PIECE_ROWS
+    ) -> Iterator[pl.DataFrame]:
+        """The table's rows, at most `most` at a time, and no more of them in memory; but for a table in which the
+        newest row of a key counts. `where`: which of them, by any of the declared columns.
+
+        A stream that Polars collects reads ahead without end: six million rows of eight columns took 350 MB more.
+        """
+        every = pl.lit(True) if where is None else where
+        if self.overlay(table):
+            yield from self.frame(table).filter(every).select(columns).collect().iter_slices(most)
+            return
+        for file in delta.files(self.table(table)):
+            rows = self._of_files(table, [(file.rel, file.values)])
+            if where is not None and not rows.filter(every).select(pl.len()).collect().item():
+                continue
+            for start in range(0, file.rows, most):
+                yield rows.slice(start, most).filter(every).select(columns).collect()
 
     def overlay(self, table: str) -> upsert.Overlay | None:
         """Of a table in which the newest row of a key counts, what counts beside its compacted files."""

@@ -29,7 +29,7 @@ def fill(url: str) -> None:
 
 def publish_model(url: str, max_trees: int) -> str:
     """Train on what is in the lake and publish; returns the model_id."""
-    training, validation, held_out = model.split(Lake(url).snapshot().frame("lineitem", model.COLUMNS).collect())
+    training, validation, held_out = model.split(Lake(url).snapshot())
     booster = model.train(training, validation, max_trees=max_trees)
     return model.publish(Root.at(url), booster, model.judge(booster, held_out), held_out, TRAIN_RUN)
 

@@ -152,8 +152,9 @@ def _prepare_model(world: World) -> None:
 def _live_model(folder: Path) -> None:
     rows = lake_world.real()[0]["lineitem"]
     for trees in (2, 3):
-        booster = model.train(rows, rows, max_trees=trees)
-        model.publish(Root.at(f"{folder}/root"), booster, {"trees": trees}, rows, f"train-{trees}")
+        training, validation, held_out = model.parted([rows], rows.height)
+        booster = model.train(training, validation, max_trees=trees)
+        model.publish(Root.at(f"{folder}/root"), booster, {"trees": trees}, held_out, f"train-{trees}")
 
 
 # --- what must hold then ---

@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import xgboost
+from polars.testing import assert_frame_equal
 from support import orchestrate
 
 from etl import charts
+from etl.models import registry
 from etl.storage import Root
-from pipeline import model, source
+from pipeline import Lake, model, source
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +30,23 @@ def lineitem(tmp_path_factory):
     return pl.read_parquet(folder / "lineitem.parquet", columns=["l_orderkey", *model.COLUMNS])
 
 
+def parted(lineitem):
+    return model.parted([lineitem], lineitem.height)
+
+
 @pytest.fixture(scope="module")
 def parts(lineitem):
-    return model.split(lineitem)
+    return parted(lineitem)
+
+
+@pytest.fixture(scope="module")
+def held_out(parts):
+    return parts.held_out
 
 
 @pytest.fixture(scope="module")
 def booster(parts):
-    training, validation, _ = parts
-    return model.train(training, validation)
+    return model.train(parts.training, parts.validation)
 
 
 @pytest.fixture(scope="module")
@@ -51,24 +62,31 @@ def epochs():
 @pytest.fixture(scope="module")
 def memory(lineitem):
     """A model that has learnt much of the rows by heart, the held-out ones too."""
-    return model.train(lineitem, lineitem, max_depth=8, max_trees=60)
+    every = xgboost.QuantileDMatrix(
+        features(lineitem).to_numpy(), model._late(lineitem).to_numpy(), feature_names=[*model.FEATURES]
+    )
+    return model.train(every, every, max_depth=8, max_trees=60)
 
 
 @pytest.fixture
-def root(booster, parts, tmp_path):
+def root(booster, held_out, tmp_path):
     """A root with a published champion."""
     url = str(tmp_path / "root")
-    model.publish(Root.at(url), booster, model.judge(booster, parts[2]), parts[2], "train-1")
+    model.publish(Root.at(url), booster, model.judge(booster, held_out), held_out, "train-1")
     return url
+
+
+def features(lineitem):
+    return pl.DataFrame(model.SPEC.matrix(lineitem), schema=[*model.FEATURES])
 
 
 def test_features_are_known_when_the_item_ships(lineitem):
     """They come from the eight shipping columns alone: not from the receipt date, the flags or the keys."""
     assert not {"l_receiptdate", "l_returnflag", "l_linestatus", "l_ship_time"} & set(model.SHIPPED)
-    alone = model.features(lineitem.select(model.SHIPPED))
+    alone = features(lineitem.select(model.SHIPPED))
     assert alone.columns == [*model.FEATURES]
     later = lineitem.with_columns(pl.col("l_receiptdate") + timedelta(days=100))
-    assert model.features(later).equals(alone)
+    assert features(later).equals(alone)
     assert not np.isnan(alone.to_numpy()).any()
 
 
@@ -83,8 +101,8 @@ def test_features_of_one_item_by_hand():
         "l_shipmode": "TRUCK",
         "l_shipinstruct": "BY PIGEON",
     }
-    row = model.features(pl.DataFrame([item])).row(0)
-    assert row[:6] == pytest.approx((-30, 17, 24710.35 / 17, 0.04, 0.02, model.MODES.index("TRUCK")))
+    row = features(pl.DataFrame([item])).row(0)
+    assert row[:6] == pytest.approx((-30, 17, 1453, 0.04, 0.02, model.MODES.index("TRUCK")))
     assert math.isnan(row[6])
 
 
@@ -92,48 +110,80 @@ def test_an_item_is_late_after_the_promised_day_not_on_it():
     promised = date(1996, 2, 12)
     received = [promised - timedelta(days=1), promised, promised + timedelta(days=1)]
     items = pl.DataFrame({"l_commitdate": [promised] * 3, "l_receiptdate": received})
-    assert model.late(items).to_list() == [False, False, True]
+    assert model._late(items).to_list() == [False, False, True]
 
 
-def test_a_row_is_in_the_same_part_whatever_its_key_and_whatever_else_is_there(lineitem, parts):
-    assert sum(part.height for part in parts) == lineitem.height
-    shares = [part.height / lineitem.height for part in parts]
+def rows_of(part):
+    """The rows of a part in an order that only depends on them: features, and the label."""
+    if isinstance(part, model.Rows):
+        frame = pl.DataFrame(part.matrix, schema=[*model.FEATURES]).with_columns(late=part.late.astype("float32"))
+    else:
+        values = part.get_data().toarray()  # what is left of them: in which bin each is
+        frame = pl.DataFrame(values, schema=[*model.FEATURES]).with_columns(late=part.get_label())
+    return frame.sort(pl.all())
+
+
+def test_a_row_is_in_the_same_part_whatever_its_key_and_in_whatever_order_and_pieces_they_come(lineitem, parts):
+    assert sum(parts.heights) == lineitem.height
+    shares = [height / lineitem.height for height in parts.heights]
     assert shares == pytest.approx([0.7, 0.1, 0.2], abs=0.01)
-    rows = lineitem.with_row_index("row")
-    again = rows.reverse().filter(pl.col("row") % 3 == 0).with_columns(pl.col("l_orderkey") + 6_000_000_000)
-    for part, other in zip(model.split(rows), model.split(again), strict=True):
-        assert set(other["row"]) == {row for row in part["row"] if row % 3 == 0}
-    late = [model.late(part).mean() for part in parts]
-    assert late == pytest.approx([model.late(lineitem).mean()] * 3, abs=0.01)
+    again = lineitem.sample(fraction=1, shuffle=True, seed=3).with_columns(pl.col("l_orderkey") + 6_000_000_000)
+    other = model.parted(again.iter_slices(7_001), lineitem.height)
+    for part, same in zip(parts, other, strict=True):
+        assert_frame_equal(rows_of(part), rows_of(same))
+    late = [parts.training.get_label().mean(), parts.validation.get_label().mean(), parts.held_out.late.mean()]
+    assert late == pytest.approx([model._late(lineitem).mean()] * 3, abs=0.01)
 
 
-def test_a_stream_that_repeats_its_rows_has_none_in_two_parts(epochs):
+def test_a_window_has_the_rows_that_shipped_in_it(filled):
+    snapshot = Lake(filled).snapshot()
+    shipped = snapshot.frame("lineitem", ["l_ship_time"]).collect().to_series()
+    since = snapshot.as_of + timedelta(days=2)  # most of a stream's items ship in the three days after their order
+    expected = (shipped > since).sum()
+    assert 0 < expected < len(shipped)
+    assert sum(model.split(snapshot, days=-2).heights) == expected
+    assert sum(model.split(snapshot).heights) == len(shipped)
+
+
+def test_the_same_rows_give_the_same_bytes_in_any_order_and_by_any_number_of_threads(lineitem, booster):
+    shuffled = lineitem.sample(fraction=1, shuffle=True, seed=5)
+    parts = model.parted(shuffled.iter_slices(10_000), lineitem.height)
+    for threads in (1, 2):
+        again = model.train(parts.training, parts.validation, threads=threads)
+        assert again.save_raw("json") == booster.save_raw("json")
+
+
+def test_a_stream_that_repeats_its_rows_is_judged_by_one_of_each_and_none_is_in_two_parts(epochs):
     once, thrice = epochs
     assert thrice.height == 3 * once.height
-    parts = [part.select(model.COLUMNS) for part in model.split(thrice)]
-    assert [part.height for part in parts] == [3 * part.height for part in model.split(once)]
-    for part, others in ((0, (1, 2)), (1, (0, 2)), (2, (0, 1))):
-        for other in others:
-            assert parts[part].join(parts[other], on=model.COLUMNS, how="semi").is_empty()
+    parts, other = parted(once), parted(thrice)
+    assert other.heights == (3 * parts.heights[0], 3 * parts.heights[1], parts.heights[2])
+    assert_frame_equal(rows_of(other.held_out), rows_of(parts.held_out))
 
 
-def divergence(booster, rows):
+def divergence(booster, held_out):
     """Kullback and Leibler's, of the model from what TPC-H draws, summed by hand: nats a row."""
-    days = (rows["l_commitdate"] - rows["l_shipdate"]).dt.total_days().to_list()
+    days = held_out.days_to_commit.tolist()
     total = 0.0
-    for left, said in zip(days, model.predict(booster, rows).tolist(), strict=True):
+    for left, said in zip(days, model.predict(booster, held_out).tolist(), strict=True):
         late = min(max(30 - left, 0), 30) / 30
         total += late * math.log(late / said) if late else 0
         total += (1 - late) * math.log((1 - late) / (1 - said)) if late < 1 else 0
-    return total / rows.height
+    return total / held_out.height
+
+
+def everything(lineitem):
+    """All of the rows as those that a model is judged by."""
+    late, matrix = model._late(lineitem).to_numpy(), features(lineitem).to_numpy()
+    return model.Rows(matrix, late, np.arange(len(late), dtype="uint64"), lineitem.head(0))
 
 
 def test_more_epochs_of_the_same_rows_publish_no_worse_model(epochs, tmp_path):
     """With its rows' twins in training, the model of three epochs grew to all of 500 trees, was ten times as far from
     the truth, had a log loss below the lowest that is possible, and was published."""
-    champion = None
+    champion, every = None, everything(epochs[0])
     for rows in epochs:
-        training, validation, held_out = model.split(rows)
+        training, validation, held_out = parted(rows)
         challenger = model.train(training, validation)
         metrics = model.judge(challenger, held_out)
         assert metrics["trees"] < 200
@@ -141,21 +191,21 @@ def test_more_epochs_of_the_same_rows_publish_no_worse_model(epochs, tmp_path):
         assert model.leak(metrics) is None
         assert metrics["divergence"] == pytest.approx(divergence(challenger, held_out), rel=1e-6)
         verdict = model.is_better(challenger, champion, held_out)
-        far = divergence(challenger, epochs[0])
+        far = divergence(challenger, every)
         assert far < 0.0005
-        if champion:
-            assert verdict.better == (far < divergence(champion.booster, epochs[0]))
+        if champion and verdict.better:
+            assert far < divergence(champion.booster, every)
         if verdict.better:
             model.publish(Root.at(str(tmp_path)), challenger, metrics, held_out, f"train-{rows.height}")
             champion = model.load_current(Root.at(str(tmp_path)))
 
 
-def test_a_leak_is_named(memory, booster, parts):
-    metrics = model.judge(memory, parts[2])
+def test_a_leak_is_named(memory, booster, held_out):
+    metrics = model.judge(memory, held_out)
     assert metrics["gap"] < -3 * metrics["gap_error"]
     assert f"gap {metrics['gap']:.6f}, standard error" in model.leak(metrics)
     assert "there is a leak" in model.leak(metrics)
-    assert model.leak(model.judge(booster, parts[2])) is None
+    assert model.leak(model.judge(booster, held_out)) is None
     assert model.leak({"gap": -0.003, "gap_error": 0.001}) is None
     assert model.leak({"gap": -0.0031, "gap_error": 0.001})
     assert model.leak({"gap": -math.inf, "gap_error": math.nan})  # an outcome that is not possible at all
@@ -164,7 +214,7 @@ def test_a_leak_is_named(memory, booster, parts):
 def test_a_leak_fails_the_run_by_name_and_the_champion_stays(project, filled):
     """In a copy of the project whose split leaves the held-out rows in training."""
     code = project / "pipeline" / "model.py"
-    code.write_text(code.read_text().replace("lineitem.filter(percent >= 30),", "lineitem,"))
+    code.write_text(code.read_text().replace("late, percent >= 30)", "late, percent >= 0)"))
     done = orchestrate(project, "run", "train", "--root", filled, "-p", "min_rows=500", "-p", "max_depth=8")
     assert done.returncode == 1
     (record,) = (json.loads(path.read_text()) for path in Path(filled).glob("reports/train/*/*/run.json"))
@@ -173,11 +223,11 @@ def test_a_leak_fails_the_run_by_name_and_the_champion_stays(project, filled):
     assert model.load_current(Root.at(filled)).run_id == "train-1"
 
 
-def test_a_champion_that_has_seen_the_held_out_rows_does_not_stay(memory, booster, parts):
+def test_a_champion_that_has_seen_the_held_out_rows_does_not_stay(memory, booster, held_out):
     """Its log loss on them is lower than any honest model's."""
     champion = model.Model("seen", "train-0", "", {}, memory, model.SPEC)
-    verdict = model.is_better(booster, champion, parts[2])
-    assert model.judge(memory, parts[2])["log_loss"] < model.judge(booster, parts[2])["log_loss"]
+    verdict = model.is_better(booster, champion, held_out)
+    assert model.judge(memory, held_out)["log_loss"] < model.judge(booster, held_out)["log_loss"]
     assert verdict.better
 
 
@@ -213,28 +263,23 @@ def test_metrics_on_rows_small_enough_to_check_by_hand():
     assert model._log_loss(np.array([0.0]), np.array([1.0])) == math.inf
 
 
-def test_the_model_comes_close_to_the_best_possible(booster, parts):
-    metrics = model.judge(booster, parts[2])
+def test_the_model_comes_close_to_the_best_possible(booster, held_out):
+    metrics = model.judge(booster, held_out)
     assert 0 < metrics["gap"] < 0.002
     assert metrics["gap"] == pytest.approx(metrics["log_loss"] - metrics["best_log_loss"])
     assert metrics["best_log_loss"] == pytest.approx(metrics["expected_log_loss"], abs=0.004)
-    assert metrics["rows"] == parts[2].height
+    assert metrics["rows"] == held_out.height
     assert 0.6 < metrics["late_share"] < 0.66
     assert metrics["auc"] > 0.98
     assert 1 < metrics["trees"] < 500  # it stopped early
 
 
-def test_training_twice_gives_the_same_bytes(booster, parts):
-    training, validation, _ = parts
-    assert model.train(training, validation).save_raw("json") == booster.save_raw("json")
-
-
-def test_calibration_counts_every_row_and_is_drawn(booster, parts):
-    result = model.calibration(booster, parts[2])
-    assert result["rows"].sum() == parts[2].height
+def test_calibration_counts_every_row_and_is_drawn(booster, held_out):
+    result = model.calibration(booster, held_out)
+    assert result["rows"].sum() == held_out.height
     assert result.height == 10
     assert ((result["predicted"] - result["observed"]).abs() < 0.08).all()
-    days = model.by_days(booster, parts[2])
+    days = model.by_days(booster, held_out)
     assert ((days["model"] - days["best_possible"]).abs() < 0.1).all()
     for chart, frame in ((model.calibration_chart, result), (model.by_days_chart, days)):
         assert len(charts.show(chart, frame)._repr_png_()[0]) < 40_000
@@ -250,34 +295,36 @@ def test_calibration_counts_every_row_and_is_drawn(booster, parts):
     ],
 )
 def test_too_little_to_learn_from_says_why(lineitem, keep, minimum, reason):
-    assert reason in model.too_little(lineitem.filter(keep), minimum)
-    assert model.too_little(lineitem, 1000) is None
+    assert reason in model.too_little(parted(lineitem.filter(keep)), minimum)
+    assert model.too_little(parted(lineitem), 1000) is None
 
 
-def test_what_is_published_is_what_is_loaded(root, booster, parts):
+def test_what_is_published_is_what_is_loaded(root, booster, held_out):
     loaded = model.load_current(Root.at(root))
-    held_out = parts[2]
     assert loaded.run_id == "train-1"
     assert loaded.model_id == f"train-1-{loaded.sha256[:8]}"
     assert loaded.metrics == model.judge(booster, held_out)
-    assert loaded.predict(held_out) == model.predict(booster, held_out).tolist()
+    golden = held_out.golden
+    assert loaded.predict(golden) == registry.predict(booster, model.SPEC.matrix(golden)).tolist()
     as_sent = [
         {
             key: str(value) if "date" in key else float(value) if "_ship" not in key else value
             for key, value in row.items()
         }
-        for row in held_out.head(20).select(model.SHIPPED).to_dicts()
+        for row in golden.to_dicts()
     ]
-    assert loaded.predict(json.loads(json.dumps(as_sent))) == pytest.approx(loaded.predict(held_out.head(20)), abs=1e-6)
+    assert loaded.predict(json.loads(json.dumps(as_sent))) == pytest.approx(loaded.predict(golden), abs=1e-6)
 
 
-def test_what_is_stored_of_a_model_has_the_names_of_this_domain(root, booster, parts):
+def test_what_is_stored_of_a_model_has_the_names_of_this_domain(root, booster, held_out):
     (folder,) = Path(root).glob("models/train-1-*")
     assert json.loads((folder / "metrics.json").read_text())["features"] == [*model.FEATURES]
     golden = json.loads((folder / "golden.json").read_text())
     assert list(golden) == ["line_items", "late"]
     assert len(golden["line_items"]) == model.GOLDEN_ROWS and list(golden["line_items"][0]) == model.SHIPPED
-    assert golden["late"] == pytest.approx(model.predict(booster, parts[2].head(model.GOLDEN_ROWS)).tolist(), abs=1e-6)
+    assert golden["late"] == pytest.approx(
+        registry.predict(booster, model.SPEC.matrix(held_out.golden)).tolist(), abs=1e-6
+    )
 
 
 def test_a_damaged_model_is_told_with_what_to_do(root):
@@ -294,14 +341,14 @@ def test_no_model_yet(tmp_path):
     assert model.champion(Root.at(str(tmp_path))) is None
 
 
-def test_the_champion_stays_unless_the_challenger_is_better_on_the_same_rows(root, booster, parts):
-    training, validation, held_out = parts
+def test_the_champion_stays_unless_the_challenger_is_better_on_the_same_rows(root, booster, held_out, lineitem):
     champion = model.champion(Root.at(root))
-    weak = model.train(training.head(500), validation.head(200), max_trees=3)
+    few = parted(lineitem.head(1000))
+    weak = model.train(few.training, few.validation, max_trees=3)
     verdict = model.is_better(weak, champion, held_out)
     assert not verdict.better
-    champion_loss = model.judge(booster, held_out)["log_loss"]
-    assert f"{champion_loss:.6f} on the same {held_out.height:,} rows" in verdict.reason
+    champion_divergence = model.judge(booster, held_out)["divergence"]
+    assert f"{champion_divergence:.6f} on the same {held_out.height:,} rows" in verdict.reason
     assert not model.is_better(booster, champion, held_out).better  # no better than itself
 
     model.publish(Root.at(root), weak, {}, held_out, "train-2")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 from support import AT, ingest_all
 
 from etl import delta
@@ -136,3 +137,17 @@ def test_no_batch_is_begun_where_the_pointer_is_gone(filled):
     Root.at(filled).remove(snapshots.POINTER)
     with pytest.raises(Damaged, match="lake/published.json is gone"):
         Lake(filled).next_batch(max_files=9, scheduled_for=AT)
+
+
+def test_rows_in_pieces_are_those_of_the_frame(filled):
+    lake = Lake(filled)
+    snapshot, columns = lake.snapshot(), ["l_orderkey", "l_linenumber", "l_quantity"]
+    every = snapshot.frame("lineitem", columns).collect().sort(columns)
+    pieces = [*snapshot.pieces("lineitem", columns, most=1_000)]
+    assert len(pieces) > every.height // 1_000 and max(piece.height for piece in pieces) == 1_000
+    assert_frame_equal(pl.concat(pieces).sort(columns), every)
+    few = pl.col("l_discount") > 0.08  # of a column that is not read
+    expected = snapshot.frame("lineitem").filter(few).select(columns).collect().sort(columns)
+    assert 0 < expected.height < every.height
+    assert_frame_equal(pl.concat(snapshot.pieces("lineitem", columns, where=few)).sort(columns), expected)
+    assert not [*snapshot.pieces("lineitem", columns, where=pl.col("l_discount") > 1)]

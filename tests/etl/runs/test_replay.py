@@ -225,7 +225,7 @@ def test_generate_and_train_are_replayed_from_what_they_started_from(project, fi
     place.write(source.DESCRIPTION, json.dumps(vars(stream) | {"next_tick": 3}).encode())
     tick = run_once(project, "generate", filled, ["scale=0.01", "slices=40", "max_ticks=2"])
     assert (tick["state"], tick["metrics"]["last_tick"]) == ("ok", 4), tick["reason"]
-    training, validation, held_out = model.split(Lake(filled).snapshot().frame("lineitem", model.COLUMNS).collect())
+    training, validation, held_out = model.split(Lake(filled).snapshot())
     champion = model.train(training, validation, max_trees=60)
     model.publish(place, champion, model.judge(champion, held_out), held_out, "train-champion")
     beaten = run_once(project, "train", filled, ["min_rows=500", "max_trees=60"])
