@@ -1,6 +1,7 @@
 """Who may write: one holder at a time, each with a number that is higher than all before it, its fence.
 
-On this machine the operating system holds a lease (flock) and frees it the moment its holder dies. In an object store
+On this machine the operating system holds a lease (flock) and frees it the moment its holder dies, and not before: one
+that is stopped keeps it, and whoever waits is told which process that is and what ends it. In an object store
 it is a document that its holder writes again every RENEW_S seconds. Two machines' clocks are never held against each
 other: whoever waits looks whether the document changes, by the watch of its own process, and takes the lease over when
 it has not for DEAD_S. Taking, renewing and letting go are conditional on what was there, so that of two who take it
@@ -19,9 +20,12 @@ import fcntl
 import json
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,6 +51,8 @@ class Lease(abc.ABC):
     def __init__(self, url: str, holder: str, before: dict[str, Any]):
         self._url, self._holder, self._token, self._beat = url, holder, os.urandom(16).hex(), 0
         self.fence, self.about = int(before.get("fence", 0)) + 1, dict(before.get("about", {}))
+        self._who = {"pid": os.getpid(), "started": started(os.getpid()), "machine": machine()}
+        self._who |= {"host": socket.gethostname(), "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"}
 
     @abc.abstractmethod
     def require(self) -> None:
@@ -65,7 +71,45 @@ class Lease(abc.ABC):
     def _document(self, holder: str | None) -> bytes:
         self._beat += 1
         said = {"holder": holder, "fence": self.fence, "beat": self._beat, "token": self._token, "about": self.about}
-        return json.dumps(said).encode()
+        return json.dumps(said | self._who).encode()
+
+
+def machine() -> str:
+    """Where process ids mean the same: this start of this machine, in this container."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+
+
+def started(pid: int) -> int | None:
+    """When the process started, counted since the machine did; None when there is none. With the pid it names one."""
+    values = _status(pid)
+    return None if values[0] in "ZX" else int(values[19])
+
+
+def _status(pid: int) -> list[str]:
+    """The values of /proc/<pid>/stat from the third on: its state, X where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ["X"]
+
+
+def who(document: dict[str, Any]) -> str:
+    """Who holds a lease by its document, since when; of a process that is stopped also what ends that."""
+    holder, pid = document.get("holder") or "another process", document.get("pid")
+    if not pid:
+        return str(holder)
+    told = f"{holder} (process {pid} on {document.get('host')}, since {document.get('since')})"
+    return f"{told}: {ends}" if (ends := stopped(document)) else told
+
+
+def stopped(document: dict[str, Any]) -> str:
+    """What to do about a holder that is a process of this machine and stopped; empty where it is none."""
+    pid = document.get("pid")
+    if not document.get("holder") or not pid or document.get("machine") != machine():
+        return ""
+    if started(pid) != document.get("started") or _status(pid)[0] not in "Tt":
+        return ""
+    return f"it is stopped: `kill -CONT {pid}` lets it go on, `kill -9 {pid}` ends it, and the next run does its work"
 
 
 class FileLease(Lease):
@@ -100,7 +144,7 @@ def of_file(path: str, holder: str, wait_s: float) -> Iterator[FileLease]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise LeaseHeld(f"{path} is held by {_read(file).get('holder') or 'another process'}") from None
+                    raise LeaseHeld(f"{path} is held by {who(_read(file))}") from None
             else:
                 if os.fstat(file.fileno()).st_nlink:  # else it was removed before it was locked
                     lease = FileLease(path, holder, file)
@@ -211,7 +255,7 @@ def _taken(root: "Root", rel: str, holder: str, wait_s: float) -> StoreLease:
             if lease.take(seen):
                 return lease
         elif now > deadline and alive and now - since < 2 * RENEW_S:
-            raise LeaseHeld(f"{root.url_of(rel)} is held by {document['holder']}")
+            raise LeaseHeld(f"{root.url_of(rel)} is held by {who(document)}")
         time.sleep(LOOK_S)
         if (mark := root.mark(rel)) != seen:
             seen, since, alive = mark, time.monotonic(), mark is not None

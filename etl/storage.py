@@ -422,16 +422,40 @@ class Root:
         """As `read`, where it can be had without reading all of it: what is used of it."""
         return self.read(rel)
 
-    def move(self, source: str, target: str) -> bool:
-        """Move a file. One that is there already and gone from `source` was moved before: fine.
+    def move(self, source: str, target: str, mark: str | None = None) -> bool:
+        """Move a file; with a `mark` no other than the one that has it. One that is at `target` already and gone from
+        `source` was moved before: fine.
 
-        False when it is at `target` now and could not be taken away from `source`.
+        False when something is at `source` still: it could not be taken away, or is another file by now, which stays.
         """
         try:
-            self._fs.mv(self._path(source), self._path(target))
+            self._fs.cp_file(self._path(source), self._path(target), **({"CopySourceIfMatch": mark} if mark else {}))
         except FileNotFoundError:
             if not self.exists(target):
                 raise
+        except OSError as error:
+            if not _is_conflict(error):
+                raise
+            return False
+        else:
+            return self._remove_if(source, mark)
+        return True
+
+    def _remove_if(self, rel: str, mark: str | None) -> bool:
+        """Remove a file, with a `mark` only the one that has it, where the store knows such a condition; whether it is
+        gone."""
+        if mark is None or not hasattr(self._fs, "call_s3"):
+            self.remove(rel)
+            return True
+        bucket, key, _ = self._fs.split_path(self._path(rel))
+        try:
+            self._fs.call_s3("delete_object", Bucket=bucket, Key=key, IfMatch=mark)
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            if not _is_conflict(error):
+                raise
+            return not self.exists(rel)
         return True
 
     def remove(self, rel: str) -> None:
@@ -691,8 +715,10 @@ class LocalRoot(Root):
                 return b""
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
-    def move(self, source: str, target: str) -> bool:
+    def move(self, source: str, target: str, mark: str | None = None) -> bool:
         make_folder(os.path.dirname(self._path(target)))
+        if mark and self.mark(source) not in (mark, None):
+            return False
         try:
             os.replace(self._path(source), self._path(target))
         except FileNotFoundError:
@@ -701,10 +727,16 @@ class LocalRoot(Root):
         except OSError as error:
             if error.errno not in NOT_RENAMED:
                 raise
-            return self._copy_away(source, target)
+            return self._copy_away(source, target, mark)
+        else:
+            if mark and self.mark(target) != mark:  # it came between the look and the move, and goes back
+                with contextlib.suppress(FileExistsError):  # what came later is what its producer wants
+                    os.link(self._path(target), self._path(source), follow_symlinks=False)
+                os.unlink(self._path(target))
+                return False
         return True
 
-    def _copy_away(self, source: str, target: str) -> bool:
+    def _copy_away(self, source: str, target: str, mark: str | None) -> bool:
         """As `move`, to another filesystem, or of a file that may not be taken away."""
         path = self._path(source)
         mode = os.lstat(path).st_mode
@@ -714,6 +746,8 @@ class LocalRoot(Root):
             with contextlib.suppress(FileExistsError):
                 os.symlink(os.readlink(path), self._path(target))
         else:
+            return False
+        if mark and self.mark(source) != mark:
             return False
         try:
             os.unlink(path)

@@ -29,6 +29,7 @@ class Fault:
     status: int | None = None  # of the answer that is given instead; None: the connection is closed without one
     code: str = ""  # of S3's error
     between: Callable[[], object] = lambda: None  # what happens before the client hears anything, or nothing
+    ahead: Callable[[], object] | None = None  # what happens before the server hears of it, which answers as always
 
 
 @dataclass
@@ -49,6 +50,10 @@ class FaultyS3:
     def answer(self, method: str, key: str, status: int, code: str, times: int = 1) -> None:
         """The server is not asked, and the client gets this error."""
         self.faults.append(Fault(method, key, times, forwarded=False, status=status, code=code))
+
+    def before(self, method: str, key: str, ahead: Callable[[], object]) -> None:
+        """Something else happens first."""
+        self.faults.append(Fault(method, key, ahead=ahead))
 
     def count(self, method: str, key: str, status: int | None) -> int:
         """How often a request of this kind ended so."""
@@ -87,6 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
         proxy, key = self.server.proxy, unquote(urlsplit(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = proxy.fault_of(self.command, key)
+        if fault and fault.ahead:
+            fault = fault.ahead() and None
         status, headers, data = self._forward(body) if not fault or fault.forwarded else (fault.status, [], b"")
         if fault:
             fault.between()

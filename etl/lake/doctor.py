@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from etl import delta, findings
+from etl import delta, findings, leases
 from etl.findings import Finding, inspect
 from etl.lake import backup, landing, ledger, quarantine, retention, schemas, snapshot
 from etl.storage import Damaged, Root
@@ -33,6 +33,7 @@ def _looks(lake: "Lake") -> dict[str, Callable[["Lake"], Iterator[tuple[str, str
     """What is looked at -> what finds its problems and their remedies."""
     return {
         "the published snapshot": _pointer,
+        "the writers": _writers,
         "the manifests": _manifests,
         "the rows": _rows,
         **{f"table {name}": partial(_table, table=name) for name in lake.columns},
@@ -75,6 +76,15 @@ def _published(root: Root) -> dict[str, Any] | None:
     with contextlib.suppress(Damaged):
         return snapshot.read_pointer(root)
     return None
+
+
+def _writers(lake: "Lake") -> Iterator[tuple[str, str]]:
+    """Those that are stopped and hold a lease that nobody can take over: that of a root on this machine."""
+    for rel in lake.root.files("leases") if lake.root.may_tear else ():
+        with contextlib.suppress(Damaged):  # as a loss of power leaves it: nobody holds that
+            document = lake.root.read_json(rel) or {}
+            if remedy := leases.stopped(document):
+                yield f"{rel} is held by {document['holder']}, since {document['since']}", remedy
 
 
 def _manifests(lake: "Lake") -> Iterator[tuple[str, str]]:

@@ -195,6 +195,8 @@ def _next(
     last = max((seen.batch for seen in looks.values()), default=0)
     if pointer and last > pointer["batch"] and (last > pointer["batch"] + 1 or not _is_begun(root, last)):
         pointer = commits.catch_up(lake, "catch-up")
+    if pointer and "files" not in pointer["tables"]:  # before any batch: its ledger would begin with that one
+        pointer = _adopt(lake)
     number = pointer["batch"] if pointer else 0
     for unfinished in (number + 1, number):
         manifest = ledger.read(root, unfinished)
@@ -204,8 +206,6 @@ def _next(
                 schemas.require_none(wrong, {file["table"] for file in manifest["files"]})
             files = tuple(replace(landing.of(lake, f["path"], f["bytes"]), again=True) for f in manifest["files"])
             return Batch(lake, unfinished, date, ledger.time_of(manifest, now), files, manifest=manifest), wrong
-    if pointer and "files" not in pointer["tables"]:
-        pointer = _adopt(lake)
     known = ledger.known(lake, pointer)
     waiting = landing.look(lake, known, pointer, max_bytes=max_bytes, quiet_s=quiet_s, now=now)
     files = landing.cut(tuple(file for file in waiting.files if file.table not in wrong), max_files, max_bytes)

@@ -234,20 +234,24 @@ def archive(
 ) -> list[File]:
     """Move ingested files (and their sha256) to the archive of that day. Returns those that changed meanwhile: refused.
 
-    May be called again after a crash. A file that cannot be taken away from landing is copied. `require` is asked
-    before each: what another run has archived may be there again by now, with other content.
+    May be called again after a crash. A file that cannot be taken away from landing is copied. What another run has
+    archived may be there again by now, with other content. So `require` is asked between the look at each and its move,
+    and no other file is moved than the one that was looked at, however long that was ago.
     """
     changed, folders = [], set()
     for file, sha256 in files:
         crash_point(f"before the archive: {file.table}")
-        require()
         entry = root.entry(file.landing)
-        if entry and entry.mark != file.mark and not _is(root, file, sha256):
-            changed.append(file.refused("changed while it was ingested: the lake has what it was before"))
+        is_other = entry and entry.mark != file.mark and not _is(root, file, sha256)
+        target = _free(root, file, date)
+        require()
+        if entry and is_other:
+            why = "changed while it was ingested: the lake has what it was before"
+            changed.append(replace(file, why=why, mark=entry.mark))
         else:
             folders.add(posixpath.dirname(file.archived(date)))
             if entry:  # when it is not there it was moved before, by a run that may have died before it was synced
-                root.move(file.landing, _free(root, file, date))
+                root.move(file.landing, target, entry.mark)
         crash_point(f"after the archive: {file.table}")
     root.sync(filter(root.exists, sorted(folders)))
     refuse(root, changed, date, run_id)
@@ -284,18 +288,21 @@ def _is(root: Root, file: File, sha256: str) -> bool:
 def set_aside(root: Root, repeated: Iterable[File], date: str) -> None:
     """Move files that were ingested before to the archive, apart from the first ones."""
     for file in repeated:
-        root.move(file.landing, _repeated(file, date))
+        root.move(file.landing, _repeated(file, date), file.mark)
 
 
 def refuse(root: Root, files: Iterable[File], date: str, run_id: str) -> None:
-    """Move files to `refused/<date>/`, each beside a file that says why."""
+    """Move files to `refused/<date>/`, each beside a file that says why; one that is another by now stays."""
     for file in files:
         entry = root.entry(file.landing)
+        if entry and file.mark not in ("", entry.mark):
+            continue
         file = replace(file, mark=entry.mark if entry else file.mark)
         target = _refused(file, date)
         root.write(target + WHY, _why(file, run_id))
         crash_point("a refused file is not moved yet")
-        if entry and not root.move(file.landing, target) and not root.exists(target):
+        left = entry and not root.move(file.landing, target, file.mark)
+        if left and root.mark(file.landing) == file.mark and not root.exists(target):
             root.write(target, b"")  # what cannot be copied either, as a pipe
 
 

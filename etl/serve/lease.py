@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from etl.leases import machine, started
 from etl.storage import LocalRoot, Root
 
 log = logging.getLogger(__name__)
@@ -127,20 +128,6 @@ class Lease:
                 self._root.write(self._place(), json.dumps({**self._told, "renewed": count}).encode())
             except Exception as error:  # the root is down: if it is for others too, nobody takes the lease
                 log.warning("the lease of %s cannot be renewed now: %s", self._root.url, error)
-
-
-def machine() -> str:
-    """Where process ids mean the same: this start of this machine, in this container."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-
-
-def started(pid: int) -> int | None:
-    """When the process started, counted since the machine did; None when there is none. With the pid it names one."""
-    try:
-        values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if values[0] in "ZX" else int(values[19])
 
 
 def _has_ended(told: dict[str, Any]) -> bool:

@@ -17,6 +17,7 @@ import pytest
 from etl import storage
 from etl.leases import LeaseHeld
 from etl.storage import PROJECT, Root
+from pipeline import Lake
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -93,6 +94,39 @@ def test_a_move_done_before_is_fine_and_a_lost_file_is_not(place):
     assert place.read("there/it") == b"x"
     with pytest.raises(FileNotFoundError):
         place.move("here", "elsewhere")
+
+
+def test_only_the_file_that_was_looked_at_is_moved(place):
+    place.write("here", b"first")
+    mark = place.mark("here")
+    place.write("here", b"another")
+    assert not place.move("here", "there/it", mark)
+    assert (place.read("here"), place.exists("there/it")) == (b"another", not place.may_tear)  # moto takes no condition
+    assert place.move("here", "there/it", place.mark("here"))
+    assert (place.exists("here"), place.read("there/it")) == (False, b"another")
+
+
+def test_a_file_that_comes_while_another_is_moved_stays(root, monkeypatch):
+    place, replace = Root.at(root), os.replace
+    place.write("here", b"first")
+
+    def late(source: str, target: str) -> None:
+        if target.endswith("there/it"):
+            monkeypatch.undo()
+            place.write("here", b"another")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", late)
+    assert not place.move("here", "there/it", place.mark("here"))
+    assert (place.read("here"), place.names("there")) == (b"another", [])
+
+
+def test_an_object_that_comes_while_another_is_moved_stays(s3_root, faulty):
+    place = Root.at(s3_root)
+    place.write("here", b"first")
+    faulty.before("DELETE", "/here", lambda: place.write("here", b"another"))
+    assert not place.move("here", "there/it", place.mark("here"))
+    assert (place.read("here"), place.read("there/it")) == (b"another", b"first")
 
 
 def test_remove_tree_removes_a_folder(place):
@@ -198,19 +232,25 @@ def test_two_with_one_name_have_one_lease(place, quick):
 
 
 def _hold(url: str, ready) -> None:
-    with Root.at(url).lease("lock", "doomed"):
+    with Root.at(url).lease("leases/lock", "doomed"):
         ready.set()
         time.sleep(60)
 
 
-def test_a_killed_holder_frees_a_local_lease(root):
+def test_a_holder_that_is_stopped_is_named_and_a_killed_one_frees_a_local_lease(root):
     ready = multiprocessing.get_context("spawn").Event()
     holder = multiprocessing.get_context("spawn").Process(target=_hold, args=(root, ready))
     holder.start()
     assert ready.wait(30)
-    os.kill(holder.pid, signal.SIGKILL)
-    with Root.at(root).lease("lock", "next", wait_s=10):
+    os.kill(holder.pid, signal.SIGSTOP)
+    ends = rf"doomed \(process {holder.pid} on .*, since .* UTC\): it is stopped: .*`kill -9 {holder.pid}` ends it"
+    with pytest.raises(LeaseHeld, match=ends), Root.at(root).lease("leases/lock", "next", wait_s=0.1):
         pass
+    (finding,) = Lake(root).look("the writers")
+    assert "leases/lock is held by doomed, since" in finding.problem and f"kill -CONT {holder.pid}" in finding.remedy
+    os.kill(holder.pid, signal.SIGKILL)
+    with Root.at(root).lease("leases/lock", "next", wait_s=10):
+        assert [finding.problem for finding in Lake(root).look("the writers")] == [None]
     holder.join()
 
 

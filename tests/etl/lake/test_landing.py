@@ -248,6 +248,25 @@ def test_what_is_written_to_a_file_after_it_was_ingested_is_told(root):
     assert lake.rebuild()["equal"].all()
 
 
+def test_a_file_that_comes_while_the_one_before_is_archived_stays(root):
+    lake, path = Shop(root), "landing/sales/1.json"
+    lake.root.write(path, b'{"id": 1, "what": "a"}\n')
+    lake.root.write("landing/sales/2.json", b"{oops\n")
+    batch = lake.next_batch(max_files=9, scheduled_for=None)
+    parsed = lake.read(batch)
+    sha256s = dict(parsed.files.select("file", "sha256").rows())
+
+    def come() -> None:  # the writer is stopped after it has asked for its lease
+        lake.root.write(path, b'{"id": 2, "what": "b"}\n')
+        lake.root.write("landing/sales/2.json", b'{"id": 3, "what": "c"}\n')
+
+    landing.archive(lake.root, [(parsed.batch.files[0], sha256s["sales/1.json"])], batch.date, "late", come)
+    landing.refuse(lake.root, parsed.batch.refused, batch.date, "late")
+    assert [file for file, _ in lake.root.tree("landing")] == ["sales/1.json", "sales/2.json"]
+    assert (lake.refused_files(), lake.root.files("archive")) == ([], [])
+    assert drained(lake) == [(2, 2, 0)]
+
+
 def test_landing_may_be_another_filesystem(root, tmp_path):
     with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
         assert os.stat(other).st_dev != os.stat(tmp_path).st_dev
