@@ -296,9 +296,13 @@ def test_tail_follows_a_run_while_it_runs(project, root):
         spool = Root.at(project / "outputs" / "spool")
         while not (begun := spool.names("")) and running.poll() is None:
             time.sleep(0.05)
-        with subprocess.Popen([*command, "runs", "tail", begun[0], "--root", root], **options) as tail:
+        assert running.stdout.readline() == f"new root {root}\n" and running.stdout.readline() == f"{begun[0]}\n"
+        with subprocess.Popen([*command, "runs", "tail", "--root", root], **options) as tail:
             shown = iter(tail.stdout.readline, "")
-            assert "first\n" in shown
+            assert next(shown) == f"{begun[0]}\n" and "first\n" in shown
+            (row,) = json.loads(orchestrate(project, "runs", "list", "--root", root, "--json").stdout)
+            assert (row["run_id"], row["state"]) == (begun[0], "running")
+            assert "running" in orchestrate(project, "runs", "show", begun[0], "--root", root).stdout
             Root.at(root).write("go", b"")
             assert "second\n" in shown
             assert tail.wait() == 0
@@ -421,7 +425,8 @@ def test_a_root_that_is_not_there_is_said_to_be_not_there(project, tmp_path):
     done = orchestrate(project, "run", "greet", "--root", f"{tmp_path}/new [a]")
     assert done.stdout.startswith(f"new root {tmp_path}/new [a]\n")
     done = orchestrate(project, "run", "greet", "--root", f"{tmp_path}/newer", "--json")
-    assert done.stderr == f"new root {tmp_path}/newer\n" and json.loads(done.stdout)[0]["state"] == "ok"
+    (record,) = json.loads(done.stdout)
+    assert done.stderr == f"new root {tmp_path}/newer\n{record['run_id']}\n" and record["state"] == "ok"
     assert "new root" not in orchestrate(project, "run", "greet", "--root", f"{tmp_path}/newer").stdout
 
 
@@ -434,6 +439,8 @@ def test_where_there_are_no_runs_the_roots_that_have_some_are_named(project):
         f"no runs under {project}/outputs",
         f"{project}/outputs/dev has runs: python orchestrate.py runs list --env dev",
     ]
+    done = orchestrate(project, "runs", "tail")
+    assert done.returncode == 1 and f"{project}/outputs/dev has runs" in done.stderr
     done = orchestrate(project, "runs", "list", "--root", "output")
     assert (
         done.returncode == 1 and f"root {project}/output: it is not there" in done.stderr and "--env dev" in done.stderr
