@@ -147,7 +147,11 @@ def run_recorded(
     run_now = partial(run, stage, environment, scheduled_for=scheduled_for, **more)
     records: list[RunRecord] = []
 
-    @flow(name=stage.name, flow_run_name=f"{stage.name} {scheduled_for:%H:%M:%S} by hand", validate_parameters=False)
+    @flow(
+        name=stage.name,
+        flow_run_name=f"{stage.name} {scheduled_for:%Y-%m-%d %H:%M:%S} by hand",
+        validate_parameters=False,
+    )
     def by_hand() -> State[Any]:
         records.append(run_now())
         return state_of(records[0])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import venv
+from datetime import UTC, datetime
 
 import polars as pl
 import pytest
@@ -95,6 +96,7 @@ def test_every_command_has_help():
         ("runs", "diff"),
         ("runs", "sweep"),
         ("replay",),
+        ("repair",),
         ("release",),
         ("releases", "list"),
         ("releases", "show"),
@@ -238,6 +240,45 @@ def test_a_run_again_that_cannot_be_is_refused(greeting):
     done = orchestrate(project, *again, first["run_id"])
     assert done.returncode == 2 and "loud" in done.stderr and "no longer declares" in done.stderr
     assert len(Root.at(root).names("reports/greet/2026-03-01")) == 1
+
+
+def test_what_is_ok_is_not_run_again_and_what_failed_is(greeting):
+    project, root, first = greeting
+    between = ("--from-time", AT, "--to-time", "2026-03-02T00:00:00", "--every", "1 day", "--each", "loud=2,3,2")
+    done = orchestrate(project, "run", "greet", "--root", root, *between, "--json")
+    assert done.returncode == 0, done.stderr
+    (record,) = json.loads(done.stdout)
+    assert (record["scheduled_for"], record["parameters"]["loud"], record["metrics"]["rows"]) == (AT, 3, 9)
+
+    failed = {"run_id": "greet-20260301T120010-abcdef", "state": "failed", "started_at": datetime.now(UTC).isoformat()}
+    index.append(Root.at(root), RunRecord(**first | failed))
+    done = orchestrate(project, "repair", "--since", first["started_at"], "--root", root)
+    assert done.returncode == 0, done.stderr
+    line, end = done.stdout.splitlines()
+    assert line.split()[:4] == ["1/1", "greet", "2026-03-01", "12:00:10"] and failed["run_id"] in line and end == "1 ok"
+    assert index.newest(Root.at(root), limit=1)[0]["state"] == "ok"
+    done = orchestrate(project, "repair", failed["run_id"], "--root", root)
+    assert (done.returncode, done.stdout) == (0, "nothing is left to repair\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("run", "query", "--to-time", "2026-03-01"), "go with --from-time"),
+        (("run", "query", "--from-time", "2026-03-01", "--at", "2026-03-01"), "--at is one time"),
+        (("run", "query", "--from-time", "2026-03-02", "--to-time", "2026-03-02"), "nothing is due"),
+        (("run", "query", "--from-time", "2026-03-02", "--every", "1 dy"), "no duration"),
+        (("run", "query", "--each", "rows_shown"), "name=value,value"),
+        (("run", "query", "--each", "rows_shwon=1"), "did you mean 'rows_shown'"),
+        (("run", "qeury", "--and-after"), "did you mean 'query'"),
+        (("run", "--and-after", "--from", "x"), "stage that is named"),
+        (("repair",), "name a run, or a time"),
+    ],
+)
+def test_many_runs_that_are_asked_for_wrongly_are_refused(arguments, why, root):
+    done = CliRunner().invoke(orchestrate_app, [*arguments, "--root", root])
+    assert done.exit_code == 2 and why in " ".join(done.stderr.replace("│", " ").split()), done.output
+    assert not Root.at(root).is_there()
 
 
 def test_a_replay_exits_with_0_only_when_the_same_comes_out(greeting):
