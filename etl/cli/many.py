@@ -67,7 +67,7 @@ def repair(
         if as_json:
             print_json([{"stage": slice.stage.name, "repeats": slice.parent} for slice in chosen])
         for slice in [] if as_json else chosen:
-            say(str(slice))
+            say(f"{slice}  repeats {slice.parent}")
     elif not any(groups):
         say("[]" if as_json else "nothing is left to repair")
     else:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +130,13 @@ def linked(groups: Sequence[Sequence[Slice]]) -> list[list[Slice]]:
     return made
 
 
-def _readers(due: Sequence[Any], begin: Any, end: Any) -> range:
-    """Where in the sorted times those are that lie from `begin` to before `end`, at least the first from `begin` on."""
-    first = bisect.bisect_left(due, begin)
+def _readers(due: Sequence[Any], begin: Any, end: Any, key: Callable[[Any], Any] | None = None) -> range:
+    """Where of what is due in that order that is which is due from `begin` to before `end`, at least what is first."""
+    first = bisect.bisect_left(due, begin, key=key)
     if first == len(due):
         return range(0)
-    return range(first, max(bisect.bisect_left(due, end), bisect.bisect(due, due[first])))
+    at_once = bisect.bisect(due, key(due[first]) if key else due[first], key=key)
+    return range(first, max(bisect.bisect_left(due, end, key=key), at_once))
 
 
 def not_ok(root: Root, wanted: Sequence[Slice], since: datetime | None = None) -> list[Slice]:
@@ -164,6 +166,11 @@ def to_repair(project: Project, folder: Path, runs: Sequence[dict[str, Any]]) ->
         last[key := key_of(row)] = row
         bad.setdefault(key, []).extend([row["run_id"]] if row["state"] in BAD else [])
     repeats = {row["parent"]: row for row in rows if row["state"] in GOOD}  # with other parameters, perhaps
+    of_stage: dict[str, list[tuple[str, str]]] = {name: [] for name in order}
+    for key, row in last.items():
+        if row["state"] != "cancelled":
+            of_stage[row["stage"]].append((row["scheduled_for"], key))
+    due = {name: sorted(slices) for name, slices in of_stage.items()}
     failed: set[str] = set()
     needs: dict[str, set[str]] = {}  # of what depends: the slices that have to come off before
     mended: set[str] = set()  # of what depends: that of which one came off already, with something new
@@ -174,7 +181,7 @@ def to_repair(project: Project, folder: Path, runs: Sequence[dict[str, Any]]) ->
             continue  # by itself, as by a retry; or nothing is new
         if by is None:
             failed.add(key)
-        for other in _dependents(row, last, order):
+        for other in _dependents(row, due, last):
             if by is None:
                 needs.setdefault(other, set()).add(key)
             elif last[other]["started_at"] < by["started_at"]:
@@ -197,22 +204,21 @@ def to_repair(project: Project, folder: Path, runs: Sequence[dict[str, Any]]) ->
     return groups, [*refused, *(f"{name} is no stage any more" for name in gone)]
 
 
-def _dependents(row: dict[str, Any], last: dict[str, dict[str, Any]], order: list[str]) -> Iterator[str]:
+def _dependents(
+    row: dict[str, Any], due: dict[str, list[tuple[str, str]]], last: dict[str, dict[str, Any]]
+) -> Iterator[str]:
     """Of the stages after that of `row`, the slices that were due from its time to the next of its own that is ok."""
-    begin = row["scheduled_for"]
-    later = [one for one in last.values() if one["stage"] == row["stage"] and one["scheduled_for"] > begin]
-    end = min((one["scheduled_for"] for one in later if one["state"] in GOOD), default="9999")
+    begin, order = row["scheduled_for"], list(due)
+    later = due[row["stage"]][bisect.bisect(due[row["stage"]], begin, key=itemgetter(0)) :]
+    end = next((time for time, key in later if last[key]["state"] in GOOD), "9999")
     for name in order[order.index(row["stage"]) + 1 :]:
-        others = [key for key, one in last.items() if one["stage"] == name and one["state"] != "cancelled"]
-        others.sort(key=lambda key: str(last[key]["scheduled_for"]))
-        for at in _readers([last[key]["scheduled_for"] for key in others], begin, end):
-            yield others[at]
+        for at in _readers(due[name], begin, end, key=itemgetter(0)):
+            yield due[name][at][1]
 
 
 def _again(project: Project, folder: Path, row: dict[str, Any]) -> Slice:
     stage, _, _ = replay.recorded(folder, project.environment.name, row)
-    at, run_id = index.moment(row["scheduled_for"]), row["run_id"]
-    return Slice(stage, project.environment, at, given=f"(repeats {run_id})", parent=run_id)
+    return Slice(stage, project.environment, index.moment(row["scheduled_for"]), parent=row["run_id"])
 
 
 # --- running them ---
