@@ -10,7 +10,8 @@ its name; whatever lies there is found. Stages meet only in the lake, so a late 
     train         every six hours    a model of late deliveries
 
 up      everything: Prefect's server, the schedules, the API and the dashboard
-run     one run now, of one stage or of all, or again with what an earlier run had
+run     one run now, of one stage or of all, again with what an earlier run had, or over many times and values
+repair  what failed, and what depended on it, again
 replay  a run again on the same data, in a root of its own: does the same come out?
 release what `up` runs from now on: the working tree, checked and compared; releases, rollback
 check   parameters, notebooks, env files, tables and questions, without starting a kernel

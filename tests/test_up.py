@@ -189,6 +189,24 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path):
         assert f"`up` is at work on {root} already: process {up.process.pid} on" in told and own in told, told
         assert up.flow_runs("lasts", state_type="RUNNING") and not up.flow_runs("works", state_type="CRASHED")
 
+        # a backfill is one flow of runs; that of one which was killed is closed
+        tags = {"tags": ["etl", str(root), "works: many"]}
+        flow = api_of(up, "/flows/", {"name": "backfill"})
+        running = {"state": {"type": "RUNNING"}, "flow_id": flow["id"], "name": "killed", **tags}
+        api_of(up, "/flow_runs/", running)
+        between = ("--from-time", "2026-03-01", "--to-time", "2026-03-03", "--every", "1 day", "--parallel", "2")
+        server = {"PREFECT_API_URL": f"http://127.0.0.1:{up.prefect}/api"}
+        done = orchestrate(small, "run", "works", "--root", str(root), *between, env=server)
+        assert done.returncode == 0 and done.stdout.splitlines()[-1] == "2 ok", done
+        of_it = api_of(up, "/flow_runs/filter", {"flow_runs": {"tags": {"all_": tags["tags"]}}})
+        shown = {(run["name"], run["state_type"], bool(run["parent_task_run_id"])) for run in of_it}
+        assert shown == {
+            ("killed", "CRASHED", False),
+            ("backfill works", "COMPLETED", False),
+            ("works 2026-03-01 00:00:00 by hand", "COMPLETED", True),
+            ("works 2026-03-02 00:00:00 by hand", "COMPLETED", True),
+        }
+
         # what cannot be run is a failed run with a reason and a report
         tried = [ask_for_what_is_not_there(up)]
 

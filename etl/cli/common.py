@@ -158,13 +158,13 @@ def moment(text: str | None) -> datetime:
     return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
 
 
-def get_run(run_id: str, env: str, root: str | None) -> dict[str, Any]:
-    """A run's record; one that is not in the index is refused."""
-    from etl.runs import index
+def get_run(run_id: str, env: str, root: str | None, may_be_under_way: bool = False) -> dict[str, Any]:
+    """A run's record; one that is not in the index is refused, unless it `may_be_under_way`."""
+    from etl.runs import delivery, index
 
-    asked = existing_root(env, root)
+    asked = existing_root(env, root, may_be_empty=may_be_under_way)
     try:
-        return index.get(asked, run_id)
+        return delivery.get(asked, run_id) if may_be_under_way else index.get(asked, run_id)
     except KeyError:
         refuse(f"there is no run {run_id} under {asked.url}; `runs list` names them")
 

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     from etl.runs.record import RunRecord
 
 INDENT = 10  # of what is said of a bad run, below its time
-STYLES = {"ok": "green", "noop": "dim", "check_failed": "red", "cancelled": "yellow"}  # the other states: bold red
+STYLES = {
+    "ok": "green",
+    "noop": "dim",
+    "check_failed": "red",
+    "cancelled": "yellow",
+    "running": "cyan",
+}  # the other states: bold red
 
 
 def styled(state: str) -> str:
@@ -42,6 +48,20 @@ def print_record(record: "RunRecord", report: str | None = None) -> None:
     for text in (record.reason, *where_it_failed(record)):
         out.print(Padding(escape(text), (0, 0, 0, INDENT)), highlight=False)
     out.print(f"{' ' * INDENT}[dim]{report}[/]", highlight=False, soft_wrap=True)  # whole, to be copied
+
+
+def print_slice(number: str, slice: str, record: "RunRecord | None") -> None:
+    """One line: how many have ended of how many, the slice, state, seconds. Of a bad run reason and report below it."""
+    console = err if err.is_terminal and out.is_terminal else out  # above the bar, which is there
+    if record is None:
+        console.print(f"[dim]{number:>7}  {escape(slice)}  not needed: nothing new came before it[/]", soft_wrap=True)
+        return
+    line = f"[dim]{number:>7}[/]  {escape(slice)}  {styled(record.state)}  {record.seconds:.1f} s"
+    console.print(f"{line}  {escape(record.reason) if record.ok else ''}".rstrip(), highlight=False, soft_wrap=True)
+    if not record.ok:
+        for text in (record.reason, *where_it_failed(record)):
+            console.print(Padding(escape(text), (0, 0, 0, INDENT)), highlight=False)
+        console.print(f"{' ' * INDENT}[dim]{escape(report_of(record))}[/]", highlight=False, soft_wrap=True)
 
 
 def where_it_failed(record: "RunRecord") -> list[str]:
@@ -116,24 +136,58 @@ def text_of(output: dict[str, Any]) -> str:
     return "".join(output["data"].get("text/plain", "")) + "\n"
 
 
+class Shown:
+    """A run on the terminal: its id, and a bar of its cells that goes with its end. Call it before each cell."""
+
+    def __init__(self, stage: Stage, quiet: bool):
+        """`quiet`: no bar, and the id beside what is for programs."""
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._out = err if quiet else out
+        self._bar = Progress(
+            TextColumn("{task.fields[stage]:11}"),
+            BarColumn(24),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            console=err,
+            transient=True,
+            disable=quiet or not err.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", stage=stage.name, total=None)
+
+    def begin(self, run_id: str) -> None:
+        """Print the id of the run, or of its next attempt."""
+        self._bar.stop()  # while there is a bar, what is for a pipe goes to the terminal
+        self._out.print(run_id, highlight=False, markup=False, soft_wrap=True)
+        self._bar.start()
+
+    def __call__(self, done: int, total: int, heading: str) -> None:
+        self._bar.update(self._task, completed=done, total=total, description=heading)
+
+
 @contextmanager
-def progress(stage: Stage, quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar of a run's cells; what to call before each of them."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+def progress(stage: Stage, quiet: bool) -> Iterator[Shown]:
+    """A run on the terminal for the length of the block."""
+    shown = Shown(stage, quiet)
+    with shown._bar:
+        yield shown
 
-    with Progress(
-        TextColumn("{task.fields[stage]:11}"),
-        BarColumn(24),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-        console=err,
-        transient=True,
-        disable=quiet or not err.is_terminal,
-    ) as bar:
-        task = bar.add_task("starting", stage=stage.name, total=None)
 
-        def on_cell(done: int, total: int, heading: str) -> None:
-            bar.update(task, completed=done, total=total, description=heading)
+@contextmanager
+def counted(what: str, total: int, quiet: bool) -> Iterator[Callable[[], object]]:
+    """A progress bar of many runs; what to call when one of them has ended."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-        yield on_cell
+    columns = (TextColumn(what), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    hidden = quiet or not err.is_terminal
+    with Progress(*columns, console=err, transient=True, disable=hidden, redirect_stdout=False) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)

@@ -1,15 +1,16 @@
-"""`run` and `replay`: one run now, or again."""
+"""`run` and `replay`: one run now, or again, or many."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from etl import params
+from etl.cli import many
 from etl.cli.common import (
     AsJson,
     Env,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     app.command()(run)
+    app.command()(many.repair)
     app.command("replay")(replay_run)
 
 
@@ -51,9 +53,27 @@ def run(
     p: Overrides = [],  # noqa: B006
     at: Annotated[str | None, typer.Option(help="The run's own time, ISO 8601; now when absent.")] = None,
     again: Annotated[str | None, typer.Option("--from", help="With this run's parameters and time, then -p.")] = None,
+    begin: Annotated[str | None, typer.Option("--from-time", help="At each time that it is due from here on,")] = None,
+    end: Annotated[str | None, typer.Option("--to-time", help="and before this one; now when absent.")] = None,
+    every: Annotated[
+        str | None, typer.Option(help='Between those times, as "1 day"; by its schedule if absent.')
+    ] = None,
+    each: Annotated[list[str], typer.Option(help="name=value,value: with each of them; more than one is fine.")] = [],  # noqa: B006
+    and_after: Annotated[bool, typer.Option("--and-after", help="Then each stage that follows it.")] = False,
+    ok_since: Annotated[str | None, typer.Option(help="Of many: run again what was ok before this time.")] = None,
+    parallel: many.Parallel = 1,
     as_json: AsJson = False,
 ) -> None:
-    """One run now, with a progress bar; prints state and report. Exit status 1 unless every run is ok or noop."""
+    """One run now, with a progress bar; prints id, state and report. Exit status 1 unless every run is ok or noop.
+
+    Over many times or values: those that are not ok yet, however often it was killed.
+    """
+    if begin or end or every or each or and_after:
+        if again or stage is None:
+            raise typer.BadParameter("many runs are those of a stage that is named, without --from")
+        between = (begin, end, every)
+        many.backfill(stage, env, root, p, at, between, each, and_after, ok_since, parallel, as_json)
+        return
     parent = None
     stages: Sequence[Stage]
     if again:
@@ -146,26 +166,12 @@ def _run_one(
     stage: Stage, environment: Environment, scheduled_for: datetime, quiet: bool, parent: str | None
 ) -> "RunRecord":
     """One run with a progress bar; recorded in Prefect when a server answers."""
-    with progress(stage, quiet) as on_cell:
-        if _prefect_answers():
-            from etl.serve import flows
-
-            return flows.run_recorded(stage, environment, scheduled_for, on_cell, parent)
+    with progress(stage, quiet) as shown:
         from etl.runs import dispatch
 
-        return dispatch.run_stage(
-            stage, environment, scheduled_for=scheduled_for, on_cell=on_cell, parent=parent, page_later=True
-        )
+        run_now = partial(dispatch.run_stage, on_begin=shown.begin, on_cell=shown)
+        if many.prefect_answers():
+            from etl.serve import flows
 
-
-def _prefect_answers() -> bool:
-    """Whether runs can be recorded in Prefect: PREFECT_API_URL is set, or `up` is at work on this machine."""
-    from etl.serve import services
-    from etl.serve.prefect_server import HOST
-
-    if "PREFECT_API_URL" not in os.environ:
-        local = f"http://{HOST}:4200/api"
-        if not services.answers(f"{local}/ready", timeout_s=0.5):
-            return False
-        os.environ["PREFECT_API_URL"] = local
-    return True
+            run_now = partial(flows.run_recorded, run_now)
+        return run_now(stage, environment, scheduled_for=scheduled_for, parent=parent, page_later=True)

@@ -32,7 +32,7 @@ from etl.cli.printing import print_differences, readable, styled, text_of
 REASON_LINES, REASON_WIDTH = 2, 20  # of a reason in the list: about, and at least
 GAPS = 8  # characters between the columns
 app = typer.Typer(no_args_is_help=True, help="The index of runs.")
-State = Literal["ok", "noop", "check_failed", "failed", "timed_out", "killed", "cancelled"]
+State = Literal["running", "ok", "noop", "check_failed", "failed", "timed_out", "killed", "cancelled"]
 
 
 @app.command("list")
@@ -46,13 +46,13 @@ def list_runs(
     limit: Annotated[int, typer.Option(min=1, help="At most so many, newest first.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """The last runs, newest first; a long reason is whole in `runs show`."""
-    from etl.runs import index
+    """The last runs, newest first, with those under way on this machine; a long reason is whole in `runs show`."""
+    from etl.runs import delivery
     from etl.runs.endings import shortened
 
     asked = existing_root(env, root, may_be_empty=True)
     between = {"since": since and moment(since), "until": until and moment(until)}
-    rows: Sequence[dict[str, Any]] = index.newest(asked, stage=stage, state=state, limit=limit, **between)
+    rows: Sequence[dict[str, Any]] = delivery.newest(asked, stage=stage, state=state, limit=limit, **between)
     if as_json:
         print_json(rows)
         return
@@ -76,8 +76,8 @@ def list_runs(
 
 @app.command("show")
 def show_run(run_id: RunId, env: Env = "local", root: RootOption = None, as_json: AsJson = False) -> None:
-    """All that is recorded of one run."""
-    record = get_run(run_id, env, root)
+    """All that is recorded of one run; of one that is under way, what is known by now."""
+    record = get_run(run_id, env, root, may_be_under_way=True)
     if as_json:
         print_json(record)
         return
@@ -91,11 +91,21 @@ def show_run(run_id: RunId, env: Env = "local", root: RootOption = None, as_json
 
 
 @app.command("tail")
-def tail_run(run_id: RunId, env: Env = "local", root: RootOption = None) -> None:
+def tail_run(
+    run_id: Annotated[str | None, typer.Argument(help="A run's id, or its beginning; the newest when absent.")] = None,
+    env: Env = "local",
+    root: RootOption = None,
+) -> None:
     """What a run prints, as it comes; of one that has ended, all of it. Exit status 1 unless it ends ok or noop."""
     from etl.runs import delivery
 
     state, heading, asked = None, None, root_at(root or environment(env).root)
+    if run_id is None:
+        newest = delivery.newest(asked, state="running", limit=1) or delivery.newest(asked, limit=1)
+        if not newest:
+            refuse("\n".join([f"no runs under {asked.url}", *roots_with_runs(asked)]))
+        run_id = newest[0]["run_id"]
+        say(run_id)
     try:
         for event in delivery.follow(run_id, asked):
             if event["event"] == "cell_start":

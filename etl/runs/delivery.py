@@ -20,7 +20,7 @@ from etl.kernels import launch
 from etl.reports import page
 from etl.runs import index, journal, outputs
 from etl.runs.endings import one_line
-from etl.runs.record import Progress, RunRecord, RunRequest
+from etl.runs.record import Progress, RunRecord, RunRequest, now
 from etl.storage import LocalRoot, Root, no_panic
 
 log = logging.getLogger(__name__)
@@ -194,6 +194,51 @@ def from_journal(folder: Path) -> Progress:
         progress.cut_off(outputs.text_tail(cell, progress.at, folder) if cell else "")
     finish(progress)
     return progress
+
+
+def newest(
+    root: Root, stage: str | None = None, state: str | None = None, limit: int = 50, **between: Any
+) -> list[dict[str, Any]]:
+    """As index.newest, and the runs of this machine that are under way or wait for their report."""
+    begun = waiting(root)  # before the index: what is delivered meanwhile is in both
+    rows = index.newest(root, stage=stage, state=state, limit=limit, **between)
+    indexed = {row["run_id"] for row in rows}
+    since, until = (moment and index.moment(moment) for moment in (between.get("since"), between.get("until")))
+    for run in begun:
+        began = index.moment(run["started_at"])
+        if (
+            run["run_id"] not in indexed
+            and stage in (None, run["stage"])
+            and state in (None, run["state"])
+            and not (since and began < since or until and began >= until)
+        ):
+            rows.append(run)
+    return sorted(rows, key=lambda row: (row["started_at"], row["run_id"]), reverse=True)[:limit]
+
+
+def waiting(root: Root) -> list[dict[str, Any]]:
+    """The runs of this machine that have no row in this root's index yet, as that lists them; not all that ended."""
+    listed = []
+    for run in journal.runs():
+        if run["root"] == root.url:
+            began, ended = (index.moment(run[name] or now()) for name in ("started_at", "ended_at"))
+            where = f"in {run['heading']!r}" if run["heading"] and run["state"] == "running" else run["reason"]
+            row = {name: run.get(name) for name in index.LISTED} | {"reason": where, "kept": False}
+            row["scheduled_for"] = index.moment(run["scheduled_for"]).isoformat(timespec="milliseconds")
+            row["report"] = f"reports/{run['stage']}/{run['scheduled_for'][:10]}/{run['run_id']}"
+            listed.append(row | {"seconds": max(0.0, round((ended - began).total_seconds(), 3))})
+    return listed
+
+
+def get(root: Root, run_id: str) -> dict[str, Any]:
+    """As index.get; of a run that is under way, what is known by now."""
+    try:
+        return index.get(root, run_id)
+    except KeyError:
+        begun = [run for run in waiting(root) if run["run_id"].startswith(run_id)]
+        if len(begun) != 1:
+            raise
+        return begun[0]
 
 
 def follow(run_id: str, root: Root | str) -> Iterator[dict[str, Any]]:

@@ -32,6 +32,7 @@ def run_stage(
     environment: Environment,
     *,
     scheduled_for: datetime | None = None,
+    on_begin: Callable[[str], None] | None = None,
     on_cell: Callable[[int, int, str], None] | None = None,
     cancel: threading.Event | None = None,
     parent: str | None = None,
@@ -41,6 +42,7 @@ def run_stage(
 ) -> RunRecord:
     """Run a stage to its end, retries included; the record is that of the last attempt. Every attempt has a report.
 
+    `on_begin` is called with the id of each attempt before it runs.
     `scheduled_for` is now when None; `parent` is the run that this one repeats; `page_later` as in
     engine.execute, for a run on this machine. `refused` says why it cannot begin: then it fails with that reason.
     `release`: the one whose folder the stage was loaded from, so that its code runs; None: this process's own code.
@@ -61,6 +63,8 @@ def run_stage(
                 problem = f"no Dask cluster: {type(error).__name__}: {error}"
             request = make_request(stage, environment, scheduled_for, attempt, address, parent, release)
             request = replace(request, variables=variables, refused=problem or request.refused)
+            if on_begin:
+                on_begin(request.run_id)
             record = _dispatch(request, None if request.refused else stage.machine, on_cell, cancel, page_later)
         if refused or record.state not in RETRIED or attempt > stage.retries:
             return record

@@ -218,6 +218,32 @@ def newest(
     return _last(root, LISTED, limit, stage, state, since, until)
 
 
+def told(
+    root: Root,
+    stages: Iterable[str] | None = None,
+    *,
+    state: Sequence[str] | None = None,
+    since: datetime.datetime | None = None,
+    scheduled: tuple[datetime.datetime | None, datetime.datetime | None] = (None, None),
+) -> list[dict[str, Any]]:
+    """The runs (of these stages, in one of these states) that started at `since` or later and were scheduled between
+    two times, both included; in the order they started.
+
+    Each with run_id, stage, state, scheduled_for, started_at, parent and parameters.
+    """
+    import polars as pl
+
+    index, columns = scan(root), ("run_id", "stage", "state", "scheduled_for", "started_at", "parent", "parameters")
+    conditions = [pl.lit(True)]
+    conditions += [pl.col("stage").is_in(list(stages))] if stages is not None else []
+    conditions += [pl.col("state").is_in(list(state))] if state else []
+    conditions += [pl.col("started_at") >= since] if since else []
+    conditions += [pl.col("scheduled_for") >= scheduled[0]] if scheduled[0] else []
+    conditions += [pl.col("scheduled_for") <= scheduled[1]] if scheduled[1] else []
+    rows = index.filter(conditions).select(columns).sort("started_at", "run_id").collect()
+    return [_as_record(row) for row in rows.to_dicts()]
+
+
 def find_last(
     root: Root, stage: str, state: str = "ok", before: datetime.datetime | str | None = None
 ) -> dict[str, Any] | None:
@@ -300,9 +326,9 @@ def _last(
     if state is not None:
         index = index.filter(pl.col("state").is_in([state] if isinstance(state, str) else state))
     if since is not None:
-        index = index.filter(started >= _moment(since))
+        index = index.filter(started >= moment(since))
     if until is not None:
-        index = index.filter(started < _moment(until))
+        index = index.filter(started < moment(until))
     newest = index.select(columns).sort("started_at", "run_id", descending=True).head(limit)
     rows = [_as_record(row) for row in newest.collect().to_dicts()]
     complete = root.each(lambda row: root.exists(f"{row['report']}/{COMPLETE}"), rows)
@@ -314,9 +340,10 @@ def _read(root: Root, report: str) -> dict[str, Any]:
     return record | {"kept": True}
 
 
-def _moment(time: datetime.datetime | str) -> datetime.datetime:
-    moment = datetime.datetime.fromisoformat(time) if isinstance(time, str) else time
-    return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
+def moment(time: datetime.datetime | str) -> datetime.datetime:
+    """A time, or its ISO text, in UTC unless it says otherwise."""
+    parsed = datetime.datetime.fromisoformat(time) if isinstance(time, str) else time
+    return parsed if parsed.tzinfo else parsed.replace(tzinfo=datetime.UTC)
 
 
 def _as_record(row: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from etl.storage import PROJECT, make_folder, sync
 log = logging.getLogger(__name__)
 POLL_S = 0.2  # of a follower
 JOURNAL, NOTEBOOK = "journal.jsonl", "notebook.ipynb"
+RUNNING = ("running", "")  # state and reason until a run ends
 
 
 def spool() -> Path:
@@ -217,32 +218,45 @@ def locked(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[bool]:
 
 
 def live() -> list[dict[str, Any]]:
-    """The runs under way on this machine: run_id, stage, root, started_at, cell, heading, rss_mb, cpu_s."""
-    runs = []
+    """The runs under way on this machine, as in `runs`."""
+    return [run for run in runs() if run["state"] == "running"]
+
+
+def runs() -> list[dict[str, Any]]:
+    """The runs of this machine that have no report yet: run_id, stage, root, scheduled_for, attempt, started_at, state,
+    reason, ended_at, cell, heading, rss_mb, cpu_s.
+
+    The state is running while its process is there, killed when that died without a word, else the one it ended in.
+    """
+    told = []
     for folder in folders():
-        with contextlib.suppress(OSError, KeyError):  # another user's, or another release's
-            if run := _live(folder):
-                runs.append(run)
-    return runs
+        with contextlib.suppress(OSError, KeyError, TypeError):  # another user's, or another release's
+            if run := _told(folder):
+                told.append(run)
+    return told
 
 
-def _live(folder: Path) -> dict[str, Any]:
-    """What a run that is under way has come to; empty when it is not."""
-    with locked(folder, fcntl.LOCK_SH) as is_free:
-        if is_free:
-            return {}
+def _told(folder: Path) -> dict[str, Any]:
+    """What a run has come to; empty when it has not begun."""
+    with locked(folder, fcntl.LOCK_SH) as is_free:  # asked before reading: what it wrote last is read now
+        state, reason = ("killed", "its process is gone; the next `run` or `up` closes it") if is_free else RUNNING
     run: dict[str, Any] = {}
+    event: dict[str, Any] = {}
     for event in read(folder / JOURNAL, "start", "cell_start", "sample", "end"):
         if event["event"] == "start":
-            run = {name: event["request"][name] for name in ("run_id", "stage", "root")}
-            run |= {"started_at": event["t"], "cell": None, "heading": "", "rss_mb": None, "cpu_s": None}
+            run = {name: event["request"][name] for name in ("run_id", "stage", "root", "scheduled_for", "attempt")}
+            run |= {"started_at": event["t"], "state": state, "reason": reason, "ended_at": None}
+            run |= {"cell": None, "heading": "", "rss_mb": None, "cpu_s": None}
         elif event["event"] == "cell_start":
             run |= {"cell": event["index"], "heading": event["heading"]}
         elif event["event"] == "sample":
             run |= {name: event[name] for name in ("rss_mb", "cpu_s")}
-        else:
-            return {}  # only its report is being written
-    return run
+        else:  # only its report is being written, or waits for its root
+            end = event.get("record", event)
+            run |= {"state": end["state"], "reason": end["reason"], "ended_at": event["t"]}
+    if "root" not in run:
+        return {}
+    return run | {"ended_at": event["t"]} if run["state"] == "killed" else run
 
 
 def follow(run_id: str) -> Iterator[dict[str, Any]]:

@@ -24,18 +24,23 @@ os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false")  # without
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
 from prefect import Flow, flow, get_client
+from prefect import tags as tag
 from prefect.artifacts import create_link_artifact
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
 from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterTags,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
     WorkPoolFilter,
     WorkPoolFilterName,
 )
-from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, State
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, State, StateType
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
-from prefect.client.schemas.sorting import DeploymentSort
+from prefect.client.schemas.sorting import DeploymentSort, FlowRunSort
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.runtime import flow_run as this_run
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
@@ -136,38 +141,66 @@ def state_of(record: RunRecord) -> State[Any]:
 
 
 def run_recorded(
-    stage: Stage,
-    environment: Environment,
-    scheduled_for: datetime,
-    on_cell: Callable[[int, int, str], None] | None = None,
-    parent: str | None = None,
+    run: Callable[..., RunRecord], stage: Stage, environment: Environment, *, scheduled_for: datetime, **more: Any
 ) -> RunRecord:
-    """One run now, recorded in Prefect as a flow run without a deployment."""
-    run_now = partial(
-        dispatch.run_stage,
-        stage,
-        environment,
-        scheduled_for=scheduled_for,
-        on_cell=on_cell,
-        parent=parent,
-        page_later=True,
-    )
+    """One run now by `run`, which is dispatch.run_stage, recorded in Prefect as a flow run without a deployment."""
+    run_now = partial(run, stage, environment, scheduled_for=scheduled_for, **more)
     records: list[RunRecord] = []
 
-    @flow(name=stage.name, flow_run_name=f"{stage.name} {scheduled_for:%H:%M:%S} by hand", validate_parameters=False)
-    def run() -> State[Any]:
+    @flow(
+        name=stage.name,
+        flow_run_name=f"{stage.name} {scheduled_for:%Y-%m-%d %H:%M:%S} by hand",
+        validate_parameters=False,
+    )
+    def by_hand() -> State[Any]:
         records.append(run_now())
         return state_of(records[0])
 
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
         try:
-            run(return_state=True)
+            by_hand(return_state=True)
         except (httpx.HTTPError, RuntimeError) as error:
             if not records:  # it never began: the server went away after it had answered
                 log.warning("not recorded in Prefect: %s", error)
                 return run_now()
             log.warning("the end of %s is not recorded in Prefect: %s", records[0].run_id, error)
     return records[0]
+
+
+def run_as_one(name: str, tags: list[str], work: Callable[[], list[RunRecord]]) -> list[RunRecord]:
+    """What `work` gives, whose runs are recorded in Prefect as one flow of runs.
+
+    One of the same tags that is still running there is closed: its process was killed.
+    """
+    begun: list[list[RunRecord]] = []
+
+    @flow(name=name.split()[0], flow_run_name=name, validate_parameters=False)
+    def runs() -> State[Any]:
+        begun.append([])
+        begun[0] += work()
+        bad = [record for record in begun[0] if not record.ok]
+        message = f"{len(begun[0])} runs, {len(bad)} not ok"
+        return Failed(message=message) if bad else Completed(message=message)
+
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}), tag(*tags):
+        try:
+            _close_killed(tags)
+            runs(return_state=True)
+        except (httpx.HTTPError, RuntimeError) as error:
+            if not begun:
+                log.warning("not recorded in Prefect: %s", error)
+                return work()
+            log.warning("the end of %s is not recorded in Prefect: %s", name, error)
+    return begun[0]
+
+
+def _close_killed(tags: list[str]) -> None:
+    """Of the flow runs with all of these tags none is under way."""
+    under_way = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING]))
+    chosen = FlowRunFilter(state=under_way, tags=FlowRunFilterTags(all_=tags))
+    with get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_run_filter=chosen, sort=FlowRunSort.ID_DESC, limit=200):
+            client.set_flow_run_state(run.id, Crashed(message="the process that ran it is gone"), force=True)
 
 
 async def serve(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import venv
+from datetime import UTC, datetime
 
 import polars as pl
 import pytest
@@ -95,6 +96,7 @@ def test_every_command_has_help():
         ("runs", "diff"),
         ("runs", "sweep"),
         ("replay",),
+        ("repair",),
         ("release",),
         ("releases", "list"),
         ("releases", "show"),
@@ -240,6 +242,45 @@ def test_a_run_again_that_cannot_be_is_refused(greeting):
     assert len(Root.at(root).names("reports/greet/2026-03-01")) == 1
 
 
+def test_what_is_ok_is_not_run_again_and_what_failed_is(greeting):
+    project, root, first = greeting
+    between = ("--from-time", AT, "--to-time", "2026-03-02T00:00:00", "--every", "1 day", "--each", "loud=2,3,2")
+    done = orchestrate(project, "run", "greet", "--root", root, *between, "--json")
+    assert done.returncode == 0, done.stderr
+    (record,) = json.loads(done.stdout)
+    assert (record["scheduled_for"], record["parameters"]["loud"], record["metrics"]["rows"]) == (AT, 3, 9)
+
+    failed = {"run_id": "greet-20260301T120010-abcdef", "state": "failed", "started_at": datetime.now(UTC).isoformat()}
+    index.append(Root.at(root), RunRecord(**first | failed))
+    done = orchestrate(project, "repair", "--since", first["started_at"], "--root", root)
+    assert done.returncode == 0, done.stderr
+    line, end = done.stdout.splitlines()
+    assert line.split()[:4] == ["1/1", "greet", "2026-03-01", "12:00:10"] and end == "1 ok"
+    assert index.newest(Root.at(root), limit=1)[0]["state"] == "ok"
+    done = orchestrate(project, "repair", failed["run_id"], "--root", root)
+    assert (done.returncode, done.stdout) == (0, "nothing is left to repair\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("run", "query", "--to-time", "2026-03-01"), "go with --from-time"),
+        (("run", "query", "--from-time", "2026-03-01", "--at", "2026-03-01"), "--at is one time"),
+        (("run", "query", "--from-time", "2026-03-02", "--to-time", "2026-03-02"), "nothing is due"),
+        (("run", "query", "--from-time", "2026-03-02", "--every", "1 dy"), "no duration"),
+        (("run", "query", "--each", "rows_shown"), "name=value,value"),
+        (("run", "query", "--each", "rows_shwon=1"), "did you mean 'rows_shown'"),
+        (("run", "qeury", "--and-after"), "did you mean 'query'"),
+        (("run", "--and-after", "--from", "x"), "stage that is named"),
+        (("repair",), "name a run, or a time"),
+    ],
+)
+def test_many_runs_that_are_asked_for_wrongly_are_refused(arguments, why, root):
+    done = CliRunner().invoke(orchestrate_app, [*arguments, "--root", root])
+    assert done.exit_code == 2 and why in " ".join(done.stderr.replace("│", " ").split()), done.output
+    assert not Root.at(root).is_there()
+
+
 def test_a_replay_exits_with_0_only_when_the_same_comes_out(greeting):
     project, root, first = greeting
     same = orchestrate(project, "replay", first["run_id"], "--root", root)
@@ -296,9 +337,13 @@ def test_tail_follows_a_run_while_it_runs(project, root):
         spool = Root.at(project / "outputs" / "spool")
         while not (begun := spool.names("")) and running.poll() is None:
             time.sleep(0.05)
-        with subprocess.Popen([*command, "runs", "tail", begun[0], "--root", root], **options) as tail:
+        assert running.stdout.readline() == f"new root {root}\n" and running.stdout.readline() == f"{begun[0]}\n"
+        with subprocess.Popen([*command, "runs", "tail", "--root", root], **options) as tail:
             shown = iter(tail.stdout.readline, "")
-            assert "first\n" in shown
+            assert next(shown) == f"{begun[0]}\n" and "first\n" in shown
+            (row,) = json.loads(orchestrate(project, "runs", "list", "--root", root, "--json").stdout)
+            assert (row["run_id"], row["state"]) == (begun[0], "running")
+            assert "running" in orchestrate(project, "runs", "show", begun[0], "--root", root).stdout
             Root.at(root).write("go", b"")
             assert "second\n" in shown
             assert tail.wait() == 0
@@ -421,7 +466,8 @@ def test_a_root_that_is_not_there_is_said_to_be_not_there(project, tmp_path):
     done = orchestrate(project, "run", "greet", "--root", f"{tmp_path}/new [a]")
     assert done.stdout.startswith(f"new root {tmp_path}/new [a]\n")
     done = orchestrate(project, "run", "greet", "--root", f"{tmp_path}/newer", "--json")
-    assert done.stderr == f"new root {tmp_path}/newer\n" and json.loads(done.stdout)[0]["state"] == "ok"
+    (record,) = json.loads(done.stdout)
+    assert done.stderr == f"new root {tmp_path}/newer\n{record['run_id']}\n" and record["state"] == "ok"
     assert "new root" not in orchestrate(project, "run", "greet", "--root", f"{tmp_path}/newer").stdout
 
 
@@ -434,6 +480,8 @@ def test_where_there_are_no_runs_the_roots_that_have_some_are_named(project):
         f"no runs under {project}/outputs",
         f"{project}/outputs/dev has runs: python orchestrate.py runs list --env dev",
     ]
+    done = orchestrate(project, "runs", "tail")
+    assert done.returncode == 1 and f"{project}/outputs/dev has runs" in done.stderr
     done = orchestrate(project, "runs", "list", "--root", "output")
     assert (
         done.returncode == 1 and f"root {project}/output: it is not there" in done.stderr and "--env dev" in done.stderr

@@ -145,6 +145,7 @@ def test_one_bad_entry_in_the_spool_stops_no_other(tmp_path, spool, monkeypatch,
 
     assert journal.live() == []
     shutil.rmtree(tmp_path / "root/runs")
+    assert whole.name in {row["run_id"] for row in delivery.newest(Root.at(tmp_path / "root"), state="ok")}
     with caplog.at_level(logging.WARNING):
         assert delivery.deliver(Root.at(tmp_path / "root")) == [whole.name]
     assert [row["run_id"] for row in index.newest(Root.at(tmp_path / "root"))] == [whole.name]
@@ -188,12 +189,21 @@ def test_a_run_is_followed_while_it_runs_and_told_again_afterwards(tmp_path):
     thread.start()
     lives = []
 
+    listed, place = [], Root.at(tmp_path)
+
     def on_cell(done, total, heading):
         begun.set()
         lives.append(journal.live())
+        listed.append(delivery.newest(place))
 
     record = run(tmp_path, "# Look", *SHOWS, on_cell=on_cell)
     thread.join(30)
+    (before,) = listed[-1]
+    (after,) = delivery.newest(place)
+    assert before.keys() == after.keys() and (before["state"], after["state"]) == ("running", "ok")
+    assert {name: before[name] for name in before if before[name] == after[name]}.keys() == set(before) - {
+        *("state", "reason", "ended_at", "seconds", "kept")
+    }
     assert {(one["run_id"], one["stage"]) for live in lives for one in live} == {(record.run_id, "toy")}
     assert lives[-1][0]["heading"] == "Look" and journal.live() == []
     again = list(delivery.follow(record.run_id, tmp_path))
