@@ -28,6 +28,8 @@ MIME = re.compile(
     r"|application/vnd\.(etl-notebooks\.(record|check)|jupyter\.widget-view)\+json"
     r"|application/vnd\.(plotly|vegalite|(bokehjs|holoviews)_(exec|load))\.v[\d.]+\+json"
 )
+WIDGET = re.compile(r"IPY_MODEL_[0-9a-f]{32}")  # names a widget in another's state
+TRAIT = re.compile(r"_(model|view)_(name|module|module_version)")  # which code shows a widget
 NAME = re.compile(r"[A-Z][A-Z0-9_]{0,99}")  # upper case: most values put there by mistake are not
 SHORTEST = 4  # characters: a shorter value is found in any text by chance
 SHORTEST_CORE = 8  # characters of base64: fewer are found in the pictures of a large report by chance
@@ -134,7 +136,7 @@ class Redactor:
         if not self._forms:
             return value
         if isinstance(value, str):
-            return self.text(value)
+            return value if WIDGET.fullmatch(value) else self.text(value)
         if isinstance(value, Mapping):
             return _like(value, {self.tree(key): self.tree(item) for key, item in value.items()})
         if isinstance(value, list | tuple):
@@ -160,9 +162,21 @@ class Redactor:
         if kind in ("display_data", "execute_result", "update_display_data"):
             return content | {name: self._bundle(content[name]) for name in ("data", "metadata") if name in content}
         if kind.startswith("comm") and isinstance(content.get("data"), Mapping):
-            data = {name: self.tree(value) for name, value in content["data"].items()}
+            data = {
+                name: self._traits(value) if name == "state" else value if name == "method" else self.tree(value)
+                for name, value in content["data"].items()
+            }
             return content | {"data": data, "target_name": self.tree(content.get("target_name"))}
         return {name: value if name == "execution_count" else self.tree(value) for name, value in content.items()}
+
+    def _traits(self, state: Any) -> Any:
+        """The state of a widget: the values of its traits. Their names, and what model and view it has, are code's."""
+        if not isinstance(state, Mapping):
+            return self.tree(state)
+        return {
+            name if name.isidentifier() else self.text(name): value if TRAIT.fullmatch(name) else self.tree(value)
+            for name, value in state.items()
+        }
 
     def notebook(self, nb: Any) -> Any:
         """A copy of a notebook: its texts, and what they showed. Its structure, tags and states are the runner's."""
