@@ -107,6 +107,7 @@ class Redactor:
         is_there: Callable[[str], bool] = lambda path: False,
     ):
         self._supplied, self._is_there = frozenset(supplied), is_there
+        self._values = {f"‹secret {name}›": value for name, value in values.items()}
         forms: dict[str, str] = {}
         for name, value in values.items():
             if len(value) < SHORTEST:
@@ -124,6 +125,12 @@ class Redactor:
     def text(self, text: str) -> str:
         pattern = self._pattern(text)
         return pattern.sub(lambda match: self._forms.get(match[0], match[0]), text) if pattern else text
+
+    def restored(self, text: str) -> str:
+        """`text` as it was before `text()`, as far as that can be told: to look for a file, not to be written."""
+        for told, value in self._values.items():
+            text = text.replace(told, value)
+        return text
 
     def _pattern(self, text: str) -> re.Pattern[str] | None:
         """Of the forms that are in `text`: to look for each first is far quicker than a pattern of them all."""

@@ -147,10 +147,12 @@ def read_notebook(path: Path) -> tuple[str, dict[str, Any]]:
 
 def _no_notebook(nb: Any) -> str:
     """Why this JSON is no notebook that can be run; "" when it is one."""
-    if not isinstance(nb, dict) or not isinstance(nb.get("cells", nb.get("worksheets")), list):
+    if not isinstance(nb, dict) or not {"cells", "worksheets"} & nb.keys():
         return "it has no cells"
     if nb.get("nbformat") != 4:
         return f"its format is {short(nb.get('nbformat'))}, not 4; JupyterLab saves it anew"
+    if not isinstance(nb.get("cells"), list):
+        return "it has no cells"
     if not isinstance(nb.get("metadata"), dict):
         return "it has no metadata"
     if language := _other_language(nb["metadata"]):

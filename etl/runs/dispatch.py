@@ -128,7 +128,7 @@ def _notebook(stage: Stage) -> tuple[dict[str, Any], str]:
     import nbformat
 
     try:
-        return nbformat.reads(read_notebook(stage.notebook_path)[0], as_version=4), ""
+        return nbformat.v4.reads(read_notebook(stage.notebook_path)[0]), ""  # without telling the terminal what is odd
     except BadNotebook as error:
         problem = str(error)
     except Exception as error:  # whatever nbformat makes of the rest of it

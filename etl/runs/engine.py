@@ -9,9 +9,11 @@ import asyncio
 import contextlib
 import functools
 import logging
+import re
 import sys
 import threading
 import traceback
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
 log = logging.getLogger(__name__)
 ENGINE = "etl"
+CELL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 # this interpreter, whatever the kernel was called where the notebook was saved
 KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 
@@ -93,8 +96,20 @@ def _with_parameters(nb: Any, values: dict[str, Any]) -> Any:
     source = params.injected_cell_source(values, declared=values)
     cells.insert(after, nbformat.v4.new_code_cell(source, metadata={"tags": ["injected-parameters"]}))
     nb.cells = cells
+    _give_ids(nb)
     nb.metadata["kernelspec"] = nbformat.from_dict(KERNEL)
     return nb
+
+
+def _give_ids(nb: Any) -> None:
+    """Make it a notebook of the latest format 4, in which each cell has an id of its own."""
+    from nbformat import v4
+
+    nb.nbformat_minor, ids = v4.nbformat_minor, set()
+    for cell in nb.cells:
+        if not CELL_ID.fullmatch(str(cell.get("id", ""))) or cell.id in ids:
+            cell["id"] = uuid.uuid4().hex[:8]
+        ids.add(cell.id)
 
 
 def _is_tagged(cell: Any, tag: str) -> bool:

@@ -134,7 +134,7 @@ KINDS: dict[str, Kind] = {
     # the first are run by `make test`
     "git's marks": unreadable(b"<<<<<<< HEAD\n{}\n=======\n{}\n>>>>>>> main\n", "is a marker of git"),
     "byte order mark": unreadable(b"\xef\xbb\xbf" + written(), "begins with a byte order mark"),
-    "Git LFS": unreadable(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a Git LFS pointer"),
+    "Git LFS": unreadable(b"version https://git-lfs.github.com/spec/v1\nsize 1\n", "is a Git LFS pointer"),
     "empty": unreadable(b"", "it is empty"),
     "not JSON": unreadable(b'{"cells": [', "is not JSON"),
     "format 3": unreadable(FORMAT_3, "its format is 3, not 4"),
@@ -205,7 +205,9 @@ KINDS: dict[str, Kind] = {
         ("open('/tmp/fails.py', 'w').write('1/0')", "%run /tmp/fails.py"), state="failed", reason="ZeroDivisionError"
     ),
     "a subprocess": Kind(("import subprocess\nsubprocess.run(['echo', 'from a child'])",), says=("from a child",)),
-    "a process that stays": Kind(("import subprocess\nsubprocess.Popen(['sleep', '1000'])\nprint('left')",), says=("left",)),
+    "a process that stays": Kind(
+        ("import subprocess\nsubprocess.Popen(['sleep', '1000'])\nprint('left')",), says=("left",)
+    ),
     "threads": Kind(
         ("import threading\nt = threading.Thread(target=print, args=('from a thread',))\nt.start(); t.join()",),
         says=("from a thread",),
@@ -251,15 +253,19 @@ KINDS: dict[str, Kind] = {
         says=("Bar", "6/8"),
         widgets=True,
     ),
-    "carriage returns": Kind(("for n in range(3): print(f'\\rstep {n}', end='')",), says=("step 2",), not_says=("step 1",)),
+    "carriage returns": Kind(
+        ("for n in range(3): print(f'\\rstep {n}', end='')",), says=("step 2",), not_says=("step 1",)
+    ),
     # widgets
     "other widgets": Kind(
-        ("import ipywidgets as w\ndisplay(w.VBox([w.IntSlider(4, description='size'), w.Label('a < b'), w.HTML('<b>bold</b>')]))",),
+        ("import ipywidgets as w\nslider = w.IntSlider(4, description='size')\n"
+         "display(w.VBox([slider, w.Label('a < b'), w.HTML('<b>bold</b>')]))",),
         says=("size 4", "a < b", "bold"),
         widgets=True,
     ),
     "Output cleared": Kind(
-        (OUTPUT + "print('kept')\nfor n in range(9):\n    with out:\n        clear_output(wait=True)\n        print('step', n)",),
+        (OUTPUT + "print('kept')\nfor n in range(9):\n"
+         "    with out:\n        clear_output(wait=True)\n        print('step', n)",),
         says=("kept", "step 8"),
         not_says=("step 7",),
     ),
@@ -279,7 +285,8 @@ KINDS: dict[str, Kind] = {
     ),
     "Output appended": Kind((OUTPUT + "out.append_stdout('appended')\nprint('end')",), says=("appended", "end")),
     "Outputs in each other": Kind(
-        (OUTPUT + "inner = w.Output()\nwith out:\n    print('outer')\n    with inner: print('inner')\n    print('again')\nprint('end')",),
+        (OUTPUT + "inner = w.Output()\nwith out:\n    print('outer')\n    with inner: print('inner')\n"
+         "    print('again')\nprint('end')",),
         says=("outer", "inner", "again", "end"),
     ),
     "Output prints much": Kind(
@@ -367,9 +374,10 @@ def _run(kind: Kind, project: Path, at: datetime) -> str:
 def _look_at(page: str, kind: Kind) -> None:
     """What people read: the texts of the outputs, without the source of the cells."""
     shown = re.sub(r"<details.*?</details>", lambda match: _summary(match[0]), page.split("<main>")[1], flags=re.S)
-    text = html.unescape(re.sub(r"<[^>]+>", "", shown.replace("<img", "figure <img"))).replace("\u2007", " ")
+    text = html.unescape(re.sub(r"<[^>]+>", "", shown.replace("<img", "figure <img")))
+    text = " ".join(text.split())
     for part in kind.says:
-        assert part in text, f"{part!r} is not in the page: {text.split()}"
+        assert part in text, f"{part!r} is not in the page: {text}"
     for part in kind.not_says:
         assert part not in text, f"{part!r} is in the page"
 
@@ -390,6 +398,7 @@ def _kernels(folder: Path, are_kept: bool):
     keeper = client.Keeper(2, folder / "kernels.log")
     keeper.start()
     try:
+        toy.until((client.server_folder() / "socket").exists, 240, "the fork server answers")
         yield
     finally:
         keeper.end()
