@@ -28,6 +28,8 @@ MIME = re.compile(
     r"|application/vnd\.(etl-notebooks\.(record|check)|jupyter\.widget-view)\+json"
     r"|application/vnd\.(plotly|vegalite|(bokehjs|holoviews)_(exec|load))\.v[\d.]+\+json"
 )
+WIDGET = re.compile(r"IPY_MODEL_[0-9a-f]{32}")  # names a widget in another's state
+TRAIT = re.compile(r"_(model|view)_(name|module|module_version)")  # which code shows a widget
 NAME = re.compile(r"[A-Z][A-Z0-9_]{0,99}")  # upper case: most values put there by mistake are not
 SHORTEST = 4  # characters: a shorter value is found in any text by chance
 SHORTEST_CORE = 8  # characters of base64: fewer are found in the pictures of a large report by chance
@@ -105,6 +107,7 @@ class Redactor:
         is_there: Callable[[str], bool] = lambda path: False,
     ):
         self._supplied, self._is_there = frozenset(supplied), is_there
+        self._values = {f"‹secret {name}›": value for name, value in values.items()}
         forms: dict[str, str] = {}
         for name, value in values.items():
             if len(value) < SHORTEST:
@@ -123,6 +126,12 @@ class Redactor:
         pattern = self._pattern(text)
         return pattern.sub(lambda match: self._forms.get(match[0], match[0]), text) if pattern else text
 
+    def restored(self, text: str) -> str:
+        """`text` as it was before `text()`, as far as that can be told: to look for a file, not to be written."""
+        for told, value in self._values.items():
+            text = text.replace(told, value)
+        return text
+
     def _pattern(self, text: str) -> re.Pattern[str] | None:
         """Of the forms that are in `text`: to look for each first is far quicker than a pattern of them all."""
         present = [form for form in self._forms if form in text]
@@ -134,7 +143,7 @@ class Redactor:
         if not self._forms:
             return value
         if isinstance(value, str):
-            return self.text(value)
+            return value if WIDGET.fullmatch(value) else self.text(value)
         if isinstance(value, Mapping):
             return _like(value, {self.tree(key): self.tree(item) for key, item in value.items()})
         if isinstance(value, list | tuple):
@@ -160,9 +169,21 @@ class Redactor:
         if kind in ("display_data", "execute_result", "update_display_data"):
             return content | {name: self._bundle(content[name]) for name in ("data", "metadata") if name in content}
         if kind.startswith("comm") and isinstance(content.get("data"), Mapping):
-            data = {name: self.tree(value) for name, value in content["data"].items()}
+            data = {
+                name: self._traits(value) if name == "state" else value if name == "method" else self.tree(value)
+                for name, value in content["data"].items()
+            }
             return content | {"data": data, "target_name": self.tree(content.get("target_name"))}
         return {name: value if name == "execution_count" else self.tree(value) for name, value in content.items()}
+
+    def _traits(self, state: Any) -> Any:
+        """The state of a widget: the values of its traits. Their names, and what model and view it has, are code's."""
+        if not isinstance(state, Mapping):
+            return self.tree(state)
+        return {
+            name if name.isidentifier() else self.text(name): value if TRAIT.fullmatch(name) else self.tree(value)
+            for name, value in state.items()
+        }
 
     def notebook(self, nb: Any) -> Any:
         """A copy of a notebook: its texts, and what they showed. Its structure, tags and states are the runner's."""

@@ -1,5 +1,6 @@
 """`check` and `plan`: what would run, without starting a kernel."""
 
+import contextlib
 import importlib
 import os
 import sys
@@ -13,8 +14,20 @@ import typer
 from rich import table as rich_table
 from rich.markup import escape
 
-from etl import params
-from etl.cli.common import AsJson, Env, Overrides, RootOption, Timetable, load, out, print_json, print_problems, say
+from etl import params, secrets
+from etl.cli.common import (
+    AsJson,
+    Env,
+    Overrides,
+    RootOption,
+    Timetable,
+    err,
+    load,
+    out,
+    print_json,
+    print_problems,
+    say,
+)
 from etl.findings import sentence
 from etl.storage import PROJECT, BadRoot, root_url
 
@@ -37,32 +50,59 @@ def check(
 ) -> None:
     """Parameters, notebooks, env files and the domain's own code, without a kernel. Exit status 2 on a problem."""
     timetable: Timetable = context.obj
-    problems, stages = problems_of(env, p, timetable)
+    problems, stages = problems_of(env, p, timetable, root)
+    notes = _notes(env, p)
     if root is not None:
         try:
             root_url(root)
         except BadRoot as error:
             problems.append(params.Problem("--root", None, str(error)))
     if as_json:
-        print_json({"ok": not problems, "stages": list(stages), "problems": [str(problem) for problem in problems]})
+        told = {"problems": [str(problem) for problem in problems], "notes": notes}
+        print_json({"ok": not problems, "stages": list(stages), **told})
     elif problems:
         print_problems(problems)
     else:
         out.print(f"[green]ok[/]  {len(stages)} stages: {', '.join(stages)}")
+    for note in notes if not as_json else ():
+        err.print(f"[yellow]note[/]   {escape(note)}", highlight=False, soft_wrap=True)
     if problems:
         raise typer.Exit(2)
 
 
-def problems_of(env: str, overrides: Sequence[str], timetable: Timetable) -> tuple[list[params.Problem], list[str]]:
+def problems_of(
+    env: str, overrides: Sequence[str], timetable: Timetable, root: str | None = None
+) -> tuple[list[params.Problem], list[str]]:
     """(what is wrong in the working tree, the stages from the shortest cadence on); of every env file without `env`."""
     problems, stages = params.without_yaml(PROJECT), {}
     for name in [env] if env else params.environments(PROJECT):
         try:
-            stages = params.load(PROJECT, name, overrides).stages
+            project = params.load(PROJECT, name, overrides)
         except params.ParamsError as error:
             problems += [problem for problem in error.problems if problem not in problems]
+        else:
+            stages = project.stages
+            problems += _of_machines(project, root or project.environment.root)
     problems += params.breaches(PROJECT, list(stages) or None, timetable.domain)
     return [*problems, *_of_domain(timetable)], list(stages)
+
+
+def _of_machines(project: params.Project, root: str) -> Iterator[params.Problem]:
+    """The stages that are to run on a machine which cannot reach the root."""
+    away = [name for name, stage in project.stages.items() if stage.machine]
+    if away and "://" not in root:
+        why = f"the root {root} is on this machine, and {', '.join(away)} on another; use an s3:// root"
+        yield params.Problem(f"params/env/{project.environment.name}.yml", None, why)
+
+
+def _notes(env: str, overrides: Sequence[str]) -> list[str]:
+    """What would fail a run here, and may be right elsewhere: secrets that are not to be had."""
+    notes = []
+    for name in [env] if env else params.environments(PROJECT):
+        with contextlib.suppress(params.ParamsError):  # `problems_of` says so
+            for stage in params.load(PROJECT, name, overrides).stages.values():
+                notes += [f"{stage.name}: {why}" for why in (secrets.missing(stage) if not stage.machine else ())]
+    return list(dict.fromkeys(notes))
 
 
 def _of_domain(timetable: Timetable) -> Iterator[params.Problem]:

@@ -70,11 +70,16 @@ class Timetable:
 
 
 def load(
-    env: str, *, root: str | None = None, overrides: Sequence[str] = (), stage: str | None = None
+    env: str,
+    *,
+    root: str | None = None,
+    overrides: Sequence[str] = (),
+    stage: str | None = None,
+    may_be_unreadable: bool = False,
 ) -> params.Project:
     """The stages as they would run; a wrong file is printed with everything that is wrong, exit status 2."""
     try:
-        project = params.load(PROJECT, env, overrides, stage=stage)
+        project = params.load(PROJECT, env, overrides, stage=stage, may_be_unreadable=may_be_unreadable)
     except params.ParamsError as error:
         print_problems(error.problems)
         raise typer.Exit(2) from None

@@ -85,7 +85,8 @@ def run(
     elif stage is None:
         raise typer.BadParameter("name a stage, or a run with --from")
     else:
-        project = load(env, root=root, overrides=p, stage=None if stage == "all" else stage)
+        named = None if stage == "all" else stage
+        project = load(env, root=root, overrides=p, stage=named, may_be_unreadable=True)  # that is a failed run
         stages, environment, scheduled_for = list(project.stages.values()), project.environment, moment(at)
         announce_new(environment.root, err if as_json else out)
     close_lost_runs()

@@ -58,7 +58,7 @@ def up(
         is_new = not live and not releases.moves(Root.at(url))
     except Exception as error:  # what an object store raises is no OSError
         refuse(f"`up` cannot begin, as {url} cannot be read: {error}")
-    project = load(env, root=root) if live or is_new else None
+    project = load(env, root=root, may_be_unreadable=live) if live or is_new else None
     _log_to_terminal()
     announce_new(url, out)
     logs = services_folder(url)

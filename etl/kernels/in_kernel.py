@@ -122,6 +122,8 @@ def serve(folder: Path, commands: socket.socket, modules: list[str], imported: s
     for name in modules:
         with contextlib.suppress(Exception):  # the notebook's own import will say what is wrong
             importlib.import_module(name)
+    # when it is imported it tells the shell how to show figures, and until now there was none
+    sys.modules.pop("matplotlib_inline.backend_inline", None)
     before = dict(os.environ)
     from ipykernel.kernelapp import IPKernelApp
     from tornado.ioloop import IOLoop

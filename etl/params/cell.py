@@ -29,6 +29,7 @@ _TYPES = "int, float, bool, str, datetime.date, Secret, list[...], dict[str, ...
 _TYPE_WORDS = {"int", "float", "bool", "str", "list", "dict", "Literal", "date", "datetime", "typing", "Secret"}
 DEFAULT = "notebook default"
 CELLS = ("code", "markdown", "raw")
+PYTHON = ("python", "ipython", "python3")
 
 
 class BadNotebook(ValueError):
@@ -146,12 +147,16 @@ def read_notebook(path: Path) -> tuple[str, dict[str, Any]]:
 
 def _no_notebook(nb: Any) -> str:
     """Why this JSON is no notebook that can be run; "" when it is one."""
-    if not isinstance(nb, dict) or not isinstance(nb.get("cells", nb.get("worksheets")), list):
+    if not isinstance(nb, dict) or not {"cells", "worksheets"} & nb.keys():
         return "it has no cells"
     if nb.get("nbformat") != 4:
         return f"its format is {short(nb.get('nbformat'))}, not 4; JupyterLab saves it anew"
+    if not isinstance(nb.get("cells"), list):
+        return "it has no cells"
     if not isinstance(nb.get("metadata"), dict):
         return "it has no metadata"
+    if language := _other_language(nb["metadata"]):
+        return f"it is in {language}, and a stage runs on Python"
     for number, cell in enumerate(nb["cells"], 1):
         fits = isinstance(cell, dict) and isinstance(cell.get("metadata"), dict)
         source = cell.get("source") if fits else None
@@ -161,14 +166,17 @@ def _no_notebook(nb: Any) -> str:
     return ""
 
 
+def _other_language(metadata: dict[str, Any]) -> str:
+    """The language of the notebook's kernel, "" when it is Python or not said; the kernel's name counts for nothing."""
+    said = ((metadata.get("kernelspec"), "language"), (metadata.get("language_info"), "name"))
+    languages = [block[key] for block, key in said if isinstance(block, dict) and block.get(key)]
+    return next((short(language) for language in languages if str(language).lower() not in PYTHON), "")
+
+
 def read_cell(project: Path, path: str, problems: list[Problem]) -> tuple[dict[str, Declared] | None, Doc]:
-    """(what the notebook declares by name, or None when that cannot be read; the defaults)"""
+    """(what the notebook declares by name, or None when that is not Python; the defaults). Raises BadNotebook."""
     doc = Doc(path, {})
-    try:
-        nb = read_notebook(project / path)[1]
-    except BadNotebook as error:
-        problems.append(Problem(path, None, str(error)))
-        return None, doc
+    nb = read_notebook(project / path)[1]
     code = [cell for cell in nb["cells"] if cell["cell_type"] == "code"]
     sources = ["".join(cell["source"]) for cell in code if "parameters" in (cell["metadata"].get("tags") or [])]
     if len(sources) != 1:

@@ -51,7 +51,7 @@ def breaches(project: Path, ordered: Sequence[str] | None = None, domain: str = 
         path = f"notebooks/{name}.ipynb"
         try:
             cells = read_notebook(project / path)[1]["cells"]
-        except (BadNotebook, KeyError):  # told by `load`; KeyError: of worksheets
+        except BadNotebook:  # told by `load`
             continue
         problems += [replace(problem, path=path) for problem in of_notebook(cells, own, domain)]
     return problems + of_readme(project, sorted(notebooks & yaml), ordered)

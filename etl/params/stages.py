@@ -29,7 +29,7 @@ from pydantic import (
 )
 from typing_extensions import TypedDict
 
-from etl.params.cell import DEFAULT, SUPPLIED, read_cell
+from etl.params.cell import DEFAULT, SUPPLIED, BadNotebook, read_cell
 from etl.params.retention import Rules
 from etl.params.yaml import Doc, Keys, Problem, got, nearest, parse, short
 from etl.storage import BadRoot, root_url
@@ -111,18 +111,22 @@ def load(
     stage: str | None = None,
     values: Mapping[str, Any] | None = None,
     values_from: str = "given",
+    may_be_unreadable: bool = False,
 ) -> Project:
     """Every stage, or only `stage`, as it would run in the environment `env`.
 
     `values` are JSON values by name, as a run recorded them, and stay what they are; a date may be text. `values_from`
     says where they come from, in origins and problems. `overrides` are "name=value", for each stage that declares the
-    name, or "stage.name=value"; the value is YAML, and the last one wins. Raises ParamsError with all problems at once.
+    name, or "stage.name=value"; the value is YAML, and the last one wins. `may_be_unreadable`: a file that is no
+    notebook is no problem; its stage has no parameters, and its runs say why. Raises ParamsError with all problems at
+    once.
     """
     project = Path(project)
     problems: list[Problem] = []
     names, known = _discover(project, stage, problems)
     env_file, env_doc = _read_environment(project, env, known, problems)
-    drafts = [_Draft(project, name, problems) for name in names if stage in (None, name)]
+    chosen = [name for name in names if stage in (None, name)]
+    drafts = [_Draft(project, name, problems, may_be_unreadable) for name in chosen]
     for draft in drafts:
         draft.give(draft.doc.block("parameters"), draft.doc, ("parameters",))
         keys = ("stages", draft.name, "parameters")
@@ -404,12 +408,18 @@ def _cadence_s(file: _StageFile) -> float:
 class _Draft:
     """A stage while its values come in: defaults first, then each source over the one before."""
 
-    def __init__(self, project: Path, name: str, problems: list[Problem]):
+    def __init__(self, project: Path, name: str, problems: list[Problem], may_be_unreadable: bool):
         self.name, self.problems = name, problems
         self.values: dict[str, Any] = {}
         self.origins: dict[str, str] = {}
         self._file, self.doc = _read_file(_StageFile, project, f"params/{name}.yml", problems)
-        declared, defaults = read_cell(project, f"notebooks/{name}.ipynb", problems)
+        path = f"notebooks/{name}.ipynb"
+        try:
+            declared, defaults = read_cell(project, path, problems)
+        except BadNotebook as error:
+            declared, defaults = None, Doc(path, {})
+            if not may_be_unreadable:
+                problems.append(Problem(path, None, str(error)))
         self.is_declared, self.declared = declared is not None, declared or {}
         typed: Any = TypedDict  # of names that no type checker can know
         types = {parameter: declared.type for parameter, declared in self.declared.items()}

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,15 +189,20 @@ def stacks(text: str, cells: list[Any], project: Path = PROJECT) -> tuple[str, d
     return "\n".join([f"{STACKS}:", *lines, ""]), main
 
 
-def own_frame(traceback: str, cells: list[Any], project: Path = PROJECT) -> dict[str, Any] | None:
-    """The innermost frame of the user's own in an IPython traceback in plain text: {where, code}."""
+def own_frame(
+    traceback: str, cells: list[Any], project: Path = PROJECT, restored: Callable[[str], str] = str
+) -> dict[str, Any] | None:
+    """The innermost frame of the user's own in an IPython traceback in plain text: {where, code}.
+
+    `restored` gives a path as it was before secrets were replaced in it.
+    """
     frame = None
     for number, line, file, at in SHOWN.findall(traceback):
         if number:
             index = next((i for i, c in enumerate(cells) if c.get("execution_count") == int(number)), None)
             frame = _in_cell(index, int(line), cells) if index is not None else frame
         else:
-            frame = _place(str(Path(file).expanduser()), int(at), {}, cells, project) or frame
+            frame = _place(str(Path(restored(file)).expanduser()), int(at), {}, cells, project) or frame
     return frame
 
 

@@ -70,8 +70,8 @@ def write_page(root: Root, record: "RunRecord", nb: Any, folder: str | None = No
     """Write what people read, report.html. A page that cannot be made is logged and left out."""
     try:
         page = html(record, nb).encode(errors="replace")
-    except Exception:
-        log.exception("run %s has no report.html", record.run_id)
+    except Exception as error:
+        log.error("run %s has no report.html: %s: %s", record.run_id, type(error).__name__, error)
     else:
         root.write(f"{folder or record.report}/{PAGE}", page)
 

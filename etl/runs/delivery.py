@@ -98,7 +98,7 @@ def _in_background(work: Callable[[], None]) -> None:
 def _done(future: Future[None]) -> None:
     _under_way.discard(future)
     if error := future.exception():
-        log.error("a report was not finished; the next start does it: %s", error, exc_info=error)
+        log.error("a report was not finished; the next start does it: %s", one_line(error))
 
 
 def settle(within_s: float | None = None) -> None:
@@ -267,7 +267,7 @@ def _told_by_report(run_id: str, root: Root) -> Iterator[dict[str, Any]]:
     for number, cell in enumerate(as_run):
         ran = cell["metadata"].get("runner", {})
         heading = next(headings, "") if cell["cell_type"] == "code" else ""
-        if cell["cell_type"] != "code" or ran.get("state") == "never_ran":
+        if cell["cell_type"] != "code" or ran.get("state") in ("never_ran", "skipped"):
             continue
         yield {"event": "cell_start", "index": number, "heading": heading}
         for at, out in enumerate(cell["outputs"]):

@@ -17,6 +17,7 @@ from typing import Any
 from etl.params import Environment, Stage
 from etl.params.cell import BadNotebook, read_notebook
 from etl.runs import provenance, releases
+from etl.runs.endings import one_line
 from etl.runs.engine import execute
 from etl.runs.record import RunRecord, RunRequest
 from etl.runs.releases import Release
@@ -40,7 +41,8 @@ def run_stage(
     refused: str = "",
     release: Release | None = None,
 ) -> RunRecord:
-    """Run a stage to its end, retries included; the record is that of the last attempt. Every attempt has a report.
+    """Run a stage to its end, retries included; the record is that of the last attempt. Every attempt has a report,
+    also one for which no machine or no cluster is to be had.
 
     `on_begin` is called with the id of each attempt before it runs.
     `scheduled_for` is now when None; `parent` is the run that this one repeats; `page_later` as in
@@ -51,21 +53,26 @@ def run_stage(
     scheduled_for = (scheduled_for or datetime.now(UTC)).astimezone(UTC)
     cancel = cancel or threading.Event()
     for attempt in range(1, stage.retries + 2):
-        with contextlib.ExitStack() as stack:
-            address: str | None = None
-            variables: dict[str, str] = {}
-            problem = refused
-            wanted = stage.dask if "dask" in stage.supplied and not refused else None
-            try:
-                address, variables = stack.enter_context(cluster(wanted))
-            except Exception as error:  # the run's report tells it
-                log.exception("%s has no Dask cluster", stage.name)
-                problem = f"no Dask cluster: {type(error).__name__}: {error}"
+        opened = contextlib.ExitStack()
+        address: str | None = None
+        variables: dict[str, str] = {}
+        problem = refused
+        wanted = stage.dask if "dask" in stage.supplied and not refused else None
+        try:
+            address, variables = opened.enter_context(cluster(wanted))
+        except Exception as error:  # the run's report tells it
+            problem = f"no Dask cluster: {type(error).__name__}: {error}"
+        try:
             request = make_request(stage, environment, scheduled_for, attempt, address, parent, release)
             request = replace(request, variables=variables, refused=problem or request.refused)
             if on_begin:
                 on_begin(request.run_id)
             record = _dispatch(request, None if request.refused else stage.machine, on_cell, cancel, page_later)
+        finally:
+            try:
+                opened.close()
+            except Exception as error:  # the run is what it was
+                log.warning("the Dask cluster of %s could not be closed: %s", stage.name, one_line(error))
         if refused or record.state not in RETRIED or attempt > stage.retries:
             return record
         delay_s = FIRST_DELAY_S * 2 ** (attempt - 1)
@@ -125,7 +132,7 @@ def _notebook(stage: Stage) -> tuple[dict[str, Any], str]:
     import nbformat
 
     try:
-        return nbformat.reads(read_notebook(stage.notebook_path)[0], as_version=4), ""
+        return nbformat.v4.reads(read_notebook(stage.notebook_path)[0]), ""  # without telling the terminal what is odd
     except BadNotebook as error:
         problem = str(error)
     except Exception as error:  # whatever nbformat makes of the rest of it
@@ -178,9 +185,12 @@ def _dispatch(
     cancel: threading.Event,
     page_later: bool,
 ) -> RunRecord:
-    if machine is None:
-        return execute(request, on_cell=on_cell, cancel=cancel, page_later=page_later)
-    return RunRecord(**run_there(asdict(request), machine))
+    if machine is not None:
+        try:
+            return RunRecord(**run_there(asdict(request), machine))
+        except Exception as error:  # whatever the service, the machine or the way to it makes of it
+            request = replace(request, refused=f"no machine: {one_line(error)}")
+    return execute(request, on_cell=on_cell, cancel=cancel, page_later=page_later)
 
 
 def run_there(request: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,8 @@ BEAT_S = 5  # between two versions of a growing report
 BEAT_SHARE = 0.15  # of its size may have been written before: with this version and the last, less than 2.2 times it
 POLL_S = 0.1  # between two looks whether it has to end
 
+SKIPPED = "skip-execution"  # tag of a cell that is not to run
+
 OnCell = Callable[[int, int, str], None]
 
 
@@ -59,6 +61,7 @@ class NotebookRun:
         self._ending = Ending()
         self._told_to_end: str | None = None  # timed_out, cancelled or killed, when this process ends it
         self._kernel: launch.Kernel | None = None
+        self._client: Any = None
         self._death = Death()
         self._cell_s = 0.0  # of the cell that ended last
         self._beat_at, self._flush_at, self._written = self.began + BEAT_S, self.began, 0
@@ -74,9 +77,10 @@ class NotebookRun:
         """An event, to the journal and to the record."""
         self.progress.take(self.journal.event(kind, **fields))
 
-    def refuse(self, reason: str) -> None:
-        """It cannot run, or no longer: the runner's own error."""
-        self._ending = Ending("failed", reason)
+    def refuse(self, reason: str, traceback: str = "") -> None:
+        """It cannot run, or no longer: the runner's own error, with its traceback."""
+        shown = {"ename": "RunnerError", "evalue": reason, "traceback": [traceback]} if traceback else None
+        self._ending = endings.complete(Ending("failed", reason, shown), self.progress, ("", None))
 
     def end(self) -> None:
         """Say how it ended; the last event."""
@@ -199,11 +203,15 @@ class NotebookRun:
             on_cell_executed=endings.refuse_false_success,
         )
         client.kc, client.shown, client.redactor = kernel.client, self.shown, self.progress.redactor
+        self._client = client
         return client
 
     async def _run_cell(self, client: Any, index: int) -> None:
         """Run a code cell. How one ends that raises, its run's end tells."""
         cell, begun = self.nb.cells[index], time.monotonic()
+        if SKIPPED in (cell.metadata.get("tags") or []):
+            self.tell("cell_end", index=index, state="skipped", seconds=None)
+            return
         self.shown.start(index)
         self.tell("cell_start", index=index, heading=self.progress.headings[index])
         if self._kernel:
@@ -213,6 +221,7 @@ class NotebookRun:
         finally:
             self._cell_s = round(time.monotonic() - begun, 3)
             self.shown.finish(cell.outputs)
+            client.show_widgets()
         state = cell.metadata.runner["state"]  # no longer running when it was told to end
         self.tell("cell_end", index=index, state="ok" if state == "running" else state, seconds=self._cell_s)
 
@@ -249,8 +258,11 @@ class NotebookRun:
 
 def _mark_never_run(nb: Any, run_id: str) -> None:
     nb.metadata["runner"] = {"run_id": run_id, "state": "running"}
+    nb.metadata.pop("widgets", None)  # of a run before
     for cell in nb.cells:
         cell.metadata["runner"] = {"state": "never_ran", "seconds": None}
+        if cell.metadata.get("tags", ()) is None:  # as other tools write it
+            del cell.metadata["tags"]
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
 

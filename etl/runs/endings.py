@@ -92,7 +92,8 @@ def complete(ending: Ending, progress: Progress, stacks: tuple[str, dict[str, An
     if not error:
         return ending
     text = plain_text("\n".join(error["traceback"]))
-    frame = stacks[1] or cards.own_frame(text, progress.nb.cells, progress.project)
+    restored = progress.redactor.restored
+    frame = stacks[1] or cards.own_frame(text, progress.nb.cells, progress.project, restored)
     frame = frame and frame | {"code": progress.redactor.text(frame["code"])}
     tail = "\n".join(text.splitlines()[-TAIL_LINES:])
     return Ending(ending.state, ending.reason, progress.error(error["ename"], error["evalue"], frame, tail))

@@ -9,8 +9,11 @@ import asyncio
 import contextlib
 import functools
 import logging
+import re
 import sys
 import threading
+import traceback
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,9 @@ sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
 log = logging.getLogger(__name__)
 ENGINE = "etl"
+CELL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+# this interpreter, whatever the kernel was called where the notebook was saved
+KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 
 
 def execute(
@@ -82,7 +88,7 @@ def _run_of(
 
 
 def _with_parameters(nb: Any, values: dict[str, Any]) -> Any:
-    """`nb` with the injected cell after the parameters cell."""
+    """`nb` with the injected cell after the parameters cell, and the kernel that it is run by."""
     import nbformat
 
     cells = [cell for cell in nb.cells if not _is_tagged(cell, "injected-parameters")]
@@ -90,7 +96,20 @@ def _with_parameters(nb: Any, values: dict[str, Any]) -> Any:
     source = params.injected_cell_source(values, declared=values)
     cells.insert(after, nbformat.v4.new_code_cell(source, metadata={"tags": ["injected-parameters"]}))
     nb.cells = cells
+    _give_ids(nb)
+    nb.metadata["kernelspec"] = nbformat.from_dict(KERNEL)
     return nb
+
+
+def _give_ids(nb: Any) -> None:
+    """Make it a notebook of the latest format 4, in which each cell has an id of its own."""
+    from nbformat import v4
+
+    nb.nbformat_minor, ids = v4.nbformat_minor, set()
+    for cell in nb.cells:
+        if not CELL_ID.fullmatch(str(cell.get("id", ""))) or cell.id in ids:
+            cell["id"] = uuid.uuid4().hex[:8]
+        ids.add(cell.id)
 
 
 def _is_tagged(cell: Any, tag: str) -> bool:
@@ -109,15 +128,15 @@ def _run_through_papermill(run: NotebookRun) -> None:
                 run.nb,
                 None,
                 engine_name=ENGINE,
-                kernel_name=run.nb.metadata.get("kernelspec", {}).get("name", "python3"),
+                kernel_name=KERNEL["name"],
                 progress_bar=False,
                 run=run,
             )
         except _Ended:
             pass
         except Exception as error:  # not the notebook's doing, but this run is over
-            log.exception("run %s ended by an error of the runner", request.run_id)
-            run.refuse(one_line(run.progress.redactor.text(str(error)), type(error).__name__))
+            told = run.progress.redactor.text("".join(traceback.format_exception(error)))
+            run.refuse(one_line(run.progress.redactor.text(str(error)), type(error).__name__), told)
     run.end()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from etl.notebook import CHECK_MIME, RECORD_MIME
+from etl.runs import widgets
 
 if TYPE_CHECKING:
     from etl.runs.journal import SideFile
@@ -33,18 +34,68 @@ class Outputs:
 
     def start(self, index: int) -> None:
         self._index, self._last, self._tail, self._cut, self._left_out = index, "stdout", "", 0, 0
-        self._held: dict[str, str] = {}  # stream -> its end, which may be the beginning of a secret
+        # (owner, stream) -> its end, which may be the beginning of a secret
+        self._held: dict[tuple[str, str], str] = {}
+        self._forget_owners()
         self._lengths: dict[int, int] = {}  # number of an output -> its characters
         self._side: SideFile | None = None
         self._rest: SideFile | None = None
         self._last_left_out: collections.deque[Any] = collections.deque(maxlen=LAST)
 
-    def stream(self, outs: list[Any], name: str, text: str) -> None:
-        """More text of `stdout` or `stderr`. What may be the beginning of a secret waits for the rest."""
-        text, self._held[name] = self._redactor.split(self._held.get(name, "") + text)
-        self._show(outs, name, text)
+    def _forget_owners(self) -> None:
+        self._owners: dict[int, str] = {}  # number of an output -> the Output widget that has caught it
+        self._free: dict[str, list[int]] = {}  # Output widget -> numbers of those that it has cleared
 
-    def _show(self, outs: list[Any], name: str, text: str) -> None:
+    def stream(self, outs: list[Any], name: str, text: str, owner: str = "") -> None:
+        """More text of `stdout` or `stderr`. What may be the beginning of a secret waits for the rest.
+
+        `owner`: the id of the Output widget that has caught it, "" when none has.
+        """
+        text, self._held[owner, name] = self._redactor.split(self._held.get((owner, name), "") + text)
+        self._show(outs, name, text, owner)
+
+    def put(self, outs: list[Any], out: Any, owner: str = "") -> int:
+        """Another output, in the room that its owner has cleared or at the end; its number in `outs`."""
+        at = self._room(outs, out, owner)
+        self.changed(self._index, at, outs)
+        return at
+
+    def _room(self, outs: list[Any], out: Any, owner: str) -> int:
+        at = self._free[owner].pop(0) if self._free.get(owner) else len(outs)
+        outs[at : at + 1] = [out]
+        if owner:
+            self._owners[at] = owner
+        return at
+
+    def clear_caught(self, outs: list[Any], owner: str) -> list[int]:
+        """An Output widget has cleared what it caught in this cell; the numbers of those outputs."""
+        from nbformat.v4 import new_output
+
+        cleared = [at for at, its in self._owners.items() if its == owner and at < len(outs)]
+        for at in cleared:
+            del self._owners[at]
+            outs[at] = new_output("stream", name="stdout", text="")
+            self.changed(self._index, at, outs)
+        self._free[owner] = sorted([*self._free.get(owner, []), *cleared])
+        self._held = {key: text for key, text in self._held.items() if key[0] != owner}
+        return cleared
+
+    def _add_stream(self, outs: list[Any], name: str, text: str, owner: str) -> int:
+        """As `add_stream`, to what has the same owner."""
+        from nbformat.v4 import new_output
+
+        for at in range(len(outs) - 1, -1, -1):
+            its = self._owners.get(at, "")
+            if its != owner and owner:
+                continue
+            if its != owner or outs[at].output_type != "stream":
+                break
+            if outs[at].name == name and at not in self._free.get(owner, []):
+                add_to(outs[at], text)
+                return at
+        return self._room(outs, new_output("stream", name=name, text=_as_shown(text)), owner)
+
+    def _show(self, outs: list[Any], name: str, text: str, owner: str = "") -> None:
         self._last = name
         if self._side is None:
             room = TEXT - sum(len(out.text) for out in outs if out.output_type == "stream")
@@ -54,7 +105,7 @@ class Outputs:
                     self._side.write(out.text if out.output_type == "stream" else "")
             head, text = (text[:room], text[room:]) if self._side else (text, "")
             if head:
-                self._journal.output(self._index, add_stream(outs, name, head), outs, head)
+                self._journal.output(self._index, self._add_stream(outs, name, head, owner), outs, head)
             if self._side:
                 self._side.write(head)
         if text and self._side:
@@ -74,11 +125,11 @@ class Outputs:
             self._lengths[at] = sum(map(_length, outs[at].get("data", {}).values()))
         self._journal.output(index, at, outs)
 
-    def has_no_room(self, outs: list[Any], msg: dict[str, Any]) -> bool:
+    def has_no_room(self, outs: list[Any], msg: dict[str, Any], owner: str = "") -> bool:
         """Whether what is in `msg` is more than the cell may show."""
         if not self._is_capped or msg["msg_type"] == "error" or OWN & msg["content"].get("data", {}).keys():
             return False
-        return len(outs) >= COUNT or sum(self._lengths.values()) > TOTAL
+        return (len(outs) >= COUNT and not self._free.get(owner)) or sum(self._lengths.values()) > TOTAL
 
     def leave_out(self, outs: list[Any], out: Any) -> None:
         """Put an output into the file that holds all of them, one a line, and show it only if it is one of the last."""
@@ -107,13 +158,16 @@ class Outputs:
         """The cell has cleared what it showed; the file that holds all of it goes on."""
         self._tail, self._cut, self._lengths, self._left_out = "", 0, {}, 0
         self._last_left_out.clear()
+        self._forget_owners()
         self._journal.cleared(index)
 
     def finish(self, outs: list[Any]) -> None:
         """The cell has ended: show what was held back, and the end of what did not fit."""
-        for name, text in self._held.items():
-            self._show(outs, name, self._redactor.text(text))
+        for (owner, name), text in self._held.items():
+            self._show(outs, name, self._redactor.text(text), owner)
         self._held = {}
+        while outs and any(len(outs) - 1 in free for free in self._free.values()):  # cleared, and not used again
+            outs.pop()
         if self._rest:
             self._show_last_left_out(outs, self._rest)
         if not self._side:
@@ -190,11 +244,16 @@ def add_stream(outs: list[Any], name: str, text: str) -> int:
         if outs[at].output_type != "stream":
             break
         if outs[at].name == name:
-            line = outs[at].text.rfind("\n") + 1
-            outs[at].text = outs[at].text[:line] + _as_shown(outs[at].text[line:] + text)
+            add_to(outs[at], text)
             return at
     outs.append(new_output("stream", name=name, text=_as_shown(text)))
     return len(outs) - 1
+
+
+def add_to(stream: Any, text: str) -> None:
+    """More text of an output that is a stream."""
+    line = stream.text.rfind("\n") + 1
+    stream.text = stream.text[:line] + _as_shown(stream.text[line:] + text)
 
 
 def _as_shown(text: str) -> str:
@@ -218,8 +277,7 @@ def apply(outs: list[Any], event: dict[str, Any]) -> None:
 
     at, out = event["at"], from_dict(event["output"])
     if out.output_type == "stream" and at < len(outs) and outs[at].get("name") == out.name:
-        line = outs[at].text.rfind("\n") + 1
-        outs[at].text = outs[at].text[:line] + _as_shown(outs[at].text[line:] + out.text)
+        add_to(outs[at], out.text)
     elif at < len(outs):
         outs[at] = out
     else:
@@ -230,11 +288,36 @@ def apply(outs: list[Any], event: dict[str, Any]) -> None:
 def client_class() -> type:
     """nbclient's NotebookClient, whose outputs go through an `Outputs` called `shown`."""
     from nbclient import NotebookClient
+    from nbclient.output_widget import OutputWidget
+    from nbformat import NotebookNode
     from nbformat.v4 import output_from_msg
+
+    class Catcher(OutputWidget):
+        """An Output widget: what it catches is shown in the cell that is running, and goes when it is cleared."""
+
+        executor: "Client"
+
+        def clear_output(self, outs: list[Any], msg: dict[str, Any], cell_index: int) -> None:
+            self.clear_before_next_output = bool(msg["content"].get("wait"))
+            if not self.clear_before_next_output:
+                self.executor.clear_caught(outs, cell_index, self.comm_id)
+
+        def set_state(self, state: dict[str, Any]) -> None:
+            if "msg_id" not in state:
+                return
+            for hooks in self.executor.output_hook_stack.values():  # others may have come since, and stay
+                hooks[:] = [hook for hook in hooks if hook is not self]
+            if state["msg_id"]:
+                self.executor.output_hook_stack[state["msg_id"]].append(self)
 
     class Client(NotebookClient):
         shown: Outputs
         redactor: Any
+
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            self.views: list[tuple[int, int, Any, Any]] = []  # cell, number of the output, the output, its view
+            self.widget_registry = {"@jupyter-widgets/output": {"OutputModel": Catcher}}
 
         def process_message(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
             kind = msg["msg_type"]
@@ -249,25 +332,60 @@ def client_class() -> type:
             return out
 
         def output(self, outs: list[Any], msg: dict[str, Any], display_id: str | None, cell_index: int) -> Any:
-            if self.output_hook_stack[msg["parent_header"].get("msg_id")]:  # an Output widget catches it
-                return super().output(outs, msg, display_id, cell_index)
-            if self.clear_before_next_output:
-                self.clear_before_next_output = False
+            hooks = self.output_hook_stack[msg["parent_header"].get("msg_id")]
+            shows, owner = (hooks[-1], hooks[-1].comm_id) if hooks else (self, "")
+            if shows.clear_before_next_output:
+                shows.clear_before_next_output = False
                 self.clear_output(outs, {**msg, "content": {}}, cell_index)
             if msg["msg_type"] == "stream":
-                self.shown.stream(outs, msg["content"]["name"], msg["content"]["text"])
+                self.shown.stream(outs, msg["content"]["name"], msg["content"]["text"], owner)
                 return None
-            if self.shown.has_no_room(outs, msg):
-                self.shown.leave_out(outs, output_from_msg(msg))
+            try:
+                out = output_from_msg(msg)
+            except ValueError:  # of a kind that is none of an output
                 return None
-            out = super().output(outs, msg, display_id, cell_index)
-            if out:
-                self.shown.changed(cell_index, len(outs) - 1, outs)
+            if self.shown.has_no_room(outs, msg, owner):
+                self.shown.leave_out(outs, out)
+                return None
+            at = self.shown.put(outs, out, owner)
+            if display_id:
+                self._display_id_map.setdefault(display_id, {}).setdefault(cell_index, []).append(at)
+            view = out.get("data", {}).get(widgets.VIEW)
+            if isinstance(view, dict) and len(self.views) < COUNT:
+                self.views.append((cell_index, at, out, view))
             return out
 
         def clear_output(self, outs: list[Any], msg: dict[str, Any], cell_index: int) -> None:
             super().clear_output(outs, msg, cell_index)
             if not outs:
                 self.shown.cleared(cell_index)
+
+        def clear_caught(self, outs: list[Any], cell_index: int, owner: str) -> None:
+            cleared = self.shown.clear_caught(outs, owner)
+            for cells in self._display_id_map.values():
+                if cell_index in cells:
+                    cells[cell_index] = [at for at in cells[cell_index] if at not in cleared]
+
+        def handle_comm_msg(self, outs: list[Any], msg: dict[str, Any], cell_index: int) -> None:
+            super().handle_comm_msg(outs, msg, cell_index)
+            if msg["msg_type"] == "comm_close":
+                id = msg["content"]["comm_id"]
+                self.widget_state.pop(id, None)
+                self.widget_buffers.pop(id, None)
+                if isinstance(closed := self.comm_objects.pop(id, None), Catcher):
+                    closed.set_state({"msg_id": ""})
+                    self.clear_caught(outs, cell_index, id)
+
+        def show_widgets(self) -> None:
+            """Have the notebook show its widgets as they are by now, also where no script runs."""
+            for index, at, out, view in self.views:
+                outs = self.nb.cells[index].outputs
+                told = widgets.shown(str(view.get("model_id")), self.widget_state)
+                if at < len(outs) and outs[at] is out and told and (data := {widgets.VIEW: view, **told}) != out.data:
+                    out.data = NotebookNode(data)
+                    self.shown.changed(index, at, outs)
+            buffers = {id: self.redactor.tree(list(paths.values())) for id, paths in self.widget_buffers.items()}
+            if kept := widgets.metadata(self.widget_state, buffers):
+                self.nb.metadata["widgets"] = kept
 
     return Client

@@ -21,7 +21,7 @@ from etl.storage import PROJECT
 STATES = ("ok", "noop", "check_failed", "failed", "timed_out", "killed", "cancelled")  # a run ends in one of them
 # what the run's state makes of the cell it ended in
 CELL_STATE = {"noop": "ok", "check_failed": "failed", "cancelled": "killed"}
-PAPERMILL_STATUS = {"ok": "completed", "never_ran": "pending"}  # otherwise failed
+PAPERMILL_STATUS = {"ok": "completed", "never_ran": "pending", "skipped": "pending"}  # otherwise failed
 RECEIPT = ("cpu_s", "peak_memory_mb", "bytes_read", "bytes_written")
 
 

@@ -241,6 +241,19 @@ def test_no_word_of_the_format_can_be_redacted():
         assert redacted == nb, word
 
 
+def test_the_state_of_a_widget_is_redacted_and_stays_one():
+    state = {"_model_name": "HTMLModel", "_view_module": "@jupyter-widgets/controls", "value": "by HTML and IPY_MODEL_"}
+    state |= {"children": ["IPY_MODEL_" + "0a" * 16], "description": "HTMLModel", "a key": {"HTML": 1}}
+    redactor = Redactor({"A": "HTML", "B": "IPY_MODEL_", "C": "children", "D": "update", "E": "a key", "F": "0a0a"})
+    redacted = redactor.message("comm_msg", {"comm_id": "0a" * 16, "data": {"method": "update", "state": state}})
+    assert redacted["data"]["method"] == "update"
+    assert redacted["data"]["state"] == {
+        **{name: state[name] for name in ("_model_name", "_view_module", "children")},
+        **{"value": "by ‹secret A› and ‹secret B›", "description": "‹secret A›Model"},
+        "‹secret E›": {"‹secret A›": 1},
+    }
+
+
 def test_what_is_replaced_is_not_replaced_again():
     redactor = Redactor({"SECRET_A": "secret", "B": "SECRET_A"})
     once = redactor.text("a secret and SECRET_A")

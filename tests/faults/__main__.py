@@ -12,6 +12,7 @@ import typer  # noqa: E402
 from faults import (
     answers,
     endings,
+    kinds,
     lake_backups,
     lake_cadence,
     lake_crashes,
@@ -43,6 +44,7 @@ SCENARIOS = [
     ("deaths", endings.deaths, 6, 6, "ways to die"),
     ("hangs", endings.hangs, 4, 4, "ways to hang"),
     ("canary", untrusted.canary, 20, 5, "runs that show a secret"),
+    ("kinds", kinds.kinds, len(kinds.KINDS), 15, "kinds of notebooks"),
     ("yamls", untrusted.yamls, 20, 20, "wrong and right values each"),
     ("hostile", untrusted.hostile, 100, 100, "names and values"),
     ("polled", loads.polled, 60, 6, "cells, read while they run"),

@@ -23,7 +23,7 @@ DEATHS = {  # code of the cell; what else the request says; the state
     "memory limit": ("kept = []\nwhile True: kept.append(b'x' * 10_000_000)", {"memory_mb": 700}, "killed"),
     "deadline": (WAIT, {"deadline_s": 6}, "timed_out"),
     "SIGTERM of the runner": (WAIT, {}, None),  # cancelled or killed, by what the runner makes of it
-    "no kernel": ("print()", {}, "failed"),
+    "no kernel": ("print()", {"variables": {"PYTHONHOME": "/nowhere"}}, "failed"),
 }
 
 
@@ -35,8 +35,6 @@ def deaths(n: int, seed: int) -> str:
             root, ready = Path(folder) / "root", Path(folder) / "ready"
             cells = ("# Die", READY.format(str(ready)), code, "# Later", "print('never')")
             asked = toy.request(root, *cells, rng=rng, **more)
-            if name == "no kernel":
-                asked.notebook["metadata"]["kernelspec"]["name"] = "no-such-kernel"
             process = toy.start(asked, Path(folder) / "spool")
             if name == "SIGTERM of the runner":
                 toy.until(ready.exists, 60, "a cell under way")

@@ -4,7 +4,9 @@ import importlib
 import itertools
 
 import pytest
+from params_cases import CELL, LOCAL, STAGE, notebook
 
+from etl import params
 from etl.cli import checking
 from etl.cli.common import Timetable
 
@@ -87,3 +89,24 @@ def test_questions_and_model_are_looked_at_too(problems):
     ]
     (problem,) = problems(queries__a="TABLES = {\n")
     assert problem == "NAME/queries/a.py:1: cannot be imported: '{' was never closed"
+
+
+def test_what_a_run_here_would_lack_is_told_before_it_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(checking, "PROJECT", tmp_path)
+    monkeypatch.delenv("API_KEY", raising=False)
+    for path, text in {
+        "notebooks/load.ipynb": notebook(CELL),
+        "params/load.yml": STAGE + "  max_files: 1\n",
+        "params/env/local.yml": LOCAL,
+        "params/env/away.yml": LOCAL.replace("machine: null", "machine: {n_workers: 1}"),
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    lacking = "load: no secret API_KEY: set the variable API_KEY, or put the file API_KEY into ETL_SECRETS_DIR"
+    assert checking._notes("", ()) == [lacking] and checking._notes("away", ()) == []
+    away = params.load(tmp_path, "away")
+    assert list(map(str, checking._of_machines(away, "/outputs"))) == [
+        "params/env/away.yml: the root /outputs is on this machine, and load on another; use an s3:// root"
+    ]
+    assert not list(checking._of_machines(away, "s3://bucket/etl"))
+    assert not list(checking._of_machines(params.load(tmp_path), "/outputs"))

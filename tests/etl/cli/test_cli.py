@@ -60,8 +60,9 @@ def test_a_notebook_that_is_none_is_one_line_and_no_traceback(project, root):
         "wrong  notebooks/train.ipynb: not a notebook: its format is 3, not 4; JupyterLab saves it anew",
     ]
     done = orchestrate(project, "run", "generate", "--root", root)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "byte order mark" in done.stderr
-    assert not Root.at(root).names("")
+    [row] = index.newest(Root.at(root))
+    assert row["state"] == "failed" and "begins with a byte order mark" in row["reason"]
+    assert done.returncode == 1 and "byte order mark" in done.stdout and "Traceback" not in done.stdout + done.stderr
 
 
 def test_an_unknown_stage_and_a_wrong_value_exit_with_2(project):

@@ -100,7 +100,10 @@ def test_a_run_cannot_tell_a_forked_kernel_from_a_cold_one(server, cold, tmp_pat
         "       parent=os.environ['JPY_PARENT_PID'] == str(os.getppid()), blocked=str(signal.pthread_sigmask(0, [])),\n"
         "       threads=sorted(t.name for t in threading.enumerate() if 'Poller' not in type(t).__name__))"
     )
-    mine, its = forked_run(tmp_path, look).metrics, cold(look, number=1).metrics
+    draw = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()"
+    forked = forked_run(tmp_path, look, draw)
+    mine, its = forked.metrics, cold(look, number=1).metrics
+    assert [list(out["data"])[0] for out in saved(forked)[0].cells[-2].outputs] == ["image/png"]
     assert mine.pop("forked") and not its.pop("forked")
     assert mine == its and mine["env"]["ETL_TEST"] == "of this run" and mine["zone"][0] == "JST"
 

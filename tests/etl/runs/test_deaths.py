@@ -19,6 +19,7 @@ from etl.reports import cards
 from etl.runs import delivery, index, journal
 from etl.runs.endings import for_memory
 from etl.runs.record import RunRecord
+from etl.secrets import Redactor
 from etl.storage import PROJECT, Root
 
 STUCK = {  # the code, and the blocked lines; the other ways to hang are in test_faults
@@ -120,6 +121,16 @@ def test_a_card_is_never_longer_than_12_lines():
     record.error = {"heading": "H", "cell": 3, "frame": {"where": "x.py:1", "code": "y"}, "traceback_tail": "z\n" * 30}
     last = {"run_id": "toy-0", "report": "reports/toy/2026-11-03/toy-0", "parameters": {"a": "x" * 999, "c": 1}}
     assert len(cards.card(record, last).source.splitlines()) <= 12
+
+
+def test_the_users_own_frame_is_known_where_a_secret_is_a_folder_of_its_path(tmp_path):
+    project = tmp_path / "postgres"
+    project.mkdir()
+    (project / "work.py").write_text("def call():\n    raise ValueError\n")
+    redactor = Redactor({"POSTGRES_PASSWORD": "postgres"})
+    shown = redactor.text(f"File {project}/work.py:2, in call()\n")
+    frame = {"where": "work.py:2", "code": "raise ValueError"}
+    assert str(project) not in shown and cards.own_frame(shown, [], project, redactor.restored) == frame
 
 
 def test_frames_of_libraries_are_not_the_users_own():

@@ -64,9 +64,15 @@ def test_a_wrong_machine_key_is_refused(cloud):
         dispatch.run_there(request, {"vm_tipe": "m7i.large"})
 
 
-def test_a_machine_cannot_reach_a_folder_of_this_one():
-    with pytest.raises(ValueError, match="use an s3:// root"):
-        dispatch.run_there({"stage": "query", "root": "/somewhere"}, {})
+def test_a_run_for_which_no_machine_is_to_be_had_fails_here_with_a_report(cloud, tmp_path):
+    """Here for a root that no machine can reach; the same goes for a service that is down."""
+    stage = dataclasses.replace(cloud.stages["query"], dask=None, retries=0)
+    environment = dataclasses.replace(cloud.environment, root=str(tmp_path))
+    record = dispatch.run_stage(stage, environment, scheduled_for=AT)
+    why = f"no machine: ValueError: the root {tmp_path} is on this machine, and the run on another; use an s3:// root"
+    assert (record.state, record.reason) == ("failed", why)
+    assert why in (tmp_path / record.report / "report.html").read_text()
+    assert [row["run_id"] for row in index.newest(Root.at(tmp_path))] == [record.run_id]
 
 
 def test_no_block_is_no_cluster_and_an_address_is_passed_on():

@@ -25,7 +25,7 @@ from etl.storage import PROJECT, Root
 RUN_ID = "toy-20261103T100000-%06x"
 
 
-def notebook(*cells: str, kernel: str = "python3") -> dict:
+def notebook(*cells: str) -> dict:
     """A notebook of code cells; one that begins with # and a space is a heading, `rows: ` the parameters."""
     made = []
     for text in cells:
@@ -34,20 +34,21 @@ def notebook(*cells: str, kernel: str = "python3") -> dict:
         else:
             tags = ["parameters"] if text.startswith("rows: ") else []
             made.append(new_code_cell(text, metadata={"tags": tags}))
-    return new_notebook(cells=made, metadata={"kernelspec": {"name": kernel, "display_name": kernel}})
+    return new_notebook(cells=made, metadata={"kernelspec": {"name": ".venv", "display_name": ".venv"}})
 
 
-def run(root, *cells, number=0, deadline_s=60, parameters=None, kernel="python3", memory_mb=None, **options):
+def run(root, *cells, number=0, deadline_s=60, parameters=None, memory_mb=None, variables=None, **options):
     request = RunRequest(
         stage="toy",
         run_id=RUN_ID % number,
         root=str(root),
-        notebook=notebook(*cells, kernel=kernel),
+        notebook=notebook(*cells),
         parameters={"rows": 3} if parameters is None else parameters,
         origins={"rows": "params/toy.yml:4"},
         scheduled_for="2026-11-03T10:00:00+00:00",
         deadline_s=deadline_s,
         memory_mb=memory_mb,
+        variables=variables or {},
     )
     return execute(request, **options)
 
@@ -196,9 +197,10 @@ print(run({str(tmp_path)!r}, "rows: int = 1", "import time; time.sleep(1e9)", on
 
 
 def test_a_kernel_that_cannot_start_is_a_failed_run_with_a_reason(tmp_path):
-    record = run(tmp_path, "rows: int = 1", kernel="no-such-kernel")
+    record = run(tmp_path, "rows: int = 1", variables={"PYTHONHOME": "/nowhere"})
     assert record.state == "failed"
-    assert record.reason == "the kernel did not start: NoSuchKernel: No such kernel named no-such-kernel"
+    assert record.reason.startswith("the kernel did not start: RuntimeError: Kernel died")
+    assert "init_fs_encoding" in record.error["traceback_tail"]
     assert set(cell_states(saved(record)[0])) == {"never_ran"}
 
 
