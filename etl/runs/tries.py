@@ -40,9 +40,14 @@ class Tried:
 def begin(root: Root, what: str) -> str:
     """The folder of a new try, below the root, where answers and models are those of now; old ones are swept."""
     sweep(root)
-    folder = f"{TRIES}/{what}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    folder = f"{TRIES}/{new_id(what)}"
     root.duplicate([*_answers(root), *root.files("models")], folder)
     return folder
+
+
+def new_id(what: str) -> str:
+    """A name that says when it was made."""
+    return f"{what}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
 
 
 def _answers(root: Root) -> list[str]:
@@ -55,16 +60,16 @@ def _answers(root: Root) -> list[str]:
     return rels
 
 
-def sweep(root: Root, now: datetime | None = None) -> int:
-    """Remove the tries that began more than a day ago; how many."""
+def sweep(root: Root, folder: str = TRIES, now: datetime | None = None) -> int:
+    """Remove the tries that began more than a day ago, or what else has such ids in a folder; how many."""
     before = (now or datetime.now(UTC)) - KEPT
     old = [
         name
-        for name in root.names(TRIES)
+        for name in root.names(folder)
         if (match := NAME.fullmatch(name)) and datetime.strptime(f"{match[1]}+0000", "%Y%m%dT%H%M%S%z") < before
     ]
     for name in old:
-        root.remove_tree(f"{TRIES}/{name}")
+        root.remove_tree(f"{folder}/{name}")
     return len(old)
 
 

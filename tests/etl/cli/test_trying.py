@@ -75,10 +75,10 @@ def test_a_try_tells_what_differs_and_moves_nothing(called):
     assert first == same["id"] and len(index.newest(Root.at(root.url_of(f"tries/{second}")))) == 1
 
     now = datetime.now(UTC)
-    assert tries.sweep(root, now + tries.KEPT / 2) == 0
+    assert tries.sweep(root, now=now + tries.KEPT / 2) == 0
     root.write("tries/mine/a", b"")  # whatever else is there
     tries_of = [name for name in root.names("tries") if name != "mine"]
-    assert tries.sweep(root, now + 2 * tries.KEPT) == len(tries_of) and root.names("tries") == ["mine"]
+    assert tries.sweep(root, now=now + 2 * tries.KEPT) == len(tries_of) and root.names("tries") == ["mine"]
     assert production(called.root) == before
 
 
