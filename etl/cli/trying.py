@@ -96,9 +96,14 @@ def _print_tried(tried: "Tried") -> None:
     for difference in tried.differences:
         name = difference.name.partition(":")[0] if difference.part == "results" else difference.name
         shown.setdefault((difference.part, name), difference)
+    gone = [key for key, one in shown.items() if key[0] in ("checks", "results") and one.after in (None, "no file")]
+    for part in dict.fromkeys(part for part, _ in gone):
+        names = [shown.pop(key) and key[1] for key in gone if key[0] == part]
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        say(f"{' ' * INDENT}{part} that are not there: {', '.join(names[:4])}{more}")
     if shown:
         print_differences([*shown.values()], f"what {tried.record.stage} makes otherwise")
-    else:
+    elif not gone:
         say(f"{' ' * INDENT}nothing differs")
 
 
