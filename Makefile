@@ -9,7 +9,12 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 ROOT   ?= outputs/dev
 ENV    ?= local
-NOTEBOOKS = notebooks/*.ipynb examples/*/notebooks/*.ipynb
+# not Untitled, as JupyterLab calls them, and not _scratch: they are nobody's stage, and keep what they show
+NOTEBOOKS = notebooks/[!_U]*.ipynb examples/*/notebooks/[!_U]*.ipynb
+# what running and saving a notebook leaves in it, beside outputs and counts
+LEFT = metadata.papermill cell.metadata.papermill cell.metadata.editable cell.metadata.slideshow \
+  $(addprefix metadata.language_info.,codemirror_mode file_extension mimetype nbconvert_exporter pygments_lexer version)
+STRIP = $(BIN)/nbstripout --keep-id --extra-keys "$(LEFT)"
 
 .PHONY: help setup up demo test fresh faults lint format lab bench lock clean
 
@@ -55,17 +60,18 @@ lint: setup  ## Check style, notebooks included, types, declared imports, and ev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/deptry .
-	@$(BIN)/nbstripout --verify --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" $(NOTEBOOKS)
+	@$(STRIP) --verify $(NOTEBOOKS)
 	@$(BIN)/python orchestrate.py check
 	@cd examples/clicks && ../../$(BIN)/etl check
 
 format: setup  ## Format the code and strip the notebooks' outputs
 	@$(BIN)/ruff check --fix --quiet .
 	@$(BIN)/ruff format --quiet .
-	@$(BIN)/nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" $(NOTEBOOKS)
+	@$(STRIP) $(NOTEBOOKS)
 
-lab: setup  ## Open the notebooks in JupyterLab, on the scratch root that `make demo` fills
-	@ETL_CHARTS=plotly JUPYTER_DEFAULT_PROVISIONER_NAME=forked-kernel $(BIN)/jupyter lab --ip=127.0.0.1 --port=8888 --notebook-dir=notebooks \
+lab: setup  ## Open the project in JupyterLab, its notebooks on the scratch root that `make demo` fills
+	@ETL_CHARTS=plotly JUPYTER_DEFAULT_PROVISIONER_NAME=forked-kernel $(BIN)/jupyter lab --ip=127.0.0.1 --port=8888 \
+	  --ServerApp.root_dir='$(CURDIR)' --ServerApp.preferred_dir='$(CURDIR)/notebooks' \
 	  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
 	  $(if $(filter 0,$(shell id -u)),--allow-root)
 

@@ -286,17 +286,32 @@ def _checkpoint(root: Root, table: str, version: int) -> None:
         root.table(table, version).create_checkpoint()
         return
     log = log_of(table)
-    names = [name for name in root.names(log) if NUMBERED.match(name) and int(name[:20]) <= version]
-    start = max((name[:20] for name in names if ".checkpoint." in name), default="")
     with temporary_folder("checkpoint-") as folder:
         copy = Path(log_of(folder))
         copy.mkdir()
-        for name in names:
-            if name[:20] >= start:
-                (copy / name).write_bytes(root.read(f"{log}/{name}"))
+        for name in _end_of_log(root, table, version):
+            (copy / name).write_bytes(root.read(f"{log}/{name}"))
         Root.at(folder).table("").create_checkpoint()
         for name in (f"{version:020d}.checkpoint.parquet", LAST):
             root.write(f"{log}/{name}", (copy / name).read_bytes())
+
+
+def _end_of_log(root: Root, table: str, version: int) -> list[str]:
+    """The names in a table's log that make a version: its last checkpoint and what came after that."""
+    names = [name for name in root.names(log_of(table)) if NUMBERED.match(name) and int(name[:20]) <= version]
+    start = max((name[:20] for name in names if ".checkpoint." in name), default="")
+    return [name for name in names if name[:20] >= start]
+
+
+def share(root: Root, table: str, version: int, folder: str) -> None:
+    """Have a version of a table below a folder of the root too, under its number, to go on from there on its own.
+
+    None of its files is ever written to again, so on this machine both share them; in an object store they are copied
+    there. A file that is removed from one is still in the other.
+    """
+    live = [f"{table}/{file.rel}" for file in files(root.table(table, version))]
+    log = [f"{log_of(table)}/{name}" for name in _end_of_log(root, table, version)]
+    root.copy([*live, *log], "", f"{folder}/")
 
 
 def sync(root: Root, table: str, after: int, until: int) -> None:

@@ -505,6 +505,12 @@ class Root:
         to = [self._path(f"{target}{rel[len(source) :]}") for rel in rels]
         self._fs.copy([*map(self._path, rels)], to)
 
+    def duplicate(self, rels: Iterable[str], target: str) -> None:
+        """Have files in the folder `target` too, under the same paths, as they are now: what is written to one of the
+        two is not in the other. One that is gone meanwhile is left out; nothing is synced."""
+        there = [*filter(self.exists, rels)]
+        self._fs.copy([*map(self._path, there)], [self._path(f"{target}/{rel}") for rel in there], on_error="ignore")
+
     def remove_tree(self, rel: str) -> None:
         """Remove a folder and all in it; one that is missing is fine."""
         with contextlib.suppress(FileNotFoundError):
@@ -786,6 +792,13 @@ class LocalRoot(Root):
             os.replace(staged, to)
             with contextlib.suppress(FileNotFoundError):  # what was a second name of the same file already stays
                 os.unlink(staged)
+
+    def duplicate(self, rels: Iterable[str], target: str) -> None:
+        for rel in rels:
+            to = self._path(f"{target}/{rel}")
+            os.makedirs(os.path.dirname(to), exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copy2(self._path(rel), to)
 
     def move_tree(self, source: str, target: str, last: str | None = None) -> None:
         make_folder(os.path.dirname(self._path(target)))

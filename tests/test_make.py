@@ -1,5 +1,6 @@
 """What make does before anything is installed."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,23 @@ def test_without_a_python_that_works_make_says_what_is_needed(make, tmp_path, ar
     done = make("setup", *arguments, python3=OLD, python3_14=STAND_IN)
     assert done.returncode == 2 and done.stdout.startswith("Python 3.11 to 3.14 with its venv is needed")
     assert "setting up" not in done.stdout and "pyenv" not in done.stderr
+
+
+def test_format_leaves_a_notebook_that_was_saved_in_jupyterlab_as_it_was(make, tmp_path):
+    original, path = (PROJECT / "notebooks/train.ipynb").read_text(), tmp_path / "train.ipynb"
+    nb = json.loads(original)
+    about = {"codemirror_mode": {"name": "ipython", "version": 3}, "file_extension": ".py", "version": "3.11.7"}
+    about |= {"mimetype": "text/x-python", "nbconvert_exporter": "python", "pygments_lexer": "ipython3"}
+    nb["metadata"]["language_info"] |= about
+    for cell in nb["cells"]:
+        cell["metadata"] |= {"editable": True, "slideshow": {"slide_type": ""}, "trusted": True}
+        if cell["cell_type"] == "code":
+            cell |= {"execution_count": 3, "outputs": [{"output_type": "stream", "name": "stdout", "text": ["1"]}]}
+            cell["metadata"]["execution"] = {"iopub.status.busy": "2026-03-01T12:00:00Z"}
+    path.write_text(json.dumps(nb, indent=1))
+    left = make('--eval=which:; @echo "$(LEFT)"', "which").stdout.strip()
+    subprocess.run([sys.executable, "-m", "nbstripout", "--keep-id", "--extra-keys", left, path], check=True)
+    assert path.read_text() == original
 
 
 def test_this_python_is_one_that_works(make):

@@ -1,24 +1,22 @@
 """In JupyterLab: "Run all" works in each notebook with its defaults, on the scratch root that `make demo` fills."""
 
 import json
-import os
 import re
-import secrets
 import shutil
-import subprocess
-import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from support import environment, free_port
+from support import environment, ingest_all, write_stage
 
 from etl import params
-from etl.serve.services import answers
+from etl.runs import debugging, dispatch, index, releases
+from etl.serve.lab import Lab
 from etl.storage import PROJECT, Root
-from pipeline import source
+from pipeline import Lake, source
 from pipeline.queries import questions
 
 STAGES = list(params.load(PROJECT).stages)
@@ -80,28 +78,54 @@ def test_what_notebooks_show_needs_no_network(lab):
     assert not [output for output in shown if re.search(r"https?://|<script", json.dumps(output))]
 
 
-def test_jupyterlab_draws_the_charts(lab, browser_window, tmp_path):
+CHARTED = """import polars as pl
+from pipeline import Lake, charts
+snapshot = Lake(root).snapshot()
+record(versions_read=snapshot.versions, batch=snapshot.batch)
+orders = snapshot.frame('orders').collect().height
+charts.show(lambda frame: charts.plot(frame).line('a', 'b'), pl.DataFrame({'a': [1, 2], 'b': [1, 2]}))"""
+
+
+def test_a_failed_run_is_debugged_in_jupyterlab(filled, stream, tmp_path, monkeypatch, browser_window):
+    """With the release's code, on the data that it read; the chart is drawn without a network."""
     from browser import FIRST_MS, Tab, expect
 
-    port, token = free_port(), secrets.token_hex()
-    command = [sys.executable, "-m", "jupyterlab", "--ip=127.0.0.1", f"--port={port}", "--no-browser", "--allow-root"]
-    homes = {f"JUPYTER_{name}_DIR": str(tmp_path / name) for name in ("CONFIG", "DATA", "RUNTIME")}
-    with (tmp_path / "lab.log").open("wb") as log:
-        server = subprocess.Popen(
-            [*command, f"--notebook-dir={lab / 'notebooks'}", f"--IdentityProvider.token={token}"],
-            env=os.environ | homes,
-            stdout=log,
-            stderr=log,
-        )
+    project, root = tmp_path / "project", Root.at(filled)
+    (project / "params/env").mkdir(parents=True)
+    (project / "notebooks").mkdir()
+    (project / "params/env/local.yml").write_text("root: outputs\n")
+    write_stage(project, "count", CHARTED, "from broken import problem", "print(orders, problem)\n1 / 0")
+    (project / "broken.py").write_text("problem = 'as released'\n")
+    monkeypatch.setattr("etl.runs.debugging.PROJECT", project)
+    monkeypatch.setenv("ETL_CHARTS", "plotly")
+    tree = releases.load(root, releases.first(project, root).id, "local")
+    with ThreadPoolExecutor(1) as pool:  # Playwright's event loop is in this thread
+        stage, environment = tree.project.stages["count"], tree.project.environment
+        record = pool.submit(dispatch.run_stage, stage, environment, release=tree.release).result()
+    run = index.get(root, record.run_id)
+    assert (record.state, record.error["cell"]) == ("failed", 7), record.reason
+    read = Lake(filled).snapshot().row_count("orders")
+    (project / "broken.py").write_text("problem = 'edited since'\n")
+    source.land(root, replace(stream, next_tick=3), source.make_ticks(stream, range(3, 4)))
+    ingest_all(filled, run_id="preprocess-later")
+
+    bench = debugging.prepare(root, run, branch=None)
+    assert bench.told == [] and bench.notebook.is_relative_to(project / "outputs/debug")
+    lab = Lab(bench.notebook, bench.code)
+    lab.start()
     try:
-        while not answers(f"http://127.0.0.1:{port}/api"):
-            assert server.poll() is None, (tmp_path / "lab.log").read_text()
-            time.sleep(0.2)
-        with Tab.opened(browser_window, f"http://127.0.0.1:{port}") as tab:
-            tab.tab.goto(f"{tab.url}/doc/tree/train.ipynb?token={token}")
-            charts = sum(PLOTLY in output.get("data", {}) for output in outputs(lab, "train"))
-            expect(tab.charts()).to_have_count(charts, timeout=FIRST_MS)
-            expect(tab.charts().first.locator(".scatterlayer .trace")).not_to_have_count(0)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(lab.run_before, bench.failed).result()
+        with Tab.opened(browser_window, lab.page(None)) as tab:
+            tab.tab.goto(lab.page(bench.failed))
+            expect(tab.charts()).to_have_count(1, timeout=FIRST_MS)
+            failed = tab.tab.locator(".jp-CodeCell", has_text="1 / 0")
+            failed.locator(".cm-content").first.click()
+            tab.tab.keyboard.press("Control+Home")
+            tab.tab.keyboard.type("print('again');")
+            tab.tab.keyboard.press("Control+Enter")
+            expect(failed.locator(".jp-OutputArea")).to_contain_text(f"again\n{read} as released", timeout=FIRST_MS)
+            expect(failed.locator(".jp-OutputArea")).to_contain_text("ZeroDivisionError")
     finally:
-        server.terminate()
-        server.wait()
+        lab.stop()
+    assert Lake(filled).snapshot().row_count("orders") > read

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from etl.cli import checking, lake, new, releases, running, runs, up
+from etl.cli import checking, debugging, lake, new, releases, running, runs, trying, up
 from etl.cli.common import Timetable
 
 __all__ = ["Timetable", "make"]
@@ -32,6 +32,8 @@ def make(timetable: Timetable, help_text: str) -> typer.Typer:
     running.register(app)
     checking.register(app)
     releases.register(app)
+    trying.register(app)
+    debugging.register(app)
     app.add_typer(new.app, name="new")
     app.add_typer(runs.app, name="runs")
     lake.register(app, timetable)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
+from etl.lake import branch as branches
 from etl.lake import compaction, doctor, ingest, landing, promotion, quarantine, retention, schemas
 from etl.lake.backup import backup, restore
 from etl.lake.rebuild import rebuild
@@ -130,6 +131,7 @@ class Lake:
     promote = promotion.promote
     propose = promotion.propose
     rebuild = rebuild
+    branch = branches.branch
     backup = backup
     restore = restore
     examine = doctor.examine

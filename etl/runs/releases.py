@@ -110,7 +110,8 @@ def _below(folder: Path, name: str) -> dict[str, Path]:
     for at, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [child for child in folders if not child.startswith((".", "__pycache__"))]
         for child in names:
-            if not (child.startswith((".", "Untitled")) or child.endswith(("~", ".pyc"))):
+            is_nobodys = child.startswith("_") and child.endswith(".ipynb")
+            if not (is_nobodys or child.startswith((".", "Untitled")) or child.endswith(("~", ".pyc"))):
                 path = Path(at, child)
                 chosen[f"{name}/{path.relative_to(folder).as_posix()}"] = path
     return chosen

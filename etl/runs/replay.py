@@ -99,6 +99,23 @@ def replay(
     from etl.runs import dispatch
 
     source, scratch = Root.at(environment.root), Root.at(f"{REPLAYS}/{run['run_id']}")
+    _remove_oldest(Root.at(REPLAYS))
+    prepare(run, source, scratch)
+    record = dispatch.run_stage(
+        replace(stage, retries=0, machine=None),
+        replace(environment, root=scratch.url),
+        scheduled_for=datetime.fromisoformat(run["scheduled_for"]),
+        on_cell=on_cell,
+        parent=run["run_id"],
+        release=release,
+    )
+    differences, compared = compare(source, run, scratch, vars(record))
+    return Replay(run["run_id"], record, differences, _code(run, vars(record)), compared)
+
+
+def prepare(run: dict[str, Any], source: Root, scratch: Root) -> None:
+    """Make `scratch` a root in which the run finds what it found in `source`: the versions that it read, and what it
+    recorded as given. Raises NotRepeatable when that is gone or was not recorded."""
     given = run["metrics"].get("given", {})
     if run.get("versions_written") and not given:
         tables = ", ".join(run["versions_written"])
@@ -106,7 +123,6 @@ def replay(
     for table, version in run["versions_read"].items():
         _require_version(source, table, version)
     scratch.remove_tree("")
-    _remove_oldest(Root.at(REPLAYS))
     if run["versions_read"]:
         pinned = {
             "source_root": source.url,
@@ -118,16 +134,6 @@ def replay(
         scratch.write(PINNED, json.dumps(pinned, indent=1).encode())
     for path, content in given.items():
         _give(source, scratch, path, content)
-    record = dispatch.run_stage(
-        replace(stage, retries=0, machine=None),
-        replace(environment, root=scratch.url),
-        scheduled_for=datetime.fromisoformat(run["scheduled_for"]),
-        on_cell=on_cell,
-        parent=run["run_id"],
-        release=release,
-    )
-    differences, compared = _compare(source, run, scratch, vars(record))
-    return Replay(run["run_id"], record, differences, _code(run, vars(record)), compared)
 
 
 def _remove_oldest(replays: Root) -> None:
@@ -164,10 +170,11 @@ def _give(source: Root, scratch: Root, path: str, content: Any) -> None:
     scratch.write(path, data)
 
 
-def _compare(
+def compare(
     source: Root, run: dict[str, Any], scratch: Root, again: dict[str, Any]
 ) -> tuple[list[Difference], dict[str, int]]:
-    """What both runs made, state first; the root and the run's own name may differ anywhere."""
+    """What differs of what both runs made, state first, and how many of each part were compared; the root and the
+    run's own name may differ anywhere."""
     before, after = _nameless(run, source), _nameless(again, scratch)
     parts = {
         "state": (_of(before, "state", "reason"), _of(after, "state", "reason")),

@@ -18,7 +18,7 @@ from typing import Any
 from etl.params.retention import Rules
 from etl.reports import page as report_page
 from etl.runs import index as run_index
-from etl.runs import upkeep
+from etl.runs import tries, upkeep
 from etl.storage import LOST_AND_FOUND, Root, no_panic
 
 log = logging.getLogger(__name__)
@@ -122,6 +122,7 @@ def sweep(
         for page in pages:
             root.remove(page)
         upkeep.tidy(root)
+        tries.sweep(root)
     return {
         "runs": len(index),
         "kept": len(stored & keep),

@@ -72,7 +72,7 @@ def test_a_release_is_a_project_of_its_own_and_is_made_once(small, place, own_on
     monkeypatch.syspath_prepend(tmp_path / "lib")
     edit(small / "mine/figures.py", "VALUE", "import elsewhere\nVALUE")
     (small / "notebooks/.ipynb_checkpoints").mkdir()
-    for name in ("Untitled.ipynb", ".ipynb_checkpoints/says-checkpoint.ipynb", "~"):
+    for name in ("Untitled.ipynb", "_scratch.ipynb", ".ipynb_checkpoints/says-checkpoint.ipynb", "~"):
         (small / "notebooks" / name).write_text("{}")
     first = releases.freeze(small, place)
     assert set(first.files) == {

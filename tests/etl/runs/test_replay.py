@@ -206,7 +206,7 @@ def test_query_is_replayed_on_the_versions_it_read(project, filled, stream):
     answer.with_columns(pl.col(column) * 1.001).write_parquet(buffer)
     place.write(file, buffer.getvalue())
     place.remove(f"results/revenue_per_minute/{run['run_id']}.parquet")
-    differences, _ = replays._compare(place, run, Root.at(found.record.root), vars(found.record))
+    differences, _ = replays.compare(place, run, Root.at(found.record.root), vars(found.record))
     assert [one.part for one in differences] == ["results", "results"]
     assert f"q01: {column} in {answer.height} of {answer.height} rows" in differences[0].name
     assert (differences[1].before, differences[1].after) == ("no file", "a file")
