@@ -111,7 +111,7 @@ def backfill(
         scheduled = {stage.name: slices.times(stage, since, until, every) if begin else [since] for stage in stages}
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    first = {stages[0].name: [_with_values(stages[0].name, env, p, given) for given in chosen]}
+    first = {stages[0].name: [_with_values(stages, env, p, given) for given in chosen]}
     groups = [
         [
             slices.Slice(variant, project.environment, time, given)
@@ -133,9 +133,12 @@ def backfill(
     )
 
 
-def _with_values(name: str, env: str, p: Sequence[str], given: Sequence[tuple[str, str]]) -> tuple[Stage, str]:
-    """(the stage with one combination of values, what is said of that)."""
-    loaded = load(env, overrides=[*p, *(override for override, _ in given)], stage=name)
+def _with_values(
+    stages: Sequence[Stage], env: str, p: Sequence[str], given: Sequence[tuple[str, str]]
+) -> tuple[Stage, str]:
+    """(the first stage with one combination of values, what is said of that)."""
+    name, overrides = stages[0].name, [*p, *(override for override, _ in given)]
+    loaded = load(env, overrides=overrides, stage=name if len(stages) == 1 else None)
     return loaded.stages[name], " ".join(said for _, said in given)
 
 
