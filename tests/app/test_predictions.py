@@ -30,10 +30,10 @@ ODD = [
 
 @pytest.fixture
 def asked(root):
-    for cached in (api.settings, api.known_hosts, api.served_model):
+    for cached in (api.settings, api.served_model):
         cached.cache_clear()
     yield root
-    for cached in (api.settings, api.known_hosts, api.served_model):
+    for cached in (api.settings, api.served_model):
         cached.cache_clear()
 
 
