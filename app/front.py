@@ -34,7 +34,7 @@ PROBE = "/health"  # answered to anybody who knows the service's name, at any ra
 QUICK = {PROBE, "/ready", "/metrics", "/", "/predict", "/v1/predict"}  # what has limits of its own, or needs none
 READING = 64  # other requests at once: four are answered, the others wait for them
 BODIES = 64_000_000  # bytes of bodies at once
-LINGER_S = 2  # a client that still sends its body is listened to, so that it sees why it was refused
+LINGER_S = 2  # a client that still sends its body is listened to for a little, so that it sees why it was refused
 CLIENTS = 10_000  # whose rates are known
 FLUSH_S = 0.2
 Message = dict[str, Any]
@@ -139,8 +139,9 @@ class Front:
         """The connection ends with the answer, and not before the client has had the time to read it."""
 
         async def drained() -> None:
-            while (await receive())["type"] == "http.request":
-                pass
+            left = self.limit
+            while left > 0 and (message := await receive())["type"] == "http.request":
+                left -= len(message.get("body", b""))
 
         await refuse(answer, status, sentence, [(b"connection", b"close")], more_body=True)
         with contextlib.suppress(TimeoutError):
@@ -189,8 +190,10 @@ class Known:
         """A browser, which asks for a name and a password, may send the token as the password."""
         kind, _, value = said.partition(b" ")
         if kind.lower() == b"basic":
-            with contextlib.suppress(ValueError):
+            try:
                 value = base64.b64decode(value, validate=True).partition(b":")[2]
+            except ValueError:
+                return False
         elif kind.lower() != b"bearer":
             return False
         return hmac.compare_digest(value.strip(), self.token)

@@ -31,6 +31,7 @@ class Requests:
     def count(self, scope: dict[str, Any], status: int, took: float) -> None:
         route, path = scope.get("route"), scope["path"]
         name = getattr(route, "path", None) or (path if path in self._short else "other")
+        name = name.removeprefix("/v1")  # the same, whichever way it is called
         method = scope["method"] if scope["method"] in METHODS else "other"
         key = name, method, status
         if key not in self._kept:

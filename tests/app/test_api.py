@@ -629,12 +629,12 @@ class TestWhatIsTold:
         api.get("/v1/results/q99")
         served = api.post("/v1/predict", json=[ITEM]).json()[0]["model_id"]
         text = api.get("/metrics").text
-        assert 'etl_api_requests_total{method="GET",route="/v1/results/{question}",status="404"}' in text
+        assert 'etl_api_requests_total{method="GET",route="/results/{question}",status="404"}' in text
         assert f'etl_model_info{{model_id="{served}",run_id="{TRAIN_RUN}"}} 1.0' in text
         figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         assert float(figures["etl_lake_lag_seconds"]) > 0 and float(figures["etl_lake_batch"]) == 1
         assert float(figures["etl_model_age_seconds"]) > 0 and float(figures["etl_model_usable"]) == 1
-        assert float(figures['etl_api_request_seconds_count{route="/v1/predict"}']) >= 1
+        assert float(figures['etl_api_request_seconds_count{route="/predict"}']) >= 1
 
     def test_metrics_before_the_first_run(self, api, empty):
         figures = api.get("/metrics").text
