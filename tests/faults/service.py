@@ -86,13 +86,18 @@ def running(root: Path, files: int = 1024) -> Iterator[tuple[int, psutil.Process
         process.wait()
 
 
+_filled = tempfile.TemporaryDirectory()  # as long as this process is there
+
+
 @contextlib.contextmanager
 def filled() -> Iterator[Path]:
+    """A root of its own in which everything is published."""
+    made = Path(_filled.name) / "root"
+    if not made.exists():
+        published.fill(str(made))
+        published.add_run(str(made), published.QUERY_RUN)
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder) / "root"
-        published.fill(str(root))
-        published.add_run(str(root), published.QUERY_RUN)
-        yield root
+        yield Path(shutil.copytree(made, Path(folder) / "root"))
 
 
 def ask(port: int, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
@@ -219,7 +224,7 @@ def floods(n: int, seed: int) -> str:
         "half open": (11 * n, b"GET /v1/runs HTTP/1.1\r\nHost: local", None),
         "slow bodies": (n, declared.replace(b"500000000", b"500000"), lambda s: s.send(b" ")),
         "500 MB declared": (max(1, n // 2), declared, lambda s: s.send(b" " * 200_000)),
-        "one row": (10 * n, one, None),
+        "1 row": (10 * n, one, None),
         "1,000 rows": (2 * n, thousand, None),
         "1,000 odd rows": (max(1, n // 2), odd, None),
         "reports and runs": (n, b"GET /v1/runs HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", None),
@@ -229,19 +234,17 @@ def floods(n: int, seed: int) -> str:
         with filled() as root, running(root) as (port, process):
             _attack(port, 2 * n, thousand, None)  # what any load leaves behind
             time.sleep(2)
-            told.append(f"/health alone {_probed(port, '/health', lambda: time.sleep(3))}")
+            told.append(f"alone {_probed(port, lambda: time.sleep(2))}")
             before = process.memory_info().rss / 1e6
             for name, (count, request, more) in attacks.items():
                 found: dict = {}
-                for path in ("/health", "/ready"):
-                    took = _probed(port, path, lambda: found.update(_attack(port, count, request, more)))  # noqa: B023
-                    assert found["left"] == 0, f"{name}: {found['left']} connections were not ended"
-                    assert set(found["statuses"]) <= {"200", "408", "413", "503", ""}, (name, found["statuses"])
-                    told.append(f"{count} × {name}: over in {found['s']:.1f} s, {path} {took}, {found['statuses']}")
+                took = _probed(port, lambda: found.update(_attack(port, count, request, more)))  # noqa: B023
+                assert found["left"] == 0, f"{name}: {found['left']} connections were not ended"
+                assert set(found["statuses"]) <= {"200", "408", "413", "422", "503", ""}, (name, found["statuses"])
+                told.append(f"{count} × {name}: over in {found['s']:.1f} s, {took}, {found['statuses']}")
             time.sleep(2)
-            after, most = process.memory_info().rss / 1e6, process.memory_info()
+            after = process.memory_info().rss / 1e6
             told.append(f"{before:.0f} MB before, {after:.0f} MB after")
-            assert ask(port, "GET", "/health")[0] == 200 and most.rss
             log = (root.parent / "service.log").read_text()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -255,16 +258,21 @@ def _post(body: bytes) -> bytes:
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def _probed(port: int, path: str, work: Callable[[], object]) -> str:
-    """How long requests took that another process sent meanwhile, each on a connection of its own."""
-    command = [sys.executable, "-c", PROBE, str(port), path]
-    probe = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def _probed(port: int, work: Callable[[], object]) -> str:
+    """How long requests took that other processes sent meanwhile, each on a connection of its own."""
+    probes = {}
+    for path in ("/health", "/ready"):
+        command = [sys.executable, "-c", PROBE, str(port), path]
+        probes[path] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     time.sleep(0.5)
     work()
-    out, _ = probe.communicate("\n")
-    assert probe.returncode == 0, f"{path} was not answered"
-    took = sorted(map(float, out.split()))
-    return f"p50 {took[len(took) // 2]:.1f}, p99 {took[int(len(took) * 0.99)]:.1f}, at most {took[-1]:.1f} ms"
+    told = []
+    for path, probe in probes.items():
+        out, _ = probe.communicate("\n")
+        assert probe.returncode == 0, f"{path} was not answered"
+        took = sorted(map(float, out.split()))
+        told.append(f"{path} p50 {took[len(took) // 2]:.1f}, p99 {took[int(len(took) * 0.99)]:.1f}, {took[-1]:.1f} ms")
+    return ", ".join(told)
 
 
 def _attack(port: int, count: int, request: bytes, more: Callable[[socket.socket], object] | None) -> dict:
