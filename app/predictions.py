@@ -24,7 +24,7 @@ from etl.storage import Root
 LOOK_S = 1  # between two looks at the pointer
 REST_S = 30  # at most, while what it names cannot be used
 TURN_S = 0.004  # of predictions, before the loop looks who else has asked for something
-WAITING = 256  # requests at once for predictions that wait for their turn
+WAITING = 1000  # requests at once for predictions that wait for their turn
 PATHS = ("/predict", "/v1/predict")
 JSON = (b"application/json", b"application/json; charset=utf-8")
 

@@ -110,7 +110,7 @@ def main(
             try:
                 passed, found = True, scenario(n, seed)
             except Exception as error:
-                passed, found = False, f"{type(error).__name__}: {str(error)[:600]}"
+                passed, found = False, f"{type(error).__name__}: {str(error)[:2000]}"
         row = (name, f"{n} {what}", str(seed), passed, f"{time.monotonic() - began:.0f}", found)
         rows.append(row)
         console.print("passed" if passed else "FAILED", *row[:3], f"{row[4]} s", found, markup=False, highlight=False)
