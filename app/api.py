@@ -367,6 +367,7 @@ def _rows(body: bytes, content_type: str) -> list[Row]:
             if len(errors) > SHOWN:
                 break
     if errors:
+        given = row = None  # or the error keeps all of it until somebody looks for garbage
         raise RequestValidationError(errors)
     return rows
 
