@@ -3,43 +3,71 @@
 It reads, and never starts a stage. Every error is JSON, `{"detail": "<a sentence>"}`.
 """
 
+import asyncio
 import contextlib
 import functools
+import html
+import itertools
 import json
 import re
+import time
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
 
 import polars as pl
 from anyio import CapacityLimiter, to_thread
-from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Path, Query, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse
+from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
-from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError
-from starlette.datastructures import Headers
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from app import metrics
 from app.domain import CARD, NO_MODEL, model
-from app.predictions import ServedModel, ShortWay
-from app.rows import LIKELY_FROM, prediction_model, row_model
+from app.front import Front
+from app.predictions import PATHS, Busy, ServedModel, ShortWay, Turns
+from app.rows import LIKELY_FROM
+from app.schemas import (
+    BODY_SCHEMA,
+    EXPLAINED,
+    ITEM_LIMIT,
+    PREDICTIONS,
+    ROWS,
+    Answer,
+    Column,
+    Explained,
+    Health,
+    ModelInfo,
+    ModelListed,
+    Moment,
+    Pointer,
+    Prediction,
+    Problem,
+    QuestionInfo,
+    Ready,
+    Row,
+    Run,
+    State,
+)
 from app.settings import Settings
 from etl.lake.snapshot import POINTER, NothingPublished
 from etl.models import registry
 from etl.reports import page as reports
 from etl.runs import index
-from etl.runs.record import STATES
 from etl.storage import BadRoot, Root
-from pipeline import Lake, queries
+from pipeline import TITLE, Lake, queries
 
 BODY_LIMIT = 1_000_000  # bytes; 1,000 rows of eight columns are about a quarter of it
-ITEM_LIMIT = 1000
 LARGE = 20_000  # bytes of a body, about 80 rows: that many take longer than all else about a request
 ROW_LIMIT = 1_000_000_000
-HOST = re.compile(r"(?P<name>[\w.-]+|\[[0-9a-f:.]+\])(:\d+)?", re.A | re.I)
-LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]", "testserver"})  # the last is Starlette's TestClient
+SHOWN = 5  # errors of a request
+FRESH_S, KEPT_S = 1, 10  # how old what was seen of the root may be: to be seen anew behind an answer, and before it
+READERS = 4  # threads for all that is read of the root
+STAGE = r"^[A-Za-z][A-Za-z0-9_-]{0,99}$"
 RUN_ID = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,99}-\d{8}T\d{6}-[0-9a-f]{6}")
 # a report's link to another of its stage, as the files lie beside each other
 BESIDE = re.compile(rb'href="\.\./\.\./[0-9-]+/([\w-]+)/report\.html"')
@@ -48,139 +76,6 @@ REPORT_HEADERS = {
     "Content-Security-Policy": "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'",
     "X-Content-Type-Options": "nosniff",
 }
-
-
-class Problem(BaseModel):
-    detail: str = Field(description="What is wrong, in a sentence")
-
-
-class Health(BaseModel):
-    status: Literal["up"]
-
-
-class Ready(BaseModel):
-    ready: bool = Field(description="Whether a snapshot of the lake is published")
-    detail: str
-    missing: list[str] = Field(description="What is not published yet or cannot be used, a sentence each")
-    batch: int | None = Field(description="The number of the published batch")
-    as_of: datetime | None = Field(description="The time of the newest row in it")
-    lag_s: float | None = Field(description="Seconds between as_of and now")
-
-
-class ModelInfo(BaseModel):
-    model_id: str
-    run_id: str = Field(description="The run that trained it; its report is at /reports/{run_id}")
-    sha256: str = Field(description="Of the stored model, checked before it is used")
-    metrics: dict[str, Any] = Field(description=f"On held-out {CARD.rows}, as its training recorded them")
-    features: list[str] = Field(description="What it was trained on, computed from a row's columns")
-
-
-Row, Prediction = row_model(CARD), prediction_model(CARD)
-ROWS = TypeAdapter(Annotated[list[Row], Field(min_length=1, max_length=ITEM_LIMIT)])
-BODY_SCHEMA = {"type": "array", "items": Row.model_json_schema(), "minItems": 1, "maxItems": ITEM_LIMIT}
-PREDICTIONS = TypeAdapter(list[Prediction])
-
-
-class Pointer(BaseModel):
-    """The current answer to a question."""
-
-    batch: int = Field(description="The batch it was computed from")
-    as_of: datetime = Field(description="The time of the newest row in that batch")
-    run_id: str = Field(description="The run that computed it; its report is at /reports/{run_id}")
-    rows: int
-    parameters: dict[str, Any]
-    file: str = Field(description="The Parquet file, relative to the root")
-
-
-class QuestionInfo(BaseModel):
-    question: str
-    title: str
-    text: str
-    current: Pointer | None = Field(description="null before the first answer")
-
-
-class Column(BaseModel):
-    name: str
-    type: str = Field(description="Polars' name of the type, such as String, Int64, Decimal(38, 4)")
-
-
-class Answer(QuestionInfo):
-    current: Pointer
-    columns: list[Column]
-    rows: list[dict[str, Any]] = Field(
-        description="Column name -> value. Decimals (money) are strings, exact to the last digit; times are ISO 8601"
-    )
-
-
-def _in_utc(value: datetime) -> datetime:
-    try:
-        return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
-    except OverflowError:
-        raise ValueError("Input should be a time whose year in UTC is between 1 and 9999") from None
-
-
-Moment = Annotated[datetime, AfterValidator(_in_utc)]
-State = Literal[STATES]
-
-
-class Run(BaseModel):
-    run_id: str
-    stage: str
-    state: State
-    reason: str | None = Field(description="Why it is not ok")
-    scheduled_for: datetime
-    started_at: datetime
-    ended_at: datetime
-    seconds: float
-    attempt: int
-    report: str = Field(description="The report's folder, relative to the root; it is served at /reports/{run_id}")
-    kept: bool = Field(description="Whether the report is there: old ones that tell nothing new are removed")
-
-
-class KnownHosts:
-    """ASGI middleware: refuses requests for another host than those of `known_hosts`.
-
-    Or a page anywhere could have its own name lead to this machine, and read all that is served here (DNS rebinding).
-    """
-
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] == "http" and not self._known(Headers(scope=scope).getlist("host")):
-            sentence = "this service is not known by that name; ETL_API_HOSTS lists the names it has besides localhost"
-            await JSONResponse({"detail": sentence}, 400)(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
-
-    def _known(self, asked: list[str]) -> bool:
-        match = HOST.fullmatch(asked[0]) if len(asked) == 1 else None
-        return match is not None and match["name"].lower() in known_hosts()
-
-
-class BodyLimit:
-    """ASGI middleware: refuses a request body of more than `limit` bytes, declared or counted as it comes in."""
-
-    def __init__(self, app, limit: int):
-        self.app, self.limit = app, limit
-
-    async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        declared = Headers(scope=scope).get("content-length", "")
-        total = 0
-
-        async def counted() -> dict:
-            nonlocal total
-            message = await receive()
-            total += len(message.get("body", b""))
-            if total > self.limit or declared.isdecimal() and int(declared) > self.limit:
-                # FastAPI calls this while it reads the body, and turns other exceptions into a 400
-                raise HTTPException(413, f"the body is larger than {self.limit:,} bytes")
-            return message
-
-        await self.app(scope, counted, send)
 
 
 @functools.cache
@@ -195,41 +90,62 @@ def _current(root: Root) -> tuple[registry.Model | None, str | None]:
     return served.current() if served else (None, None)
 
 
+class Readiness:
+    """What a root has, looked at on another thread. Nobody waits for a look while the last is KEPT_S old at most."""
+
+    def __init__(self, root: Root):
+        self.root = root
+        self._seen: tuple[float, Ready] | None = None
+        self._look: asyncio.Task[Ready] | None = None
+
+    async def now(self) -> Ready:
+        age = time.monotonic() - self._seen[0] if self._seen else KEPT_S + 1
+        if age > FRESH_S and (self._look is None or self._look.done()):
+            self._look = asyncio.create_task(self._see())
+        if self._seen is None or age > KEPT_S:
+            return await asyncio.shield(self._look)
+        seen = self._seen[1]
+        return seen.model_copy(update={"lag_s": _lag_s(seen.as_of)})
+
+    async def _see(self) -> Ready:
+        ready = await to_thread.run_sync(_ready, self.root, limiter=LOOKING)
+        self._seen = time.monotonic(), ready
+        return ready
+
+
 @contextlib.asynccontextmanager
 async def watching(_: FastAPI) -> AsyncIterator[None]:
     """While the service is up another thread looks what is published. Without a usable root each request says so."""
-    global watched
+    global watched, readiness
+    to_thread.current_default_thread_limiter().total_tokens = READERS
     try:
-        served = served_model(_root_at(settings().root))
+        root = _root_at(settings().root)
     except BadRoot:
         yield
         return
+    served = served_model(root)
     with served.watched() if served else contextlib.nullcontext():
-        watched = served
+        watched, readiness = served, Readiness(root)
         yield
-    watched = None
+    watched = readiness = None
 
 
 watched: ServedModel | None = None  # by the service that is up
+readiness: Readiness | None = None
 
 # What holds the interpreter's lock for long has threads of its own, and few: nobody else waits for one of them, and
-# they keep nobody waiting for the lock. All else shares the 40 of Starlette's pool.
+# they keep nobody waiting for the lock.
 PREDICTING = CapacityLimiter(2)
+PREDICTING_FEW = CapacityLimiter(2)
 LOOKING = CapacityLimiter(2)
+TURNS = Turns()
+REQUESTS = metrics.Requests(PATHS)
 
 
 @functools.cache
 def settings() -> Settings:
     """Read once: it costs more than a prediction."""
     return Settings()
-
-
-@functools.cache
-def known_hosts() -> frozenset[str]:
-    """The names by which this service may be asked: this machine's own, ETL_API_URL's and those in ETL_API_HOSTS."""
-    named = [urlsplit(settings().api_url).netloc, *settings().api_hosts.split(",")]
-    matches = (HOST.fullmatch(name.strip()) for name in named)
-    return LOOPBACK | {match["name"].lower() for match in matches if match}
 
 
 async def published_root() -> Root:
@@ -243,27 +159,56 @@ PublishedRoot = Annotated[Root, Depends(published_root)]
 
 def _problems(**sentences: str) -> dict[int | str, dict[str, Any]]:
     """`_problems(e404="...")`: the responses that are a Problem, for the documentation."""
-    return {int(code[1:]): {"model": Problem, "description": text} for code, text in sentences.items()}
+    schema = {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {int(code[1:]): {"description": text, "content": schema} for code, text in sentences.items()}
 
 
-def _no_page(sentence: str) -> dict[int | str, dict[str, Any]]:
-    """The same for what is not JSON otherwise: FastAPI would give a Problem the type of the page."""
-    schema = {"$ref": "#/components/schemas/Problem"}
-    return {"4XX": {"description": sentence, "content": {"application/json": {"schema": schema}}}}
-
-
+ALWAYS = _problems(
+    e400="The request cannot be understood, or is not addressed to this service",
+    e401="The token is missing, or another",
+    e403="The service has no token, and does not answer other machines without one",
+    e408="The request did not arrive in time",
+    e413=f"The body is larger than {BODY_LIMIT:,} bytes",
+    e429="The client asks more often than it may; `Retry-After` says when to try again",
+    e500="The service failed; its log says why",
+    e431="The request has too much besides its body",
+    e503="Too much is asked at once, and `Retry-After` says when to try again; or what is asked for cannot be used",
+)
 app = FastAPIOffline(
     title="ETL notebooks",
     summary="What the notebooks have published: freshness, answers, predictions, runs and their reports.",
-    description='Reads only, and never starts a stage. Every error is JSON: `{"detail": "<a sentence>"}`.',
+    description='Reads only, and never starts a stage. Every error is JSON: `{"detail": "<a sentence>"}`. '
+    "Paths that begin with `/v1` are there without it as well.",
     lifespan=watching,
+    redirect_slashes=False,  # it would lead to wherever the Host header says
+    responses=ALWAYS,
+    dependencies=[Security(HTTPBearer(auto_error=False, description="ETL_API_TOKEN, where the service has one"))],
 )
-app.add_middleware(BodyLimit, limit=BODY_LIMIT)
-app.add_middleware(ShortWay, card=CARD, served=lambda: watched, limits=(BODY_LIMIT, ITEM_LIMIT))
-app.add_middleware(KnownHosts)  # the outermost
+app.add_middleware(ShortWay, card=CARD, served=lambda: watched, turns=TURNS, most=ITEM_LIMIT)
+app.add_middleware(Front, settings=lambda: settings(), requests=REQUESTS, limit=BODY_LIMIT)  # the outermost
+api = APIRouter()
 
 
-@app.get("/health", tags=["service"])
+@app.get("/", tags=["service"], response_class=HTMLResponse, responses={200: {"description": "A page"}})
+async def what_there_is() -> HTMLResponse:
+    """What there is to ask for, as a page."""
+    lines = []
+    for path, methods in app.openapi()["paths"].items():
+        for method, said in methods.items():
+            name = html.escape(path)
+            link = f'<a href="{name[1:]}">{name}</a>' if method == "get" and "{" not in path else name
+            about = html.escape(said["description"].partition("\n")[0])
+            lines.append(f"<tr><td>{method.upper()}<td>{link}<td>{about}")
+    more = '<a href="docs">How each of them is asked</a>, <a href="openapi.json">the same for programs</a>'
+    table = f"<table cellpadding=4>{''.join(lines)}</table>"
+    title = html.escape(TITLE)
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><h1>{title}</h1>'
+    headers = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
+    return HTMLResponse(f"{head}{table}<p>{more}", headers=headers)
+
+
+# with the model FastAPI writes the schema that all others refer to; for what is no JSON it would name another type
+@app.get("/health", tags=["service"], responses={500: {"model": Problem, "description": "The service failed"}})
 async def health() -> Health:
     """The process is up."""
     return Health(status="up")
@@ -271,10 +216,35 @@ async def health() -> Health:
 
 @app.get("/ready", tags=["service"], responses={503: {"model": Ready, "description": "Nothing is published yet"}})
 async def ready(root: PublishedRoot, response: Response) -> Ready:
-    """Whether there is something to read: 200 when a snapshot is published. Says what else is missing."""
-    readiness = await to_thread.run_sync(_ready, root, limiter=LOOKING)
-    response.status_code = 200 if readiness.ready else 503
-    return readiness
+    """Whether there is something to read: 200 when a snapshot is published. Says what else is missing.
+
+    What was seen in the last ten seconds is answered without another look."""
+    said = await _readiness(root)
+    response.status_code = 200 if said.ready else 503
+    return said
+
+
+@app.get(
+    "/metrics",
+    tags=["service"],
+    response_class=PlainTextResponse,
+    responses={200: {"description": "Prometheus' text format"}},
+)
+async def measured(root: PublishedRoot) -> Response:
+    """Requests and how long they took, the model that is served and its age, how far the lake is behind."""
+    said = await _readiness(root)
+    served, problem = await to_thread.run_sync(_current, root, limiter=LOOKING)
+    return Response(metrics.written(REQUESTS, served, problem, said), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _readiness(root: Root) -> Ready:
+    if readiness and readiness.root is root:
+        return await readiness.now()
+    return await to_thread.run_sync(_ready, root, limiter=LOOKING)
+
+
+def _lag_s(as_of: datetime | None) -> float | None:
+    return round((datetime.now(UTC) - as_of).total_seconds(), 1) if as_of else None
 
 
 def _ready(root: Root) -> Ready:
@@ -283,7 +253,7 @@ def _ready(root: Root) -> Ready:
     missing += [model_problem] if model_problem else []
     try:
         snapshot = Lake(root).snapshot()
-    except (NothingPublished, ValueError, KeyError) as error:
+    except Exception as error:  # whatever it is of, there is nothing to read
         why = str(error) if isinstance(error, NothingPublished) else f"{POINTER} is damaged: {error!r}"
         return Ready(ready=False, detail=why, missing=[why, *missing], batch=None, as_of=None, lag_s=None)
     return Ready(
@@ -292,11 +262,11 @@ def _ready(root: Root) -> Ready:
         missing=missing,
         batch=snapshot.batch,
         as_of=snapshot.as_of,
-        lag_s=round((datetime.now(UTC) - snapshot.as_of).total_seconds(), 1),
+        lag_s=_lag_s(snapshot.as_of),
     )
 
 
-@app.get(
+@api.get(
     "/model",
     tags=["model"],
     include_in_schema=model is not None,
@@ -316,62 +286,106 @@ def current_model(root: PublishedRoot) -> ModelInfo:
     )
 
 
-@app.post(
+@api.get("/models", tags=["model"], include_in_schema=model is not None)
+def models(root: PublishedRoot) -> list[ModelListed]:
+    """The models that are kept, newest first, as each was published."""
+    served, _ = _current(root)
+    current = served and served.model_id
+    return [ModelListed(**said, is_current=said["model_id"] == current) for said in registry.stored(root)]
+
+
+@api.post(
     "/predict",
     tags=["model"],
     include_in_schema=model is not None,
     responses=_problems(
-        e400="The body is not text, or nested too deeply",
-        e413=f"The body is larger than {BODY_LIMIT:,} bytes",
+        e400="The body is not text, or nested too deeply; or the request is not addressed to this service",
         e422="A row is not what it should be; the sentence says which and why",
-        e503="No model is published yet, or none can be used",
     ),
-    response_model=list[Prediction],
+    response_model=list[Explained] | list[Prediction],
     openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": BODY_SCHEMA}}}},
 )
-async def predict(request: Request, root: PublishedRoot) -> Response:
+async def predict(
+    request: Request,
+    root: PublishedRoot,
+    explain: Annotated[bool, Query(description="Whether to say what each feature adds")] = False,
+) -> Response:
     """How likely each row is to be what the model predicts, in the order they were sent."""
     body = await request.body()
-    limiter = PREDICTING if len(body) > LARGE else None
-    answer = await to_thread.run_sync(_predict, body, request.headers.get("content-type", ""), root, limiter=limiter)
+    limiter = PREDICTING if len(body) > LARGE or explain else PREDICTING_FEW
+    kind = request.headers.get("content-type", "")
+    try:
+        with TURNS.admitted():
+            answer = await to_thread.run_sync(_predict, body, kind, root, explain, limiter=limiter)
+    except Busy as error:
+        raise HTTPException(503, str(error), {"Retry-After": "1"}) from None
     return Response(answer, media_type="application/json")
 
 
-def _predict(body: bytes, content_type: str, root: Root) -> bytes:
+def _predict(body: bytes, content_type: str, root: Root, explain: bool) -> bytes:
     """All of a prediction but the network, so that none of it holds up the event loop."""
     if model is None:
         raise HTTPException(404, NO_MODEL)
-    sent = _rows(body, content_type)
+    sent = [dict(row) for row in _rows(body, content_type)]
     served, problem = _current(root)
     if served is None:
         raise HTTPException(503, problem)
-    predictions = [
-        Prediction(
-            probability=probability,
-            model_id=served.model_id,
-            **{CARD.outcome: probability >= LIKELY_FROM},
-        )
-        for probability in served.predict([dict(row) for row in sent])
-    ]
-    return PREDICTIONS.dump_json(predictions)
+
+    def of(probability: float) -> dict[str, Any]:
+        return {"probability": probability, CARD.outcome: probability >= LIKELY_FROM, "model_id": served.model_id}
+
+    if explain:
+        every = served.explain(sent)
+        return EXPLAINED.dump_json([Explained(**of(p), base=base, contributions=added) for p, added, base in every])
+    return PREDICTIONS.dump_json([Prediction(**of(probability)) for probability in served.predict(sent)])
 
 
-def _rows(body: bytes, content_type: str) -> list[BaseModel]:
-    """The rows in a request's body. Raises RequestValidationError and HTTPException 400."""
+def _rows(body: bytes, content_type: str) -> list[Row]:
+    """The rows in a request's body. Raises RequestValidationError, of the first few errors, and HTTPException 400."""
     kind = content_type.partition(";")[0].strip().lower()
     if not re.fullmatch(r"application/(.*\+)?json", kind):
         raise _refuse("content_type", "Input should be application/json", kind)
     if not body:
         raise _refuse("missing", "Field required")
     try:
-        return ROWS.validate_python(json.loads(body))
-    except ValidationError as error:
-        errors = error.errors(include_url=False)
-        raise RequestValidationError([line | {"loc": ("body", *line["loc"])} for line in errors]) from error
+        given = json.loads(body)
     except json.JSONDecodeError as error:
         raise _refuse("json_invalid", error.msg, where=(error.pos,)) from error
     except (ValueError, RecursionError) as error:
         raise HTTPException(400, f"the body cannot be read: {error}") from error
+    errors: list[dict[str, Any]] = []
+    if not (isinstance(given, list) and 0 < len(given) <= ITEM_LIMIT):
+        errors, given = _errors(ROWS.validate_python, given), []
+    rows = []
+    for number, row in enumerate(given):  # not all at once: other threads have their turn in between
+        if isinstance(row, dict) and len(row) > 2 * len(Row.model_fields) + SHOWN:
+            row = _narrowed(row)
+        try:
+            rows.append(Row.model_validate(row))
+        except ValidationError:
+            errors += _errors(Row.model_validate, row, number)
+            if len(errors) > SHOWN:
+                break
+    if errors:
+        given = row = None  # or the error keeps all of it until somebody looks for garbage
+        raise RequestValidationError(errors)
+    return rows
+
+
+def _errors(validate: Any, given: Any, *where: int) -> list[dict[str, Any]]:
+    try:
+        validate(given)
+    except ValidationError as error:
+        return [line | {"loc": ("body", *where, *line["loc"])} for line in error.errors(include_url=False)]
+    return []
+
+
+def _narrowed(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with its columns and a few of all the others: there would be an error for each."""
+    others = (name for name in row if name not in Row.model_fields)
+    return {name: row[name] for name in row if name in Row.model_fields} | {
+        name: row[name] for name in itertools.islice(others, SHOWN + 1)
+    }
 
 
 def _refuse(kind: str, message: str, given: Any = None, where: tuple = ()) -> RequestValidationError:
@@ -380,7 +394,7 @@ def _refuse(kind: str, message: str, given: Any = None, where: tuple = ()) -> Re
     return RequestValidationError([line])
 
 
-@app.get("/results", tags=["results"])
+@api.get("/results", tags=["results"])
 def results(root: PublishedRoot) -> list[QuestionInfo]:
     """Every business question, with the pointer to its current answer."""
     return [
@@ -389,7 +403,7 @@ def results(root: PublishedRoot) -> list[QuestionInfo]:
     ]
 
 
-@app.get(
+@api.get(
     "/results/{question}",
     tags=["results"],
     responses=_problems(
@@ -422,10 +436,10 @@ def result(
     )
 
 
-@app.get("/runs", tags=["runs"], responses=_problems(e422="A filter or the limit is not what it should be"))
+@api.get("/runs", tags=["runs"], responses=_problems(e422="A filter or the limit is not what it should be"))
 def list_runs(
     root: PublishedRoot,
-    stage: Annotated[str | None, Query(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", examples=["query"])] = None,
+    stage: Annotated[str | None, Query(pattern=STAGE, examples=["query"])] = None,
     state: State | None = None,
     since: Annotated[Moment | None, Query(description="Started at this time or later; UTC unless it says")] = None,
     until: Annotated[Moment | None, Query(description="Started before this time")] = None,
@@ -435,11 +449,11 @@ def list_runs(
     return index.newest(root, stage=stage, state=state, since=since, until=until, limit=limit)
 
 
-@app.get(
+@api.get(
     "/reports/{run_id}",
     tags=["runs"],
     response_class=HTMLResponse,
-    responses=_no_page("There is no such run, or it left no page"),
+    responses=_problems(e404="There is no such run, or it left no page", e422="There can be no such run"),
 )
 def report(run_id: str, root: PublishedRoot) -> HTMLResponse:
     """A run's report as a page: the executed notebook, its parameters, its checks."""
@@ -448,14 +462,14 @@ def report(run_id: str, root: PublishedRoot) -> HTMLResponse:
         page = reports.page_of(root, record)
     except FileNotFoundError:
         raise HTTPException(404, f"run {run_id} left no report.html") from None
-    return HTMLResponse(BESIDE.sub(rb'href="/reports/\1"', page), headers=REPORT_HEADERS)
+    return HTMLResponse(BESIDE.sub(rb'href="\1"', page), headers=REPORT_HEADERS)
 
 
-@app.get(
+@api.get(
     "/reports/{run_id}/notebook",
     tags=["runs"],
     response_class=Response,
-    responses=_no_page("There is no such run, or it left no notebook"),
+    responses=_problems(e404="There is no such run, or it left no notebook", e422="There can be no such run"),
 )
 def notebook(run_id: str, root: PublishedRoot) -> Response:
     """A run's report as the executed notebook, to download."""
@@ -467,12 +481,52 @@ def notebook(run_id: str, root: PublishedRoot) -> Response:
     return Response(content, media_type="application/x-ipynb+json", headers=headers)
 
 
+Stage = Annotated[str, Path(pattern=STAGE, examples=["query"])]
+LED = {307: {"description": "The run's report is where `Location` says"}} | _problems(
+    e404="There is no such run whose report is kept", e422="There can be no such stage, or no such time"
+)
+
+
+@api.get("/reports/{stage}/latest", tags=["runs"], status_code=307, response_class=RedirectResponse, responses=LED)
+def latest(stage: Stage, root: PublishedRoot) -> RedirectResponse:
+    """Leads to the report of a stage's last run."""
+    return _led(root, "..", stage)
+
+
+@api.get("/reports/{stage}/latest-ok", tags=["runs"], status_code=307, response_class=RedirectResponse, responses=LED)
+def latest_ok(stage: Stage, root: PublishedRoot) -> RedirectResponse:
+    """Leads to the report of a stage's last run that was ok."""
+    return _led(root, "..", stage, state="ok")
+
+
+@api.get("/reports/{stage}/as-of/{at}", tags=["runs"], status_code=307, response_class=RedirectResponse, responses=LED)
+def as_of(
+    stage: Stage, at: Annotated[Moment, Path(description="UTC unless it says")], root: PublishedRoot
+) -> RedirectResponse:
+    """Leads to the report of a stage's last run that had begun at a time."""
+    with contextlib.suppress(OverflowError):  # nothing begins at the end of time
+        at += timedelta(microseconds=1)
+    return _led(root, "../..", stage, until=at)
+
+
+def _led(root: Root, up: str, stage: str, **asked: Any) -> RedirectResponse:
+    """To a report's page, which is `up` from here; no whole address, for a proxy may have another."""
+    for run in index.newest(root, stage=stage, limit=50, **asked):
+        if run["kept"]:
+            return RedirectResponse(f"{up}/{run['run_id']}")
+    raise HTTPException(404, f"no report is kept of such a run of {stage}; /runs?stage={stage} lists them")
+
+
+app.include_router(api, prefix="/v1")
+app.include_router(api, include_in_schema=False)  # as they were called before there were versions
+
+
 @app.exception_handler(RequestValidationError)
 def _refused(_: Request, error: RequestValidationError) -> JSONResponse:
-    """Pydantic's list of errors as a sentence, the first five of them."""
+    """Pydantic's list of errors as a sentence, the first SHOWN of them."""
     errors = error.errors()
-    more = [f"and {len(errors) - 5} more"] if len(errors) > 5 else []
-    return JSONResponse({"detail": "; ".join([*map(_sentence, errors[:5]), *more])}, 422)
+    more = ["and more"] if len(errors) > SHOWN else []
+    return JSONResponse({"detail": "; ".join([*map(_sentence, errors[:SHOWN]), *more])}, 422)
 
 
 @app.exception_handler(StarletteHTTPException)
@@ -485,12 +539,6 @@ def _failed(_: Request, error: StarletteHTTPException) -> JSONResponse:
 def _no_root(_: Request, error: BadRoot) -> JSONResponse:
     """What ETL_ROOT names is none."""
     return JSONResponse({"detail": f"ETL_ROOT is no root: {error}"}, 503)
-
-
-@app.exception_handler(Exception)
-def _broke(_: Request, error: Exception) -> JSONResponse:
-    """The traceback goes to the log."""
-    return JSONResponse({"detail": f"the service failed ({type(error).__name__}); its log says why"}, 500)
 
 
 def _sentence(error: dict[str, Any]) -> str:

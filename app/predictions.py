@@ -4,6 +4,7 @@ It is a layer around the application. What is odd about a request, and what is w
 is documented: it is handed on as it came. What this layer answers the route would answer with the same numbers.
 """
 
+import asyncio
 import functools
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from app.front import Message, again, refuse
 from app.rows import LIKELY_FROM
 from etl.models import registry
 from etl.models.card import Card
@@ -21,9 +23,10 @@ from etl.storage import Root
 
 LOOK_S = 1  # between two looks at the pointer
 REST_S = 30  # at most, while what it names cannot be used
+TURN_S = 0.004  # of predictions, before the loop looks who else has asked for something
+WAITING = 1000  # requests at once for predictions that wait for their turn
 PATHS = ("/predict", "/v1/predict")
 JSON = (b"application/json", b"application/json; charset=utf-8")
-Message = dict[str, Any]
 
 
 class ServedModel:
@@ -92,30 +95,66 @@ class ServedModel:
             wait_s = max(wait_s, 3 * (time.monotonic() - began))
 
 
-class ShortWay:
-    """ASGI middleware: answers plain requests for predictions, and hands all else on as it came."""
+class Busy(Exception):
+    """So many requests wait for predictions that another one would wait too long."""
 
-    def __init__(self, app: Any, card: Card, served: Callable[[], ServedModel | None], limits: tuple[int, int]):
-        """`served`: the model that is watched, None while none is. `limits`: bytes and rows of a body, at most."""
-        self.app, self.served, self.limit = app, served, limits[0]
+
+class Turns:
+    """The loop's own work, predictions, a few at a time: whatever else came in is seen to between two turns."""
+
+    def __init__(self) -> None:
+        self._ends: float | None = None  # of the turn that is under way
+        self.waiting = 0
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """For the length of the block one more waits. Raises Busy when there are too many."""
+        if self.waiting >= WAITING:
+            raise Busy(f"{WAITING} requests wait for their predictions already; try again in a second")
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
+
+    async def come(self) -> None:
+        """Wait for a turn with time left."""
+        while self._ends is not None and time.perf_counter() > self._ends:
+            await asyncio.sleep(0)
+        if self._ends is None:
+            self._ends = time.perf_counter() + TURN_S
+            asyncio.get_running_loop().call_soon(self._end)  # when the loop has looked
+
+    def _end(self) -> None:
+        self._ends = None
+
+
+class ShortWay:
+    """ASGI middleware: answers plain requests for predictions, and hands all else on as it came.
+
+    The layer around it has seen to it that a body comes whole, in one message."""
+
+    def __init__(self, app: Any, card: Card, served: Callable[[], ServedModel | None], turns: Turns, most: int):
+        """`served`: the model that is watched, None while none is. `most`: rows of a body."""
+        self.app, self.served, self.turns = app, served, turns
         self._encode, self._decoder = _encoder(card), None
         with suppress(ValueError):  # a column is no number: such rows go the long way
-            self._decoder = Decoder(card.row, limits[1])
+            self._decoder = Decoder(card.row, most)
 
     async def __call__(self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Any) -> None:
-        if scope["type"] != "http" or scope["path"] not in PATHS or scope["method"] != "POST" or not _is_json(scope):
+        if scope["type"] != "http" or scope["path"] not in PATHS or not _is_plain(scope):
             await self.app(scope, receive, send)
             return
-        messages, size = [], 0
-        while True:
-            messages.append(message := await receive())
-            size += len(message.get("body", b""))
-            if message["type"] != "http.request" or not message.get("more_body") or size > self.limit:
-                break
-        is_whole = messages[-1]["type"] == "http.request" and size <= self.limit
-        answer = self._answer(b"".join(message.get("body", b"") for message in messages)) if is_whole else None
+        message = await receive()
+        try:
+            with self.turns.admitted():
+                await self.turns.come()
+                answer = self._answer(message.get("body", b""))
+        except Busy as error:
+            await refuse(send, 503, str(error))
+            return
         if answer is None:
-            await self.app(scope, _again(messages, receive), send)
+            await self.app(scope, again(message, receive), send)
             return
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(answer))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -135,19 +174,10 @@ class ShortWay:
         return self._encode(probabilities, model.model_id)
 
 
-def _is_json(scope: Message) -> bool:
+def _is_plain(scope: Message) -> bool:
+    """Whether a request has nothing besides rows as JSON."""
     kinds = [value.lower() for name, value in scope["headers"] if name == b"content-type"]
-    return len(kinds) == 1 and kinds[0] in JSON
-
-
-def _again(messages: list[Message], receive: Callable[[], Awaitable[Message]]) -> Callable[[], Awaitable[Message]]:
-    """What was received, then what comes."""
-    waiting = iter(messages)
-
-    async def next_message() -> Message:
-        return next(waiting, None) or await receive()
-
-    return next_message
+    return scope["method"] == "POST" and not scope["query_string"] and len(kinds) == 1 and kinds[0] in JSON
 
 
 def _encoder(card: Card) -> Callable[[list[float], str], bytes]:

@@ -10,8 +10,13 @@ from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Fiel
 
 from etl.lake.table import Column
 from etl.models.card import Card
+from etl.models.rows import whole_numbers
 
 LIKELY_FROM = 0.5  # probability
+NUMBER = re.compile(
+    r"-?\d+(\.\d+)?([eE][+-]?\d+)?", re.A
+)  # in a text; Python takes 1_0, blanks and all of Unicode's digits
+MOMENT = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:.*", re.A)
 
 
 def row_model(card: Card) -> type[BaseModel]:
@@ -32,6 +37,14 @@ def prediction_model(card: Card) -> type[BaseModel]:
     )
 
 
+def explained_model(prediction: type[BaseModel]) -> type[BaseModel]:
+    """The model of the answer for one row that says why."""
+    about = "What each feature adds to it; the logarithm of the odds of the probability is the sum"
+    base = (float, Field(description="The logarithm of the odds before anything is known of the row"))
+    contributions = (dict[str, float], Field(description=about))
+    return create_model("Explained", __base__=prediction, base=base, contributions=contributions)
+
+
 def _field(name: str, column: Column, description: str | None) -> tuple[Any, Any]:
     """(annotation, default) of one column."""
     lowest, highest = column.range or (None, None)
@@ -47,16 +60,17 @@ def _plain(name: str, dtype: Any) -> Any:
     """What a value of a Polars type is in JSON."""
     if dtype.is_decimal():
         digits = Field(max_digits=dtype.precision, decimal_places=dtype.scale)
-        return Annotated[Decimal, BeforeValidator(_no_truth), digits]
+        return Annotated[Decimal, BeforeValidator(_number), digits]
     if dtype.is_integer():
-        return Annotated[int, BeforeValidator(_no_truth)]
+        least, most = whole_numbers(dtype)
+        return Annotated[int, BeforeValidator(_number), Field(ge=least, le=most)]
     if dtype.is_float():
-        return Annotated[float, BeforeValidator(_no_truth), Field(allow_inf_nan=False)]
+        return Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
     plain = {pl.String: str, pl.Boolean: bool, pl.Date: Annotated[date, BeforeValidator(_written_out)]}
     if dtype in plain:
         return plain[dtype]
     if isinstance(dtype, pl.Datetime):
-        return AwareDatetime
+        return Annotated[AwareDatetime, BeforeValidator(_moment)]
     raise ValueError(f"{name} is of type {dtype}, which a request cannot hold")
 
 
@@ -67,7 +81,14 @@ def _written_out(value: Any) -> Any:
     return value
 
 
-def _no_truth(value: Any) -> Any:
-    if isinstance(value, bool):
+def _moment(value: Any) -> Any:
+    """A number would be seconds or milliseconds since 1970, by its size."""
+    if not (isinstance(value, str) and MOMENT.fullmatch(value)):
+        raise ValueError("Input should be a time such as 1996-03-13T12:00:00Z")
+    return value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool) or isinstance(value, str) and not NUMBER.fullmatch(value):
         raise ValueError("Input should be a number")
     return value

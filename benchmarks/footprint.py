@@ -25,7 +25,7 @@ LOOK_S = 5
 KERNELS = "kernels"
 ROLES = {  # by a word of the command line; of a child, else its parent's
     "prefect_server": "Prefect server",
-    "uvicorn": "API",
+    "etl.serve.web": "API",
     "streamlit": "dashboard",
     "etl.kernels.forkserver": "fork server",
     "orchestrate.py": "worker",

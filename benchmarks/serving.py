@@ -37,6 +37,8 @@ from pipeline import model
 ROWS = (1, 100, 1000)
 RATES = (200, 1000)  # requests of one row a second
 CONNECTIONS = 8
+OURS = ["etl.serve.web", "app.api:app"]
+THEIRS = ["uvicorn", "usual:app", "--no-access-log", "--log-level", "warning"]
 USUAL = """
 import datetime, os
 import numpy as np, xgboost
@@ -100,13 +102,12 @@ def request_of(rows: int) -> bytes:
 
 
 @contextmanager
-def service(application: str, folder: Path, env: dict[str, str]):
-    """A service of uvicorn on a free port: (port, process)."""
+def service(command: list[str], folder: Path, env: dict[str, str]):
+    """A service on a free port, which ends the command: (port, process). What it logs goes to a file."""
     port = free_port()
-    command = [sys.executable, "-m", "uvicorn", application, "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(
-        [*command, "--no-access-log", "--log-level", "warning"], cwd=folder, env=os.environ | env
-    )
+    with (folder / f"{port}.log").open("wb") as log:
+        command = [sys.executable, "-m", *command, "--port", str(port)]
+        process = subprocess.Popen(command, env=os.environ | env, stderr=log)
     try:
         until = time.monotonic() + 60
         while time.monotonic() < until:
@@ -155,6 +156,10 @@ class Client:
     def close(self) -> None:
         for each in self.sockets:
             each.close()
+
+
+def path(folder: Path) -> dict[str, str]:
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
 
 def cpu_s(pid: int) -> float:
@@ -220,11 +225,11 @@ def main(
     taken: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="bench-") as name, ExitStack() as stack:
         folder = Path(name)
-        path = published(Root.at(folder / "root"))
-        text = USUAL.format(modes=model.MODES, instructions=model.INSTRUCTIONS, path=str(path))
+        stored = published(Root.at(folder / "root"))
+        text = USUAL.format(modes=model.MODES, instructions=model.INSTRUCTIONS, path=str(stored))
         (folder / "usual.py").write_text(text)
-        ours, process = stack.enter_context(service("app.api:app", PROJECT, {"ETL_ROOT": str(folder / "root")}))
-        usual, other = stack.enter_context(service("usual:app", folder, {}))
+        ours, process = stack.enter_context(service(OURS, folder, {"ETL_ROOT": str(folder / "root"), **path(PROJECT)}))
+        usual, other = stack.enter_context(service(THEIRS, folder, path(folder)))
         for _ in range(rounds):
             for rows in ROWS:
                 for who, port, pid in (("ours", ours, process.pid), ("usual", usual, other.pid)):

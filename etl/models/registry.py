@@ -94,6 +94,17 @@ class Model:
         """As `predict`, of rows that are columns already."""
         return _floats(predict(self.booster, rows.matrix(columns, self.spec.features)))
 
+    def explain(self, given: Sequence[Mapping[str, Any]]) -> list[tuple[float, dict[str, float], float]]:
+        """For each row its prediction, what each feature adds to it in the model's own scale, and where that begins."""
+        import xgboost
+
+        matrix = self.spec.matrix(given)
+        data = xgboost.DMatrix(matrix, feature_names=self.features, nthread=1)
+        added = self.booster.predict(data, pred_contribs=True).astype("float64").tolist()
+        predictions = _floats(predict(self.booster, matrix))
+        rows_of = zip(predictions, added, strict=True)
+        return [(p, dict(zip(self.features, each, strict=False)), each[-1]) for p, each in rows_of]
+
 
 def predict(booster: "xgboost.Booster", matrix: "np.ndarray") -> "np.ndarray":
     """A prediction (float64) for each row of a matrix, where NaN is a missing value. Safe in threads.
@@ -157,6 +168,19 @@ def load_current(root: Root, spec: Spec) -> Model:
     return _load(root, pointer, spec)
 
 
+def stored(root: Root) -> list[dict[str, Any]]:
+    """What was written down of each model that is there, the newest first: its pointer and its features."""
+    listed = []
+    for model_id in sorted(root.names("models"), reverse=True):  # the time of its training is in its id
+        try:
+            said = _read_json(root, f"models/{model_id}/metrics.json")
+        except (ModelDamaged, OSError):  # none, or one that is under way
+            continue
+        if _is_pointer(said) and isinstance(said.get("features"), list):
+            listed.append(said)
+    return listed
+
+
 def champion(root: Root, spec: Spec) -> Model | None:
     """The published model, or None when there is none that can be used: then any challenger is better."""
     try:
@@ -199,7 +223,7 @@ def _load(root: Root, pointer: Any, spec: Spec) -> Model:
     damaged files, and loads others without a word."""
     import xgboost
 
-    if not isinstance(pointer, dict) or not all(isinstance(pointer.get(key), kind) for key, kind in POINTER.items()):
+    if not _is_pointer(pointer):
         raise ModelDamaged(f"{root.url_of(CURRENT)} names no model")
     folder = f"models/{pointer['model_id']}"
     try:
@@ -219,6 +243,10 @@ def _load(root: Root, pointer: Any, spec: Spec) -> Model:
     if not is_golden:
         raise ModelDamaged(f"{root.url_of(folder)} does not predict what it did when it was published")
     return model
+
+
+def _is_pointer(given: Any) -> bool:
+    return isinstance(given, dict) and all(isinstance(given.get(key), kind) for key, kind in POINTER.items())
 
 
 def _is_golden(model: Model, golden: dict[str, Any]) -> bool:

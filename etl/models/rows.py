@@ -117,11 +117,21 @@ class Decoder:
         return columns if all(_kept(columns[name], column) for name, column in self.row.items()) else None
 
 
+def whole_numbers(dtype: DataType) -> tuple[int, int]:
+    """The least and the largest that a column of whole numbers holds."""
+    bits = int(str(dtype).lstrip("UInt"))
+    return (0, 2**bits - 1) if str(dtype).startswith("U") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
 def _field(name: str, column: Column) -> tuple[Any, Any]:
     """(type, default) of a column for msgspec; what is taken otherwise than by it, the slow way takes."""
     lowest, highest = column.range or (None, None)
     kind: Any = Literal[tuple(column.choices)] if column.choices else _plain(name, column.type)
-    if kind in (int, float) and column.range:
+    if kind is int:
+        least, most = whole_numbers(column.type)
+        lowest = max(least, -(2**63), least if lowest is None else int(lowest))
+        highest = min(most, 2**63 - 1, most if highest is None else int(highest))
+    if kind in (int, float) and (lowest, highest) != (None, None):
         ge, le = (None if bound is None else kind(bound) for bound in (lowest, highest))
         kind = Annotated[kind, msgspec.Meta(ge=ge, le=le)]
     if column.nullable:

@@ -228,8 +228,8 @@ def api(application: str, root_url: str, ports: Mapping[str, int], logs: Path) -
     return Service(
         "API",
         [
-            *(sys.executable, "-m", "uvicorn", application),
-            *("--host", HOST, "--port", str(ports["api"]), "--no-access-log"),
+            *(sys.executable, "-m", "etl.serve.web", application),
+            *("--host", HOST, "--port", str(ports["api"])),
         ],
         ports["api"],
         health_url=f"{api_url(ports)}/health",

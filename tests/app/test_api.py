@@ -1,7 +1,10 @@
 """The API on a real server, over roots that the pipeline made."""
 
+import base64
+import contextlib
 import http.client
 import json
+import math
 import os
 import shutil
 import socket
@@ -12,6 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
+from urllib.parse import urljoin
 
 import httpx2
 import nbformat
@@ -19,7 +23,8 @@ import pytest
 import uvicorn
 from published import QUERY_RUN, TRAIN_RUN, publish_model
 
-from app.api import BODY_LIMIT, Row, app, known_hosts, settings
+from app.api import BODY_LIMIT, Row, app, settings
+from etl.serve import web
 from etl.storage import Root
 from pipeline import Lake, model, queries
 
@@ -29,7 +34,7 @@ ITEM = Row.model_config["json_schema_extra"]["example"]
 @pytest.fixture(scope="session")
 def url():
     """Where the API answers. It reads the root that ETL_ROOT names at the first request of a test."""
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(web.config(app, log_level="error", timeout_graceful_shutdown=1))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
@@ -45,7 +50,6 @@ def url():
 def _settings():
     """Each test has its own; a service reads them once."""
     settings.cache_clear()
-    known_hosts.cache_clear()
 
 
 @pytest.fixture
@@ -189,9 +193,40 @@ class TestHost:
     def test_the_settings_name_others(self, url, empty, monkeypatch):
         monkeypatch.setenv("ETL_API_HOSTS", "etl.internal, 10.0.0.7,[fe80::1]")
         monkeypatch.setenv("ETL_API_URL", "https://ETL.example.com:8443/api")
+        monkeypatch.setenv("ETL_API_TOKEN", "t0ken")
+        token = {"Authorization": "Bearer t0ken"}
         for host in ("etl.internal", "10.0.0.7:8000", "[fe80::1]:8000", "etl.example.com", "localhost"):
-            assert send(url, "GET", "/runs", Host=host)[0] == 200
-        assert send(url, "GET", "/runs", Host="evil.example")[0] == 400
+            assert send(url, "GET", "/runs", Host=host, **token)[0] == 200
+        assert send(url, "GET", "/runs", Host="evil.example", **token)[0] == 400
+
+
+class TestToken:
+    def test_other_machines_are_not_answered_without_one(self, url, empty, monkeypatch):
+        monkeypatch.setenv("ETL_API_HOSTS", "etl.internal")
+        for more in ({"Host": "etl.internal"}, {"X-Forwarded-For": "10.0.0.7"}):
+            status, body = send(url, "GET", "/runs", **more)
+            assert status == 403 and "ETL_API_TOKEN" in json.loads(body)["detail"]
+            assert send(url, "GET", "/health", **more)[0] == 200
+
+    def test_whoever_asks_sends_it(self, url, root, monkeypatch):
+        monkeypatch.setenv("ETL_API_TOKEN", "t0ken")
+        password = base64.b64encode(b"me:t0ken").decode()
+        for said in ("Bearer t0ken", "bearer  t0ken", f"Basic {password}"):
+            assert send(url, "GET", "/v1/runs", Authorization=said)[0] == 200
+        for said in ("", "Bearer", "Bearer t0ke", "Bearer t0kenn", "t0ken", "Basic !", "Basic t0ken", "Digest t0ken"):
+            for path in ("/v1/runs", "/docs", "/metrics", "/nothing", "/"):
+                assert send(url, "GET", path, Authorization=said)[0] == 401
+            assert send(url, "POST", "/v1/predict", json.dumps([ITEM]), Authorization=said)[0] == 401
+        assert send(url, "GET", "/health")[0] == 200
+
+
+def test_a_client_has_a_rate(api, empty, monkeypatch):
+    monkeypatch.setenv("ETL_API_RATE", "5")
+    answers = [api.get("/runs") for _ in range(30)]
+    assert {answer.status_code for answer in answers[:10]} == {200}
+    assert answers[-1].status_code == 429 and answers[-1].headers["retry-after"] == "1"
+    assert "5 requests a second" in detail(answers[-1])
+    assert api.get("/health").status_code == 200
 
 
 class TestPredict:
@@ -233,6 +268,10 @@ class TestPredict:
             ({"l_quantity": 0}, "body[1].l_quantity: Input should be greater than or equal to 1, not 0"),
             ({"l_quantity": True}, "body[1].l_quantity: Input should be a number"),
             ({"l_quantity": float("nan")}, "body[1].l_quantity"),
+            *(
+                ({"l_quantity": text}, "body[1].l_quantity: Input should be a number")
+                for text in ("1_0", " 17 ", "17\n", "\u0661\u0667", "\uff11\uff17", "0x11", "+17", ".5", "nan", "")
+            ),
             ({"l_extendedprice": "1.234"}, "no more than 2 decimal places"),
             ({"l_extendedprice": 1e300}, "body[1].l_extendedprice"),
             ({"l_discount": 1.01}, "less than or equal to 1, not 1.01"),
@@ -258,6 +297,23 @@ class TestPredict:
         assert response.status_code == status
         assert detail(response)
 
+    def test_however_much_is_wrong_only_the_first_is_told(self, api, root):
+        wide = ITEM | {f"other{n}": n for n in range(50_000)}
+        assert detail(api.post("/predict", json=[wide])).count("Extra inputs") == 5
+        sentence = detail(api.post("/predict", json=[ITEM, *([{}] * 999)]))
+        assert sentence.endswith("; and more") and sentence.count("body[1]") == 5
+
+    def test_what_each_feature_adds_comes_to_the_prediction(self, api, root):
+        rows = [ITEM | {"l_commitdate": f"1996-{month}-20"} for month in ("02", "04")]
+        told = api.post("/v1/predict?explain=true", json=rows).json()
+        plain = api.post("/v1/predict", json=rows).json()
+        assert [row["probability"] for row in told] == [row["probability"] for row in plain]
+        for row in told:
+            assert [*row["contributions"]] == [*model.FEATURES]
+            odds = row["base"] + sum(row["contributions"].values())
+            assert 1 / (1 + math.exp(-odds)) == pytest.approx(row["probability"], abs=1e-6)
+        assert told[0]["contributions"]["days_to_commit"] > 0 > told[1]["contributions"]["days_to_commit"]
+
     def test_a_thousand_line_items_and_no_more(self, api, root):
         assert len(api.post("/predict", json=[ITEM] * 1000).json()) == 1000
         response = api.post("/predict", json=[ITEM] * 1001)
@@ -275,6 +331,17 @@ class TestPredict:
         response = post(BODY_LIMIT + 1)
         assert response.status_code == 413
         assert "larger than 1,000,000 bytes" in detail(response)
+        assert response.headers["connection"] == "close"
+
+    def test_what_is_declared_is_not_waited_for(self, url, root):
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=30) as client:
+            client.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500000000\r\n\r\n[")
+            assert client.recv(100_000).startswith(b"HTTP/1.1 413 ")
+            sent = 0
+            with contextlib.suppress(OSError):
+                while sent < 500_000_000:
+                    sent += client.send(b" " * 100_000)
+            assert sent < 500_000_000
 
 
 class TestModel:
@@ -283,6 +350,15 @@ class TestModel:
         assert (said["model_id"], said["run_id"]) == (published.model_id, TRAIN_RUN)
         assert said["metrics"] == published.metrics
         assert said["features"] == [*model.FEATURES]
+
+    def test_those_that_are_kept(self, api, root):
+        first, second = api.get("/model").json(), publish_model(root, max_trees=3)
+        Path(root, f"models/{first['model_id']}/metrics.json").write_text("{")
+        (listed,) = api.get("/v1/models").json()
+        assert listed == api.get("/v1/model").json() | {"is_current": True}
+        assert listed["model_id"] == second
+        Path(root, "models/current.json").write_text("{")
+        assert [each["is_current"] for each in api.get("/v1/models").json()] == [True]
 
     def test_a_new_one_is_taken_up(self, api, root):
         before = api.get("/model").json()["model_id"]
@@ -449,13 +525,39 @@ class TestReports:
     def test_a_link_to_another_report_leads_there(self, api, root):
         (page,) = Path(root).glob(f"reports/*/*/{QUERY_RUN}/report.html")
         page.write_text('<a href="../../2026-03-01/query-20260301T120000-abcdef/report.html">the last ok run</a>')
-        assert api.get(f"/reports/{QUERY_RUN}").text.startswith('<a href="/reports/query-20260301T120000-abcdef">')
+        assert api.get(f"/reports/{QUERY_RUN}").text.startswith('<a href="query-20260301T120000-abcdef">')
 
     def test_a_page_that_was_never_written_is_made(self, api, root):
         (page,) = Path(root).glob(f"reports/*/*/{QUERY_RUN}/report.html")
         written = page.read_bytes()
         page.unlink()
         assert api.get(f"/reports/{QUERY_RUN}").content == written and "What query did" in written.decode()
+
+    @pytest.mark.parametrize(
+        ("asked", "found"),
+        [
+            ("query/latest", QUERY_RUN),
+            ("train/latest", "train-20261122T110000-ffffff"),
+            ("train/latest-ok", TRAIN_RUN),
+            ("train/as-of/2026-11-22T12:02:59.999", TRAIN_RUN),
+            ("train/as-of/2026-11-22T12:03:00Z", "train-20261122T110000-ffffff"),
+            ("train/as-of/9999-12-31T23:59:59.999999", "train-20261122T110000-ffffff"),
+            ("train/as-of/2026-11-22T12:01:59", None),
+            ("preprocess/latest", None),
+        ],
+    )
+    @pytest.mark.parametrize("version", ["", "/v1"])
+    def test_the_last_is_led_to(self, api, root, version, asked, found):
+        led = api.get(f"{version}/reports/{asked}", headers={"host": "localhost:1"})
+        if found is None:
+            assert led.status_code == 404 and "no report is kept" in detail(led)
+        else:
+            assert led.status_code == 307
+            assert urljoin(f"{version}/reports/{asked}", led.headers["location"]) == f"{version}/reports/{found}"
+
+    def test_what_is_no_stage_or_no_time_is_refused(self, api, root):
+        for asked in ("a%20b/latest", "query/as-of/9999-12-31T23:59:59-23:59", "query/as-of/now"):
+            assert api.get(f"/v1/reports/{asked}").status_code == 422
 
     def test_a_report_without_its_page_says_so(self, api, root):
         shutil.rmtree(Path(root, "reports/query"))
@@ -495,15 +597,68 @@ class TestReports:
 
 def test_the_documentation_knows_every_endpoint_and_its_errors(api):
     paths = api.get("/openapi.json").json()["paths"]
+    versioned = ("model", "models", "predict", "results", "results/{question}", "runs", "reports/{run_id}")
     assert set(paths) == {
-        *("/health", "/ready", "/model", "/predict", "/results", "/results/{question}", "/runs"),
-        *("/reports/{run_id}", "/reports/{run_id}/notebook"),
+        *("/", "/health", "/ready", "/metrics", *(f"/v1/{path}" for path in versioned)),
+        *(f"/v1/reports/{rest}" for rest in ("{run_id}/notebook", "{stage}/latest", "{stage}/latest-ok")),
+        "/v1/reports/{stage}/as-of/{at}",
     }
+    page = api.get("/").text
     for path, operation in ((path, next(iter(methods.values()))) for path, methods in paths.items()):
-        assert operation["description"].endswith("."), path
+        assert operation["description"].partition("\n")[0].endswith("."), path
+        assert path in page
         for status, response in operation["responses"].items():
-            if status != "200" and path != "/ready":
-                assert response["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Problem"}
+            if status not in ("200", "307") and (path, status) != ("/ready", "503"):
+                assert response["content"] == {
+                    "application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}
+                }, path
+
+
+@pytest.mark.parametrize("path", ["/runs", "/model", "/results", "/results/q01", f"/reports/{QUERY_RUN}"])
+def test_paths_without_a_version_are_kept(api, root, path):
+    assert api.get(path).content == api.get(f"/v1{path}").content
+
+
+@pytest.mark.parametrize("path", ["/runs/", "/v1/runs/", "//evil.example/..", "/static-offline-docs"])
+def test_no_answer_leads_where_the_host_header_says(url, root, path):
+    assert send(url, "GET", path, Host="localhost:6666")[0] == 404
+
+
+class TestWhatIsTold:
+    def test_metrics(self, api, root):
+        api.get("/v1/results/q99")
+        served = api.post("/v1/predict", json=[ITEM]).json()[0]["model_id"]
+        text = api.get("/metrics").text
+        assert 'etl_api_requests_total{method="GET",route="/results/{question}",status="404"}' in text
+        assert f'etl_model_info{{model_id="{served}",run_id="{TRAIN_RUN}"}} 1.0' in text
+        figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        assert float(figures["etl_lake_lag_seconds"]) > 0 and float(figures["etl_lake_batch"]) == 1
+        assert float(figures["etl_model_age_seconds"]) > 0 and float(figures["etl_model_usable"]) == 1
+        assert float(figures['etl_api_request_seconds_count{route="/predict"}']) >= 1
+
+    def test_metrics_before_the_first_run(self, api, empty):
+        figures = api.get("/metrics").text
+        assert "etl_lake_published 0.0" in figures and "etl_model_usable 0.0" in figures
+
+    def test_a_request_has_an_id_and_a_line_in_the_log(self, api, root, capfd):
+        given = api.get("/v1/runs?limit=0&x=%0a", headers={"x-request-id": "mine-1"})
+        own = api.get("/v1/nothing", headers={"x-request-id": "no id\tat all"})
+        assert given.headers["x-request-id"] == "mine-1"
+        told, until = [], time.monotonic() + 30
+        while len(told) < 2 and time.monotonic() < until:
+            told += [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
+            time.sleep(0.05)
+        assert [line["id"] for line in told] == ["mine-1", own.headers["x-request-id"]]
+        assert told[0]["path"] == "/v1/runs?limit=0&x=%0a" and [line["status"] for line in told] == [422, 404]
+
+    def test_what_fails_is_told_with_the_requests_id(self, api, root, monkeypatch):
+        def fail(*_, **__):
+            raise RuntimeError("hunter2")
+
+        monkeypatch.setattr("etl.runs.index.newest", fail)
+        failed = api.get("/v1/runs")
+        assert failed.status_code == 500
+        assert failed.headers["x-request-id"] in detail(failed) and "hunter2" not in failed.text
 
 
 def test_it_brings_nothing_that_could_start_a_stage():

@@ -31,6 +31,7 @@ from faults import (
     power_cuts,
     release_scenarios,
     replay_scenarios,
+    service,
     slice_scenarios,
     under_prefect,
     untrusted,
@@ -89,6 +90,10 @@ SCENARIOS = [
     ("older", lake_older.older, 4, 1, "lakes of earlier versions, continued"),
     ("backups", lake_backups.backups, 100, 3, "copies of a lake that goes on, each restored and continued"),
     ("mutants", lake_mutants.mutants, 8, 1, "safeguards taken out"),
+    ("requests", service.generated, 5000, 150, "requests that the API's description allows, or just does not"),
+    ("boundaries", service.boundaries, 100, 100, "requests at the ends of what may be asked, by hand, or fewer"),
+    ("floods", service.floods, 100, 3, "hundredths of 1,100 half-open connections, and of other floods"),
+    ("publishes", service.publishes, 400, 5, "models published or damaged under load"),
     ("cancelled", under_prefect.cancelled, 20, 2, "runs, cancelled in Prefect"),
     ("workers", workers.same_states, 1, 1, "time all flows by both workers"),
     ("up", under_prefect.whence_after_up, 10, 1, "minutes, then whence"),
@@ -113,7 +118,7 @@ def main(
             try:
                 passed, found = True, scenario(n, seed)
             except Exception as error:
-                passed, found = False, f"{type(error).__name__}: {str(error)[:600]}"
+                passed, found = False, f"{type(error).__name__}: {str(error)[:2000]}"
         row = (name, f"{n} {what}", str(seed), passed, f"{time.monotonic() - began:.0f}", found)
         rows.append(row)
         console.print("passed" if passed else "FAILED", *row[:3], f"{row[4]} s", found, markup=False, highlight=False)

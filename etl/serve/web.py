@@ -1,0 +1,229 @@
+"""An ASGI application over HTTP that no client keeps from the others: `python -m etl.serve.web app.api:app --port N`.
+
+uvicorn, and what it leaves open. A request has RECEIVE_S to arrive, an answer to be fetched as long as its reader goes
+on. There are never more connections than the process may have files open: above that the one that has waited longest
+goes, so that a thousand half-open ones keep nobody out. What is neither body nor a reasonable head is refused, and so
+are requests that are sent far ahead of their answers.
+"""
+
+import argparse
+import asyncio
+import ctypes
+import functools
+import gc
+import json
+import os
+import resource
+import sys
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from etl.serve.prefect_server import HOST, NAMES
+
+RECEIVE_S = 10  # from a request's first byte, or its connection's, to its last
+IDLE_S = 5  # of a kept connection, for its next request
+HEAD_BYTES = 64_000  # of a request, besides its body
+AHEAD = 16  # requests on a connection that wait for the answers before
+FILES = 256  # of those that a process may have open, left for what is no connection
+MOST = 4000  # connections, however many files there may be
+READ_BYTES = 32_768  # at once
+SWITCH_S = 0.001  # between threads that want the interpreter: the loop waits for it as often as others work
+TOKEN = "ETL_API_TOKEN"
+GROWN = 16_000_000  # bytes more than there were, before what is free is given back to the system
+LARGE = 100_000  # bytes of a piece of memory that is given back as soon as it is free
+ARENA_MAX, MMAP_THRESHOLD = -8, -3  # of glibc's mallopt
+
+
+class Connections:
+    """Those that are there, and since when each of them has waited for its client; the longest first."""
+
+    def __init__(self, most: int, receive_s: float = RECEIVE_S):
+        self.most, self.receive_s, self.count = most, receive_s, 0
+        self.waiting: dict[Connection, float] = {}  # loop's time
+        self._look: asyncio.TimerHandle | None = None
+        self.memory = Memory()
+        self.buffer = memoryview(bytearray(READ_BYTES))  # of whichever is being read
+
+    def add(self, connection: "Connection") -> None:
+        self.count += 1
+        if self.count > self.most:
+            next(iter(self.waiting), connection).abort()
+        if self._look is None:
+            self._look = connection.loop.call_later(1, self._end_overdue, connection.loop)
+
+    def remove(self, connection: "Connection") -> None:
+        self.count -= 1
+        self.waiting.pop(connection, None)
+
+    def wait(self, connection: "Connection") -> None:
+        """From now on this one waits for its client."""
+        self.waiting.pop(connection, None)
+        self.waiting[connection] = connection.loop.time()
+
+    def _end_overdue(self, loop: asyncio.AbstractEventLoop) -> None:
+        overdue = loop.time() - self.receive_s
+        for connection, since in [*self.waiting.items()]:
+            if since > overdue:
+                break
+            connection.end_overdue()
+        if self.count == len(self.waiting):  # nothing is being answered
+            self.memory.give_back()
+        self._look = loop.call_later(1, self._end_overdue, loop) if self.count or self.memory.is_due else None
+
+
+class Memory:
+    """What the process holds of memory that nothing needs: glibc keeps what there was at most, for each thread."""
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None)
+        self._kept = 0  # bytes, after the last time
+
+    @property
+    def is_due(self) -> bool:
+        return _resident() > self._kept + GROWN
+
+    def give_back(self) -> None:
+        if self.is_due and hasattr(self._libc, "malloc_trim"):
+            self._libc.malloc_trim(0)
+            self._kept = _resident()
+
+    def keep_little(self) -> None:
+        """Large pieces go back at once, and few threads have a heap of their own. Before there are any."""
+        if hasattr(self._libc, "mallopt"):
+            self._libc.mallopt(ARENA_MAX, 2)
+            self._libc.mallopt(MMAP_THRESHOLD, LARGE)
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
+    """uvicorn's, which keeps its `Connections` up to date and ends when it asks for too much.
+
+    What comes is read in small pieces: two hundred large bodies at once kept the loop from all others for 80 ms."""
+
+    def __init__(self, connections: Connections, **arguments: Any):
+        super().__init__(**arguments)
+        self.beside = connections
+        self.is_receiving = False  # part of a request
+        self.is_ended = False
+        self.is_first = False  # what comes is part of the first read of a message
+        self.surplus = 0  # bytes of the message after that which are no body
+        self.unsent = 0  # bytes of an answer, when it was looked at last
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.beside.wait(self)
+        self.beside.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.beside.remove(self)
+        super().connection_lost(exc)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self.beside.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(bytes(self.beside.buffer[:nbytes]))
+
+    def data_received(self, data: bytes) -> None:
+        if self.is_ended:
+            return
+        self.is_first = False
+        super().data_received(data)
+        if self.is_receiving and not self.is_first:
+            self.surplus += len(data)
+            if self.surplus > HEAD_BYTES:
+                self.refuse(431, f"the request has more than {HEAD_BYTES:,} bytes besides its body")
+
+    def on_message_begin(self) -> None:
+        if len(self.pipeline) >= AHEAD:
+            raise ValueError("too many requests ahead of their answers")  # the parser ends, and the message is refused
+        super().on_message_begin()
+        self.is_receiving, self.is_first, self.surplus = True, True, 0
+        self.beside.wait(self)
+
+    def on_body(self, body: bytes) -> None:
+        self.surplus -= len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self.is_receiving = False
+        self.beside.waiting.pop(self, None)
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and not self.is_receiving:
+            self.unsent = 0
+            self.beside.wait(self)
+
+    def send_400_response(self, msg: str) -> None:
+        self.refuse(400, "this is no HTTP request that can be understood")
+
+    def refuse(self, status: int, sentence: str) -> None:
+        """Answer that, unless an answer has begun, and end."""
+        if self.is_ended:
+            return
+        self.is_ended = True
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            body = json.dumps({"detail": sentence}).encode()
+            head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+            self.transport.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)
+        self.transport.close()
+
+    def end_overdue(self) -> None:
+        """Its client was waited for long enough: unless it has taken more of an answer since, it ends."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent and (self.unsent == 0 or unsent < self.unsent):
+            self.unsent = unsent
+            self.beside.wait(self)
+        elif self.is_receiving and not unsent and not self.is_ended:
+            self.refuse(408, f"the request did not arrive within {self.beside.receive_s:g} seconds")
+        else:
+            self.abort()
+
+    def abort(self) -> None:
+        self.is_ended = True
+        self.beside.waiting.pop(self, None)
+        self.transport.abort()
+
+
+def most_connections() -> int:
+    """How many the files that this process may have open allow."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(16, min(MOST, files - FILES)) if files != resource.RLIM_INFINITY else MOST
+
+
+def config(application: Any, receive_s: float = RECEIVE_S, **settings: Any) -> uvicorn.Config:
+    """uvicorn's configuration for an application, or its name as `app.api:app`."""
+    http: Any = functools.partial(Connection, Connections(most_connections(), receive_s))
+    return uvicorn.Config(application, http=http, ws="none", access_log=False, timeout_keep_alive=IDLE_S, **settings)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    arguments.add_argument("application", help="as app.api:app")
+    arguments.add_argument("--host", default=HOST)
+    arguments.add_argument("--port", type=int, required=True)
+    asked = arguments.parse_args()
+    if asked.host not in NAMES and not os.environ.get(TOKEN):
+        sys.exit(f"{asked.host} is reached from other machines: {TOKEN} has to hold what they have to send, a secret")
+    sys.setswitchinterval(SWITCH_S)
+    Memory().keep_little()
+    configured = config(asked.application, host=asked.host, port=asked.port, log_level="warning")
+    configured.load()
+    gc.collect()
+    gc.freeze()  # what is imported stays, and to look through it for garbage keeps the loop for 80 ms each time
+    server = uvicorn.Server(configured)
+    server.run()
+    sys.exit(0 if server.started else 3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""A server that no client keeps from the others, on a small application."""
+
+import json
+import resource
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import uvicorn
+from support import environment, free_port
+
+from etl.serve import web
+from etl.storage import PROJECT
+
+RECEIVE_S = 1.5
+
+
+async def application(scope, receive, send):
+    """Answers how many bytes came; `/large` with 20 MB."""
+    size, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            return
+        size, more = size + len(message["body"]), message["more_body"]
+    body = b"x" * 20_000_000 if scope["path"] == "/large" else b"%d" % size
+    headers = [(b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+@contextmanager
+def served(monkeypatch, most=1000):
+    monkeypatch.setattr(web, "MOST", most)
+    server = uvicorn.Server(web.config(application, RECEIVE_S, log_level="critical", lifespan="off"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield listening.getsockname()[1]
+        server.should_exit = server.force_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def port(monkeypatch):
+    with served(monkeypatch) as port:
+        yield port
+
+
+def connect(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=30)
+
+
+def to_the_end(client: socket.socket) -> bytes:
+    """All that comes until the server ends the connection."""
+    parts = []
+    while True:
+        try:
+            part = client.recv(1 << 20)
+        except ConnectionResetError:
+            part = b""
+        if not part:
+            return b"".join(parts)
+        parts.append(part)
+
+
+GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"GET / HT", b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\n123", GET + b"GET / HT"],
+    ids=["nothing", "half a head", "half a body", "a second request, half"],
+)
+def test_a_request_has_a_time_to_arrive(port, sent):
+    with connect(port) as client:
+        client.sendall(sent)
+        answers = to_the_end(client)
+    assert (b"HTTP/1.1 408" in answers) == (sent != b"")
+    assert (b"HTTP/1.1 200" in answers) == sent.startswith(GET)
+
+
+def test_a_body_that_trickles_has_no_more_time(port):
+    with connect(port) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+        with pytest.raises(OSError):
+            for _ in range(100):
+                client.sendall(b"1\r\nx\r\n")
+                time.sleep(0.1)
+
+
+def test_an_answer_that_is_read_slowly_comes_whole_and_one_that_is_not_read_ends(port):
+    with connect(port) as reads, connect(port) as does_not:
+        for client in (reads, does_not):
+            client.sendall(GET.replace(b"/ ", b"/large "))
+        got = 0
+        while got < 20_000_000:
+            got += len(reads.recv(400_000))
+            time.sleep(0.1)
+        time.sleep(2)
+        assert len(to_the_end(does_not)) < 20_000_000
+
+
+def test_more_than_there_may_be_keep_nobody_out(monkeypatch):
+    with served(monkeypatch, most=20) as port:
+        half_open = [connect(port) for _ in range(60)]
+        with connect(port) as client:
+            client.sendall(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+            assert to_the_end(client).endswith(b"\r\n\r\n0")
+        assert to_the_end(half_open[0]) == b""
+        for each in half_open:
+            each.close()
+
+
+@pytest.mark.parametrize(
+    ("start", "more", "status"),
+    [
+        (b"GET / HTTP/1.1\r\n", b"X-A: " + b"a" * 90 + b"\r\n", 431),
+        (b"GET / HTTP/1.1\r\nX-A: ", b"a" * 100, 431),
+        (b"GET /", b"a" * 100, 431),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", b"X-A: " + b"a" * 90 + b"\r\n", 431),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1;", b"a" * 100, 431),
+        (b"GET / HTTP/1.1 \x00\r\n", b"", 400),
+        (b"\x16\x03\x01", b"", 400),
+    ],
+    ids=["headers", "a header", "a path", "trailers", "a chunk's extension", "no version", "TLS"],
+)
+def test_a_head_ends_somewhere(port, start, more, status):
+    with connect(port) as client:
+        client.sendall(start)
+        try:
+            for _ in range(10_000 if more else 0):
+                client.sendall(more)
+        except OSError:
+            return  # ended, and what it said is lost
+        head, _, body = to_the_end(client).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert json.loads(body)["detail"]
+
+
+def test_bodies_in_many_reads_are_no_head(port):
+    with connect(port) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nConnection: close\r\nContent-Length: 3000000\r\n\r\n")
+        client.sendall(b" " * 3_000_000)
+        assert to_the_end(client).endswith(b"3000000")
+
+
+def test_requests_are_not_taken_far_ahead(port):
+    with connect(port) as client:
+        client.sendall(GET * 5 + GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        assert to_the_end(client).count(b"HTTP/1.1 200") == 6
+    with connect(port) as client:
+        client.sendall(GET * 5000)
+        assert to_the_end(client).count(b"HTTP/1.1 200") < 100
+
+
+def test_without_a_token_it_listens_to_this_machine_alone():
+    command = [sys.executable, "-m", "etl.serve.web", "app.api:app", "--port", str(free_port()), "--host", "0.0.0.0"]
+    done = subprocess.run(command, cwd=PROJECT, env=environment(PROJECT), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "ETL_API_TOKEN" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_connections_leave_room_for_files(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
+    assert web.most_connections() == 768
