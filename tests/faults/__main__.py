@@ -29,6 +29,7 @@ from faults import (
     loads,
     month,
     power_cuts,
+    readers,
     release_scenarios,
     replay_scenarios,
     service,
@@ -89,7 +90,7 @@ SCENARIOS = [
     ("cadence", lake_cadence.cadence, 28_800, 60, "ticks at the default cadence, on a clock of their own"),
     ("older", lake_older.older, 4, 1, "lakes of earlier versions, continued"),
     ("backups", lake_backups.backups, 100, 3, "copies of a lake that goes on, each restored and continued"),
-    ("mutants", lake_mutants.mutants, 8, 1, "safeguards taken out"),
+    ("mutants", lake_mutants.mutants, 20, 1, "safeguards taken out"),
     ("requests", service.generated, 5000, 150, "requests that the API's description allows, or just does not"),
     ("boundaries", service.boundaries, 100, 100, "requests at the ends of what may be asked, by hand, or fewer"),
     ("floods", service.floods, 100, 3, "hundredths of 1,100 half-open connections, and of other floods"),
@@ -111,6 +112,8 @@ def main(
     if unknown := set(only or ()) - {name for name, *_ in SCENARIOS}:
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: not among {', '.join(s[0] for s in SCENARIOS)}")
     chosen = [scenario for scenario in SCENARIOS if not only or scenario[0] in only]
+    if not small and (missing := readers.fetch()):
+        console.print(f"read by fewer: {missing} could not be had", markup=False)
     rows = []
     for name, scenario, full, few, what in chosen:
         n, began = few if small else full, time.monotonic()

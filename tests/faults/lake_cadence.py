@@ -1,9 +1,9 @@
 """Days of a lake at the default cadence on a clock of their own: what is on the disk, and what a tick costs, by day.
 
 The stages do what their notebooks do, without the notebooks, on a tenth of the usual data: what adds up over the years
-is files and commits. Reports are left out, which `month` sweeps. A file's age goes by two clocks: delta-rs cleans a log
-by the machine's, everything else by the one of the run. So logs are made older as time passes, and the folders of the
-archive, whose times are compared with the run's, have its time.
+is files and commits. Reports and the index of runs are left out, which `month` sweeps. A file's age goes by two clocks:
+delta-rs cleans a log by the machine's, everything else by the one of the run. So logs are made older as time passes,
+and the folders of the archive, whose times are compared with the run's, have its time.
 """
 
 import itertools
@@ -19,13 +19,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from faults import synthetic
 from faults.lake_s3 import bucket
 from faults.lake_world import NotHeld
+from polars.testing import assert_frame_equal
 from rich.console import Console
 from rich.table import Table as Shown
 
-from etl.runs import index, upkeep
 from etl.storage import PROJECT, Root
 from pipeline import Lake, queries, source
 
@@ -39,7 +38,7 @@ COLUMNS = {  # of the table by day
     **{"live": "live files", "data": "files of tables", "log": "files of logs", "files": "files in all"},
     **{"mb": "MB in all", "ratio": "of what is needed", "known": "KB of known"},
     **{"generate": "generate, ms", "preprocess": "preprocess, ms", "compact": "compact, ms", "query": "query, ms"},
-    **{"index": "index, ms", "tidy": "sweep of it, ms", "requests": "requests", "peak": "MB of memory"},
+    **{"requests": "requests", "peak": "MB of memory"},
 }
 
 
@@ -65,8 +64,8 @@ class Days:
         self.cost[stage].append(time.process_time() - before)
 
 
-def cadence(n: int, seed: int) -> str:
-    """n ticks of generate, and all that goes with them: batches each minute, compactions, questions, rows of runs.
+def cadence(n: int, seed: int) -> str:  # noqa: ARG001 -- nothing is drawn
+    """n ticks of generate, and all that goes with them: batches each minute, compactions, questions.
 
     Raises NotHeld when a row is lost or doubled, or when more than MOST is on the disk. A table by day is printed, and
     written to outputs/benchmarks/cadence.json, when it is one day or more.
@@ -77,9 +76,6 @@ def cadence(n: int, seed: int) -> str:
         stream = source.Stream(SCALE, SLICES, began.isoformat())
         slices = source._slices(stream, {*range(1, min(n, SLICES) + 1)})
         others = {table: [*frames] for table, frames in source._others(stream)}
-        whole = -(-n // TICKS_A_DAY)
-        records = iter(synthetic.month(seed, days=whole, end=began + timedelta(days=whole)))
-        waiting = next(records)
         for tick in range(n):
             days.tick = tick
             with days.of("generate"):
@@ -89,16 +85,13 @@ def cadence(n: int, seed: int) -> str:
                 _preprocess(days)
             if tick % QUERY_TICKS == QUERY_TICKS - 1:
                 _query(days)
-            while waiting and datetime.fromisoformat(waiting.ended_at) <= days.now:
-                with days.of("index"):
-                    index.append(days.lake.root, waiting)
-                waiting = next(records, None)
             if tick % COMPACT_TICKS == COMPACT_TICKS - 1:
                 _compact(days)
                 _age(days)
             if tick % TICKS_A_DAY == TICKS_A_DAY - 1:
                 rows.append(_day(days))
                 _publish(rows)
+        _require_same_answers(days.lake)
         live, kept = _require_rows(days.lake, n, slices), _of_disk(days)
     if kept["ratio"] > MOST and n >= TICKS_A_DAY:  # of less than a day's data the logs are the greater part
         raise NotHeld(f"{kept['mb']:.0f} MB are on the disk, {kept['ratio']:.2f} times what is needed")
@@ -124,6 +117,19 @@ def _query(days: Days) -> None:
             queries.save(days.lake.root, answer.frame, answer.question, snapshot, f"query-{days.tick}")
 
 
+def _require_same_answers(lake: Lake) -> None:
+    """A question that reads what came since has the answer of one that reads everything."""
+    snapshot, asked = lake.snapshot(), [question for question in queries.questions() if question.portion]
+    answers = zip(
+        queries.ask_all(asked, snapshot, portions_in=lake.root), queries.ask_all(asked, snapshot), strict=True
+    )
+    for by_portions, whole in answers:
+        try:
+            assert_frame_equal(by_portions.frame, whole.frame, check_row_order=False)
+        except AssertionError as error:
+            raise NotHeld(f"{whole.question.name} by what came since is another answer: {error}") from None
+
+
 def _compact(days: Days) -> None:
     days.needed |= dict.fromkeys(_live(days.lake), days.now)
     with days.of("compact"):
@@ -133,16 +139,12 @@ def _compact(days: Days) -> None:
     if failed := done.drop_nulls("failed")["failed"].to_list():
         raise NotHeld(f"tick {days.tick}: {failed}")
     days.needed |= dict.fromkeys(_live(days.lake), days.now)
-    with days.of("tidy"):
-        upkeep.tidy(days.lake.root)
-    days.needed |= dict.fromkeys(_live(days.lake), days.now)
 
 
 def _live(lake: Lake) -> set[str]:
-    """The files that the published versions and the index of runs name."""
+    """The files that the published versions name."""
     snapshot = lake.snapshot()
-    urls = itertools.chain.from_iterable(snapshot.files(table) for table in snapshot.versions)
-    return {*urls, *lake.root.table(index.TABLE).file_uris()}
+    return {*itertools.chain.from_iterable(snapshot.files(table) for table in snapshot.versions)}
 
 
 def _age(days: Days) -> None:
@@ -150,8 +152,7 @@ def _age(days: Days) -> None:
     lake, began, days.aged_at = days.lake, days.aged_at, time.time()
     older_s = COMPACT_TICKS * source.TICK_S - (days.aged_at - began)
     root = Path(lake.root.url)
-    aged = (root.glob(pattern) for pattern in ("*/*/_delta_log/*", "runs/_delta_log/*", "runs/*.parquet"))
-    for path in itertools.chain.from_iterable(aged):
+    for path in root.glob("lake/*/_delta_log/*"):
         then = path.stat().st_mtime - older_s
         os.utime(path, (then, then))
     for folder, _, _ in os.walk(root / "archive"):

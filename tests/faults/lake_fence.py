@@ -41,7 +41,7 @@ def stopped(n: int, seed: int) -> str:
             world = _on_s3(Path(folder, str(number)), seed + number, proxy, f"{url}/{number}")
             (_to_preprocess if stage == "preprocess" else _to_compact)(world)
             clocks = pick.sample(CLOCKS, 2)
-            holder = world.process(stage, crash_at=f"={point}", mutant=clocks[0])
+            holder = world.process(stage, crash_at=f"={point}@1", mutant=clocks[0])
             try:
                 if not _is_stopped(holder):
                     raise NotHeld(f"{stage} did not stop at {point!r}")

@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import ClassVar
 
+from faults import readers
 from faults.lake_world import NotHeld
 
 from etl import delta
@@ -188,6 +189,10 @@ class World:
         wanted = sorted((row["id"], row["text"]) for row in events)
         if (rows := sorted(now.frame("event", ["id", "text"]).collect().rows())) != wanted:
             raise NotHeld(f"event has {len(rows)} rows, not {len(wanted)}: {self.done[-8:]}")
+        if last:
+            seen = readers.read(f"{self.root}/lake/event", now.versions["event"], "count(*), sum(id)", {})
+            if {*map(tuple, seen.values())} != {(str(len(events)), str(sum(row["id"] for row in events) or None))}:
+                raise NotHeld(f"event has {len(events)} rows, and others read {seen}: {self.done[-8:]}")
         newest: dict[int, dict] = {}
         for row in (row for content in self.updates for row in _rows(content)):
             if row["id"] not in newest or row["at"] >= newest[row["id"]]["at"]:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import duckdb
 import polars as pl
+from faults import readers
 
 from etl.lake import Snapshot, ingest
 from etl.leases import LeaseHeld
@@ -105,6 +106,7 @@ class World:
 
     def process(self, stage: str, crash_at: str | None = None, mutant: str | None = None, wait_for: str | None = None):
         """A stage in a process of its own, started; it begins when the file `wait_for` is there."""
+        mutant = mutant or os.environ.get("ETL_FAULTS_MUTANT")
         about = (stage, self.root, str(self.folder), crash_at, mutant, wait_for, self.environment)
         child = processes.Process(target=_run, args=about)
         child.start()
@@ -159,16 +161,23 @@ class World:
             there = db().sql(f"{ask} read_parquet({self._files(snapshot, table)})")
             if (want := given.fetchone()) != (found := there.fetchone()):
                 raise NotHeld(f"{table}: rows, keys and sums are {found}, not {want}")
+            self._require_same_by_others(snapshot, table, found[:1])
         files = self._files(snapshot, "quarantine")
         rows = db().sql(f"select file, line from read_parquet({files})").fetchall() if files else []
-        rows = [
-            (name if "/" in name else f"{name.partition('-')[0]}/{name}", line) for name, line in rows
-        ]  # an older's
         if sorted(rows) != sorted(self.quarantined):
             raise NotHeld(f"quarantine has {len(rows)} rows, not the {len(self.quarantined)} that were broken")
         waiting = [name for table in TABLES for name in Root.at(self.root).names(f"landing/{table}")]
         if waiting:
             raise NotHeld(f"{len(waiting)} files still wait")
+
+    def _require_same_by_others(self, snapshot: Snapshot, table: str, rows: tuple) -> None:
+        """Other readers see as many rows, with the same sums of whole hundredths as each other."""
+        sums = ", ".join(f"sum(cast({name} * 100 as bigint))" for name in MONEY[table])
+        root = snapshot.lake.root
+        about = root.url_of(f"lake/{table}"), snapshot.versions[table], f"count(*), {sums}", root.storage_options
+        seen = readers.read(*about)
+        if {found[0] for found in seen.values()} != {str(rows[0])} or len({*map(tuple, seen.values())}) > 1:
+            raise NotHeld(f"{table} has {rows[0]} rows, and others read {seen}")
 
     def _files(self, snapshot: Snapshot, table: str) -> list[str]:
         """A table's files on this machine: of an object store's lake, copies."""
@@ -190,9 +199,8 @@ def mixed(root: str) -> str | None:
     if not Lake(root).published():
         return None
     snapshot = Lake(root).snapshot()
-    files = (
-        snapshot.frame("files").filter(pl.col("rows").fill_null(1) > 0).collect()
-    )  # null: an older version did not count
+    counted = pl.col("rows").fill_null(1)  # an older version did not count
+    files = snapshot.frame("files").filter(counted > 0).collect()
     for table, key in (("orders", "o_orderkey"), ("lineitem", "l_orderkey")):
         ticks = snapshot.frame(table, [key]).collect()[key] // 1000
         want = {snapshot.lake.sequence_of(path) for path in files.filter(table=table)["path"]}
