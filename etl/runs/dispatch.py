@@ -64,6 +64,7 @@ def run_stage(
             problem = f"no Dask cluster: {type(error).__name__}: {error}"
         try:
             request = make_request(stage, environment, scheduled_for, attempt, address, parent, release)
+            is_hopeless = bool(refused or request.refused)  # the same file is no notebook in five seconds, either
             request = replace(request, variables=variables, refused=problem or request.refused)
             if on_begin:
                 on_begin(request.run_id)
@@ -73,7 +74,7 @@ def run_stage(
                 opened.close()
             except Exception as error:  # the run is what it was
                 log.warning("the Dask cluster of %s could not be closed: %s", stage.name, one_line(error))
-        if refused or record.state not in RETRIED or attempt > stage.retries:
+        if is_hopeless or record.state not in RETRIED or attempt > stage.retries:
             return record
         delay_s = FIRST_DELAY_S * 2 ** (attempt - 1)
         log.warning("%s attempt %d: %s; again in %d s", stage.name, attempt, record.state, delay_s)

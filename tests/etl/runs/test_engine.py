@@ -34,7 +34,7 @@ def notebook(*cells: str) -> dict:
         else:
             tags = ["parameters"] if text.startswith("rows: ") else []
             made.append(new_code_cell(text, metadata={"tags": tags}))
-    return new_notebook(cells=made, metadata={"kernelspec": {"name": ".venv", "display_name": ".venv"}})
+    return new_notebook(cells=made, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
 
 
 def run(root, *cells, number=0, deadline_s=60, parameters=None, memory_mb=None, variables=None, **options):
