@@ -13,6 +13,8 @@ up      everything: Prefect's server, the schedules, the API and the dashboard
 run     one run now, of one stage or of all, again with what an earlier run had, or over many times and values
 repair  what failed, and what depended on it, again
 replay  a run again on the same data, in a root of its own: does the same come out?
+try     the working tree's stage on a branch of what is published: what would be otherwise?
+debug   a run's notebook in JupyterLab, on the data that it read
 release what `up` runs from now on: the working tree, checked and compared; releases, rollback
 check   parameters, notebooks, env files, tables and questions, without starting a kernel
 new     a project, a table from a sample file, a question, a stage: something to begin with
