@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import re
+import threading
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -31,6 +32,7 @@ from etl.models import registry
 from etl.reports import page as reports
 from etl.runs import index
 from etl.runs.record import STATES
+from etl.serve import health as health_of_root
 from etl.storage import BadRoot, Root
 from pipeline import Lake, queries
 
@@ -56,6 +58,22 @@ class Problem(BaseModel):
 
 class Health(BaseModel):
     status: Literal["up"]
+
+
+class Finding(BaseModel):
+    kind: str = Field(description="failed, late, up, damaged, stale, quarantine, figure or slow")
+    level: Literal["bad", "warning", "note"]
+    about: str = Field(description='As in "stage query", "table x", "question x"')
+    sentence: str
+    since: datetime | None
+    link: str | None = Field(description="The report of the run it comes from")
+    remedy: str | None = Field(description="What to do")
+
+
+class StagesHealth(BaseModel):
+    healthy: bool = Field(description="Whether no finding is bad")
+    sentence: str = Field(description="All of it in one")
+    findings: list[Finding] = Field(description="The worst first")
 
 
 class Ready(BaseModel):
@@ -267,6 +285,25 @@ app.add_middleware(KnownHosts)  # the outermost
 async def health() -> Health:
     """The process is up."""
     return Health(status="up")
+
+
+@app.get("/health/stages", tags=["service"])
+async def stages_health(root: PublishedRoot) -> StagesHealth:
+    """Whether what is under the root is healthy: what failed last, is late or damaged. As `orchestrate.py status`."""
+    return StagesHealth(**await to_thread.run_sync(_stages_health, root, limiter=LOOKING))
+
+
+def _stages_health(root: Root) -> dict[str, Any]:
+    with _looking_at_stages:  # one read serves all who wait
+        return health_of_root.as_json(health_of_root.findings(datetime.now(UTC), _reader_of(root).seen()))
+
+
+_looking_at_stages = threading.Lock()
+
+
+@functools.cache
+def _reader_of(root: Root) -> health_of_root.Reader:
+    return health_of_root.Reader(root, Lake(root), queries.questions())
 
 
 @app.get("/ready", tags=["service"], responses={503: {"model": Ready, "description": "Nothing is published yet"}})

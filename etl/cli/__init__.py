@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from etl.cli import checking, lake, new, releases, running, runs, up
+from etl.cli import checking, health, lake, new, releases, running, runs, up
 from etl.cli.common import Timetable
 
 __all__ = ["Timetable", "make"]
@@ -31,6 +31,7 @@ def make(timetable: Timetable, help_text: str) -> typer.Typer:
     up.register(app, timetable)
     running.register(app)
     checking.register(app)
+    health.register(app)
     releases.register(app)
     app.add_typer(new.app, name="new")
     app.add_typer(runs.app, name="runs")

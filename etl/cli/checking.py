@@ -1,5 +1,6 @@
 """`check` and `plan`: what would run, without starting a kernel."""
 
+import contextlib
 import importlib
 import os
 import sys
@@ -58,11 +59,31 @@ def problems_of(env: str, overrides: Sequence[str], timetable: Timetable) -> tup
     problems, stages = params.without_yaml(PROJECT), {}
     for name in [env] if env else params.environments(PROJECT):
         try:
-            stages = params.load(PROJECT, name, overrides).stages
+            project = params.load(PROJECT, name, overrides)
+            stages = project.stages
+            problems += _of_alerts(project.environment, timetable)
         except params.ParamsError as error:
             problems += [problem for problem in error.problems if problem not in problems]
     problems += params.breaches(PROJECT, list(stages) or None, timetable.domain)
     return [*problems, *_of_domain(timetable)], list(stages)
+
+
+def _of_alerts(environment: params.Environment, timetable: Timetable) -> Iterator[params.Problem]:
+    """Who cannot be told, and which figures no question has."""
+    if environment.alerts is None:
+        return
+    from etl.params.alerts import line
+    from etl.serve import alerts
+
+    path = f"params/env/{environment.name}.yml"
+    yield from (params.Problem(path, None, f"alerts: {problem}") for problem in alerts.problems(environment.alerts))
+    if environment.alerts.figures:
+        with contextlib.suppress(Exception, SystemExit):  # what cannot be imported is said as such
+            names = {question.name for question in timetable.questions()}
+            for asked in map(line, environment.alerts.figures):
+                if asked.question not in names:
+                    what = f"alerts: there is no question {asked.question}{params.nearest(asked.question, names)}"
+                    yield params.Problem(path, None, what)
 
 
 def _of_domain(timetable: Timetable) -> Iterator[params.Problem]:
