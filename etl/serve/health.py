@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -344,8 +344,15 @@ class Reader:
     """Reads a root again and again. `lake` and `questions`: the project's own, where it has them."""
 
     def __init__(
-        self, root: Root, lake: "Lake | None" = None, questions: "Iterable[Question]" = (), env: str = "local"
+        self,
+        root: Root,
+        lake: "Lake | None" = None,
+        questions: "Iterable[Question]" = (),
+        env: str = "local",
+        clock: Callable[[], float] = time.monotonic,
     ):
+        """`env`: of a root where no `up` says its own."""
+        self._clock = clock
         self.root, self._lake, self._questions, self._env = root, lake, {q.name: q for q in questions}, env
         self.project: params.Project | None = None
         self._project_of: tuple[str, str] | None = None
@@ -360,9 +367,9 @@ class Reader:
         beat = self._or(damaged, heartbeat.PLACE, "end `up` and start it again", lambda: heartbeat.read(self.root))
         self._or(damaged, "the index of runs", DOCTOR, self._read_runs)
         runs, last_ok, written = self._rows
-        if time.monotonic() - self._slowly_at > SLOWLY_S:
+        if self._clock() - self._slowly_at > SLOWLY_S:
             self._slow = self._look_slowly(beat, runs)
-            self._slowly_at = time.monotonic()
+            self._slowly_at = self._clock()
         slow = self._slow
         return Seen(
             runs=runs,
