@@ -218,6 +218,14 @@ def is_dead(now: datetime, seen: Seen) -> bool:
     return seen.is_gone or (now - datetime.fromisoformat(seen.beat["at"])).total_seconds() > SILENT_S
 
 
+def _is_nobody_there(stage: str, now: datetime, seen: Seen) -> bool:
+    """Whether no `up` is at work, or one that has taken over from a dead one and has not yet run the stage well."""
+    if seen.beat is None or seen.beat.get("ended_at") or is_dead(now, seen):
+        return True
+    since = datetime.fromisoformat(seen.beat["since"])
+    return seen.beat["expected_since"] != seen.beat["since"] and seen.last_ok.get(stage, since) < since
+
+
 def _late(now: datetime, seen: Seen) -> Iterator[Finding]:
     """Stages without an ok or noop run within fresh_within, or as many times of their schedule as count.
 
@@ -232,7 +240,7 @@ def _late(now: datetime, seen: Seen) -> Iterator[Finding]:
             due = (last or expected or now) + timedelta(seconds=stage.fresh_within_s)
             limit = f"within {_span(stage.fresh_within_s)}"
         elif beat and expected:
-            missed = 1 if is_dead(now, seen) or beat.get("ended_at") else MISSED
+            missed = 1 if _is_nobody_there(name, now, seen) else MISSED
             times = _times(name, max(last or expected, expected), seen, missed)
             if len(times) == missed and not (missed == MISSED and _is_tried(name, runs, now, seen)):
                 due, limit = times[-1], f"at {_at(times[0], now)}"

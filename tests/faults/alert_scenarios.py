@@ -27,7 +27,7 @@ from etl.storage import PROJECT, Root
 from pipeline import Lake, queries
 
 BEGAN = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
-SLOT_S, STEP_S, SOON_S = 360, 10, 60  # of an incident; between two looks; until it is told
+SLOT_S, STEP_S, SOON_S = 600, 10, 60  # of an incident; between two looks; until it is told
 FIGURE = "revenue_per_minute.revenue < 1000"
 CHANGES = {f.name: f for f in queries.questions()}[line(FIGURE).question]
 
@@ -88,7 +88,8 @@ class World:
                     self.run(name, at, self.states.get(name) and self.states[name].pop(0) or "ok")
                 self.next[name] = self.stages[name].next_run(at)
         if self.now >= self.quiet_until.get("up", self.now):
-            beat = {"at": self.now.isoformat(), "since": BEGAN.isoformat(), "expected_since": BEGAN.isoformat()}
+            since = self.quiet_until.get("up", BEGAN)
+            beat = {"at": self.now.isoformat(), "since": since.isoformat(), "expected_since": BEGAN.isoformat()}
             beat |= {"pid": 1, "host": "here", "env": "local", "reports_url": "http://127.0.0.1:8000"}
             self.root.write(heartbeat.PLACE, json.dumps(beat).encode())
 

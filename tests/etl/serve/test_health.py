@@ -53,7 +53,7 @@ def test_a_stage_is_late_after_three_times_of_its_schedule_or_fresh_within():
     assert "late stage preprocess" in told(fresh, NOW + timedelta(seconds=61))
     daily = replace(STAGES["query"], every_s=None, cron="0 6 * * *")
     cron = replace(SEEN, stages={"query": daily}, last_ok={"query": ago(days=3)})  # 26 February, 12:00
-    cron = replace(cron, beat=BEAT | {"expected_since": "2026-01-01T00:00:00+00:00"})
+    cron = replace(cron, beat=BEAT | dict.fromkeys(("since", "expected_since"), "2026-01-01T00:00:00+00:00"))
     assert "2 days" not in told(cron)["late stage query"]  # since 06:00 today, the third time
     assert told(cron, ago(hours=7)) == {}
 
@@ -78,6 +78,10 @@ def test_a_dead_up_is_seen_and_then_a_stage_is_late_at_its_next_time():
     said = told(dead, now)
     assert said["up up"].startswith("`up` is dead: it was last seen at 11:54:20 UTC (process 7 on here)")
     assert said.keys() == {"up up", "late stage generate", "late stage preprocess"}  # due at 11:54:30, at 11:55:00
+    # one that takes over from it does not make a stage that did not run yet well
+    successor = replace(dead, beat=BEAT | {"at": now.isoformat(), "since": ago(seconds=301).isoformat()})
+    assert told(successor, now).keys() == {"late stage generate", "late stage preprocess"}
+    assert told(replace(successor, last_ok=dict.fromkeys(STAGES, now)), now) == {}
     assert health.findings(NOW, replace(SEEN, is_gone=True))[0].kind == "up"  # its process: no beat is waited for
     failed = replace(dead, runs=[run("train", ago(hours=1), "failed")])
     links = [finding.link for finding in health.findings(NOW, failed) if finding.kind == "failed"]
@@ -92,7 +96,9 @@ def test_one_that_was_ended_is_told_calmly_and_a_root_without_one_is_well():
 
 
 def test_a_stage_that_never_ran_is_late_by_when_up_began():
-    began = replace(SEEN, last_ok={}, beat=BEAT | {"expected_since": ago(seconds=25).isoformat()})
+    began = replace(
+        SEEN, last_ok={}, beat=BEAT | dict.fromkeys(("since", "expected_since"), ago(seconds=25).isoformat())
+    )
     assert told(began) == {}
     later = NOW + timedelta(seconds=60)
     began = replace(began, beat=began.beat | {"at": later.isoformat()})
