@@ -1,6 +1,8 @@
 """`status` and `watch`: whether a root is healthy, said once, all the time, or to whoever is to be told."""
 
 import logging
+import os
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -89,10 +91,12 @@ def watch(
     from etl.serve import alerts
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    who = f"{socket.gethostname()} {os.getpid()} {time.time()}"
     reader, wanted, send, warned = _reader(context.obj, env, root, may_be_empty=True), None, None, ""
     while True:
         try:
-            seen = reader.seen()
+            if reader.project is None:
+                reader.seen()
             asked = reader.project.environment.alerts if reader.project else wanted
             if (send is None or asked != wanted) and reader.project:
                 if asked is None or not alerts.receivers(asked):
@@ -100,7 +104,7 @@ def watch(
                 send, wanted = alerts.Sender(asked), asked
                 print(f"{len(alerts.receivers(asked))} receivers are told; looking every {alerts.LOOK_S} s", flush=True)
             if wanted and send:
-                alerts.look(reader.root, wanted, seen, datetime.now(UTC), send)
+                alerts.look(reader.root, wanted, reader.seen, datetime.now(UTC), send, who)
             warned = ""
         except LeaseHeld:
             pass  # another one looks right now

@@ -15,6 +15,7 @@ import logging
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
@@ -73,11 +74,10 @@ class State:
 
     incidents: dict[str, Incident] = field(default_factory=dict)
     outbox: list[Message] = field(default_factory=list)
-    seen: dict[str, str] = field(
-        default_factory=dict
-    )  # the runs that were looked at, of the newest: run_id -> ended_at
+    seen: dict[str, str] = field(default_factory=dict)  # the newest runs that were looked at: run_id -> ended_at
     began_at: str = ""  # what ended before is history
     told: int = 0  # messages, ever
+    looked_by: str = ""
 
     @classmethod
     def read(cls, root: Root) -> "State":
@@ -91,14 +91,19 @@ class State:
         root.write(STATE, json.dumps(asdict(self)).encode())
 
 
-def look(root: Root, alerts: Alerts, seen: Seen, now: datetime, send: Send) -> int:
-    """Tell what is new in what was read; how many messages were sent. Raises LeaseHeld while another one looks.
+def look(root: Root, alerts: Alerts, read: Callable[[bool], Seen], now: datetime, send: Send, who: str = "") -> int:
+    """Tell what is new in what is read; how many messages were sent. Raises LeaseHeld while another one looks.
+
+    `read` is called with whether nothing may be left from earlier looks of `who`, as another one has looked since: what
+    it saw is told, and to see less than that would be an end that is none.
 
     What cannot be sent is a warning, and tried again by the next look. Raises what a root that is down does.
     """
     with root.lease(LEASE, f"process {os.getpid()} on {socket.gethostname()}", wait_s=0):
         state = State.read(root)
         before = asdict(state)
+        seen = read(state.looked_by != who)
+        state.looked_by = who
         step(state, alerts, seen, now)
         if asdict(state) != before:
             state.write(root)
@@ -219,9 +224,10 @@ def _deliver(root: Root, state: State, known: Sequence[str], send: Send) -> int:
 class Sender:
     """Sends messages. Raises ValueError when a receiver is nothing that could be sent to."""
 
-    def __init__(self, alerts: Alerts):
+    def __init__(self, alerts: Alerts, clock: Callable[[], float] = time.monotonic):
         self._command, self._urls = alerts.command, {name: _url(name) for name in alerts.to}
-        self._deaths = {name: Deaths() for name in receivers(alerts)}
+        self._clock = clock
+        self._deaths = {name: Deaths(clock) for name in receivers(alerts)}
         logging.getLogger("apprise").setLevel(logging.CRITICAL)  # what failed is said here, without what is in a URL
 
     def __call__(self, message: Message, name: str) -> None:
@@ -239,7 +245,7 @@ class Sender:
             told = logging.WARNING if count == 1 else logging.INFO  # a series is one warning
             log.log(told, "%r could not be told, and is tried again: %s", message.title, error)
             raise
-        self._deaths[name] = Deaths()
+        self._deaths[name] = Deaths(self._clock)
 
 
 def _notify(url: str, name: str, message: Message) -> None:

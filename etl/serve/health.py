@@ -242,6 +242,8 @@ def _late(now: datetime, seen: Seen) -> Iterator[Finding]:
         elif beat and expected:
             missed = 1 if _is_nobody_there(name, now, seen) else MISSED
             times = _times(name, max(last or expected, expected), seen, missed)
+            if times and last is None:  # the first run brings what there is
+                times[-1] += timedelta(seconds=stage.deadline_s)
             if len(times) == missed and not (missed == MISSED and _is_tried(name, runs, now, seen)):
                 due, limit = times[-1], f"at {_at(times[0], now)}"
         if due and now > due:
@@ -369,13 +371,13 @@ class Reader:
         self._slowly_at, self._slow = -math.inf, Seen()
         self._figures: dict[Line, tuple[str, float | None]] = {}
 
-    def seen(self) -> Seen:
-        """What is there now. What cannot be read is among what is damaged."""
+    def seen(self, fresh: bool = False) -> Seen:
+        """What is there now. What cannot be read is among what is damaged. `fresh`: nothing is kept from before."""
         damaged: list[Finding] = []
         beat = self._or(damaged, heartbeat.PLACE, "end `up` and start it again", lambda: heartbeat.read(self.root))
         self._or(damaged, "the index of runs", DOCTOR, self._read_runs)
         runs, last_ok, written = self._rows
-        if self._clock() - self._slowly_at > SLOWLY_S:
+        if fresh or self._clock() - self._slowly_at > SLOWLY_S:
             self._slow = self._look_slowly(beat, runs)
             self._slowly_at = self._clock()
         slow = self._slow

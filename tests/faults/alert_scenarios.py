@@ -163,7 +163,7 @@ def incidents(n: int, seed: int) -> str:
             clock = lambda: world.now.timestamp()  # noqa: E731
             reader = health.Reader(world.root, Lake(world.root), [CHANGES], clock=clock)
             reader._lines = lambda: [line(FIGURE)]
-            lookers.append((reader, alerts.Sender(wanted)))
+            lookers.append((reader, alerts.Sender(wanted, clock)))
 
         def look(looker: int, dies: bool) -> None:
             nonlocal kills
@@ -176,7 +176,7 @@ def incidents(n: int, seed: int) -> str:
                 told.append((message, world.now))
 
             try:
-                alerts.look(world.root, wanted, reader.seen(), world.now, sends)
+                alerts.look(world.root, wanted, reader.seen, world.now, sends, str(looker))
             except Killed:
                 kills += 1
             except LeaseHeld:

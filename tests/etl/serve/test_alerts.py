@@ -30,7 +30,7 @@ def test_a_message_has_the_cards_first_line_and_the_reports_link(tmp_path, recei
     monkeypatch.setenv("ALERTS_URL", received.url.replace("json://", "json://user:hunter2@"))
     wanted = Alerts(to=["ALERTS_URL"], command=[sys.executable, "-c", WRITES, str(tmp_path / "told")])
     root, send = Root.at(str(tmp_path / "root")), alerts.Sender(wanted)
-    assert alerts.look(root, wanted, FAILED, NOW, send) == 2
+    assert alerts.look(root, wanted, lambda fresh: FAILED, NOW, send) == 2
     [post] = received.posts
     assert (post["title"], post["type"]) == ("failed: stage train", "warning")
     lines = post["message"].splitlines()
@@ -38,8 +38,9 @@ def test_a_message_has_the_cards_first_line_and_the_reports_link(tmp_path, recei
     assert lines[1] == f"http://127.0.0.1:8000/reports/{FAILED.runs[0]['run_id']}"
     assert (tmp_path / "told").read_text() == f"failed: stage train\n{post['message']}"
     assert "hunter2" not in root.read(alerts.STATE).decode()
-    assert alerts.look(root, wanted, FAILED, NOW, send) == 0  # once
-    assert alerts.look(root, wanted, replace(FAILED, runs=[*FAILED.runs, run("train", NOW)]), NOW, send) == 2
+    assert alerts.look(root, wanted, lambda fresh: FAILED, NOW, send) == 0  # once
+    ok = replace(FAILED, runs=[*FAILED.runs, run("train", NOW)])
+    assert alerts.look(root, wanted, lambda fresh: ok, NOW, send) == 2
     assert received.titles == ["failed: stage train", "recovered: stage train"]
 
 
@@ -48,10 +49,10 @@ def test_a_receiver_that_is_down_holds_up_no_other_and_gets_it_later(tmp_path, r
     wanted = Alerts(to=[received.url], command=[sys.executable, "-c", WRITES, str(tmp_path / "told")])
     root, send = Root.at(str(tmp_path / "root")), alerts.Sender(wanted)
     with caplog.at_level(logging.WARNING):
-        counts = [alerts.look(root, wanted, FAILED, NOW, send) for _ in range(3)]
+        counts = [alerts.look(root, wanted, lambda fresh: FAILED, NOW, send) for _ in range(3)]
     assert counts == [1, 0, 0] and len([r for r in caplog.records if "tried again" in r.message]) == 1
     received.takes = lambda post: True
-    assert alerts.look(root, wanted, FAILED, NOW, alerts.Sender(wanted)) == 1
+    assert alerts.look(root, wanted, lambda fresh: FAILED, NOW, alerts.Sender(wanted)) == 1
     assert received.titles == ["failed: stage train"]
     assert (tmp_path / "told").read_text().count("failed: stage train") == 1
     fails = Alerts(command=["/bin/false"])
@@ -63,7 +64,7 @@ def test_only_what_is_asked_for_is_told(tmp_path, received):
     wanted = Alerts(to=[received.url], on=["late", "recovered"])
     root, send = Root.at(str(tmp_path / "root")), alerts.Sender(wanted)
     late = replace(FAILED, last_ok=SEEN.last_ok | {"preprocess": NOW - timedelta(hours=1)})
-    assert alerts.look(root, wanted, late, NOW, send) == 1
+    assert alerts.look(root, wanted, lambda fresh: late, NOW, send) == 1
     assert received.titles == ["late: stage preprocess"]
 
 

@@ -100,9 +100,9 @@ def test_a_stage_that_never_ran_is_late_by_when_up_began():
         SEEN, last_ok={}, beat=BEAT | dict.fromkeys(("since", "expected_since"), ago(seconds=25).isoformat())
     )
     assert told(began) == {}
-    later = NOW + timedelta(seconds=60)
+    later = NOW + timedelta(seconds=60 + STAGES["generate"].deadline_s)  # the first brings what there is
     began = replace(began, beat=began.beat | {"at": later.isoformat()})
-    assert told(began, later).keys() == {"late stage generate"}
+    assert "late stage generate" in told(began, later)
 
 
 def test_tables_questions_quarantine_figures_and_slow_runs():
