@@ -19,6 +19,8 @@ release what `up` runs from now on: the working tree, checked and compared; rele
 check   parameters, notebooks, env files, tables and questions, without starting a kernel
 new     a project, a table from a sample file, a question, a stage: something to begin with
 plan    every stage's next run, and where each parameter's value comes from
+status  whether all is well: what failed last, is late or damaged, and what to do
+watch   tell whom `alerts` in the env file names, beside `up` or on its own
 runs    the index of runs
 whence  which run wrote a version of a table
 doctor  what is wrong with the data, the packages and the ports, and what to do

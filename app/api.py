@@ -10,6 +10,7 @@ import html
 import itertools
 import json
 import re
+import threading
 import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -51,6 +52,7 @@ from app.schemas import (
     Ready,
     Row,
     Run,
+    StagesHealth,
     State,
 )
 from app.settings import Settings
@@ -58,6 +60,7 @@ from etl.lake.snapshot import POINTER, NothingPublished
 from etl.models import registry
 from etl.reports import page as reports
 from etl.runs import index
+from etl.serve import health as health_of_root
 from etl.storage import BadRoot, Root
 from pipeline import TITLE, Lake, queries
 
@@ -212,6 +215,25 @@ async def what_there_is() -> HTMLResponse:
 async def health() -> Health:
     """The process is up."""
     return Health(status="up")
+
+
+@app.get("/health/stages", tags=["service"])
+async def stages_health(root: PublishedRoot) -> StagesHealth:
+    """Whether what is under the root is healthy: what failed last, is late or damaged. As `orchestrate.py status`."""
+    return StagesHealth(**await to_thread.run_sync(_stages_health, root, limiter=LOOKING))
+
+
+def _stages_health(root: Root) -> dict[str, Any]:
+    with _looking_at_stages:  # one read serves all who wait
+        return health_of_root.as_json(health_of_root.findings(datetime.now(UTC), _reader_of(root).seen()))
+
+
+_looking_at_stages = threading.Lock()
+
+
+@functools.cache
+def _reader_of(root: Root) -> health_of_root.Reader:
+    return health_of_root.Reader(root, Lake(root), queries.questions())
 
 
 @app.get("/ready", tags=["service"], responses={503: {"model": Ready, "description": "Nothing is published yet"}})

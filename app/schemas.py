@@ -20,6 +20,22 @@ class Health(BaseModel):
     status: Literal["up"]
 
 
+class Finding(BaseModel):
+    kind: str = Field(description="failed, late, up, damaged, stale, quarantine, figure or slow")
+    level: Literal["bad", "warning", "note"]
+    about: str = Field(description='As in "stage query", "table x", "question x"')
+    sentence: str
+    since: datetime | None
+    link: str | None = Field(description="The report of the run it comes from")
+    remedy: str | None = Field(description="What to do")
+
+
+class StagesHealth(BaseModel):
+    healthy: bool = Field(description="Whether no finding is bad")
+    sentence: str = Field(description="All of it in one")
+    findings: list[Finding] = Field(description="The worst first")
+
+
 class Ready(BaseModel):
     ready: bool = Field(description="Whether a snapshot of the lake is published")
     detail: str

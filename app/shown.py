@@ -17,6 +17,7 @@ from app.settings import Settings
 from etl import charts, findings
 from etl.questions import results
 from etl.runs import index
+from etl.serve import health
 from etl.storage import Root
 from pipeline import Lake, queries
 
@@ -77,6 +78,23 @@ def problems(root_url: str, what: str, looks: tuple[str, ...], _error: BaseExcep
         for finding in (EXAMINE[look](root) if look in EXAMINE else Lake(root).look(look))
         if finding.problem
     ]
+
+
+@st.cache_data(ttl=LOOK_S - 5, max_entries=8, show_spinner=False)
+def health_findings(root_url: str) -> list[health.Finding]:
+    """What is not as it should be; the worst first."""
+    return health.findings(datetime.now(UTC), _reader(root_url).seen())
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _reader(root_url: str) -> health.Reader:
+    root = Root.at(root_url)
+    return health.Reader(root, Lake(root), queries.questions())
+
+
+def plain(text: str) -> str:
+    """Text of any kind in Markdown, as it is."""
+    return re.sub(r"([\\`*_{}\[\]()#+!$:~|<>-])", r"\\\1", text.replace("\n", " "))
 
 
 def _code(text: str) -> str:

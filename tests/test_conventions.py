@@ -26,6 +26,7 @@ MAY_IMPORT = {  # of the project's own modules
         "etl.runs.index",
         "etl.runs.record",
         "etl.runs.releases",
+        "etl.serve.health",
         "etl.lake",
         "etl.models",
         "etl.questions",

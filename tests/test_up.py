@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from receiver import receiver
 from support import WEBSOCKET, asked, environment, free_port, orchestrate, write_stage
 
 from etl.runs import index, releases
@@ -146,7 +147,16 @@ def ask_for_what_is_not_there(up: Up) -> str:
     return api_of(up, f"/deployments/{deployment['id']}/create_flow_run", body)["id"]
 
 
-def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path):
+@pytest.fixture
+def told(small):
+    """Who is told what is not well."""
+    with receiver() as received:
+        with (small / "params/env/local.yml").open("a") as file:
+            file.write(f"alerts:\n  to: ['{received.url}']\n")
+        yield received
+
+
+def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path, told):
     root = tmp_path / "root"
     up = Up(small, root, "--live")
     try:
@@ -169,6 +179,9 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path):
         assert b"planted" in get(f"http://127.0.0.1:{up.api}/reports/{run_id}")
         assert json.loads(get(f"http://127.0.0.1:{up.api}/health"))
         assert b"<!DOCTYPE html>" in get(f"http://127.0.0.1:{up.dashboard}/").replace(b"doctype", b"DOCTYPE")
+        eventually(lambda: "failed: stage breaks" in told.titles, 60, "an alert", up)
+        health = json.loads(get(f"http://127.0.0.1:{up.api}/health/stages"))
+        assert any(finding["sentence"].startswith("breaks: failed") for finding in health["findings"]), health
         found = footprint.measured(up.process.pid, 1, Root.at(str(root)))
         assert {"Prefect server", "API", "dashboard", "worker"} <= set(found["memory_mb"]), found
         assert 300 < found["peak_mb"] < 2000, found
@@ -185,8 +198,8 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path):
         # a second one is told who is there, and changes nothing
         second = Up(small, root)
         assert second.process.wait(120) == 1
-        told = " ".join(second.log.read_text().split())
-        assert f"`up` is at work on {root} already: process {up.process.pid} on" in told and own in told, told
+        said = " ".join(second.log.read_text().split())
+        assert f"`up` is at work on {root} already: process {up.process.pid} on" in said and own in said, said
         assert up.flow_runs("lasts", state_type="RUNNING") and not up.flow_runs("works", state_type="CRASHED")
 
         # a backfill is one flow of runs; that of one which was killed is closed
@@ -222,10 +235,10 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path):
             (lambda: up.flow_runs("breaks"), "notebooks/breaks.ipynb: line 1 is a marker of git"),
         ):
 
-            def told(look=look, why=why):
+            def refused_run(look=look, why=why):
                 return next((message for run in look() if why in (message := _message(run))), None)
 
-            run_id = eventually(told, 90, why, up).split(":")[0]
+            run_id = eventually(refused_run, 90, why, up).split(":")[0]
             page = html.unescape(get(f"http://127.0.0.1:{up.api}/reports/{run_id}").decode())
             assert why in page
 
@@ -240,6 +253,11 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path):
             lambda: up.flow_runs("works", **running) or up.flow_runs("breaks", **running), 120, "a run under way"
         )
         up.end(signal.SIGKILL)
+        # whoever reads the root knows, and a watcher of its own tells it
+        watch = ("watch", "--once", "--root", str(root))
+        late = lambda: not orchestrate(small, *watch).returncode and "late: stage works" in told.titles  # noqa: E731
+        eventually(late, 60, "what is late is told")
+        assert told.titles.count("up: up") == told.titles.count("failed: stage breaks") == 1
     finally:
         up.process.kill()
     for path in (small / "notebooks/lasts.ipynb", small / "params/lasts.yml"):

@@ -12,6 +12,7 @@ from app.domain import CARD, model
 from etl.lake import NothingPublished, Snapshot
 from etl.models.registry import CURRENT
 from etl.runs import journal, releases
+from etl.serve import health
 from etl.storage import Root
 from pipeline import COUNTED, TITLE, Lake, queries
 
@@ -26,9 +27,22 @@ GROWING = COUNTED | {"quarantine": "Refused rows"}  # tables whose rows are coun
 def page() -> None:
     """All of it."""
     st.title(TITLE, anchor=False)
+    is_it_well()
     code()
     under_way()
     published()
+
+
+@st.fragment(run_every=shown.LOOK_S)
+def is_it_well() -> None:
+    """One sentence, and below it, where there is more to say, what to do."""
+    with shown.panel("The state of the stages", ["the index of runs"]):
+        told = shown.health_findings(shown.published_root().url)
+        say = st.success if health.is_healthy(told) else st.error
+        say(shown.plain(health.summary(told)))
+        for finding in told:
+            link = f" [Its report]({finding.link})" if finding.link and "://" in finding.link else ""
+            st.caption(f"{shown.plain(finding.sentence)}. {shown.plain(finding.remedy or '')}{link}")
 
 
 @st.fragment(run_every=shown.LOOK_S)
@@ -61,8 +75,6 @@ def published() -> None:
     root = shown.published_root()
     with shown.panel("The published snapshot", ["the published snapshot"]):
         freshness(root)
-    with shown.panel("The state of the stages", ["the index of runs"]):
-        stage_states(shown.latest_runs(root.url))
     with shown.panel("The answers"):
         question_cards(root)
     with shown.panel("The last runs", ["the index of runs"]):
@@ -114,17 +126,6 @@ def model_figure(root: Root) -> None:
 def figure(label: str, value: str, note: str, colour: str = "gray", explained: str | None = None) -> None:
     """One figure of the row, with a note in a colour below it."""
     st.metric(label, value, note, delta_color=colour, delta_arrow="off", help=explained, border=True, height="stretch")
-
-
-def stage_states(latest: list[dict[str, Any]]) -> None:
-    """The state of each stage's last run, and how long ago it ended."""
-    with st.container(horizontal=True):
-        for run in sorted({run["stage"]: run for run in reversed(latest)}.values(), key=lambda run: run["stage"]):
-            ended_at = datetime.fromisoformat(run["ended_at"])
-            st.badge(
-                f"{run['stage']}: {shown.words(run['state'])}, {shown.ago(ended_at)}",
-                color=shown.STATES.get(run["state"], shown.BAD)[0],
-            )
 
 
 def question_cards(root: Root) -> None:

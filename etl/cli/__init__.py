@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from etl.cli import checking, debugging, lake, new, releases, running, runs, trying, up
+from etl.cli import checking, debugging, health, lake, new, releases, running, runs, trying, up
 from etl.cli.common import Timetable
 
 __all__ = ["Timetable", "make"]
@@ -31,6 +31,7 @@ def make(timetable: Timetable, help_text: str) -> typer.Typer:
     up.register(app, timetable)
     running.register(app)
     checking.register(app)
+    health.register(app)
     releases.register(app)
     trying.register(app)
     debugging.register(app)

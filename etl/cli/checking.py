@@ -83,6 +83,7 @@ def problems_of(
         else:
             stages = project.stages
             problems += _of_machines(project, root or project.environment.root)
+            problems += _of_alerts(project.environment, timetable)
     problems += params.breaches(PROJECT, list(stages) or None, timetable.domain)
     return [*problems, *_of_domain(timetable)], list(stages)
 
@@ -103,6 +104,24 @@ def _notes(env: str, overrides: Sequence[str]) -> list[str]:
             for stage in params.load(PROJECT, name, overrides).stages.values():
                 notes += [f"{stage.name}: {why}" for why in (secrets.missing(stage) if not stage.machine else ())]
     return list(dict.fromkeys(notes))
+
+
+def _of_alerts(environment: params.Environment, timetable: Timetable) -> Iterator[params.Problem]:
+    """Who cannot be told, and which figures no question has."""
+    if environment.alerts is None:
+        return
+    from etl.params.alerts import line
+    from etl.serve import alerts
+
+    path = f"params/env/{environment.name}.yml"
+    yield from (params.Problem(path, None, f"alerts: {problem}") for problem in alerts.problems(environment.alerts))
+    if environment.alerts.figures:
+        with contextlib.suppress(Exception, SystemExit):  # what cannot be imported is said as such
+            names = {question.name for question in timetable.questions()}
+            for asked in map(line, environment.alerts.figures):
+                if asked.question not in names:
+                    what = f"alerts: there is no question {asked.question}{params.nearest(asked.question, names)}"
+                    yield params.Problem(path, None, what)
 
 
 def _of_domain(timetable: Timetable) -> Iterator[params.Problem]:

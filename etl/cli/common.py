@@ -21,6 +21,7 @@ from etl.storage import PROJECT, BadRoot, Root, root_url
 if TYPE_CHECKING:
     from etl.lake import Lake
     from etl.lake.table import Table
+    from etl.questions.question import Question
 
 out, err = Console(emoji=False), Console(stderr=True, emoji=False)
 if not out.is_terminal:
@@ -62,6 +63,17 @@ class Timetable:
     def tables(self) -> "Mapping[str, Table]":
         """The project's tables, by name; imports what it needs."""
         return self._lake_class().tables
+
+    def questions(self) -> "Sequence[Question]":
+        """The project's questions, none where it has no module of them; imports what it needs."""
+        name = f"{self.domain}.queries"
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise
+            return []
+        return list(module.questions()) if hasattr(module, "questions") else []
 
     def _lake_class(self) -> "type[Lake]":
         module, _, name = self.lake.partition(":")

@@ -95,7 +95,7 @@ def doctor(
     Exit status 1 when something is.
     """
     from etl.findings import Finding
-    from etl.serve import health
+    from etl.serve import machine
 
     timetable: Timetable = context.obj
     asked = root_at(root or environment(env).root)
@@ -104,9 +104,9 @@ def doctor(
     remedy = "; ".join([*roots_with_runs(asked), RUN_ALL]) if missing else None
     findings = [Finding(f"root {asked.url}", missing, remedy)]
     findings += [] if missing else _data(asked, timetable)
-    findings += [Finding(what, why, "make setup" if why else None) for what, why in health.packages()]
+    findings += [Finding(what, why, "make setup" if why else None) for what, why in machine.packages()]
     taken = "see its owner with ss -ltnp"
-    findings += [Finding(what, why, taken if why else None) for what, why in health.ports(services)]
+    findings += [Finding(what, why, taken if why else None) for what, why in machine.ports(services)]
     wrong = [finding for finding in findings if finding.problem]
     if as_json:
         print_json({"ok": not wrong, "findings": [asdict(finding) for finding in findings]})

@@ -32,8 +32,10 @@ from etl.cli.printing import print_record
 from etl.storage import PROJECT, Root
 
 if TYPE_CHECKING:
+    from etl.params import Environment
     from etl.runs.record import RunRecord
     from etl.runs.releases import Tree
+    from etl.serve.heartbeat import Heart
 
 
 def register(app: typer.Typer, timetable: Timetable) -> None:
@@ -49,7 +51,7 @@ def up(
 ) -> None:
     """Everything: Prefect's server unless PREFECT_API_URL is set, the schedules, API and dashboard. Ctrl-C ends all."""
     from etl.runs import delivery, releases
-    from etl.serve import lease, services
+    from etl.serve import heartbeat, lease, services
     from etl.serve.released import Released, always
 
     timetable: Timetable = context.obj
@@ -82,7 +84,7 @@ def up(
     # explicitly: a shell that starts it in the background has it ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    status, code = 1, Code(Root.at(url), children, logs / "kernels.log")
+    status, code = 1, Code(Root.at(url), children, logs, heartbeat.Heart(Root.at(url), pages, api_url))
     try:
         if is_new:
             releases.first(PROJECT, Root.at(url))
@@ -138,11 +140,11 @@ def up(
 class Code:
     """What goes with the code that runs: its fork server, and the sweeps by its rules. Says which it is."""
 
-    def __init__(self, root: Root, children: list[Any], kernels_log: Path):
-        """`children`: the processes that are kept alive; its fork server is one of them."""
+    def __init__(self, root: Root, children: list[Any], logs: Path, heart: "Heart"):
+        """`children`: what is kept alive; its fork server, its watcher and its heart are among them."""
         from etl.serve.released import Teller
 
-        self._root, self._children, self._log = root, children, kernels_log
+        self._root, self._children, self._logs, self._heart = root, children, logs, heart
         self._teller = Teller(root, PROJECT, _print_status)
         self._tree: Tree | None = None
         self._swept: threading.Event | None = None
@@ -159,7 +161,7 @@ class Code:
         from etl.runs import retention
 
         environment = tree.project.environment
-        new = client.Keeper(environment.ready_kernels, self._log, tree.folder)
+        new = client.Keeper(environment.ready_kernels, self._logs / "kernels.log", tree.folder)
         for keeper in [child for child in self._children if isinstance(child, client.Keeper)]:
             self._children.remove(keeper)
             new.take_over(keeper)
@@ -170,7 +172,27 @@ class Code:
             self._swept.set()
         self._swept = retention.sweep_regularly(self._root, environment.retention)
         self._warn_of_the_engine(tree)
-        self._tree = tree
+        self._have_alerts(environment)
+        if self._heart.tree is None:
+            self._children.append(self._heart)
+        self._tree = self._heart.tree = tree
+
+    def _have_alerts(self, environment: "Environment") -> None:
+        """Have a watcher exactly where somebody is to be told; it finds out itself who that is."""
+        from etl.serve import services
+
+        asked, name = environment.alerts, "alerts"
+        wanted = bool(asked and (asked.to or asked.command))
+        watchers = [child for child in self._children if child.name == name]
+        if wanted and not watchers:
+            command = [sys.executable, str(PROJECT / "orchestrate.py"), "watch", "--env", environment.name]
+            command += ["--root", self._root.url]
+            watcher = services.Service(name, command, 0, "", "", log_path=self._logs / "alerts.log")
+            watcher.start()
+            self._children.append(watcher)
+        elif watchers and not wanted:
+            services.stop(watchers)
+            self._children.remove(watchers[0])
 
     def _warn_of_the_engine(self, tree: "Tree") -> None:
         """Kernels have a release's engine; this process keeps the one that it began with."""
@@ -186,6 +208,7 @@ class Code:
 
     def end(self) -> None:
         self._teller.end()
+        self._heart.end()
 
 
 def _print_status(text: str) -> None:

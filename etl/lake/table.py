@@ -97,8 +97,9 @@ class Table:
     where the glob has a name that does. `on_duplicate`: what becomes of a file with the content of another one of the
     table's that is in the lake: `refuse`, or `keep` to have its rows again. `mode`: with `upsert` the newest row of a
     key counts, which is the one with the highest `order_by`, a column, and of equal ones the one that came last; its
-    files may come again with other content under the same path where `on_duplicate` is `newest`. Raises ValueError,
-    with table and column, for what cannot be stored or read.
+    files may come again with other content under the same path where `on_duplicate` is `newest`. `fresh_within`:
+    without new rows for so long the table is late. Raises ValueError, with table and column, for what cannot be stored
+    or read.
     """
 
     name: str
@@ -112,11 +113,14 @@ class Table:
     mode: Literal["append", "upsert"] = "append"
     order_by: str | None = None
     partition_by: str | tuple[str, ...] = ()
+    fresh_within: timedelta | None = field(default=None, repr=False)  # says nothing of what is stored
 
     def __post_init__(self) -> None:
         for name in self.cluster_by or ():
             if name not in self.fields or self.types[name].is_nested():
                 raise ValueError(f"{self.name} has cluster_by={self.cluster_by}: its columns, no list and no struct")
+        if self.fresh_within is not None and self.fresh_within <= timedelta(0):
+            raise ValueError(f"{self.name} has fresh_within={self.fresh_within}: it is a timedelta above 0")
         for wrong in (*_wrong_modes(self), *_wrong_partitions(self)):
             raise ValueError(f"{self.name} {wrong}")
         if not NAME.fullmatch(self.name) or self.name in RESERVED:

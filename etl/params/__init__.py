@@ -13,7 +13,7 @@ from etl.params.stages import (
     load,
     without_yaml,
 )
-from etl.params.yaml import Problem
+from etl.params.yaml import Problem, nearest
 
 __all__ = [
     "EPOCH",
@@ -27,5 +27,6 @@ __all__ = [
     "environments",
     "injected_cell_source",
     "load",
+    "nearest",
     "without_yaml",
 ]

@@ -29,6 +29,7 @@ from pydantic import (
 )
 from typing_extensions import TypedDict
 
+from etl.params.alerts import Alerts
 from etl.params.cell import DEFAULT, SUPPLIED, BadNotebook, read_cell
 from etl.params.retention import Rules
 from etl.params.yaml import Doc, Keys, Problem, got, nearest, parse, short
@@ -56,6 +57,7 @@ class Environment:
     stages: dict[str, dict[str, Any]]
     retention: Rules = Rules()
     ready_kernels: int = 1  # that wait for a run, while `up` is at work; 0: each run starts one
+    alerts: Alerts | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Stage:
     dask: dict[str, Any] | None
     secrets: tuple[str, ...] = ()
     memory_mb: int | None = None  # of all its processes together
+    fresh_within_s: float | None = None  # without an ok run for so long it is late; None: three times of its schedule
 
     def next_run(self, after: datetime.datetime) -> datetime.datetime:
         """The first scheduled time later than `after` (with a time zone), in UTC."""
@@ -265,6 +268,7 @@ class _StageFile(BaseModel):
     cron: _Cron = _NOT_GIVEN
     overlap: Literal["skip", "queue"] = "skip"
     deadline: _Duration
+    fresh_within: _Duration = _NOT_GIVEN
     memory: _Memory = _NOT_GIVEN
     retries: Annotated[int, Field(ge=0)] = 0
     parameters: dict[str, Any] | None = None
@@ -275,6 +279,7 @@ class _StageOverride(BaseModel):
     every: _Duration = _NOT_GIVEN
     cron: _Cron = _NOT_GIVEN
     deadline: _Duration = _NOT_GIVEN
+    fresh_within: _Duration = _NOT_GIVEN
     memory: _Memory = _NOT_GIVEN
     machine: dict[str, Any] | None = None
     dask: _Dask = None
@@ -288,12 +293,14 @@ class _EnvFile(BaseModel):
     dask: _Dask = None
     retention: Rules = Rules()
     ready_kernels: Annotated[int, Field(ge=0, le=16)] = 1
+    alerts: Alerts | None = None
     stages: dict[str, _StageOverride] | None = None
 
 
 _EXPECTED = {
     "every": 'a duration such as "30 seconds", "1 minute" or "6 hours"',
     "deadline": 'a duration such as "50 seconds"',
+    "fresh_within": 'a duration such as "3 minutes"',
     "cron": 'five plain fields such as "0 * * * *"',
     "memory": 'a size such as "500 MB" or "4 GB"',
     "overlap": "skip or queue",
@@ -304,6 +311,11 @@ _EXPECTED = {
     "dask": "null, {n_workers: 1 or more}, {address: URL} or {coiled: {...}}",
     "retention": "numbers from 0 for all_hours, hourly_days, page_days and days, true or false for daily and slowest",
     "ready_kernels": "a whole number from 0 to 16",
+    "alerts": "to, command, on and figures",
+    "to": "the names of secrets that are Apprise URLs, or URLs such as json://host/path that hold no secret",
+    "command": "a program and its arguments, as a list",
+    "on": "a list of failed, late, up, damaged, stale, quarantine, slow, recovered",
+    "figures": 'a list of lines such as "question.column < 1000"',
     "stages": "a stage's name and, under it, what to override",
 }
 
@@ -328,7 +340,8 @@ def _read_file(model: type[_File], project: Path, path: str, problems: list[Prob
         for e in error.errors():
             where, key = e["loc"], e["loc"][-1]
             if e["type"] == "extra_forbidden":
-                known = model if len(where) == 1 else Rules if where[0] == "retention" else _StageOverride
+                blocks: dict[str, type[BaseModel]] = {"retention": Rules, "alerts": Alerts}
+                known = model if len(where) == 1 else blocks.get(str(where[0]), _StageOverride)
                 message = f"unknown key {short(key)}{nearest(key, known.model_fields)}"
             elif e["type"] == "missing":
                 message = f"missing {key!r}"
@@ -336,14 +349,17 @@ def _read_file(model: type[_File], project: Path, path: str, problems: list[Prob
                 message = f"root: {reason}"
             else:
                 key = next(part for part in reversed(where) if part in _EXPECTED)
-                message = f"{key}: expected {_EXPECTED[key]}, got {got(e['input'])}"
+                shown = "" if key == "to" else f", got {got(e['input'])}"  # it may hold a secret
+                message = f"{key}: expected {_EXPECTED[key]}{shown}"
             problems.append(doc.problem(where, message))
         return None, doc
 
 
 def _environment(name: str, file: _EnvFile) -> Environment:
     overridden = {stage: over.model_dump(exclude_unset=True) for stage, over in (file.stages or {}).items()}
-    return Environment(name, file.root, file.machine, file.dask, overridden, file.retention, file.ready_kernels)
+    return Environment(
+        name, file.root, file.machine, file.dask, overridden, file.retention, file.ready_kernels, file.alerts
+    )
 
 
 def _read_environment(
@@ -487,6 +503,7 @@ class _Draft:
                 if declared.is_secret and self.values[name]
             ),
             memory_mb=over.get("memory", self.file.memory),
+            fresh_within_s=over.get("fresh_within", self.file.fresh_within),
         )
 
 

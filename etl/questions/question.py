@@ -6,6 +6,7 @@ question's parameters. It may also hold
 
 - `chart`: a function from the answer to a plot,
 - `FIGURE`: the answer's column that is followed over time,
+- `FRESH_WITHIN`: a timedelta; an answer that is older is late,
 - `window`: since when rows matter, by the question's parameters and `as_of`; older ones are not read;
 - `portion` and `MERGES`: what some rows of a table that only grows come to, and how two portions become one, column
   by column: "sum", "min" or "max"; the other columns name a group. `portion` is a function as `answer` is, whose first
@@ -21,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -56,6 +58,7 @@ class Question:
     window: Callable[..., Window] | None = field(repr=False)
     portion: Callable[..., Any] | None = field(repr=False, default=None)
     merges: dict[str, str] = field(repr=False, default_factory=dict)
+    fresh_within: timedelta | None = None
 
     @property
     def grows(self) -> str:
@@ -113,6 +116,7 @@ def load(module_name: str) -> Question:
         window=getattr(module, "window", None),
         portion=portion,
         merges=merges,
+        fresh_within=getattr(module, "FRESH_WITHIN", None),
     )
 
 

@@ -98,9 +98,12 @@ def history(root: Root, question: str) -> pl.DataFrame:
 
 def figure(question: "Question", result: pl.DataFrame) -> float | None:
     """What stands for an answer over time: the sum of the question's FIGURE, the mean of a share; else its rows."""
-    if question.figure is None:
-        return float(result.height)
-    values = result[question.figure]
+    return float(result.height) if question.figure is None else figure_of(result, question.figure)
+
+
+def figure_of(result: pl.DataFrame, column: str) -> float | None:
+    """What stands for a column of an answer. Raises ColumnNotFoundError."""
+    values = result[column]
     value: Any = values.mean() if values.dtype.is_float() else values.sum()
     return None if value is None else float(value)
 

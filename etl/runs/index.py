@@ -244,6 +244,30 @@ def told(
     return [_as_record(row) for row in rows.to_dicts()]
 
 
+def tails(
+    root: Root, each: int, tables: Iterable[str] = ()
+) -> tuple[list[dict[str, Any]], dict[str, datetime.datetime], dict[str, datetime.datetime]]:
+    """By one read: (the last `each` runs of every stage, in the order in which they ended; stage -> when a run of it
+    was ok or noop last; table -> when an ok run wrote it last).
+
+    A run as in `newest`, its times as such, without `kept`, with versions_written and of its error heading and cell.
+    """
+    import polars as pl
+
+    of_error = [pl.col("error").str.json_path_match(f"$.{name}").alias(name) for name in ("heading", "cell")]
+    runs = scan(root).select(*LISTED, "versions_written", *of_error).sort("ended_at", "run_id").collect()
+    fine = runs.filter(pl.col("state").is_in(["ok", "noop"])).group_by("stage").agg(pl.last("ended_at"))
+    writers = runs.filter(pl.col("state") == "ok")
+    written = {
+        table: writers.filter(pl.col("versions_written").str.json_path_match(f"$['{table}']").is_not_null())["ended_at"]
+        for table in tables
+    }
+    rows = runs.group_by("stage", maintain_order=True).tail(each).sort("ended_at", "run_id").to_dicts()
+    rows = [row | {"versions_written": json.loads(row["versions_written"] or "{}")} for row in rows]
+    last_written = {table: times[-1] for table, times in written.items() if len(times)}
+    return rows, dict(fine.iter_rows()), last_written
+
+
 def find_last(
     root: Root, stage: str, state: str = "ok", before: datetime.datetime | str | None = None
 ) -> dict[str, Any] | None:

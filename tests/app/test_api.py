@@ -69,6 +69,8 @@ def detail(response: httpx2.Response) -> str:
 class TestBeforeTheFirstRun:
     def test_it_is_up_but_not_ready_and_says_what_is_missing(self, api, empty):
         assert api.get("/health").json() == {"status": "up"}
+        stages = api.get("/health/stages").json()
+        assert stages["healthy"] and "no `up` was ever at work here" in stages["sentence"]
         ready = api.get("/ready")
         assert ready.status_code == 503
         said = ready.json()
@@ -111,6 +113,14 @@ def test_ready_gives_the_snapshot_and_its_age(api, root):
     assert datetime.fromisoformat(ready.json()["as_of"]) == snapshot.as_of
     assert ready.json()["lag_s"] > 0
     assert ready.json()["missing"] == []
+
+
+def test_the_health_of_the_stages_is_what_status_says(api, root):
+    said = api.get("/health/stages").json()
+    assert said["healthy"] is False
+    assert said["sentence"] == "Not healthy: train: failed: ValueError: no such column"
+    kinds = [(finding["level"], finding["kind"], finding["about"]) for finding in said["findings"]]
+    assert kinds[0] == ("bad", "failed", "stage train")
 
 
 def test_a_damaged_snapshot_is_not_ready(api, root):
@@ -599,7 +609,7 @@ def test_the_documentation_knows_every_endpoint_and_its_errors(api):
     paths = api.get("/openapi.json").json()["paths"]
     versioned = ("model", "models", "predict", "results", "results/{question}", "runs", "reports/{run_id}")
     assert set(paths) == {
-        *("/", "/health", "/ready", "/metrics", *(f"/v1/{path}" for path in versioned)),
+        *("/", "/health", "/health/stages", "/ready", "/metrics", *(f"/v1/{path}" for path in versioned)),
         *(f"/v1/reports/{rest}" for rest in ("{run_id}/notebook", "{stage}/latest", "{stage}/latest-ok")),
         "/v1/reports/{stage}/as-of/{at}",
     }

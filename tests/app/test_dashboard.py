@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 import polars as pl
 import pytest
+import streamlit as st
 from published import QUERY_RUN, add_run
 from streamlit.testing.v1 import AppTest
 
@@ -172,9 +173,17 @@ def test_the_last_runs_are_listed_with_links_to_their_reports(root):
     assert table["Stage"].tolist() == ["train", "train", "query"]
     assert table["State"].tolist() == ["failed", "ok", "ok"]
     assert table["Report"].iloc[2] == f"http://127.0.0.1:8000/reports/{QUERY_RUN}"
-    badges = [text for text in texts(shown.markdown) if "-badge[" in text]
-    assert ["red" in badge for badge in badges] == [False, True]  # of a stage only the last run counts
-    assert "train: failed" in badges[1]
+
+
+def test_one_sentence_at_the_top_says_whether_all_is_well(root):
+    shown = page()
+    [said] = shown.error  # of a stage only the last run counts
+    assert said.value == "Not healthy: train: failed: ValueError: no such column".replace(":", "\\:")
+    assert any("run \\-\\-from train\\-20261122T110000\\-ffffff" in text for text in texts(shown.caption))
+    add_run(root, "train-20261122T130000-aaaaaa", minute=4)
+    st.cache_data.clear()
+    again = page()
+    assert not again.error and again.success[0].value.startswith("Healthy")
 
 
 def test_a_new_answer_is_taken_up(root):
@@ -215,7 +224,7 @@ DAMAGES = {  # page, damage, panels that cannot be shown, what is to be done, ch
     "a history": (questions_page, of(f"{ANSWER}/history.json", CUT), ["The history"], "run query", 1, 1),
     "the log of the index of runs": (
         *(live_page, of("runs/_delta_log/00000000000000000001.json", b"{")),
-        *(["The state of the stages", "The last runs"], "restore it, or remove runs", 5, 5),
+        *(["The last runs"], "restore it, or remove runs", 5, 5),
     ),
     "the index of runs": (  # Polars panics, with what is no Exception
         *(runs_page, of("runs/*.parquet", CUT)),

@@ -10,6 +10,7 @@ if not __package__:  # run as a folder: then that is where imports begin
 
 import typer  # noqa: E402
 from faults import (
+    alert_scenarios,
     answers,
     endings,
     kinds,
@@ -58,6 +59,7 @@ SCENARIOS = [
     ("month", month.swept, 30, 1, "days of runs"),
     ("releases", release_scenarios.moving, 400, 6, "runs while releases move"),
     ("backfills", slice_scenarios.killed, 30, 4, "days, killed twice"),
+    ("alerts", alert_scenarios.incidents, 20, 3, "incidents, told by two"),
     ("replays", replay_scenarios.replays_equal, 20, 2, "runs of query"),
     ("whence", replay_scenarios.whence_right, 20, 2, "runs of preprocess"),
     ("draws", answers.draws, 200, 3, "draws of parameters for each of TPC-H's questions"),
