@@ -38,6 +38,7 @@ def test_a_project_without_a_model_is_served(filled, project):
     }
     assert told["predict"] == told["model"] == [404, sentence]
     assert told["ready"]["ready"] and told["ready"]["missing"] == [] and told["results"] == 200
-    assert "/results" in told["paths"] and not {"/predict", "/model"} & {*told["paths"]}
+    assert "/v1/results" in told["paths"]
+    assert not {"/v1/predict", "/v1/model", "/v1/models"} & {*told["paths"]}
     assert told["exceptions"] == []
     assert told["figures"] == ["Data up to (UTC)", "Batch", "Orders", "Line items", "Refused rows"]

@@ -389,17 +389,18 @@ def publishes(n: int, seed: int) -> str:
                 assert time.monotonic() < until
             load = _Load(port, asked)
             load.start()
-            threads, rss = process.num_threads(), []
+            threads, rss, is_whole = process.num_threads(), [], True
             for number in range(1, n + 1):
                 what = rng.random()
-                if what < 0.3:
+                if what < 0.4 and is_whole:
                     rng.choice(_damages(root))()
-                    counts["damaged"] += 1
+                    counts["damaged"], is_whole = counts["damaged"] + 1, False
                 else:
                     _make_way(root)
                     kill_after = rng.uniform(0, 0.05) if what > 0.95 else None
                     publisher.publish(rng.choice(stored), _run_id(number), kill_after)
                     counts["killed" if kill_after is not None else "published"] += 1
+                    is_whole = kill_after is None
                 rss.append(process.memory_info().rss / 1e6)
                 time.sleep(rng.uniform(0.1, 1.5))
             _make_way(root)
