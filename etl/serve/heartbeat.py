@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from etl.serve.lease import machine, started
+from etl.leases import machine, started
 from etl.storage import Damaged, Root
 
 if TYPE_CHECKING:
