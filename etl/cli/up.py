@@ -64,7 +64,8 @@ def up(
     logs = services_folder(url)
     children: list[Any] = list(timetable.services(url, ports, logs))
     api_url = timetable.report_url(ports)
-    if "PREFECT_API_URL" in os.environ:
+    shared = "PREFECT_API_URL" in os.environ
+    if shared:
         del children[0]
     else:
         os.environ["PREFECT_HOME"] = str(logs / "prefect")
@@ -111,6 +112,8 @@ def up(
                 *(tree.project, api_url, children, on_record, _print_status),
                 trees=trees,
                 on_tree=code.follow,
+                kept=logs / "timetable.json",
+                shared=shared,
             )
         )
     except KeyboardInterrupt:

@@ -37,12 +37,14 @@ def run_stage(
     parent: str | None = None,
     page_later: bool = False,
     refused: str = "",
+    refused_as: str = "failed",
     release: Release | None = None,
 ) -> RunRecord:
     """Run a stage to its end, retries included; the record is that of the last attempt. Every attempt has a report.
 
     `scheduled_for` is now when None; `parent` is the run that this one repeats; `page_later` as in
-    engine.execute, for a run on this machine. `refused` says why it cannot begin: then it fails with that reason.
+    engine.execute, for a run on this machine. `refused` says why it cannot begin: then it fails with that reason,
+    or is cancelled when that is `refused_as`.
     `release`: the one whose folder the stage was loaded from, so that its code runs; None: this process's own code.
     Never raises for what the notebook does, or is.
     """
@@ -61,6 +63,7 @@ def run_stage(
                 problem = f"no Dask cluster: {type(error).__name__}: {error}"
             request = make_request(stage, environment, scheduled_for, attempt, address, parent, release)
             request = replace(request, variables=variables, refused=problem or request.refused)
+            request = replace(request, refused_as=refused_as if refused else "failed")
             record = _dispatch(request, None if request.refused else stage.machine, on_cell, cancel, page_later)
         if refused or record.state not in RETRIED or attempt > stage.retries:
             return record

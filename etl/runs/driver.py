@@ -75,8 +75,8 @@ class NotebookRun:
         self.progress.take(self.journal.event(kind, **fields))
 
     def refuse(self, reason: str) -> None:
-        """It cannot run, or no longer: the runner's own error."""
-        self._ending = Ending("failed", reason)
+        """It cannot run, or no longer: the runner's own error, or the schedule's."""
+        self._ending = Ending(self.request.refused_as, reason)
 
     def end(self) -> None:
         """Say how it ended; the last event."""

@@ -1,8 +1,8 @@
 """What is due: the schedules of the stages on the machine's clock, and what becomes of a time at which nothing ran.
 
-No Prefect, no threads, no clock of its own: `look` is called about once a second with the time, and says by two functions
-which run begins and which do not. So a machine that slept, a process that was stopped and a clock that was set are all the
-same here: times between two looks.
+No Prefect, no threads, no clock of its own: `look` is called about once a second with the time, and says by two
+functions which run begins and which do not. So a machine that slept, a process that was stopped and a clock that was
+set are all the same here: times between two looks.
 """
 
 import json
@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from etl.params import Stage

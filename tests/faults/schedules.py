@@ -1,7 +1,7 @@
 """What is due and what runs, on a clock that is set by hand: three days over the nights when clocks change.
 
-What the YAML says is found here minute by minute, from the time of day alone. Each function takes how many and a seed, says
-in figures what held, and raises AssertionError otherwise.
+What the YAML says is found here minute by minute, from the time of day alone. Each function takes how many and a seed,
+says in figures what held, and raises AssertionError otherwise.
 """
 
 import random
@@ -68,7 +68,7 @@ class World:
     def set_back(self, hours: float) -> None:
         self.now -= hours * HOUR
         self.segments.append([self.now, self.now])
-        self.until = {name: self.now for name in self.until}
+        self.until = dict.fromkeys(self.until, self.now)
         self.timetable.look(self.now)
 
     def restart(self, down_s: float) -> None:
