@@ -140,7 +140,9 @@ class ScheduledRuns:
         patience_s = 1 if self._is_away else PATIENCE_S
         until, asked = loop.time() + patience_s, None
         try:
-            if stage.name in self.ids and self.worker:
+            while not self._is_linked(stage.name) and loop.time() < until:
+                await asyncio.sleep(FREE_S)
+            if self._is_linked(stage.name):
                 asked = asyncio.ensure_future(self._ask(stage.name, tick, flow_run))
                 either: set[asyncio.Future[Any]] = {asked, begun}
                 await asyncio.wait(either, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
@@ -164,6 +166,10 @@ class ScheduledRuns:
         finally:
             if self.under_way.get(stage.name) is tick:
                 del self.under_way[stage.name]
+
+    def _is_linked(self, name: str) -> bool:
+        """Whether Prefect knows the stage, and the worker is at work."""
+        return name in self.ids and self.worker is not None and self.worker.is_setup
 
     def _without(self, stage: Stage, tick: Tick) -> None:
         try:
