@@ -28,10 +28,11 @@ from etl.cli.common import (
     print_problems,
     refuse,
     root_at,
+    services_folder,
 )
 from etl.cli.printing import print_differences, print_record, progress, records_table
 from etl.params import Environment, Stage
-from etl.storage import PROJECT
+from etl.storage import PROJECT, Root
 
 if TYPE_CHECKING:
     from etl.runs.record import RunRecord
@@ -147,7 +148,7 @@ def _run_one(
 ) -> "RunRecord":
     """One run with a progress bar; recorded in Prefect when a server answers."""
     with progress(stage, quiet) as on_cell:
-        if _prefect_answers():
+        if _prefect_answers(environment.root):
             from etl.serve import flows
 
             return flows.run_recorded(stage, environment, scheduled_for, on_cell, parent)
@@ -158,14 +159,13 @@ def _run_one(
         )
 
 
-def _prefect_answers() -> bool:
-    """Whether runs can be recorded in Prefect: PREFECT_API_URL is set, or `up` is at work on this machine."""
-    from etl.serve import services
-    from etl.serve.prefect_server import HOST
+def _prefect_answers(root: str) -> bool:
+    """Whether runs can be recorded in Prefect: PREFECT_API_URL is set, or `up` is at work on the root, here."""
+    from etl.serve import lease, services
 
     if "PREFECT_API_URL" not in os.environ:
-        local = f"http://{HOST}:4200/api"
-        if not services.answers(f"{local}/ready", timeout_s=0.5):
+        page = lease.pages(services_folder(Root.at(root).url)).get(services.PREFECT)
+        if not page or not services.answers(f"{page}/api/ready", timeout_s=0.5):
             return False
-        os.environ["PREFECT_API_URL"] = local
+        os.environ["PREFECT_API_URL"] = f"{page}/api"
     return True

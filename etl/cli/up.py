@@ -70,7 +70,8 @@ def up(
     else:
         os.environ["PREFECT_HOME"] = str(logs / "prefect")
         os.environ["PREFECT_API_URL"] = f"{children[0].page}/api"
-    pages = {child.name: child.page for child in children}
+    pages = {services.PREFECT: os.environ["PREFECT_API_URL"].removesuffix("/api")}
+    pages |= {child.name: child.page for child in children}
     held = lease.Lease(logs, Root.at(url), pages, lambda: os.kill(os.getpid(), signal.SIGINT))
     try:
         held.take()

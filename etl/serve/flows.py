@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -224,7 +225,7 @@ async def serve(
         link = _Link(client, runs, flows, flow_of, shared, on_status)
         following = [
             asyncio.create_task(_following(project, runs, link, trees, on_tree)),
-            asyncio.create_task(_announcing(runs, link)),
+            asyncio.create_task(_announcing(runs, link, children)),
             asyncio.create_task(_working(worker, runs, link)),
             asyncio.create_task(_first_runs(runs, list(project.stages))),
         ]
@@ -376,17 +377,29 @@ class _Link:
         self._runs.paused = {self._flows[id].name for id, is_paused in found.items() if is_paused and id in self._flows}
 
 
-async def _announcing(runs: ScheduledRuns, link: _Link) -> None:
-    """Have Prefect know what runs when. While its server is away nothing waits for it."""
-    looked = 0.0
+async def _announcing(runs: ScheduledRuns, link: _Link, children: list[services.Service]) -> None:
+    """Have Prefect know what runs when. While its server is away nothing waits for it.
+
+    One of our own that answers with errors again and again is started again: its database is damaged or gone.
+    """
+    looked, errors = 0.0, 0
     while True:
         try:
             if time.monotonic() - looked > LOOK_S:
                 await link.look()
                 looked = time.monotonic()
             await runs.announce()
+            errors = 0
         except Exception as error:  # the server is away, or not well: who begins runs says so
             log.info("Prefect is not told: %s: %s", type(error).__name__, error)
+            response = getattr(error, "response", None)
+            errors += response is not None and response.status_code >= 500
+            if errors >= services.HUNG:
+                errors = 0
+                for child in children:
+                    if child.name == services.PREFECT:
+                        log.warning("%s answers with errors: %s", child.name, error)
+                        child.signal(signal.SIGKILL)
             await asyncio.sleep(LOOK_S)
         await asyncio.sleep(WATCH_S)
 

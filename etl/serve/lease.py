@@ -129,6 +129,15 @@ class Lease:
                 log.warning("the lease of %s cannot be renewed now: %s", self._root.url, error)
 
 
+def pages(folder: Path) -> dict[str, str]:
+    """Where the pages of the `up` are that holds the lease in `folder`, name -> URL; none when nobody does."""
+    try:
+        told = json.loads((folder / "up.json").read_text())
+        return dict(told["pages"]) if _is_alive(told) else {}
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
 def machine() -> str:
     """Where process ids mean the same: this start of this machine, in this container."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")

@@ -24,7 +24,7 @@ from etl.serve.timetable import MOST, NotRun, Timetable
 from etl.serve.worker import AT_ONCE, SCHEDULED, InPlaceWorker, Tick
 
 log = logging.getLogger(__name__)
-PATIENCE_S = 10  # with Prefect's server, when a run is due
+PATIENCE_S = 5  # with Prefect's server, when a run is due
 FREE_S = 0.2  # between two looks whether a stage is free, for a run that somebody asked for
 
 
