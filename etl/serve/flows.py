@@ -53,11 +53,12 @@ from etl.serve import services
 from etl.serve.released import Trees, Unreadable
 from etl.serve.scheduled import ScheduledRuns
 from etl.serve.timetable import Kept, NotRun
-from etl.serve.worker import POOL, InPlaceWorker, Tick, current_tick, reconcile
+from etl.serve.worker import POOL, InPlaceWorker, Turn, current_turn, reconcile
 from etl.storage import PROJECT, Root
 
 log = logging.getLogger(__name__)
 WATCH_S = 1  # between two looks at the children
+ILL_S = 45  # with errors of its own only, until Prefect's server is started again
 KEEP_S = 60  # at most, until it is written down how far the schedules are
 LOOK_S = 3  # between two looks at what is released
 FIRST_S = 60  # at most, from the first run of one stage to that of the next
@@ -87,8 +88,8 @@ def stage_flow(
         result_storage=Path("unused"),  # else every run asks the server for one, twice
     )
     def run(parameters: dict[str, Any] | None = None) -> State[Any]:
-        tick = current_tick()
-        record = tick.run(lambda: run_once(stage, environment, on_record, trees, tick, parameters))
+        turn = current_turn()
+        record = turn.run(lambda: run_once(stage, environment, on_record, trees, turn, parameters))
         link = f"{api_url}/reports/{record.run_id}" if api_url else Root.at(record.root).url_of(record.report)
         try:
             create_link_artifact(
@@ -106,7 +107,7 @@ def run_once(
     environment: Environment,
     on_record: Callable[[RunRecord], None],
     trees: Trees | None,
-    tick: Tick,
+    turn: Turn,
     parameters: dict[str, Any] | None = None,
     not_run: NotRun | None = None,
 ) -> RunRecord:
@@ -127,8 +128,8 @@ def run_once(
     record = dispatch.run_stage(
         chosen,
         tree.project.environment,
-        scheduled_for=tick.time or _scheduled_time(),
-        cancel=tick.cancel,
+        scheduled_for=turn.time or _scheduled_time(),
+        cancel=turn.cancel,
         page_later=True,
         refused=str(not_run) if not_run else refused,
         refused_as="cancelled" if not_run else "failed",
@@ -212,8 +213,8 @@ async def serve(
         environment, file = project.environment, Kept(kept) if kept else None
         runs = ScheduledRuns(
             client,
-            lambda stage, tick: tick.run(lambda: run_once(stage, environment, on_record, trees, tick)),
-            lambda stage, left: run_once(stage, environment, on_record, trees, Tick(left.last), not_run=left),
+            lambda stage, turn: turn.run(lambda: run_once(stage, environment, on_record, trees, turn)),
+            lambda stage, left: run_once(stage, environment, on_record, trees, Turn(left.last), not_run=left),
             state_of,
             on_status,
         )
@@ -238,7 +239,7 @@ async def serve(
             worker.cancel_all()
             runs.cancel_all()
             for _ in range(50):  # 5 s for kernels to end, reports to be written and states to be told
-                if not worker.ticks and not runs.under_way:
+                if not worker.turns and not runs.under_way:
                     break
                 await asyncio.sleep(0.1)
             for task in following:
@@ -382,24 +383,26 @@ async def _announcing(runs: ScheduledRuns, link: _Link, children: list[services.
 
     One of our own that answers with errors again and again is started again: its database is damaged or gone.
     """
-    looked, errors = 0.0, 0
+    looked, since = 0.0, None
     while True:
+        began = time.monotonic()
         try:
-            if time.monotonic() - looked > LOOK_S:
+            if began - looked > LOOK_S:
                 await link.look()
                 looked = time.monotonic()
             await runs.announce()
-            errors = 0
+            since = None
         except Exception as error:  # the server is away, or not well: who begins runs says so
             log.info("Prefect is not told: %s: %s", type(error).__name__, error)
             response = getattr(error, "response", None)
-            errors += response is not None and response.status_code >= 500
-            if errors >= services.HUNG:
-                errors = 0
-                for child in children:
-                    if child.name == services.PREFECT:
-                        log.warning("%s answers with errors: %s", child.name, error)
-                        child.signal(signal.SIGKILL)
+            if response is not None and response.status_code >= 500:  # after several times, by Prefect's client
+                since = since or began
+                if time.monotonic() - since > ILL_S:
+                    since = None
+                    for child in children:
+                        if child.name == services.PREFECT:
+                            log.warning("%s answers with errors: %s", child.name, str(error).splitlines()[0])
+                            child.signal(signal.SIGKILL)
             await asyncio.sleep(LOOK_S)
         await asyncio.sleep(WATCH_S)
 

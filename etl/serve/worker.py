@@ -40,7 +40,7 @@ AT_ONCE = 16  # flow runs; a stage has one at a time, see `admit`
 SCHEDULED = "scheduled"  # the tag of flow runs that the timetable begins, and not the worker by itself
 
 
-class Tick:
+class Turn:
     """A run of a stage at its time. Who comes first runs it, with Prefect or without; others get what came of it."""
 
     def __init__(self, time: datetime | None = None):
@@ -67,7 +67,7 @@ class Tick:
 class InPlaceWorker(BaseWorker[BaseJobConfiguration, BaseVariables, BaseWorkerResult]):
     """Runs the flow runs of `flows` (deployment id -> flow) in threads of this process.
 
-    `ticks` holds one for each flow run that is under way; a flow finds its own by `current_tick`. `admit` is awaited
+    `turns` holds one for each flow run that is under way; a flow finds its own by `current_turn`. `admit` is awaited
     before one that somebody asked for, and says why it may not begin, "" when it may; then `leave` is called at its
     end.
     """
@@ -79,14 +79,14 @@ class InPlaceWorker(BaseWorker[BaseJobConfiguration, BaseVariables, BaseWorkerRe
     def __init__(
         self,
         flows: dict[UUID, Flow[..., Any]],
-        admit: Callable[[str, Tick], Awaitable[str]] | None = None,
-        leave: Callable[[Tick], None] | None = None,
+        admit: Callable[[str, Turn], Awaitable[str]] | None = None,
+        leave: Callable[[Turn], None] | None = None,
         **kwargs: Any,
     ):
         super().__init__(prefetch_seconds=AHEAD_S, **kwargs)
         self.flows, self._admit, self._leave = flows, admit, leave
-        self.ticks: dict[UUID, Tick] = {}
-        self._begun_by_us: dict[UUID, Tick] = {}
+        self.turns: dict[UUID, Turn] = {}
+        self._begun_by_us: dict[UUID, Turn] = {}
         self._heeding: asyncio.Task[None] | None = None
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="flow")
 
@@ -99,21 +99,21 @@ class InPlaceWorker(BaseWorker[BaseJobConfiguration, BaseVariables, BaseWorkerRe
             task_status.started(identifier)
         assert flow_run.deployment_id is not None, "one of ours"
         mine = self._begun_by_us.pop(flow_run.id, None)
-        tick = self.ticks[flow_run.id] = mine or Tick()
+        turn = self.turns[flow_run.id] = mine or Turn()
         if self._heeding is None or self._heeding.done():
             self._heeding = asyncio.create_task(self._heed_cancels())
         if self._admit and not mine:
             try:
-                if refused := await self._admit(self.flows[flow_run.deployment_id].name, tick):
+                if refused := await self._admit(self.flows[flow_run.deployment_id].name, turn):
                     await self.client.set_flow_run_state(flow_run.id, Cancelled(message=refused), force=True)
                     raise _Refused
             except BaseException as error:
-                del self.ticks[flow_run.id]
+                del self.turns[flow_run.id]
                 if isinstance(error, _Refused):
                     return BaseWorkerResult(identifier=identifier, status_code=0)
                 raise
         context = contextvars.copy_context()
-        future = self._threads.submit(context.run, self._run_flow, flow_run, tick)
+        future = self._threads.submit(context.run, self._run_flow, flow_run, turn)
         await asyncio.wait({asyncio.wrap_future(future)})  # when that is cancelled, the run goes on
         if untold := future.exception():  # Prefect's engine could not tell the server its state
             await self._propose_crashed_state(flow_run, f"its end could not be told: {untold}")
@@ -126,9 +126,9 @@ class InPlaceWorker(BaseWorker[BaseJobConfiguration, BaseVariables, BaseWorkerRe
         ours = (due for due in every if due.flow_run.deployment_id in self.flows)
         return [due for due in ours if SCHEDULED not in due.flow_run.tags]
 
-    async def begin(self, flow_run: FlowRun, tick: Tick) -> None:
+    async def begin(self, flow_run: FlowRun, turn: Turn) -> None:
         """Begin it as if it had been asked for; returns when it is on its way, or cannot be, which is a warning."""
-        self._begun_by_us[flow_run.id] = tick
+        self._begun_by_us[flow_run.id] = turn
         self._submitting_flow_run_ids.add(flow_run.id)
         await self._submit_run(flow_run)
         self._begun_by_us.pop(flow_run.id, None)
@@ -146,9 +146,9 @@ class InPlaceWorker(BaseWorker[BaseJobConfiguration, BaseVariables, BaseWorkerRe
     async def _give_worker_labels_to_flow_run(self, flow_run_id: UUID) -> None:
         """None: there is one worker, and of two runs that begin at once one would find SQLite locked and wait 2 s."""
 
-    def _run_flow(self, flow_run: FlowRun, tick: Tick) -> None:
+    def _run_flow(self, flow_run: FlowRun, turn: Turn) -> None:
         assert flow_run.deployment_id is not None, "one of ours"
-        _tick.set(tick)
+        _turn.set(turn)
         try:
             # a sync flow sleeps about a second at its end to join the heartbeat's thread
             with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
@@ -156,15 +156,15 @@ class InPlaceWorker(BaseWorker[BaseJobConfiguration, BaseVariables, BaseWorkerRe
         except (KeyboardInterrupt, SystemExit) as error:  # the flow's own, which Prefect has recorded as a crash
             log.error("flow run %s ended with %r", flow_run.name, error)
         finally:
-            del self.ticks[flow_run.id]  # not before: the run goes on while the worker is begun again
+            del self.turns[flow_run.id]  # not before: the run goes on while the worker is begun again
             if self._leave:
-                self._leave(tick)
+                self._leave(turn)
 
     async def _heed_cancels(self) -> None:
         """Cancel what somebody cancels on Prefect's page or by its API; Prefect's worker heeds it before a run only."""
         while True:
             await asyncio.sleep(CANCEL_S)
-            if self.ticks:
+            if self.turns:
                 try:
                     await self._cancel_those_cancelled()
                 except Exception as error:  # the server is away, or not well: the next look tells
@@ -172,35 +172,35 @@ class InPlaceWorker(BaseWorker[BaseJobConfiguration, BaseVariables, BaseWorkerRe
 
     async def _cancel_those_cancelled(self) -> None:
         cancelling = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANCELLING]))
-        ours = FlowRunFilter(id=FlowRunFilterId(any_=list(self.ticks)), state=cancelling)
+        ours = FlowRunFilter(id=FlowRunFilterId(any_=list(self.turns)), state=cancelling)
         flow_runs = await self.client.read_flow_runs(flow_run_filter=ours, sort=FlowRunSort.ID_DESC, limit=AT_ONCE)
         for flow_run in flow_runs:
-            if tick := self.ticks.get(flow_run.id):
-                tick.cancel.set()
+            if turn := self.turns.get(flow_run.id):
+                turn.cancel.set()
 
     def cancel_all(self) -> None:
         """Cancel every run that is under way, and heed no more."""
         if self._heeding:
             self._heeding.cancel()
-        for tick in list(self.ticks.values()):
-            tick.cancel.set()
+        for turn in list(self.turns.values()):
+            turn.cancel.set()
 
 
 class _Refused(Exception):
     """A run that somebody asked for may not begin."""
 
 
-_tick: contextvars.ContextVar[Tick | None] = contextvars.ContextVar("tick", default=None)
+_turn: contextvars.ContextVar[Turn | None] = contextvars.ContextVar("turn", default=None)
 
 
-def current_tick() -> Tick:
+def current_turn() -> Turn:
     """That of the flow run this is called in; a fresh one outside of a worker."""
-    return _tick.get() or Tick()
+    return _turn.get() or Turn()
 
 
 def cancel_event() -> threading.Event:
     """The event that cancels the flow run this is called in; a fresh one outside of a worker."""
-    return current_tick().cancel
+    return current_turn().cancel
 
 
 async def reconcile(client: PrefectClient, deployment_ids: list[UUID]) -> tuple[int, int]:
