@@ -84,6 +84,7 @@ SCENARIOS = [
     ("backups", lake_backups.backups, 100, 3, "copies of a lake that goes on, each restored and continued"),
     ("mutants", lake_mutants.mutants, 8, 1, "safeguards taken out"),
     ("cancelled", under_prefect.cancelled, 20, 2, "runs, cancelled in Prefect"),
+    ("interrupted", under_prefect.interrupted, 20, 1, "times a process of up stopped or killed, or a database damaged"),
     ("workers", workers.same_states, 1, 1, "time all flows by both workers"),
     ("up", under_prefect.whence_after_up, 10, 1, "minutes, then whence"),
 ]
