@@ -14,6 +14,7 @@ ELSEWHERE = {
     "scale",
     "pieces",
     "cancelled",
+    "interrupted",
     "workers",
     "up",
     "stopped",

@@ -33,6 +33,7 @@ from faults import (
     readers,
     release_scenarios,
     replay_scenarios,
+    schedules,
     service,
     slice_scenarios,
     under_prefect,
@@ -62,6 +63,7 @@ SCENARIOS = [
     ("alerts", alert_scenarios.incidents, 20, 3, "incidents, told by two"),
     ("replays", replay_scenarios.replays_equal, 20, 2, "runs of query"),
     ("whence", replay_scenarios.whence_right, 20, 2, "runs of preprocess"),
+    ("schedules", schedules.simulated_days, 100, 1, "times 72 hours over a night when clocks change"),
     ("draws", answers.draws, 200, 3, "draws of parameters for each of TPC-H's questions"),
     ("pieces", answers.in_pieces, 10, 1, "hundredths of scale 1, in as many pieces as scale 10, on Dask"),
     ("scale", answers.at_scales, 100, 1, "hundredths of scale 1, and two below, through the pipeline, both engines"),
@@ -98,6 +100,7 @@ SCENARIOS = [
     ("floods", service.floods, 100, 3, "hundredths of 1,100 half-open connections, and of other floods"),
     ("publishes", service.publishes, 400, 5, "models published or damaged under load"),
     ("cancelled", under_prefect.cancelled, 20, 2, "runs, cancelled in Prefect"),
+    ("interrupted", under_prefect.interrupted, 20, 1, "times a process of up stopped or killed, or a database damaged"),
     ("workers", workers.same_states, 1, 1, "time all flows by both workers"),
     ("up", under_prefect.whence_after_up, 10, 1, "minutes, then whence"),
 ]
