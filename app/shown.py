@@ -16,6 +16,8 @@ import streamlit as st
 from app.domain import model
 from app.settings import Settings
 from etl import charts, findings
+from etl.notebook import figure as written
+from etl.notebook import is_name, is_share, words
 from etl.questions import results
 from etl.runs import index
 from etl.serve import health
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 LOOK_S = 15  # between two looks at the root
 TABLE_PX, WHOLE_PX = 213, 738  # a head and five rows, and twenty; the others are scrolled to
 ROWS, LETTERS = 1000, 200  # that a browser is sent: of a table and a chart, of a text in them
+SECONDS = "YYYY-MM-DD HH:mm:ss"
 LINE = 500  # characters of a line that a run prints
 STATES = {  # of a run: colour of the badge and, dark enough to read, of the text; the others are bad
     "ok": ("green", "#2e7d4f"),
@@ -98,6 +101,11 @@ def _reader(root_url: str) -> health.Reader:
 def plain(text: str) -> str:
     """Text of any kind in Markdown, as it is."""
     return re.sub(r"([\\`*_{}\[\]()#+!$:~|<>-])", r"\\\1", text.replace("\n", " "))
+
+
+def _in_words(name: str, value: Any) -> str:
+    said = ", ".join(map(str, value)) if isinstance(value, list) else written(value, name)
+    return said if len(said) <= LETTERS else said[:LETTERS] + "…"
 
 
 def _code(text: str) -> str:
@@ -214,7 +222,7 @@ def runs_table(shown: list[dict[str, Any]]) -> None:
         height="content",
         hide_index=True,
         column_config={
-            "Started (UTC)": st.column_config.DatetimeColumn(format="YYYY-MM-DD HH:mm:ss"),
+            "Started (UTC)": st.column_config.DatetimeColumn(format=SECONDS),
             "Seconds": st.column_config.NumberColumn(format="%,.1f", width="small"),
             "Why": st.column_config.TextColumn(width="large"),
             "Report": st.column_config.LinkColumn(display_text=r"([^/]+)$"),
@@ -224,10 +232,12 @@ def runs_table(shown: list[dict[str, Any]]) -> None:
 
 
 def answer_card(root: Root, question: queries.Question, rows_px: int | None = TABLE_PX) -> None:
-    """A question's current answer as a chart and a table, and the run it comes from; without `rows_px` with downloads."""
+    """A question's current answer as a chart and a table, and its run; without `rows_px` with downloads."""
     with panel("The answer", ["the answers"], f"results/{question.name}/current.json"):
         current, frame, drawn = answer(root.url, question.name, root.read(pointer(question)))
-        asked_with = [f"`{words(name)}: {value}`" for name, value in current["parameters"].items()]
+        asked_with = [
+            _code(f"{words(name)}: {_in_words(name, value)}") for name, value in current["parameters"].items()
+        ]
         st.caption(" ".join([question.text, *asked_with]))
         if drawn:
             draw(drawn, question.name)
@@ -261,18 +271,17 @@ def table(frame: pl.DataFrame, columns: dict[str, Any], name: str, rows_px: int 
 
 
 def column(name: str, dtype: pl.DataType) -> Any:
-    """How a column of an answer is shown: a human name, thousands apart, two decimals, keys and years as they are."""
-    label = words(name).capitalize()
+    """How a column of an answer is shown: a human name, thousands apart, shares in percent, keys as they are."""
+    label = heading(name)
     if dtype.is_integer():
-        is_a_name = name == "year" or name.endswith("_key")
-        return st.column_config.NumberColumn(label, format="%d" if is_a_name else "%,d")
+        return st.column_config.NumberColumn(label, format="%d" if is_name(name) else "%,d")
     if dtype.is_numeric():
-        return st.column_config.NumberColumn(label, format="%,.2f")
+        return st.column_config.NumberColumn(label, format="percent" if is_share(name) else "%,.2f")
     if dtype == pl.Date:
         return st.column_config.DateColumn(label, format="YYYY-MM-DD")
-    if dtype.is_temporal():
-        return st.column_config.DatetimeColumn(f"{label} (UTC)", format="MM-DD HH:mm:ss")
-    return st.column_config.TextColumn(label)
+    if dtype == pl.Datetime:
+        return st.column_config.DatetimeColumn(f"{label} (UTC)", format=SECONDS)
+    return st.column_config.Column(label) if dtype.is_temporal() else st.column_config.TextColumn(label)
 
 
 def pointer(question: queries.Question) -> str:
@@ -280,9 +289,10 @@ def pointer(question: queries.Question) -> str:
     return f"results/{question.name}/current.json"
 
 
-def words(name: str) -> str:
-    """A name as people write it."""
-    return name.replace("_", " ")
+def heading(name: str) -> str:
+    """A name as a heading begins."""
+    label = words(name)
+    return label[:1].upper() + label[1:]
 
 
 def ago(moment: datetime) -> str:

@@ -20,7 +20,7 @@ from pipeline import COUNTED, TITLE, Lake, queries
 FOLLOW_S = 2  # between two looks at the runs under way
 LINES = 12  # of a run's output, the last
 HEADING = 80  # characters of a cell's heading
-LATE_S, STALE_S = 300, 3600  # age of the data; preprocess runs every minute
+LATE_S, STALE_S, TODAY_S = 300, 3600, 43_200  # age of the data; preprocess runs every minute
 RUNS = 20  # in the table
 FILES = 20  # that are named, of those that differ from the release
 GROWING = COUNTED | {"quarantine": "Refused rows"}  # tables whose rows are counted
@@ -98,10 +98,10 @@ def freshness(root: Root) -> None:
     with columns[0]:
         figure(
             "Data up to (UTC)",
-            f"{snapshot.as_of:%H:%M:%S}",
+            f"{snapshot.as_of:{'%H:%M:%S' if age_s < TODAY_S else '%Y-%m-%d'}}",
             shown.ago(snapshot.as_of),
             "green" if age_s < LATE_S else "orange" if age_s < STALE_S else "red",
-            f"The newest row is of {snapshot.as_of:%-d %B %Y}.",
+            f"The newest row is of {snapshot.as_of:%-d %B %Y, %H:%M:%S} UTC.",
         )
     with columns[1]:
         figure("Batch", f"{snapshot.batch:,}", "in every table")

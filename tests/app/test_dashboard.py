@@ -163,7 +163,7 @@ def test_the_figures_are_the_lakes(root):
     assert shown["Orders"] == f"{rows['orders']:,}"
     assert shown["Refused rows"] == "0"
     assert shown["Batch"] == "1"
-    assert shown["Data up to (UTC)"] == f"{snapshot.as_of:%H:%M:%S}"
+    assert shown["Data up to (UTC)"] == "2026-11-22"  # the time alone while it is of these hours
     loss = json.loads(Path(root, "models/current.json").read_text())["metrics"]["log_loss"]
     assert shown["Model's log loss"] == f"{loss:.4f}"
 
@@ -325,8 +325,12 @@ def test_a_run_under_way_is_followed(empty, tmp_path):
     "name, dtype, shown_as",
     [
         ("order_date", pl.Date, ("Order date", "date", "YYYY-MM-DD")),  # of 1997-04-09 one saw 04-09 00:00:00 (UTC)
-        ("order_time", pl.Datetime("us", "UTC"), ("Order time (UTC)", "datetime", "MM-DD HH:mm:ss")),
+        ("order_time", pl.Datetime("us", "UTC"), ("Order time (UTC)", "datetime", "YYYY-MM-DD HH:mm:ss")),
         ("year", pl.Int64, ("Year", "number", "%d")),  # 1995, not 1,995
+        ("order_year", pl.Int64, ("Order year", "number", "%d")),
+        ("orders_per_year", pl.Int64, ("Orders per year", "number", "%,d")),
+        ("market_share", pl.Float64, ("Market share", "number", "percent")),
+        ("written_mb", pl.Float64, ("Written MB", "number", "%,.2f")),
         ("order_key", pl.Int64, ("Order key", "number", "%d")),
         ("orders", pl.Int64, ("Orders", "number", "%,d")),
         ("revenue", pl.Decimal(38, 4), ("Revenue", "number", "%,.2f")),
