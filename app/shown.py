@@ -135,7 +135,7 @@ def brief(frame: pl.DataFrame) -> pl.DataFrame:
 
 EXPORTS: dict[str, tuple[str, Callable[[bytes], bytes]]] = {  # kind -> its MIME type, the answer's file as that
     "CSV": ("text/csv", lambda data: _flat(pl.read_parquet(data)).write_csv().encode()),
-    "JSON": ("application/json", lambda data: pl.read_parquet(data).write_json().encode()),
+    "JSON": ("application/json", lambda data: _flat(pl.read_parquet(data), nested=False).write_json().encode()),
     "Parquet": ("application/vnd.apache.parquet", lambda data: data),
 }
 
@@ -160,9 +160,13 @@ def _exported(root: Root, path: str, made: Callable[[bytes], bytes]) -> bytes:
     return made(root.read(path))
 
 
-def _flat(frame: pl.DataFrame) -> pl.DataFrame:
-    """With lists, structs and bytes as text, which neither a table of Streamlit's nor CSV holds."""
-    odd = (column for column in frame if column.dtype.is_nested() or column.dtype in (pl.Binary, pl.Object))
+def _flat(frame: pl.DataFrame, nested: bool = True) -> pl.DataFrame:
+    """With bytes, durations and, if `nested`, lists and structs as text: CSV has none of them, JSON no bytes."""
+    odd = (
+        column
+        for column in frame
+        if column.dtype in (pl.Binary, pl.Duration, pl.Object) or nested and column.dtype.is_nested()
+    )
     return frame.with_columns(
         pl.Series(column.name, [None if value is None else str(value) for value in column.to_list()], pl.String)
         for column in odd
@@ -260,7 +264,11 @@ def draw(figure: Any, name: str) -> None:
 
 def table(frame: pl.DataFrame, columns: dict[str, Any], name: str, rows_px: int | None = TABLE_PX) -> None:
     """The first rows of a frame; `columns` as in Streamlit's column_config, `name` is its key on the page."""
-    shown = brief(_flat(frame.head(ROWS)).with_columns(pl.selectors.decimal().cast(pl.Float64)))
+    shown = brief(
+        _flat(frame.head(ROWS)).with_columns(
+            (pl.selectors.decimal() | pl.selectors.by_dtype(pl.Int128)).cast(pl.Float64)
+        )
+    )
     st.dataframe(
         shown,
         height=min(rows_px or WHOLE_PX, 38 + 35 * shown.height),

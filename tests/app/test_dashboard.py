@@ -225,14 +225,16 @@ def test_an_answer_of_any_size_is_drawn_in_part_and_given_whole(root):
 
 
 def test_a_download_is_the_answer_to_the_last_digit():
-    exact = pl.DataFrame({"money": ["12345678901234567890.1234"], "name": ["é"], "list": [[1, 2]]}).with_columns(
-        pl.col("money").cast(pl.Decimal(38, 4))
-    )
+    exact = pl.DataFrame(
+        {"money": ["12345678901234567890.1234"], "name": ["é"], "list": [[1, 2]], "raw": [b"x"]}
+    ).with_columns(pl.col("money").cast(pl.Decimal(38, 4)))
     exact.write_parquet(stored := io.BytesIO())
     given = {kind: made(stored.getvalue()) for kind, (_, made) in EXPORTS.items()}
     assert given["Parquet"] == stored.getvalue()
-    assert given["CSV"].decode() == 'money,name,list\n12345678901234567890.1234,é,"[1, 2]"\n'
-    assert json.loads(given["JSON"]) == [{"money": "12345678901234567890.1234", "name": "é", "list": [1, 2]}]
+    assert given["CSV"].decode() == """money,name,list,raw\n12345678901234567890.1234,é,"[1, 2]",b'x'\n"""
+    assert json.loads(given["JSON"]) == [
+        {"money": "12345678901234567890.1234", "name": "é", "list": [1, 2], "raw": "b'x'"}
+    ]
 
 
 def of(files: str, change) -> Callable[[str], None]:
