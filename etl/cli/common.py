@@ -41,9 +41,10 @@ class Timetable:
 
     `lake`: where the project's own Lake is, as module:name. `model`: the module whose `SPEC` says what a model is and
     whose `examine(root)` what is wrong with the published one; it may have `compare(lake, models)`, which judges them
-    on the same rows: a Polars frame of a row a model, `model` its name. Imported by `doctor` and `models` alone. `services`: what `up` keeps alive beside the schedules,
-    for a root's URL, the ports by name and the folder of their logs; first of them Prefect's server. `report_url`:
-    under which URL reports are served. `ports`: name -> number, each an option of `up` and `doctor`.
+    on the same rows: a Polars frame of a row a model, `model` its name. Imported by `doctor` and `models` alone.
+    `services`: what `up` keeps alive beside the schedules, for a root's URL, the ports by name and the folder of their
+    logs; first of them Prefect's server. `report_url`: under which URL reports are served. `ports`: name -> number,
+    each an option of `up` and `doctor`.
     """
 
     lake: str

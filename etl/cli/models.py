@@ -8,7 +8,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from etl.cli.common import AsJson, Env, RootOption, Timetable, environment, out, print_json, refuse, root_at, say
+from etl.cli.common import AsJson, Env, RootOption, Timetable, existing_root, out, print_json, refuse, say
 from etl.cli.printing import readable
 from etl.leases import LeaseHeld
 from etl.models import registry
@@ -21,7 +21,7 @@ Name = Annotated[str, typer.Argument(help="An alias, a model's id, or the beginn
 @app.command("list")
 def list_models(env: Env = "local", root: RootOption = None, as_json: AsJson = False) -> None:
     """The models that are kept, newest first, with their aliases and the first of the metrics they were stored with."""
-    asked = root_at(root or environment(env).root)
+    asked = existing_root(env, root)
     rows = registry.listed(asked)
     if as_json:
         print_json(rows)
@@ -49,7 +49,7 @@ def show_model(
     as_json: AsJson = False,
 ) -> None:
     """What was written down of a model, and whether it still is what was stored. Exit status 1 when it is not."""
-    asked, spec = root_at(root or environment(env).root), _module(context).SPEC
+    asked, spec = existing_root(env, root), _module(context).SPEC
     pointer = _asked(lambda: registry.find(asked, name))
     named = [row for row in registry.listed(asked) if row["model_id"] == pointer["model_id"]]
     told = pointer | (named[0] if named else {"aliases": [name]}) | {"problem": None}
@@ -83,7 +83,7 @@ def promote_model(
     as_json: AsJson = False,
 ) -> None:
     """Publish a model that is kept, after it was verified; the champion before becomes the previous one."""
-    asked, spec = root_at(root or environment(env).root), _module(context).SPEC
+    asked, spec = existing_root(env, root), _module(context).SPEC
     model = _asked(lambda: registry.promote(asked, name, spec, alias))
     _print_moved(asked, model, f"{alias} now", as_json)
 
@@ -93,7 +93,7 @@ def roll_back_model(
     context: typer.Context, env: Env = "local", root: RootOption = None, as_json: AsJson = False
 ) -> None:
     """Publish the previous champion again, after it was verified; a second time goes back."""
-    asked, spec = root_at(root or environment(env).root), _module(context).SPEC
+    asked, spec = existing_root(env, root), _module(context).SPEC
     model = _asked(lambda: registry.rollback(asked, spec))
     _print_moved(asked, model, "champion again", as_json)
 
@@ -103,7 +103,7 @@ def compare_models(
     context: typer.Context, a: Name, b: Name, env: Env = "local", root: RootOption = None, as_json: AsJson = False
 ) -> None:
     """Two models beside each other: the metrics each was stored with, and both judged on the same rows of now."""
-    asked, module = root_at(root or environment(env).root), _module(context)
+    asked, module = existing_root(env, root), _module(context)
     models = {name: _asked(lambda name=name: registry.verify(asked, name, module.SPEC)) for name in (a, b)}
     stored = {name: model.metrics for name, model in models.items()}
     judged = _judged(context.obj, module, asked, models)

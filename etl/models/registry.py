@@ -157,6 +157,7 @@ def promote(root: Root, name: str, spec: Spec, alias: str = CHAMPION) -> Model:
 
     `name`: as `find` takes it. Raises NoModel, and ModelDamaged when it is not what was stored: then all stays.
     """
+    find(root, name)  # or who asks for what is not there would leave a lease
     with _leased(root):
         pointer = find(root, name)
         model = _load(root, pointer, spec)
@@ -186,7 +187,7 @@ def aliases(root: Root) -> dict[str, dict[str, Any]]:
 def mark(root: Root) -> str | None:
     """What changes whenever an alias moves; None before the first model."""
     entry = root.entry(ALIASES) or root.entry(OLDER)
-    return entry and entry.mark
+    return entry.mark if entry else None
 
 
 def find(root: Root, name: str) -> dict[str, Any]:
@@ -310,9 +311,8 @@ def given(root: Root, spec: Spec) -> dict[str, Any]:
         return {}
     pointer = {key: getattr(model, key) for key in POINTER}
     files = [f"models/{pointer['model_id']}/{name}" for name in ("model.json", "golden.json")]
-    return {ALIASES: {CHAMPION: pointer}} | {
-        name: hashlib.sha256(_read(root, name, MODEL_LIMIT)).hexdigest() for name in files
-    }
+    hashes = {name: hashlib.sha256(_read(root, name, MODEL_LIMIT)).hexdigest() for name in files}
+    return {ALIASES: {CHAMPION: pointer}} | hashes
 
 
 def examine(root: Root, spec: Spec) -> "list[Finding]":

@@ -327,12 +327,8 @@ def test_what_is_damaged_is_not_promoted_and_all_stays(three):
             registry.promote(three, name, SPEC)
     with pytest.raises(registry.ModelDamaged, match="sha256"):
         registry.rollback(three, SPEC)
-    for name, why in (
-        ("train-", "3 models begin"),
-        ("train-9", "no model train-9"),
-        ("", "no model"),
-        ("shadow", "no"),
-    ):
+    unknown = {"train-": "3 models begin", "train-9": "no model train-9", "": "no model", "shadow": "no shadow"}
+    for name, why in unknown.items():
         with pytest.raises(registry.NoModel, match=why):
             registry.promote(three, name, SPEC)
     assert three.read(registry.ALIASES) == before
@@ -356,7 +352,7 @@ def test_a_root_of_an_older_release_goes_on(root):
 
 def test_of_two_who_move_aliases_at_once_neither_is_lost(three):
     """Also when they do not hold the same lease, as two releases."""
-    replace, others = type(three).replace, ["train-1", "train-3"]
+    replace, others = type(three).replace, ["train-3"]
 
     def interrupted(self, rel, data, mark):
         if others:
@@ -366,4 +362,5 @@ def test_of_two_who_move_aliases_at_once_neither_is_lost(three):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(three), "replace", interrupted)
         registry.promote(three, "train-1", SPEC)
-    assert named(three) == {"champion": "train-1", "previous": "train-2", "challenger": "train-3"}
+    also = {"challenger": "train-3", "shadow": "train-3"}
+    assert named(three) == {"champion": "train-1", "previous": "train-2"} | also
