@@ -82,7 +82,7 @@ def problems_of(
             problems += [problem for problem in error.problems if problem not in problems]
         else:
             stages = project.stages
-            problems += _of_machines(project, root or project.environment.root)
+            problems += _of_machines(project, (root if env else None) or project.environment.root)
             problems += _of_alerts(project.environment, timetable)
     problems += params.breaches(PROJECT, list(stages) or None, timetable.domain)
     return [*problems, *_of_domain(timetable)], list(stages)
