@@ -11,7 +11,9 @@ from app.views import live, questions, runs
 # These have no setting. A table's own download would be of what is shown, with texts cut; the answers have whole ones.
 STYLE = """<style>
 .stMainBlockContainer { padding: 4rem 3rem 2rem; }
-[class*="st-key-table-"] [data-testid="stElementToolbarButton"]:has([aria-label^="Download as CSV"]) { display: none; }
+[class*="st-key-excerpt-"] [data-testid="stElementToolbarButton"]:has([aria-label^="Download as CSV"]) {
+    display: none;
+}
 </style>"""
 
 

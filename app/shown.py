@@ -29,6 +29,7 @@ LOOK_S = 15  # between two looks at the root
 TABLE_PX, WHOLE_PX = 213, 738  # a head and five rows, and twenty; the others are scrolled to
 ROWS, LETTERS = 1000, 200  # that a browser is sent: of a table and a chart, of a text in them
 SECONDS = "YYYY-MM-DD HH:mm:ss"
+EXCERPT = "excerpt"  # how the keys of containers begin that hold a part of something
 LINE = 500  # characters of a line that a run prints
 STATES = {  # of a run: colour of the badge and, dark enough to read, of the text; the others are bad
     "ok": ("green", "#2e7d4f"),
@@ -269,7 +270,7 @@ def table(frame: pl.DataFrame, columns: dict[str, Any], name: str, rows_px: int 
             (pl.selectors.decimal() | pl.selectors.by_dtype(pl.Int128)).cast(pl.Float64)
         )
     )
-    st.dataframe(
+    st.container(key=f"{EXCERPT}-{name}").dataframe(
         shown,
         height=min(rows_px or WHOLE_PX, 38 + 35 * shown.height),
         hide_index=True,
