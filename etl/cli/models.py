@@ -1,18 +1,19 @@
 """`models`: what has been trained, which of it is published, and the way back."""
 
 import importlib
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from etl.cli.common import AsJson, Env, RootOption, Timetable, existing_root, out, print_json, refuse, say
+from etl.cli.common import AsJson, Env, RootOption, Timetable, err, existing_root, out, print_json, refuse, say
 from etl.cli.printing import readable
-from etl.leases import LeaseHeld
-from etl.models import registry
 from etl.storage import Root
+
+if TYPE_CHECKING:
+    from etl.models.registry import Model
 
 app = typer.Typer(no_args_is_help=True, help="The models of a root: champion, challenger, previous, shadow.")
 Name = Annotated[str, typer.Argument(help="An alias, a model's id, or the beginning of it.")]
@@ -21,8 +22,14 @@ Name = Annotated[str, typer.Argument(help="An alias, a model's id, or the beginn
 @app.command("list")
 def list_models(env: Env = "local", root: RootOption = None, as_json: AsJson = False) -> None:
     """The models that are kept, newest first, with their aliases and the first of the metrics they were stored with."""
+    from etl.models import registry
+
     asked = existing_root(env, root)
     rows = registry.listed(asked)
+    try:
+        registry.aliases(asked)
+    except registry.ModelDamaged as error:
+        err.print(f"[bold red]{escape(str(error))}", highlight=False, soft_wrap=True)
     if as_json:
         print_json(rows)
         return
@@ -49,6 +56,8 @@ def show_model(
     as_json: AsJson = False,
 ) -> None:
     """What was written down of a model, and whether it still is what was stored. Exit status 1 when it is not."""
+    from etl.models import registry
+
     asked, spec = existing_root(env, root), _module(context).SPEC
     pointer = _asked(lambda: registry.find(asked, name))
     named = [row for row in registry.listed(asked) if row["model_id"] == pointer["model_id"]]
@@ -83,6 +92,8 @@ def promote_model(
     as_json: AsJson = False,
 ) -> None:
     """Publish a model that is kept, after it was verified; the champion before becomes the previous one."""
+    from etl.models import registry
+
     asked, spec = existing_root(env, root), _module(context).SPEC
     model = _asked(lambda: registry.promote(asked, name, spec, alias))
     _print_moved(asked, model, f"{alias} now", as_json)
@@ -93,6 +104,8 @@ def roll_back_model(
     context: typer.Context, env: Env = "local", root: RootOption = None, as_json: AsJson = False
 ) -> None:
     """Publish the previous champion again, after it was verified; a second time goes back."""
+    from etl.models import registry
+
     asked, spec = existing_root(env, root), _module(context).SPEC
     model = _asked(lambda: registry.rollback(asked, spec))
     _print_moved(asked, model, "champion again", as_json)
@@ -103,6 +116,8 @@ def compare_models(
     context: typer.Context, a: Name, b: Name, env: Env = "local", root: RootOption = None, as_json: AsJson = False
 ) -> None:
     """Two models beside each other: the metrics each was stored with, and both judged on the same rows of now."""
+    from etl.models import registry
+
     asked, module = existing_root(env, root), _module(context)
     models = {name: _asked(lambda name=name: registry.verify(asked, name, module.SPEC)) for name in (a, b)}
     stored = {name: model.metrics for name, model in models.items()}
@@ -111,8 +126,8 @@ def compare_models(
         ids = {name: model.model_id for name, model in models.items()}
         print_json({"models": ids, "metrics": stored, "judged": judged})
         return
-    for name, model in models.items():
-        say(f"{name}: {model.model_id}" if name != model.model_id else name)
+    for label, name in zip(_labels(a, b), (a, b), strict=True):
+        say(f"{label:11} {models[name].model_id}")
     _print_beside("as each was stored, on the held-out rows of then", stored, (a, b))
     if isinstance(judged, dict):
         _print_beside("both on the same held-out rows of now", judged, (a, b))
@@ -120,7 +135,7 @@ def compare_models(
         say(judged)
 
 
-def _judged(timetable: Timetable, module: Any, root: Root, models: dict[str, registry.Model]) -> Any:
+def _judged(timetable: Timetable, module: Any, root: Root, models: "dict[str, Model]") -> Any:
     """Name -> metrics, where the domain compares; a sentence where it cannot, and None where it does not."""
     from etl.lake import NothingPublished
 
@@ -143,13 +158,18 @@ def _module(context: typer.Context) -> Any:
 
 def _asked(what: Any) -> Any:
     """What a function of the registry gives; what is not there or damaged is refused, and nothing has moved."""
+    from etl.leases import LeaseHeld
+    from etl.models import registry
+
     try:
         return what()
     except (registry.NoModel, registry.ModelDamaged, LeaseHeld) as error:
         refuse(str(error), status=2)
 
 
-def _print_moved(root: Root, model: registry.Model, how: str, as_json: bool) -> None:
+def _print_moved(root: Root, model: "Model", how: str, as_json: bool) -> None:
+    from etl.models import registry
+
     named = {alias: pointer["model_id"] for alias, pointer in registry.aliases(root).items()}
     if as_json:
         print_json({"model_id": model.model_id, "aliases": named})
@@ -160,14 +180,22 @@ def _print_moved(root: Root, model: registry.Model, how: str, as_json: bool) -> 
 
 
 def _print_beside(title: str, metrics: dict[str, dict[str, Any]], names: tuple[str, str]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    say(title, style="italic")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric", no_wrap=True)
-    for number, name in enumerate(names):
-        table.add_column(name if name in registry.NAMES else f"{'ab'[number]}", justify="right", no_wrap=True)
+    for label in _labels(*names):
+        table.add_column(label, justify="right", no_wrap=True)
     before, after = (_numbers(metrics[name]) for name in names)
     for metric in {**before, **after}:
         table.add_row(escape(metric), _shown(before.get(metric)), _shown(after.get(metric)))
     out.print(table)
+
+
+def _labels(a: str, b: str) -> tuple[str, str]:
+    """What the two are called above their columns, where an id has no room."""
+    from etl.models import registry
+
+    return a if a in registry.NAMES else "a", b if b in registry.NAMES else "b"
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:

@@ -191,8 +191,11 @@ def mark(root: Root) -> str | None:
 
 
 def find(root: Root, name: str) -> dict[str, Any]:
-    """The pointer to a model that is stored, by an alias, its id or the beginning of that. Raises NoModel."""
-    called = _aliases_or_none(root)
+    """The pointer to a model that is stored, by an alias, its id or the beginning of that.
+
+    Raises NoModel, and ModelDamaged for an alias when they cannot be read: by its id a model still can be promoted.
+    """
+    called = aliases(root) if name in NAMES else _aliases_or_none(root)
     if name in called:
         return called[name]
     if name in NAMES:

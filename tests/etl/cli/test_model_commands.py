@@ -80,6 +80,15 @@ def test_what_is_asked_wrongly_or_damaged_is_refused_and_nothing_moves(told):
     assert told.root.read(registry.ALIASES) == before
 
 
+def test_by_its_id_a_model_is_published_when_the_aliases_are_damaged(told):
+    told.root.write(registry.ALIASES, b"{}")
+    assert "names no model as champion" in told("models", "rollback", status=2)
+    assert "names no model as champion" in told("models", "show", status=2)
+    assert "names no model as champion" in told("models", "list")
+    told("models", "promote", "train-20260302")
+    assert aliases(told.root) == {"champion": "20260302"}
+
+
 def test_a_root_without_models_says_so_and_is_left_as_it_is(tmp_path):
     (tmp_path / "root/landing").mkdir(parents=True)
     for command, status in ((("list",), 0), (("show",), 2), (("rollback",), 2), (("compare", "a", "b"), 2)):

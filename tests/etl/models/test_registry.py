@@ -350,6 +350,17 @@ def test_a_root_of_an_older_release_goes_on(root):
     assert not root.exists(registry.OLDER)
 
 
+def test_aliases_move_in_an_object_store(s3_root, booster):
+    root = Root.at(s3_root)
+    for number in (1, 2):
+        registry.publish(root, booster, METRICS, GOLDEN, f"train-{number}", SPEC)
+    registry.publish(root, booster, METRICS, GOLDEN, "train-3", SPEC, registry.CHALLENGER)
+    before = registry.mark(root)
+    registry.rollback(root, SPEC)
+    assert named(root) == {"champion": "train-1", "previous": "train-2", "challenger": "train-3"}
+    assert before != registry.mark(root) and registry.load_current(root, SPEC).run_id == "train-1"
+
+
 def test_of_two_who_move_aliases_at_once_neither_is_lost(three):
     """Also when they do not hold the same lease, as two releases."""
     replace, others = type(three).replace, ["train-3"]
