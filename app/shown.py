@@ -16,12 +16,12 @@ import streamlit as st
 from app.domain import model
 from app.settings import Settings
 from etl import charts, findings
-from etl.notebook import figure as written
-from etl.notebook import is_name, is_share, words
 from etl.questions import results
 from etl.runs import index
 from etl.serve import health
 from etl.storage import Root
+from etl.wording import figure as written
+from etl.wording import is_name, is_share, words
 from pipeline import Lake, queries
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ LOOK_S = 15  # between two looks at the root
 TABLE_PX, WHOLE_PX = 213, 738  # a head and five rows, and twenty; the others are scrolled to
 ROWS, LETTERS = 1000, 200  # that a browser is sent: of a table and a chart, of a text in them
 SECONDS = "YYYY-MM-DD HH:mm:ss"
+DOCTOR = "see what `python orchestrate.py doctor` says"
 EXCERPT = "excerpt"  # how the keys of containers begin that hold a part of something
 LINE = 500  # characters of a line that a run prints
 STATES = {  # of a run: colour of the badge and, dark enough to read, of the text; the others are bad
@@ -55,11 +56,11 @@ def report_url(run_id: str) -> str:
 
 
 @contextmanager
-def panel(what: str, looks: Iterable[str] = (), about: str = "") -> Iterator[None]:
+def panel(what: str, looks: Iterable[str] = (), about: str = "", remedy: str = DOCTOR) -> Iterator[None]:
     """A part of a page that stands or falls alone: an error inside is said in its place, with what is to be done.
 
     `what`: the part, as a sentence begins; `looks`: what `doctor` calls the things it is read from, of whose problems
-    those are shown that name `about`.
+    those are shown that name `about`. `remedy`: what is to be done when it names none.
     """
     try:
         yield
@@ -70,7 +71,7 @@ def panel(what: str, looks: Iterable[str] = (), about: str = "") -> Iterator[Non
         said = [
             f"{_code(finding.problem)}. What to do: {finding.remedy}." for finding in wrong if about in finding.problem
         ]
-        unknown = f"{_code(findings.sentence(error))}. What to do: see what `python orchestrate.py doctor` says."
+        unknown = f"{_code(findings.sentence(error))}. What to do: {remedy}."
         st.warning("\n\n".join([f"**{what} cannot be shown.**", *(said or [unknown])]))
 
 

@@ -27,6 +27,7 @@ MAY_IMPORT = {  # of the project's own modules
         "etl.runs.record",
         "etl.runs.releases",
         "etl.serve.health",
+        "etl.wording",
         "etl.lake",
         "etl.models",
         "etl.questions",

@@ -49,7 +49,7 @@ def is_it_well() -> None:
 @st.fragment(run_every=shown.LOOK_S)
 def code() -> None:
     """Which code `up` runs; nothing where none is at work."""
-    with shown.panel("The release"):
+    with shown.panel("The release", remedy="start `python orchestrate.py up` again, which writes it anew"):
         if told := releases.told(shown.published_root()):
             st.caption(str(told), help="\n".join(f"- {path}" for path in told.differs[:FILES]) or None)
 

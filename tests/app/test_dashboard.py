@@ -261,6 +261,10 @@ DAMAGES = {  # page, damage, panels that cannot be shown, what is to be done, ch
         *(live_page, of("lake/orders/_delta_log/00000000000000000001.json", b"{")),
         *(["Orders"], "`orchestrate.py rebuild`", 5, 6),
     ),
+    "the word of `up`": (
+        *(live_page, lambda root: Root.at(root).write(releases.TOLD, b"[]")),
+        *(["The release"], "start `python orchestrate.py up` again", 5, 6),
+    ),
     "the model's pointer": (live_page, of("models/aliases.json", b"{}"), ["The model"] * 2, "run train", 4, 5),
     "an answer's pointer": (live_page, of(f"{ANSWER}/current.json", b"[]"), ["The answer"], "run query", 4, 5),
     "an answer": (questions_page, of(f"{ANSWER}/*.parquet", CUT), ["The answer"], "run query", 0, 1),

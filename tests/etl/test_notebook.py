@@ -7,7 +7,7 @@ from decimal import Decimal
 import pytest
 from jupyter_client.manager import KernelManager
 
-from etl import notebook
+from etl import notebook, wording
 from etl.notebook import CHECK_MIME, RECORD_MIME, CheckFailed, Stop, check, record, stop
 from etl.storage import PROJECT
 
@@ -115,4 +115,4 @@ def test_outside_ipython_record_prints_and_stop_raises(capsys):
     ],
 )
 def test_a_figure_reads_as_people_write_it(name, value, text):
-    assert notebook.figure(value, name) == text
+    assert wording.figure(value, name) == text
