@@ -52,3 +52,11 @@ def words(name: str) -> str:
 def moment(iso: str) -> str:
     """A time as people write it, in UTC."""
     return f"{datetime.fromisoformat(iso).astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most `most` characters: a longer one ends in an ellipsis behind a whole word, where it has any."""
+    if len(text) <= most:
+        return text
+    words = text[: most - 1].rpartition(" ")[0]
+    return f"{words if len(words) > most // 2 else text[: most - 1]}…"

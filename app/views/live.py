@@ -11,9 +11,9 @@ from app.domain import CARD, model
 from etl.lake import NothingPublished, Snapshot
 from etl.models import registry
 from etl.runs import journal, releases
-from etl.runs.endings import shortened
 from etl.serve import health
 from etl.storage import Root
+from etl.wording import shortened
 from pipeline import COUNTED, TITLE, Lake, queries
 
 FOLLOW_S = 2  # between two looks at the runs under way

@@ -51,7 +51,7 @@ def list_runs(
 ) -> None:
     """The last runs, newest first, with those under way on this machine; a long reason is whole in `runs show`."""
     from etl.runs import delivery, index
-    from etl.runs.endings import shortened
+    from etl.wording import shortened
 
     asked = existing_root(env, root, may_be_empty=True)
     between = {"since": since and moment(since), "until": until and moment(until)}
