@@ -31,6 +31,7 @@ MAY_IMPORT = {  # of the project's own modules
         "etl.models",
         "etl.questions",
         "etl.charts",
+        "etl.figures",
         "etl.findings",
         "etl.storage",
     },  # reading only

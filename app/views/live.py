@@ -9,10 +9,10 @@ import streamlit as st
 
 from app import shown
 from app.domain import CARD, model
+from etl.figures import shortened
 from etl.lake import NothingPublished, Snapshot
 from etl.models.registry import CURRENT
 from etl.runs import journal, releases
-from etl.runs.endings import shortened
 from etl.serve import health
 from etl.storage import Root
 from pipeline import COUNTED, TITLE, Lake, queries

@@ -6,7 +6,7 @@ import polars as pl
 import streamlit as st
 
 from app import shown
-from etl.notebook import is_share
+from etl.figures import is_share
 from etl.storage import Root
 from pipeline import queries
 

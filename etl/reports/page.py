@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from etl.notebook import figure, moment, words
+from etl.figures import figure, moment, words
 from etl.storage import Root
 
 if TYPE_CHECKING:
