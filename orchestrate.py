@@ -21,7 +21,8 @@ new     a project, a table from a sample file, a question, a stage: something to
 plan    every stage's next run, and where each parameter's value comes from
 status  whether all is well: what failed last, is late or damaged, and what to do
 watch   tell whom `alerts` in the env file names, beside `up` or on its own
-runs    the index of runs
+runs    the index of runs; the best of a stage by a metric
+models  which model is published, and why: list, show, compare, promote, rollback
 whence  which run wrote a version of a table
 doctor  what is wrong with the data, the packages and the ports, and what to do
 rebuild     the lake again, from the archive

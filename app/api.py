@@ -310,10 +310,10 @@ def current_model(root: PublishedRoot) -> ModelInfo:
 
 @api.get("/models", tags=["model"], include_in_schema=model is not None)
 def models(root: PublishedRoot) -> list[ModelListed]:
-    """The models that are kept, newest first, as each was published."""
+    """The models that are kept, newest first, as each was stored, with their aliases."""
     served, _ = _current(root)
     current = served and served.model_id
-    return [ModelListed(**said, is_current=said["model_id"] == current) for said in registry.stored(root)]
+    return [ModelListed(**said, is_current=said["model_id"] == current) for said in registry.listed(root)]
 
 
 @api.post(

@@ -61,10 +61,10 @@ class ServedModel:
 
     def _look(self) -> str | None:
         try:
-            entry = self.root.entry(registry.CURRENT)
-            if entry is None or entry.mark != self._mark:
+            mark = registry.mark(self.root)
+            if mark is None or mark != self._mark:
                 self.model = registry.load_current(self.root, self.spec)
-                self._mark = entry and entry.mark
+                self._mark = mark
         except Exception as error:  # whatever it is, of the files or of where they are, what is loaded still predicts
             if self.model is not None:
                 return f"the published model cannot be used, {self.model.model_id} still is: {error}"

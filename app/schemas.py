@@ -54,7 +54,8 @@ class ModelInfo(BaseModel):
 
 
 class ModelListed(ModelInfo):
-    is_current: bool = Field(description="Whether it is the published one")
+    is_current: bool = Field(description="Whether predictions come from it")
+    aliases: list[str] = Field(description="champion: the published one; previous, challenger, shadow")
 
 
 Row, Prediction = row_model(CARD), prediction_model(CARD)

@@ -6,7 +6,7 @@ the true probability is known, and with it the lowest log loss that any model ca
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from operator import itemgetter
@@ -17,7 +17,7 @@ import polars as pl
 from etl.lake.table import TEXT, Column
 from etl.models import registry
 from etl.models.card import Card
-from etl.models.registry import CURRENT, Model, ModelDamaged, NoModel
+from etl.models.registry import Model, ModelDamaged, NoModel
 from etl.storage import Root
 from pipeline.tables import TABLES
 
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     import xgboost
 
     from etl.findings import Finding
+    from etl.lake import Lake
     from etl.lake.snapshot import Snapshot
 
-__all__ = ["CURRENT", "Model", "ModelDamaged", "NoModel"]  # the registry's, for those who read the published model
+__all__ = ["Model", "ModelDamaged", "NoModel"]  # the registry's, for those who read the published model
 
 # what is known of a line item the moment it ships; the flags and the receipt date are not
 SHIPPED = [
@@ -383,6 +384,11 @@ class Verdict(NamedTuple):
     better: bool
     reason: str  # a sentence with the numbers
 
+    @property
+    def alias(self) -> str:
+        """What the model is to be called."""
+        return registry.CHAMPION if self.better else registry.CHALLENGER
+
 
 def is_better(booster: "xgboost.Booster", champion: Model | None, held_out: Rows) -> Verdict:
     """Whether the challenger is nearer to the true probability than the champion, on the same held-out rows, by more
@@ -406,13 +412,27 @@ def is_better(booster: "xgboost.Booster", champion: Model | None, held_out: Rows
     return Verdict(bool(challenger.mean() < other.mean() - margin), reason)
 
 
-def publish(root: Root, booster: "xgboost.Booster", metrics: dict[str, Any], held_out: Rows, run_id: str) -> str:
-    """Publish the model, with some of the held-out rows to check it by; returns its model_id.
+def compare(lake: "Lake", models: Mapping[str, Model]) -> pl.DataFrame:
+    """The judgement of each model on the same rows, held out from all that is published: model, as `judge` has it."""
+    held_out = split(lake.snapshot()).held_out
+    return pl.DataFrame([{"model": name, **judge(each.booster, held_out)} for name, each in models.items()])
 
-    Raises ModelDamaged, and the champion stays, when what is read back is not what was trained.
+
+def publish(
+    root: Root,
+    booster: "xgboost.Booster",
+    metrics: dict[str, Any],
+    held_out: Rows,
+    run_id: str,
+    alias: str = registry.CHAMPION,
+) -> str:
+    """Publish the model, or store it under another alias, with some of the held-out rows to check it by; returns its
+    model_id.
+
+    Raises ModelDamaged, and the aliases stay, when what is read back is not what was trained.
     """
     golden = _rows_as_json(held_out.golden)
-    return registry.publish(root, booster, metrics, golden, run_id, SPEC)
+    return registry.publish(root, booster, metrics, golden, run_id, SPEC, alias)
 
 
 def load_current(root: Root) -> Model:

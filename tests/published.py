@@ -34,7 +34,9 @@ def publish_model(url: str, max_trees: int) -> str:
     return model.publish(Root.at(url), booster, model.judge(booster, held_out), held_out, TRAIN_RUN)
 
 
-def add_run(url: str, run_id: str, state: str = "ok", reason: str = "", minute: int = 0) -> None:
+def add_run(
+    url: str, run_id: str, state: str = "ok", reason: str = "", minute: int = 0, metrics: dict | None = None
+) -> None:
     """A run's report and its row in the index, as the engine leaves them."""
     stage = run_id.split("-")[0]
     record = RunRecord(
@@ -52,6 +54,7 @@ def add_run(url: str, run_id: str, state: str = "ok", reason: str = "", minute: 
         seconds=2.0,
         state=state,
         reason=reason,
+        metrics=metrics or {},
     )
     cells = [nbformat.v4.new_markdown_cell(f"# What {stage} did"), nbformat.v4.new_code_cell("1 + 1")]
     for cell in cells:

@@ -1,6 +1,5 @@
 """The live page: what runs, how new the data is, the questions of the moment, the model."""
 
-import json
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,7 +10,7 @@ from app import shown
 from app.domain import CARD, model
 from etl.figures import shortened
 from etl.lake import NothingPublished, Snapshot
-from etl.models.registry import CURRENT
+from etl.models import registry
 from etl.runs import journal, releases
 from etl.serve import health
 from etl.storage import Root
@@ -117,8 +116,8 @@ def freshness(root: Root) -> None:
 
 def model_figure(root: Root) -> None:
     """The model's loss beside the one that it is to be compared with."""
-    if root.exists(CURRENT):
-        metrics = json.loads(root.read(CURRENT))["metrics"]
+    if registry.mark(root):
+        metrics = registry.current(root)["metrics"]
         beside, loss = next(iter(CARD.losses(metrics).items()))
         figure("Model's log loss", f"{metrics['log_loss']:.4f}", f"{beside} {loss:.4f}")
     else:
@@ -136,7 +135,7 @@ def question_cards(root: Root) -> None:
     cards = [(question_card, (root, question)) for question in live if root.exists(shown.pointer(question))]
     if missing := len(live) - len(cards):
         st.caption(f"{missing} of {len(live)} live questions have no answer yet: `query` gives them.")
-    if model and root.exists(CURRENT):
+    if model and registry.mark(root):
         cards.append((model_card, (root,)))
     elif model:
         st.caption(f"There is no model yet: `train` publishes one as soon as there are enough {CARD.rows}.")
@@ -156,7 +155,7 @@ def model_card(root: Root) -> None:
     """The model's figures beside what they are compared with."""
     st.subheader(CARD.title, anchor=False)
     with shown.panel("The model", ["the model"]):
-        model_figures(json.loads(root.read(CURRENT)))
+        model_figures(registry.current(root))
 
 
 def model_figures(published: dict[str, Any]) -> None:

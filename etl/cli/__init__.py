@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from etl.cli import checking, debugging, health, lake, new, releases, running, runs, trying, up
+from etl.cli import checking, debugging, health, lake, models, new, releases, running, runs, trying, up
 from etl.cli.common import Timetable
 
 __all__ = ["Timetable", "make"]
@@ -37,6 +37,7 @@ def make(timetable: Timetable, help_text: str) -> typer.Typer:
     debugging.register(app)
     app.add_typer(new.app, name="new")
     app.add_typer(runs.app, name="runs")
+    app.add_typer(models.app, name="models")
     lake.register(app, timetable)
     app.add_typer(lake.refused, name="quarantine")
     return app

@@ -39,10 +39,12 @@ RunId = Annotated[str, typer.Argument(help="A run's id, or the beginning of it."
 class Timetable:
     """What a project hands to its command line.
 
-    `lake`: where the project's own Lake is, as module:name. `model`: the module whose `examine(root)` says what is
-    wrong with the published model; imported by `doctor` alone. `services`: what `up` keeps alive beside the schedules,
-    for a root's URL, the ports by name and the folder of their logs; first of them Prefect's server. `report_url`:
-    under which URL reports are served. `ports`: name -> number, each an option of `up` and `doctor`.
+    `lake`: where the project's own Lake is, as module:name. `model`: the module whose `SPEC` says what a model is and
+    whose `examine(root)` what is wrong with the published one; it may have `compare(lake, models)`, which judges them
+    on the same rows: a Polars frame of a row a model, `model` its name. Imported by `doctor` and `models` alone.
+    `services`: what `up` keeps alive beside the schedules, for a root's URL, the ports by name and the folder of their
+    logs; first of them Prefect's server. `report_url`: under which URL reports are served. `ports`: name -> number,
+    each an option of `up` and `doctor`.
     """
 
     lake: str

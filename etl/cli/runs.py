@@ -44,15 +44,25 @@ def list_runs(
     since: Annotated[str | None, typer.Option(help="Started at this time or later, ISO 8601.")] = None,
     until: Annotated[str | None, typer.Option(help="Started before this time.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many, newest first.")] = 20,
+    sort: Annotated[
+        str | None, typer.Option(metavar="METRIC", help="By what ended runs recorded, lowest first; -METRIC: highest.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """The last runs, newest first, with those under way on this machine; a long reason is whole in `runs show`."""
     from etl.figures import shortened
-    from etl.runs import delivery
+    from etl.runs import delivery, index
 
     asked = existing_root(env, root, may_be_empty=True)
     between = {"since": since and moment(since), "until": until and moment(until)}
-    rows: Sequence[dict[str, Any]] = delivery.newest(asked, stage=stage, state=state, limit=limit, **between)
+    rows: Sequence[dict[str, Any]]
+    metric = sort and sort.removeprefix("-")
+    if metric:
+        rows = index.ranked(asked, metric, highest=sort != metric, stage=stage, state=state, limit=limit, **between)
+        if not rows and has_runs(asked):
+            refuse(f"no such run under {asked.url} has recorded a number as {metric}; `runs show` has the names", 2)
+    else:
+        rows = delivery.newest(asked, stage=stage, state=state, limit=limit, **between)
     if as_json:
         print_json(rows)
         return
@@ -65,12 +75,17 @@ def list_runs(
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("run", "state", "seconds"):  # the id is there to be copied
         table.add_column(column, no_wrap=True, justify="right" if column == "seconds" else "left")
+    if metric:
+        table.add_column(escape(metric), no_wrap=True, justify="right")
     table.add_column("reason", overflow="fold")
+    values = [f"{row['value']:.6g}" if metric else "" for row in rows]
     beside = max(len(row["run_id"]) + len(row["state"]) + len(f"{row['seconds']:.1f}") for row in rows)
+    beside += max(len(text) for text in (metric or "", *values))
     most = REASON_LINES * max(out.width - beside - GAPS, REASON_WIDTH)
-    for row in rows:
+    for row, value in zip(rows, values, strict=True):
         reason = shortened(row["reason"] or "", most)
-        table.add_row(row["run_id"], styled(row["state"]), f"{row['seconds']:.1f}", escape(reason))
+        cells = [row["run_id"], styled(row["state"]), f"{row['seconds']:.1f}", *([value] if metric else [])]
+        table.add_row(*cells, escape(reason))
     out.print(table)
 
 

@@ -1,13 +1,16 @@
-"""The published model: its files under `models/<model_id>/`, and the pointer in `models/current.json` that names it.
+"""Models: their files under `models/<model_id>/`, and the aliases in `models/aliases.json` that name some of them.
 
-A model becomes the current one by a swap of the pointer, after it was read back and gave its golden predictions again:
-those it gave for a few rows when it was published. A reader checks the same before it uses a model. What only the
-domain knows, its features and how rows become a matrix of them, is handed in as a Spec.
+The champion is the published one, previous the champion before it, challenger what was trained last and not published,
+shadow one to watch. All aliases move in one swap of the file, after the model was read back and gave its golden
+predictions again: those it gave for a few rows when it was stored. A reader checks the same before it uses a model.
+What only the domain knows, its features and how rows become a matrix of them, is handed in as a Spec.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -26,15 +29,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CURRENT = "models/current.json"
+ALIASES = "models/aliases.json"  # alias -> pointer
+OLDER = "models/current.json"  # the champion's pointer of older releases; gone with the first change
 POINTER = {"model_id": str, "run_id": str, "sha256": str, "metrics": dict}  # what it holds
-KEPT = 30  # models, the current one among them
+CHAMPION, CHALLENGER, PREVIOUS, SHADOW = NAMES = ("champion", "challenger", "previous", "shadow")
+LEASE = "leases/models.lease"  # of whoever moves an alias or removes models: what is verified stays until it is named
+WAIT_S = 120
+KEPT = 30  # models, those with an alias among them
 TOLERANCE = 1e-5  # between machines; a damaged tree is off by far more
 JSON_LIMIT, MODEL_LIMIT = 1_000_000, 250_000_000  # bytes of the small files and of the model's own
 
 
 class NoModel(LookupError):
-    """No model has been published under this root yet."""
+    """No model has been published under this root yet, or none is what was asked for."""
 
 
 class ModelDamaged(ValueError):
@@ -122,35 +129,129 @@ def publish(
     golden_rows: list[dict[str, Any]],
     run_id: str,
     spec: Spec,
+    alias: str = CHAMPION,
 ) -> str:
-    """Write the model, read it back, compare its predictions, then make it the current one; returns its model_id.
+    """Write the model, read it back, compare its predictions, then give it the alias; returns its model_id.
 
-    `golden_rows`: rows as JSON has them, at least one. Raises ModelDamaged, and the champion stays, when what is read
+    `golden_rows`: rows as JSON has them, at least one. Raises ModelDamaged, and the aliases stay, when what is read
     back is not what was trained, or predicts what is no number.
     """
     raw = bytes(booster.save_raw("json"))
     sha256 = hashlib.sha256(raw).hexdigest()
-    model_id = f"{run_id}-{sha256[:8]}"  # a retried run never rewrites what it published before
+    model_id = f"{run_id}-{sha256[:8]}"  # a retried run never rewrites what it stored before
     predictions = _floats(predict(booster, spec.matrix(golden_rows)))
     golden = {spec.golden_rows: golden_rows, spec.golden_predictions: predictions}
     pointer = {"model_id": model_id, "sha256": sha256, "run_id": run_id, "metrics": metrics}
     root.write(f"models/{model_id}/model.json", raw)
     root.write(f"models/{model_id}/golden.json", _json(golden))
     root.write(f"models/{model_id}/metrics.json", _json(pointer | {"features": list(spec.features)}))
-    _load(root, pointer, spec)
-    root.write(CURRENT, _json(pointer))
-    _remove_oldest(root)
+    with _leased(root):
+        _load(root, pointer, spec)
+        _name(root, alias, pointer)
+        _remove_oldest(root)
     return model_id
 
 
+def promote(root: Root, name: str, spec: Spec, alias: str = CHAMPION) -> Model:
+    """Give an alias, by default the champion's, to a model that is stored, after it was verified.
+
+    `name`: as `find` takes it. Raises NoModel, and ModelDamaged when it is not what was stored: then all stays.
+    """
+    find(root, name)  # or who asks for what is not there would leave a lease
+    with _leased(root):
+        pointer = find(root, name)
+        model = _load(root, pointer, spec)
+        _name(root, alias, pointer)
+    return model
+
+
+def rollback(root: Root, spec: Spec) -> Model:
+    """Make the previous champion the champion again, and this one the previous. Raises as `promote`."""
+    return promote(root, PREVIOUS, spec)
+
+
+def aliases(root: Root) -> dict[str, dict[str, Any]]:
+    """Alias -> pointer: model_id, run_id, sha256, metrics; none before the first model. Raises ModelDamaged."""
+    try:
+        named = _read_json(root, ALIASES)
+    except FileNotFoundError:
+        try:
+            return {CHAMPION: _pointer(_read_json(root, OLDER), root.url_of(OLDER))}
+        except FileNotFoundError:
+            return {}
+    if not isinstance(named, dict) or CHAMPION not in named:
+        raise ModelDamaged(f"{root.url_of(ALIASES)} names no model as {CHAMPION}")
+    return {alias: _pointer(named[alias], root.url_of(ALIASES)) for alias in NAMES if alias in named}
+
+
+def mark(root: Root) -> str | None:
+    """What changes whenever an alias moves; None before the first model."""
+    entry = root.entry(ALIASES) or root.entry(OLDER)
+    return entry.mark if entry else None
+
+
+def find(root: Root, name: str) -> dict[str, Any]:
+    """The pointer to a model that is stored, by an alias, its id or the beginning of that.
+
+    Raises NoModel, and ModelDamaged for an alias when they cannot be read: by its id a model still can be promoted.
+    """
+    called = aliases(root) if name in NAMES else _aliases_or_none(root)
+    if name in called:
+        return called[name]
+    if name in NAMES:
+        raise NoModel(f"there is no {name} under {root.url}; `models list` says what there is")
+    pointers = {each["model_id"]: {key: each[key] for key in POINTER} for each in (*stored(root), *called.values())}
+    ids = [name] if name in pointers else [each for each in pointers if name and each.startswith(name)]
+    if len(ids) != 1:
+        how_many = f"{len(ids)} models begin with {name}" if ids else f"there is no model {name}"
+        raise NoModel(f"{how_many} under {root.url}; `models list` says what there is")
+    return pointers[ids[0]]
+
+
+def verify(root: Root, name: str, spec: Spec) -> Model:
+    """A model that is stored, by what `find` takes. Raises NoModel, and ModelDamaged when it is not what was stored."""
+    return _load(root, find(root, name), spec)
+
+
+def _leased(root: Root) -> contextlib.AbstractContextManager[Any]:
+    return root.lease(LEASE, f"process {os.getpid()}", wait_s=WAIT_S)
+
+
+def _name(root: Root, alias: str, pointer: dict[str, Any]) -> None:
+    """Give the alias to a model: by one swap, in which the champion before becomes the previous one.
+
+    An answer of the store that was lost is no harm: the second time there is nothing to do.
+    """
+    while True:
+        read = root.mark(ALIASES)
+        before = _aliases_or_none(root)
+        after = before | {alias: pointer}
+        if alias == CHAMPION:  # it is no challenger any more, nor in the shadow
+            after = {k: v for k, v in after.items() if k == CHAMPION or v["model_id"] != pointer["model_id"]}
+            if CHAMPION in before and before[CHAMPION]["model_id"] != pointer["model_id"]:
+                after[PREVIOUS] = before[CHAMPION]
+        if (read and before.get(alias) == pointer) or root.replace(ALIASES, _json(after), read) is not None:
+            break
+    root.remove(OLDER)
+
+
+def _aliases_or_none(root: Root) -> dict[str, dict[str, Any]]:
+    """As `aliases`; none where they are damaged, as then the next model that is published takes their place."""
+    try:
+        return aliases(root)
+    except ModelDamaged as error:
+        log.warning("what is published cannot be read: %s", error)
+        return {}
+
+
 def _remove_oldest(root: Root) -> None:
-    """Of more than KEPT models the oldest go, two in a publication, by the store's clock; none that a pointer names."""
+    """Of more than KEPT models the oldest go, two in a publication, by the store's clock; none that an alias names."""
     names = root.names("models")
-    pointers = b"".join(root.read(f"models/{name}") for name in names if name.endswith(".json"))
     models = [name for name in names if root.exists(f"models/{name}/model.json")]  # the first that is written
     if len(models) <= KEPT:
         return
-    written = {name: root.newest(f"models/{name}") for name in models if name.encode() not in pointers}
+    kept = {pointer["model_id"] for pointer in aliases(root).values()}
+    written = {name: root.newest(f"models/{name}") for name in models if name not in kept}
     oldest = sorted((time, name) for name, time in written.items() if time)
     for _, name in oldest[: min(2, len(models) - KEPT)]:
         root.remove_tree(f"models/{name}")
@@ -161,11 +262,15 @@ def load_current(root: Root, spec: Spec) -> Model:
 
     Raises NoModel before the first, ModelDamaged when it is not what was published.
     """
-    try:
-        pointer = _read_json(root, CURRENT)
-    except FileNotFoundError:
-        raise NoModel(f"no model is published under {root.url} yet: run {spec.stage}") from None
-    return _load(root, pointer, spec)
+    return _load(root, current(root, spec.stage), spec)
+
+
+def current(root: Root, stage: str = "train") -> dict[str, Any]:
+    """The pointer to the published model. Raises NoModel before the first, and ModelDamaged."""
+    pointer = aliases(root).get(CHAMPION)
+    if pointer is None:
+        raise NoModel(f"no model is published under {root.url} yet: run {stage}")
+    return pointer
 
 
 def stored(root: Root) -> list[dict[str, Any]]:
@@ -181,6 +286,15 @@ def stored(root: Root) -> list[dict[str, Any]]:
     return listed
 
 
+def listed(root: Root) -> list[dict[str, Any]]:
+    """As `stored`, each with its aliases; none where the aliases are damaged."""
+    named = _aliases_or_none(root)
+    return [
+        said | {"aliases": [alias for alias, pointer in named.items() if pointer["model_id"] == said["model_id"]]}
+        for said in stored(root)
+    ]
+
+
 def champion(root: Root, spec: Spec) -> Model | None:
     """The published model, or None when there is none that can be used: then any challenger is better."""
     try:
@@ -193,13 +307,15 @@ def champion(root: Root, spec: Spec) -> Model | None:
 
 
 def given(root: Root, spec: Spec) -> dict[str, Any]:
-    """What a training starts from besides its rows, for its replay: the pointer to the champion as JSON, and the
-    sha256 of each of the champion's files; nothing when there is no champion that can be used."""
-    if champion(root, spec) is None:
+    """What a training starts from besides its rows, for its replay: the aliases with the champion as JSON, and
+    the sha256 of each of the champion's files; nothing when there is no champion that can be used."""
+    model = champion(root, spec)
+    if model is None:
         return {}
-    pointer = _read_json(root, CURRENT)
+    pointer = {key: getattr(model, key) for key in POINTER}
     files = [f"models/{pointer['model_id']}/{name}" for name in ("model.json", "golden.json")]
-    return {CURRENT: pointer} | {name: hashlib.sha256(_read(root, name, MODEL_LIMIT)).hexdigest() for name in files}
+    hashes = {name: hashlib.sha256(_read(root, name, MODEL_LIMIT)).hexdigest() for name in files}
+    return {ALIASES: {CHAMPION: pointer}} | hashes
 
 
 def examine(root: Root, spec: Spec) -> "list[Finding]":
@@ -211,20 +327,25 @@ def examine(root: Root, spec: Spec) -> "list[Finding]":
 
 def _problems(root: Root, spec: Spec) -> Iterator[tuple[str, str]]:
     try:
-        load_current(root, spec)
-    except NoModel:
-        return
-    except (ModelDamaged, FileNotFoundError) as error:
+        pointers = aliases(root)
+    except ModelDamaged as error:
         yield str(error), f"run {spec.stage}: it publishes another"
+        return
+    for alias, pointer in pointers.items():
+        try:
+            _load(root, pointer, spec)
+        except ModelDamaged as error:
+            if alias == CHAMPION:
+                yield str(error), f"run {spec.stage}: it publishes another"
+            else:
+                yield f"{alias}: {error}", f"wait for another {alias}, or name one: `orchestrate.py models promote`"
 
 
-def _load(root: Root, pointer: Any, spec: Spec) -> Model:
+def _load(root: Root, pointer: dict[str, Any], spec: Spec) -> Model:
     """The model a pointer names. XGBoost gets to see its bytes only when their sha256 is right: it crashes on some
     damaged files, and loads others without a word."""
     import xgboost
 
-    if not _is_pointer(pointer):
-        raise ModelDamaged(f"{root.url_of(CURRENT)} names no model")
     folder = f"models/{pointer['model_id']}"
     try:
         raw = _read(root, f"{folder}/model.json", MODEL_LIMIT)
@@ -243,6 +364,14 @@ def _load(root: Root, pointer: Any, spec: Spec) -> Model:
     if not is_golden:
         raise ModelDamaged(f"{root.url_of(folder)} does not predict what it did when it was published")
     return model
+
+
+def _pointer(given: Any, url: str) -> dict[str, Any]:
+    """What `url` has of a model. Raises ModelDamaged when that names none."""
+    if not _is_pointer(given):
+        raise ModelDamaged(f"{url} names no model")
+    pointer: dict[str, Any] = given
+    return pointer
 
 
 def _is_pointer(given: Any) -> bool:

@@ -8,6 +8,7 @@ import datetime
 import io
 import json
 import logging
+import math
 import os
 import re
 import uuid
@@ -218,6 +219,32 @@ def newest(
     return _last(root, LISTED, limit, stage, state, since, until)
 
 
+def ranked(
+    root: Root,
+    metric: str,
+    *,
+    highest: bool = False,
+    stage: str | None = None,
+    state: str | None = None,
+    since: datetime.datetime | str | None = None,
+    until: datetime.datetime | str | None = None,
+    limit: int = 50,
+) -> list[dict[str, Any]]:
+    """As `newest`, of the runs that recorded a number as this metric, which each has as `value`: the lowest first,
+    or the highest; of equal ones the newest."""
+    import polars as pl
+
+    runs = _matching(root, stage, state, since, until)
+    runs = runs.filter(pl.col("metrics").str.contains(json.dumps(metric), literal=True))
+    rows = [_as_record(row) for row in runs.select(*LISTED, "metrics").collect().to_dicts()]
+    valued = [row | {"value": value} for row in rows if _is_number(value := row.pop("metrics").get(metric))]
+    return _kept(root, sorted(valued, key=lambda row: row["value"], reverse=highest)[:limit])
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def told(
     root: Root,
     stages: Iterable[str] | None = None,
@@ -342,6 +369,12 @@ def scan(root: Root) -> Any:
 def _last(
     root: Root, columns: tuple[str, ...], limit: int, stage: str | None, state: Any, since: Any, until: Any
 ) -> list[dict[str, Any]]:
+    rows = _matching(root, stage, state, since, until).select(columns).head(limit).collect().to_dicts()
+    return _kept(root, [_as_record(row) for row in rows])
+
+
+def _matching(root: Root, stage: str | None, state: Any, since: Any, until: Any) -> Any:
+    """The runs that are asked for, the newest first, as a lazy frame."""
     import polars as pl
 
     index, started = scan(root), pl.col("started_at")
@@ -353,8 +386,10 @@ def _last(
         index = index.filter(started >= moment(since))
     if until is not None:
         index = index.filter(started < moment(until))
-    newest = index.select(columns).sort("started_at", "run_id", descending=True).head(limit)
-    rows = [_as_record(row) for row in newest.collect().to_dicts()]
+    return index.sort("started_at", "run_id", descending=True)
+
+
+def _kept(root: Root, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     complete = root.each(lambda row: root.exists(f"{row['report']}/{COMPLETE}"), rows)
     return [row | {"kept": kept} for row, kept in zip(rows, complete, strict=True)]
 

@@ -365,9 +365,9 @@ class TestModel:
         first, second = api.get("/model").json(), publish_model(root, max_trees=3)
         Path(root, f"models/{first['model_id']}/metrics.json").write_text("{")
         (listed,) = api.get("/v1/models").json()
-        assert listed == api.get("/v1/model").json() | {"is_current": True}
+        assert listed == api.get("/v1/model").json() | {"is_current": True, "aliases": ["champion"]}
         assert listed["model_id"] == second
-        Path(root, "models/current.json").write_text("{")
+        Path(root, "models/aliases.json").write_text("{")
         assert [each["is_current"] for each in api.get("/v1/models").json()] == [True]
 
     def test_a_new_one_is_taken_up(self, api, root):
@@ -379,7 +379,7 @@ class TestModel:
     def test_the_last_good_one_is_served_while_the_published_one_is_damaged(self, api, root, damage):
         before = api.post("/predict", json=[ITEM]).json()
         after = publish_model(root, max_trees=3)
-        broken = Path(root, "models/current.json" if damage == "pointer" else f"models/{after}/model.json")
+        broken = Path(root, "models/aliases.json" if damage == "pointer" else f"models/{after}/model.json")
         whole = broken.read_bytes()
         broken.write_bytes(whole[: len(whole) // 2])
         assert api.post("/predict", json=[ITEM]).json() == before
@@ -404,7 +404,7 @@ class TestModel:
     )
     def test_whatever_the_pointer_becomes_the_last_good_one_is_served(self, api, root, put):
         before = api.post("/predict", json=[ITEM]).json()
-        pointer = Path(root, "models/current.json")
+        pointer = Path(root, "models/aliases.json")
         pointer.unlink()
         put(pointer)
         for _ in range(2):
@@ -414,7 +414,7 @@ class TestModel:
         assert f"{before[0]['model_id']} still is" in missing
 
     def test_a_damaged_first_one_is_none(self, api, root):
-        Path(root, "models/current.json").write_text("{}")
+        Path(root, "models/aliases.json").write_text("{}")
         assert "cannot be used" in detail(api.get("/model"))
         assert api.post("/predict", json=[ITEM]).status_code == 503
 

@@ -164,7 +164,7 @@ def test_the_figures_are_the_lakes(root):
     assert shown["Refused rows"] == "0"
     assert shown["Batch"] == "1"
     assert shown["Data up to (UTC)"] == "2026-11-22"  # the time alone while it is of these hours
-    loss = json.loads(Path(root, "models/current.json").read_text())["metrics"]["log_loss"]
+    loss = json.loads(Path(root, "models/aliases.json").read_text())["champion"]["metrics"]["log_loss"]
     assert shown["Model's log loss"] == f"{loss:.4f}"
 
 
@@ -265,7 +265,7 @@ DAMAGES = {  # page, damage, panels that cannot be shown, what is to be done, ch
         *(live_page, lambda root: Root.at(root).write(releases.TOLD, b"[]")),
         *(["The release"], "start `python orchestrate.py up` again", 5, 6),
     ),
-    "the model's pointer": (live_page, of("models/current.json", b"{}"), ["The model"] * 2, "run train", 4, 5),
+    "the model's pointer": (live_page, of("models/aliases.json", b"{}"), ["The model"] * 2, "run train", 4, 5),
     "an answer's pointer": (live_page, of(f"{ANSWER}/current.json", b"[]"), ["The answer"], "run query", 4, 5),
     "an answer": (questions_page, of(f"{ANSWER}/*.parquet", CUT), ["The answer"], "run query", 0, 1),
     "a history": (questions_page, of(f"{ANSWER}/history.json", CUT), ["The history"], "run query", 1, 1),
@@ -294,7 +294,7 @@ def test_what_is_damaged_takes_no_more_down_than_its_own_panel(root, what):
 
 
 def test_answers_without_a_model(root):
-    Path(root, "models/current.json").unlink()
+    Path(root, "models/aliases.json").unlink()
     shown = page()
     assert metrics(shown)["Model's log loss"] == "–"
     assert any("There is no model yet" in text for text in texts(shown.caption))

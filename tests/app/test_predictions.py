@@ -147,11 +147,11 @@ def test_the_watch_takes_up_what_is_published_and_keeps_what_serves(root, monkey
         second = publish_model(root, max_trees=3)
         until(lambda: served.model.model_id == second)
         assert first != second and served.current()[1] is None
-        pointer = stored.read("models/current.json")
-        stored.write("models/current.json", b"{")
+        pointer = stored.read("models/aliases.json")
+        stored.write("models/aliases.json", b"{")
         until(lambda: served.current()[1])
         assert served.current()[0].model_id == second
-        stored.write("models/current.json", pointer)
+        stored.write("models/aliases.json", pointer)
         until(lambda: served.current()[1] is None)
     assert not served.is_watched
 

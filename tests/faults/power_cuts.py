@@ -20,6 +20,7 @@ from faults import disk, lake_world, toy
 from faults.lake_world import AT, MONEY, NotHeld, World, processes
 
 from etl.lake import ingest
+from etl.models import registry
 from etl.runs import delivery, index, upkeep
 from etl.storage import PROJECT, Root
 from pipeline import Lake, model
@@ -285,8 +286,8 @@ def _spool(root: str):
 
 def _model_holds(cut: Cut) -> None:
     """The current model loads, and is not older than what was published; the next one is published."""
-    synced, pointers = cut.versions_of(model.CURRENT)
-    ids = [json.loads(data)["model_id"] if data else None for data in pointers]
+    synced, pointers = cut.versions_of(registry.ALIASES)
+    ids = [json.loads(data)["champion"]["model_id"] if data else None for data in pointers]
     try:
         found = model.load_current(Root.at(cut.root)).model_id
     except model.NoModel:

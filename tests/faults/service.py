@@ -335,17 +335,21 @@ for line in sys.stdin:
 
 def _damages(root: Path) -> list[Callable[[], object]]:
     """Ways in which what is published becomes something else."""
-    pointer = root / "models" / "current.json"
+    pointer = root / registry.ALIASES
 
     def instead(make: Callable[[Path], object]) -> Callable[[], object]:
         return lambda: (pointer.unlink(), make(pointer))
 
     def said(**changed: object) -> Callable[[], object]:
-        return lambda: pointer.write_text(json.dumps(json.loads(pointer.read_text()) | changed))
+        def damage() -> None:
+            named = json.loads(pointer.read_text())
+            pointer.write_text(json.dumps(named | {"champion": named["champion"] | changed}))
+
+        return damage
 
     def of_model(name: str, change: Callable[[bytes], bytes]) -> Callable[[], object]:
         def damage() -> None:
-            path = root / "models" / json.loads(pointer.read_text())["model_id"] / name
+            path = root / "models" / json.loads(pointer.read_text())["champion"]["model_id"] / name
             path.write_bytes(change(path.read_bytes()))
             pointer.write_text(pointer.read_text() + " ")  # or nobody would look
 
@@ -443,7 +447,7 @@ def _boosters(rng: random.Random) -> Iterator[xgboost.Booster]:
 
 def _make_way(root: Path) -> None:
     """What stands where the pointer is to be, and is no file, is removed."""
-    pointer = root / "models" / "current.json"
+    pointer = root / registry.ALIASES
     if pointer.is_dir() and not pointer.is_symlink():
         shutil.rmtree(pointer)
 
@@ -495,7 +499,11 @@ class _Load:
             thread.join()
 
     def _ask(self, row: int) -> None:
-        connection, due = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60), time.monotonic()
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
+            self._ask_over(connection, row)
+
+    def _ask_over(self, connection: http.client.HTTPConnection, row: int) -> None:
+        due = time.monotonic()
         while not self.ended.is_set():
             row, due = (row + 1) % len(self.asked), due + 0.01
             time.sleep(max(0, due - time.monotonic()))

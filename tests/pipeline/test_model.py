@@ -329,7 +329,7 @@ def test_what_is_stored_of_a_model_has_the_names_of_this_domain(root, booster, h
 
 def test_a_damaged_model_is_told_with_what_to_do(root):
     assert not [finding for finding in model.examine(Root.at(root)) if finding.problem]
-    Path(root, model.CURRENT).write_text("{}")
+    Path(root, registry.ALIASES).write_text("{}")
     assert model.champion(Root.at(root)) is None and model.given(Root.at(root)) == {}
     (finding,) = model.examine(Root.at(root))
     assert (finding.what, finding.remedy) == ("the model", "run train: it publishes another")

@@ -114,6 +114,8 @@ def test_every_command_has_help():
         ("new", "table"),
         ("new", "question"),
         ("new", "stage"),
+        ("models",),
+        *[("models", name) for name in ("list", "show", "promote", "rollback", "compare")],
     ):
         done = CliRunner().invoke(orchestrate_app, [*command, "--help"])
         assert done.exit_code == 0 and "Usage" in done.stdout, command

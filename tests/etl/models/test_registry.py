@@ -55,7 +55,7 @@ def model_file(root: Root, name: str = "model.json") -> Path:
 def _sparse(path: Path) -> None:
     """Larger than what is read, and of no block on the disk."""
     with path.open("wb") as file:
-        file.truncate(150_000_000 if path.name == "current.json" else 300_000_000)
+        file.truncate(150_000_000 if path.name == "aliases.json" else 300_000_000)
 
 
 NO_FILES = [os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path.name), _sparse]
@@ -74,7 +74,7 @@ def test_what_is_published_is_what_is_loaded(root, booster):
 
 
 def test_the_files_of_a_model_and_its_pointer(root):
-    pointer = json.loads(Path(root.url, "models/current.json").read_text())
+    pointer = json.loads(Path(root.url, "models/aliases.json").read_text())["champion"]
     folder = Path(root.url, "models", pointer["model_id"])
     assert list(pointer) == ["model_id", "sha256", "run_id", "metrics"]
     assert sorted(path.name for path in folder.iterdir()) == ["golden.json", "metrics.json", "model.json"]
@@ -116,10 +116,10 @@ def test_every_truncation_and_bit_flip_of_the_model_is_refused(root):
 
 
 def test_a_pointer_to_another_model_or_to_nonsense_is_refused(root):
-    path = Path(root.url, registry.CURRENT)
-    pointer = json.loads(path.read_text())
+    path = Path(root.url, registry.ALIASES)
+    pointer = json.loads(path.read_text())["champion"]
     changes = ({"model_id": "other"}, {"model_id": 7}, {"sha256": "0"}, {"metrics": None}, {"run_id": ["train-1"]})
-    changed = [json.dumps(pointer | change) for change in changes]
+    changed = [json.dumps({"champion": pointer | change}) for change in changes]
     for data in ("{", "[]", "{}", "null", "[" * 100_000, "\ud800", *changed):
         path.write_bytes(data.encode(errors="surrogatepass"))
         with pytest.raises(registry.ModelDamaged):
@@ -127,7 +127,7 @@ def test_a_pointer_to_another_model_or_to_nonsense_is_refused(root):
         assert registry.champion(root, SPEC) is None and registry.given(root, SPEC) == {}
 
 
-@pytest.mark.parametrize("name", [registry.CURRENT, "model.json", "golden.json"])
+@pytest.mark.parametrize("name", [registry.ALIASES, "model.json", "golden.json"])
 def test_what_is_no_ordinary_file_is_refused_and_never_waited_for(root, name):
     path = Path(root.url, name) if "/" in name else model_file(root, name)
     for put in NO_FILES:
@@ -143,7 +143,7 @@ def test_what_is_no_ordinary_file_is_refused_and_never_waited_for(root, name):
 def test_a_folder_of_models_that_is_a_file_is_refused(root):
     Path(root.url, "models").rename(Path(root.url, "elsewhere"))
     Path(root.url, "models").touch()
-    with pytest.raises(registry.ModelDamaged, match="models/current.json"):
+    with pytest.raises(registry.ModelDamaged, match="models/aliases.json"):
         registry.load_current(root, SPEC)
 
 
@@ -185,7 +185,7 @@ def test_a_model_without_golden_predictions_is_refused(root, golden):
 
 
 def test_a_model_that_cannot_be_read_back_leaves_the_champion(root, monkeypatch):
-    before = root.read(registry.CURRENT)
+    before = root.read(registry.ALIASES)
     write = type(root).write
 
     def torn(self, rel, data):
@@ -194,7 +194,7 @@ def test_a_model_that_cannot_be_read_back_leaves_the_champion(root, monkeypatch)
     monkeypatch.setattr(type(root), "write", torn)
     with pytest.raises(registry.ModelDamaged, match="sha256"):
         registry.publish(root, train(seed=1), {}, GOLDEN, "train-2", SPEC)
-    assert root.read(registry.CURRENT) == before
+    assert root.read(registry.ALIASES) == before
     assert registry.load_current(root, SPEC).run_id == "train-1"
 
 
@@ -217,11 +217,11 @@ def test_a_model_that_predicts_no_number_is_not_published(root):
 
 def test_what_a_training_starts_from_is_told_for_its_replay(root):
     told = registry.given(root, SPEC)
-    pointer = json.loads(root.read(registry.CURRENT))
+    pointer = json.loads(root.read(registry.ALIASES))["champion"]
     folder = f"models/{pointer['model_id']}"
-    assert told[registry.CURRENT] == pointer
+    assert told[registry.ALIASES] == {"champion": pointer}
     assert told[f"{folder}/model.json"] == pointer["sha256"]
-    assert told.keys() == {registry.CURRENT, f"{folder}/model.json", f"{folder}/golden.json"}
+    assert told.keys() == {registry.ALIASES, f"{folder}/model.json", f"{folder}/golden.json"}
 
 
 def test_a_damaged_model_is_told_with_what_to_do(root, tmp_path):
@@ -270,17 +270,108 @@ def test_a_prediction_wakes_no_other_thread(root):
     assert not any(json.loads(done.stdout))
 
 
-def test_of_many_models_the_oldest_go_and_none_that_is_named(root, booster):
-    for number in range(registry.KEPT + 3):
+def test_of_many_models_the_oldest_go_and_none_that_an_alias_names(root, booster):
+    first = registry.promote(root, "champion", SPEC, "shadow").model_id
+    os.utime(f"{root.url}/models/{first}", (0, 0))
+    for number in range(registry.KEPT + 2):
         root.write(f"models/old-{number:02d}/model.json", b"{}")
-        os.utime(f"{root.url}/models/old-{number:02d}", (number, number))
-    root.write("models/aliases.json", json.dumps({"shadow": "old-00"}).encode())
+        os.utime(f"{root.url}/models/old-{number:02d}", (number + 1, number + 1))
     (Path(root.url) / "models/lost+found").mkdir()
-    current = registry.publish(root, booster, METRICS, GOLDEN, "train-2", SPEC)
+    registry.publish(root, booster, METRICS, GOLDEN, "train-2", SPEC)
     gone = {f"old-{number:02d}" for number in range(registry.KEPT + 3)} - {*root.names("models")}
-    assert gone == {"old-01", "old-02"}
+    assert gone == {"old-00", "old-01", f"old-{registry.KEPT + 2}"}
     for number in range(3, 9):
         current = registry.publish(root, booster, METRICS, GOLDEN, f"train-{number}", SPEC)
     models = [name for name in root.names("models") if root.exists(f"models/{name}/model.json")]
-    assert len(models) == registry.KEPT and {current, "old-00"} <= {*models}
+    assert len(models) == registry.KEPT and {current, first} <= {*models}
+    assert named(root) == {"champion": "train-8", "previous": "train-7", "shadow": "train-1"}
     assert registry.load_current(root, SPEC).model_id == current and root.names("models/lost+found") == []
+
+
+def named(root: Root) -> dict[str, str]:
+    """Alias -> the run whose model it is."""
+    return {alias: pointer["run_id"] for alias, pointer in registry.aliases(root).items()}
+
+
+@pytest.fixture
+def three(root):
+    """A root with a champion of train-2, the previous one of train-1 and a challenger of train-3."""
+    registry.publish(root, train(seed=2), METRICS, GOLDEN, "train-2", SPEC)
+    registry.publish(root, train(seed=3), {"loss": 0.5}, GOLDEN, "train-3", SPEC, registry.CHALLENGER)
+    return root
+
+
+def test_champion_and_previous_move_together_and_back(three):
+    assert named(three) == {"champion": "train-2", "previous": "train-1", "challenger": "train-3"}
+    assert registry.load_current(three, SPEC).run_id == "train-2", "a challenger is not published"
+    assert registry.promote(three, "challenger", SPEC).metrics == {"loss": 0.5}
+    assert named(three) == {"champion": "train-3", "previous": "train-2"}
+    assert registry.promote(three, "train-3", SPEC).run_id == "train-3"
+    assert named(three) == {"champion": "train-3", "previous": "train-2"}, "the second time there is nothing to do"
+    assert registry.rollback(three, SPEC).run_id == "train-2"
+    assert named(three) == {"champion": "train-2", "previous": "train-3"}
+    registry.promote(three, "train-1", SPEC, registry.SHADOW)
+    registry.rollback(three, SPEC)
+    assert named(three) == {"champion": "train-3", "previous": "train-2", "shadow": "train-1"}
+    assert [each["aliases"] for each in registry.listed(three)] == [["champion"], ["previous"], ["shadow"]]
+
+
+def test_what_is_damaged_is_not_promoted_and_all_stays(three):
+    before = three.read(registry.ALIASES)
+    (path,) = Path(three.url).glob("models/train-1-*/model.json")
+    path.write_bytes(path.read_bytes()[:-9])
+    (golden,) = Path(three.url).glob("models/train-3-*/golden.json")
+    golden.write_text(golden.read_text().replace("0.", "1."))
+    for name, why in (("train-1", "sha256"), ("challenger", "does not predict"), ("previous", "sha256")):
+        with pytest.raises(registry.ModelDamaged, match=why):
+            registry.promote(three, name, SPEC)
+    with pytest.raises(registry.ModelDamaged, match="sha256"):
+        registry.rollback(three, SPEC)
+    unknown = {"train-": "3 models begin", "train-9": "no model train-9", "": "no model", "shadow": "no shadow"}
+    for name, why in unknown.items():
+        with pytest.raises(registry.NoModel, match=why):
+            registry.promote(three, name, SPEC)
+    assert three.read(registry.ALIASES) == before
+    problems = [finding for finding in registry.examine(three, SPEC) if finding.problem]
+    assert [finding.problem.split(":")[0] for finding in problems] == ["challenger", "previous"]
+    assert all("promote" in finding.remedy for finding in problems)
+
+
+def test_a_root_of_an_older_release_goes_on(root):
+    """It has the champion's pointer alone."""
+    pointer = registry.current(root)
+    root.write(registry.OLDER, json.dumps(pointer).encode())
+    root.remove(registry.ALIASES)
+    assert registry.load_current(root, SPEC).run_id == "train-1" and registry.mark(root)
+    with pytest.raises(registry.NoModel, match="there is no previous"):
+        registry.rollback(root, SPEC)
+    registry.publish(root, train(seed=2), METRICS, GOLDEN, "train-2", SPEC)
+    assert named(root) == {"champion": "train-2", "previous": "train-1"}
+    assert not root.exists(registry.OLDER)
+
+
+def test_aliases_move_in_an_object_store(s3_root, booster):
+    root = Root.at(s3_root)
+    for number in (1, 2):
+        registry.publish(root, booster, METRICS, GOLDEN, f"train-{number}", SPEC)
+    registry.publish(root, booster, METRICS, GOLDEN, "train-3", SPEC, registry.CHALLENGER)
+    before = registry.mark(root)
+    registry.rollback(root, SPEC)
+    assert named(root) == {"champion": "train-1", "previous": "train-2", "challenger": "train-3"}
+    assert before != registry.mark(root) and registry.load_current(root, SPEC).run_id == "train-1"
+
+
+def test_of_two_who_move_aliases_at_once_neither_is_lost(three):
+    """Also when they do not hold the same lease, as two releases."""
+    replace, others = type(three).replace, ["train-3"]
+
+    def interrupted(self, rel, data, mark):
+        if others:
+            registry._name(three, registry.SHADOW, registry.find(three, others.pop()))
+        return replace(self, rel, data, mark)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(three), "replace", interrupted)
+        registry.promote(three, "train-1", SPEC)
+    also = {"challenger": "train-3", "shadow": "train-3"}
+    assert named(three) == {"champion": "train-1", "previous": "train-2"} | also
