@@ -16,12 +16,12 @@ import streamlit as st
 from app.domain import model
 from app.settings import Settings
 from etl import charts, findings
+from etl.figures import figure as written
+from etl.figures import is_name, is_share, shortened, words
 from etl.questions import results
 from etl.runs import index
 from etl.serve import health
 from etl.storage import Root
-from etl.wording import figure as written
-from etl.wording import is_name, is_share, words
 from pipeline import Lake, queries
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def plain(text: str) -> str:
 
 def _in_words(name: str, value: Any) -> str:
     said = ", ".join(map(str, value)) if isinstance(value, list) else written(value, name)
-    return said if len(said) <= LETTERS else said[:LETTERS] + "…"
+    return shortened(said, LETTERS)
 
 
 def _code(text: str) -> str:

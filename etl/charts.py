@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import polars as pl
 
-from etl.wording import MEGABYTES, figure, is_name, is_share, words
+from etl.figures import MEGABYTES, figure, is_name, is_share, words
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -12,7 +12,7 @@ from html import escape
 from typing import Any, NewType
 
 from etl import secrets
-from etl.wording import figure, words
+from etl.figures import figure, words
 
 # Annotates a parameter that is the name of a secret: in YAML, in the injected cell and in the report stands the name
 Secret = NewType("Secret", str)

@@ -8,12 +8,12 @@ import streamlit as st
 
 from app import shown
 from app.domain import CARD, model
+from etl.figures import shortened
 from etl.lake import NothingPublished, Snapshot
 from etl.models import registry
 from etl.runs import journal, releases
 from etl.serve import health
 from etl.storage import Root
-from etl.wording import shortened
 from pipeline import COUNTED, TITLE, Lake, queries
 
 FOLLOW_S = 2  # between two looks at the runs under way

@@ -6,8 +6,8 @@ import polars as pl
 import streamlit as st
 
 from app import shown
+from etl.figures import is_share
 from etl.storage import Root
-from etl.wording import is_share
 from pipeline import queries
 
 ASKED = "question"  # the field, and in the page's address, so that an answer can be linked

@@ -7,8 +7,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from etl.figures import figure
 from etl.storage import PROJECT
-from etl.wording import figure
 
 if TYPE_CHECKING:
     from etl.runs.record import RunRecord

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from etl.figures import figure, moment, words
 from etl.storage import Root
-from etl.wording import figure, moment, words
 
 if TYPE_CHECKING:
     import nh3

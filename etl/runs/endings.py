@@ -5,10 +5,10 @@ import signal
 from dataclasses import dataclass
 from typing import Any
 
+from etl.figures import shortened
 from etl.notebook import CheckFailed, Stop
 from etl.reports import cards
 from etl.runs.record import Progress
-from etl.wording import shortened
 
 NEAR = 0.9  # of the memory there is: then a SIGKILL out of nowhere was for memory
 REASON_CHARS = 2000  # of a reason that is kept

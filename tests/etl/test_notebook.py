@@ -7,7 +7,7 @@ from decimal import Decimal
 import pytest
 from jupyter_client.manager import KernelManager
 
-from etl import notebook, wording
+from etl import notebook
 from etl.notebook import CHECK_MIME, RECORD_MIME, CheckFailed, Stop, check, record, stop
 from etl.storage import PROJECT
 
@@ -94,25 +94,3 @@ def test_outside_ipython_record_prints_and_stop_raises(capsys):
     assert capsys.readouterr().out == "rows  12\nprice  1.5\nday  2026-11-03\ntables  ['a', 'b']\n"
     with pytest.raises(Stop, match="nothing"):
         stop("nothing")
-
-
-@pytest.mark.parametrize(
-    "name, value, text",
-    [
-        ("rows", 1234567, "1,234,567"),
-        ("year", 1995, "1995"),
-        ("order_key", 1234567, "1234567"),
-        ("orders_per_year", 1234567, "1,234,567"),
-        ("late_share", 0.6321, "63.2 %"),
-        ("log_loss", 0.12389, "0.12389"),
-        ("revenue", 136_312_345.5, "136,312,346"),  # not 1.36312e+08
-        ("mb", 0.002159, "< 0.01"),
-        ("written_mb", 1234.5, "1,234.50"),
-        ("as_of", "2026-11-03T10:00:00.5+01:00", "2026-11-03 09:00:00 UTC"),
-        ("as_of", "2026-99-03T10:00:00.5+01:00", "2026-99-03T10:00:00.5+01:00"),
-        ("losses", {"train": 0.5, "test": None}, "train 0.5, test none"),
-        ("is_new", True, "True"),
-    ],
-)
-def test_a_figure_reads_as_people_write_it(name, value, text):
-    assert wording.figure(value, name) == text

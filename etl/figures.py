@@ -1,4 +1,4 @@
-"""Figures, times and names as people read them, the same in reports, on charts and on the dashboard."""
+"""Figures, names and times as people write them: in reports, on the dashboard and on terminals."""
 
 import contextlib
 import re
