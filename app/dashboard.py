@@ -8,7 +8,13 @@ import streamlit as st
 
 from app.views import live, questions, runs
 
-STYLE = "<style>.stMainBlockContainer { padding: 4rem 3rem 2rem; }</style>"  # has no setting
+# These have no setting. A table's own download would be of what is shown, with texts cut; the answers have whole ones.
+STYLE = """<style>
+.stMainBlockContainer { padding: 4rem 3rem 2rem; }
+[class*="st-key-excerpt-"] [data-testid="stElementToolbarButton"]:has([aria-label^="Download as CSV"]) {
+    display: none;
+}
+</style>"""
 
 
 def main() -> None:

@@ -2,9 +2,10 @@
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ import streamlit as st
 from app.domain import model
 from app.settings import Settings
 from etl import charts, findings
+from etl.figures import figure as written
+from etl.figures import is_name, is_share, shortened, words
 from etl.questions import results
 from etl.runs import index
 from etl.serve import health
@@ -23,7 +26,12 @@ from pipeline import Lake, queries
 
 log = logging.getLogger(__name__)
 LOOK_S = 15  # between two looks at the root
-TABLE_PX = 213  # a head and five rows
+TABLE_PX, WHOLE_PX = 213, 738  # a head and five rows, and twenty; the others are scrolled to
+ROWS, LETTERS = 1000, 200  # that a browser is sent: of a table and a chart, of a text in them
+SECONDS = "YYYY-MM-DD HH:mm:ss"
+DOCTOR = "see what `python orchestrate.py doctor` says"
+EXCERPT = "excerpt"  # how the keys of containers begin that hold a part of something
+LINE = 500  # characters of a line that a run prints
 STATES = {  # of a run: colour of the badge and, dark enough to read, of the text; the others are bad
     "ok": ("green", "#2e7d4f"),
     "noop": ("gray", "#6b6b6b"),
@@ -48,11 +56,11 @@ def report_url(run_id: str) -> str:
 
 
 @contextmanager
-def panel(what: str, looks: Iterable[str] = (), about: str = "") -> Iterator[None]:
+def panel(what: str, looks: Iterable[str] = (), about: str = "", remedy: str = DOCTOR) -> Iterator[None]:
     """A part of a page that stands or falls alone: an error inside is said in its place, with what is to be done.
 
     `what`: the part, as a sentence begins; `looks`: what `doctor` calls the things it is read from, of whose problems
-    those are shown that name `about`.
+    those are shown that name `about`. `remedy`: what is to be done when it names none.
     """
     try:
         yield
@@ -63,7 +71,7 @@ def panel(what: str, looks: Iterable[str] = (), about: str = "") -> Iterator[Non
         said = [
             f"{_code(finding.problem)}. What to do: {finding.remedy}." for finding in wrong if about in finding.problem
         ]
-        unknown = f"{_code(findings.sentence(error))}. What to do: see what `python orchestrate.py doctor` says."
+        unknown = f"{_code(findings.sentence(error))}. What to do: {remedy}."
         st.warning("\n\n".join([f"**{what} cannot be shown.**", *(said or [unknown])]))
 
 
@@ -97,6 +105,11 @@ def plain(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()#+!$:~|<>-])", r"\\\1", text.replace("\n", " "))
 
 
+def _in_words(name: str, value: Any) -> str:
+    said = ", ".join(map(str, value)) if isinstance(value, list) else written(value, name)
+    return shortened(said, LETTERS)
+
+
 def _code(text: str) -> str:
     """Text of any kind in a line of Markdown."""
     return "`" + text.replace("`", "'").replace("\n", " ") + "`"
@@ -104,13 +117,62 @@ def _code(text: str) -> str:
 
 @st.cache_data(max_entries=32, show_spinner=False)
 def answer(root_url: str, question: str, pointer: bytes) -> tuple[dict[str, Any], pl.DataFrame, Any]:
-    """A question's current pointer, rows and Plotly figure, None when there is nothing to draw.
+    """A question's current pointer, what is shown of its rows, and their Plotly figure, None when there is none.
 
     `pointer`: its bytes, by which the cache knows it.
     """
-    current, frame = queries.current(Root.at(root_url), question)
+    current, whole = queries.current(Root.at(root_url), question)
+    frame = brief(whole)
     chart = next(q.chart for q in queries.questions() if q.name == question)
     return current, frame, figure(chart, frame) if chart and frame.height else None
+
+
+def brief(frame: pl.DataFrame) -> pl.DataFrame:
+    """The first rows with their texts cut: what a browser can draw. It drew 100,000 rows 3.5 million pixels high."""
+    text = pl.selectors.string(include_categorical=True).cast(pl.String)
+    return frame.head(ROWS).with_columns(
+        pl.when(text.str.len_chars() > LETTERS).then(text.str.head(LETTERS) + "…").otherwise(text)
+    )
+
+
+EXPORTS: dict[str, tuple[str, Callable[[bytes], bytes]]] = {  # kind -> its MIME type, the answer's file as that
+    "CSV": ("text/csv", lambda data: _flat(pl.read_parquet(data)).write_csv().encode()),
+    "JSON": ("application/json", lambda data: _flat(pl.read_parquet(data), nested=False).write_json().encode()),
+    "Parquet": ("application/vnd.apache.parquet", lambda data: data),
+}
+
+
+def downloads(root: Root, current: dict[str, Any]) -> None:
+    """Buttons that give an answer whole and exact; `current`: its pointer. A file is made when it is asked for."""
+    with st.container(horizontal=True):
+        for kind, (mime, made) in EXPORTS.items():
+            st.download_button(
+                kind,
+                partial(_exported, root, current["file"], made),
+                f"{current['run_id']}-{current['question']}.{kind.lower()}",
+                mime,
+                key=f"{current['question']}-{kind}",
+                on_click="ignore",
+                type="tertiary",
+                icon=":material/download:",
+            )
+
+
+def _exported(root: Root, path: str, made: Callable[[bytes], bytes]) -> bytes:
+    return made(root.read(path))
+
+
+def _flat(frame: pl.DataFrame, nested: bool = True) -> pl.DataFrame:
+    """With bytes, durations and, if `nested`, lists and structs as text: CSV has none of them, JSON no bytes."""
+    odd = (
+        column
+        for column in frame
+        if column.dtype in (pl.Binary, pl.Duration, pl.Object) or nested and column.dtype.is_nested()
+    )
+    return frame.with_columns(
+        pl.Series(column.name, [None if value is None else str(value) for value in column.to_list()], pl.String)
+        for column in odd
+    )
 
 
 def figure(chart: charts.Chart, frame: pl.DataFrame) -> Any:
@@ -166,7 +228,7 @@ def runs_table(shown: list[dict[str, Any]]) -> None:
         height="content",
         hide_index=True,
         column_config={
-            "Started (UTC)": st.column_config.DatetimeColumn(format="YYYY-MM-DD HH:mm:ss"),
+            "Started (UTC)": st.column_config.DatetimeColumn(format=SECONDS),
             "Seconds": st.column_config.NumberColumn(format="%,.1f", width="small"),
             "Why": st.column_config.TextColumn(width="large"),
             "Report": st.column_config.LinkColumn(display_text=r"([^/]+)$"),
@@ -176,16 +238,21 @@ def runs_table(shown: list[dict[str, Any]]) -> None:
 
 
 def answer_card(root: Root, question: queries.Question, rows_px: int | None = TABLE_PX) -> None:
-    """A question's current answer as a chart and a table, and the run it comes from; all rows without `rows_px`."""
+    """A question's current answer as a chart and a table, and its run; without `rows_px` with downloads."""
     with panel("The answer", ["the answers"], f"results/{question.name}/current.json"):
         current, frame, drawn = answer(root.url, question.name, root.read(pointer(question)))
-        asked_with = [f"`{words(name)}: {value}`" for name, value in current["parameters"].items()]
+        asked_with = [
+            _code(f"{words(name)}: {_in_words(name, value)}") for name, value in current["parameters"].items()
+        ]
         st.caption(" ".join([question.text, *asked_with]))
         if drawn:
             draw(drawn, question.name)
         table(frame, {name: column(name, dtype) for name, dtype in frame.schema.items()}, question.name, rows_px)
+        if rows_px is None:
+            downloads(root, current)
         as_of = datetime.fromisoformat(current["as_of"])
         rows = "1 row" if current["rows"] == 1 else f"{current['rows']:,} rows"
+        rows = rows if frame.height == current["rows"] else f"The first {frame.height:,} of {rows}"
         st.caption(
             f"{rows}, batch {current['batch']:,}, up to {as_of:%Y-%m-%d %H:%M:%S} UTC, "
             f"by [{current['run_id']}]({report_url(current['run_id'])})"
@@ -198,11 +265,15 @@ def draw(figure: Any, name: str) -> None:
 
 
 def table(frame: pl.DataFrame, columns: dict[str, Any], name: str, rows_px: int | None = TABLE_PX) -> None:
-    """A frame; `columns` as in Streamlit's column_config, `name` is its key on the page."""
-    height = 38 + 35 * frame.height
-    st.dataframe(
-        frame.with_columns(pl.selectors.decimal().cast(pl.Float64)),
-        height=min(rows_px or height, height),
+    """The first rows of a frame; `columns` as in Streamlit's column_config, `name` is its key on the page."""
+    shown = brief(
+        _flat(frame.head(ROWS)).with_columns(
+            (pl.selectors.decimal() | pl.selectors.by_dtype(pl.Int128)).cast(pl.Float64)
+        )
+    )
+    st.container(key=f"{EXCERPT}-{name}").dataframe(
+        shown,
+        height=min(rows_px or WHOLE_PX, 38 + 35 * shown.height),
         hide_index=True,
         column_config=columns,
         key=f"table-{name}",
@@ -210,18 +281,17 @@ def table(frame: pl.DataFrame, columns: dict[str, Any], name: str, rows_px: int 
 
 
 def column(name: str, dtype: pl.DataType) -> Any:
-    """How a column of an answer is shown: a human name, thousands apart, two decimals, keys and years as they are."""
-    label = words(name).capitalize()
+    """How a column of an answer is shown: a human name, thousands apart, shares in percent, keys as they are."""
+    label = heading(name)
     if dtype.is_integer():
-        is_a_name = name == "year" or name.endswith("_key")
-        return st.column_config.NumberColumn(label, format="%d" if is_a_name else "%,d")
+        return st.column_config.NumberColumn(label, format="%d" if is_name(name) else "%,d")
     if dtype.is_numeric():
-        return st.column_config.NumberColumn(label, format="%,.2f")
+        return st.column_config.NumberColumn(label, format="percent" if is_share(name) else "%,.2f")
     if dtype == pl.Date:
         return st.column_config.DateColumn(label, format="YYYY-MM-DD")
-    if dtype.is_temporal():
-        return st.column_config.DatetimeColumn(f"{label} (UTC)", format="MM-DD HH:mm:ss")
-    return st.column_config.TextColumn(label)
+    if dtype == pl.Datetime:
+        return st.column_config.DatetimeColumn(f"{label} (UTC)", format=SECONDS)
+    return st.column_config.Column(label) if dtype.is_temporal() else st.column_config.TextColumn(label)
 
 
 def pointer(question: queries.Question) -> str:
@@ -229,9 +299,10 @@ def pointer(question: queries.Question) -> str:
     return f"results/{question.name}/current.json"
 
 
-def words(name: str) -> str:
-    """A name as people write it."""
-    return name.replace("_", " ")
+def heading(name: str) -> str:
+    """A name as a heading begins."""
+    label = words(name)
+    return label[:1].upper() + label[1:]
 
 
 def ago(moment: datetime) -> str:

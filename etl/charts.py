@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import polars as pl
 
+from etl.figures import MEGABYTES, figure, is_name, is_share, words
+
 if TYPE_CHECKING:
     import plotly.graph_objects as go
     from holoviews import opts
@@ -69,7 +71,7 @@ class Grid:
     def _repr_html_(self) -> str:
         shown = self.frame.head(self.rows)
         sides = [' align="right"' if dtype.is_numeric() else "" for dtype in shown.dtypes]
-        names = [html.escape(name.replace("_", " ")) for name in shown.columns]
+        names = [html.escape(words(name)) for name in shown.columns]
         head = "".join(f"<th{side}>{name}</th>" for side, name in zip(sides, names, strict=True))
         cells = [[_text(*item) for item in zip(shown.columns, row, strict=True)] for row in shown.iter_rows()]
         rows = [[f"<td{side}>{self._cut(cell)}</td>" for side, cell in zip(sides, row, strict=True)] for row in cells]
@@ -89,16 +91,18 @@ def table(frame: pl.DataFrame, rows: int = 10, letters: int | None = None) -> Gr
 
 
 def _text(column: str, value: Any) -> str:
-    """Numbers with separators, money to the cent, times to the second; keys and years are names, not amounts."""
+    """Numbers with separators, money to the cent, times to the second, shares in percent; keys and years as names."""
     match value:
         case None:
             return "–"
-        case int() if column == "year" or column.endswith("_key") or isinstance(value, bool):
+        case int() if is_name(column) or isinstance(value, bool):
             return str(value)
         case int():
             return f"{value:,}"
         case Decimal():
             return f"{value:,.2f}"
+        case float() if is_share(column) or MEGABYTES.fullmatch(column):
+            return figure(value, column)
         case float():
             digits = ",.4g" if abs(value) < 1000 else ",.2f" if abs(value) < 1e6 else ",.0f"
             return f"{value:{digits}}"
@@ -116,8 +120,10 @@ def plot(frame: pl.DataFrame) -> "hvPlotTabularPolars":
 
 
 def in_units(frame: pl.DataFrame, column: str) -> tuple[pl.DataFrame, str]:
-    """The frame with `column` in millions or whatever suits its largest value, and the label of its axis."""
-    values, name = frame[column].cast(pl.Float64), column.replace("_", " ")
+    """The frame with `column` in millions or whatever suits it, a share in percent; and the label of its axis."""
+    values, name = frame[column].cast(pl.Float64), words(column)
+    if is_share(column):
+        return frame.with_columns((values * 100).alias(column)), f"{name}, percent"
     largest = cast(float, values.abs().max() or 0)
     factor, unit = next(((factor, f"{name}, {unit}") for factor, unit in UNITS if largest >= factor), (1, name))
     return frame.with_columns((values / factor).alias(column)), unit

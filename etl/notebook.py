@@ -12,6 +12,7 @@ from html import escape
 from typing import Any, NewType
 
 from etl import secrets
+from etl.figures import figure, words
 
 # Annotates a parameter that is the name of a secret: in YAML, in the injected cell and in the report stands the name
 Secret = NewType("Secret", str)
@@ -58,7 +59,7 @@ def record(
     and a replay has to give it again: place under the root -> its JSON, or the sha256 of a file that stays as it is.
     Values become JSON: dates ISO strings, decimals floats, not-a-number null.
     """
-    rows: list[tuple[str, ...]] = [(name.replace("_", " "), figure(value)) for name, value in _plain(metrics).items()]
+    rows: list[tuple[str, ...]] = [(words(name), figure(value, name)) for name, value in _plain(metrics).items()]
     if given:
         rows.append(("given", ", ".join(given)))
         metrics["given"] = given
@@ -69,7 +70,7 @@ def record(
     }
     for name in ("versions_read", "versions_written"):
         if document[name]:
-            rows.append((name.replace("_", " "), ", ".join(f"{t}@{v}" for t, v in document[name].items())))
+            rows.append((words(name), ", ".join(f"{t}@{v}" for t, v in document[name].items())))
     _show(RECORD_MIME, document, rows, "record")
 
 
@@ -128,17 +129,6 @@ def _show(mime: str, data: dict[str, Any], rows: list[tuple[str, ...]], kind: st
         for row in rows
     )
     display({mime: data, "text/html": f'<table class="{kind}">{table}</table>', "text/plain": text}, raw=True)
-
-
-def figure(value: Any) -> str:
-    """A value as people read it: 1,234,567 or 0.12389."""
-    if value is None:
-        return "none"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {figure(part)}" for name, part in value.items())
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
 
 
 def _plain(value: Any) -> Any:

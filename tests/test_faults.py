@@ -7,6 +7,7 @@ from faults.__main__ import SCENARIOS
 # test_worker, test_releases (which moves between runs); by function calls: test_rebuild, test_foreign
 ELSEWHERE = {
     "deaths",
+    "floods",
     "hangs",
     "canary",
     "replays",
@@ -14,6 +15,7 @@ ELSEWHERE = {
     "scale",
     "pieces",
     "cancelled",
+    "interrupted",
     "workers",
     "up",
     "stopped",

@@ -57,6 +57,12 @@ def alive(pids: list[int]) -> list[int]:
     return running
 
 
+def command_of(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
+
+
 def eventually(condition, timeout_s: float, what: str, up: "Up | None" = None):
     """Its first true value. These are limits for a hang, not measurements."""
     deadline = time.monotonic() + timeout_s
@@ -160,18 +166,18 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path, tol
     root = tmp_path / "root"
     up = Up(small, root, "--live")
     try:
-        scheduled = {"auto_scheduled": True}
-        completed = eventually(
-            lambda: up.flow_runs("works", state_name="Completed", **scheduled), 300, "a scheduled run Completed", up
-        )
+
+        def scheduled(deployment: str, **conditions) -> list[dict]:
+            return [run for run in up.flow_runs(deployment, **conditions) if "scheduled" in run["tags"]]
+
+        completed = eventually(lambda: scheduled("works", state_name="Completed"), 300, "a scheduled run Completed", up)
         begun, due = (datetime.fromisoformat(completed[0][time]) for time in ("start_time", "expected_start_time"))
         assert begun >= due  # Prefect's engine lets runs begin up to half a second early
-        failed = eventually(lambda: up.flow_runs("breaks", state_type="FAILED", **scheduled), 60, "a scheduled Failed")
+        failed = eventually(lambda: scheduled("breaks", state_type="FAILED"), 60, "a scheduled Failed")
         assert "planted" in failed[0]["state"]["message"]
         assert not up.flow_runs("breaks", state_type="COMPLETED")
         assert not up.flow_runs("works", state_type="FAILED")
-        # each runs once before its schedule is on, and one that does not end holds back no other
-        assert up.flow_runs("works", auto_scheduled=False)[0]["state_type"] == "COMPLETED"
+        # each runs at once, and one that does not end holds back no other
         assert eventually(lambda: up.flow_runs("lasts", state_type="RUNNING"), 60, "the run that lasts")
         artifacts = json.loads(get(f"http://127.0.0.1:{up.prefect}/api/artifacts/filter", {}))
         run_id = failed[0]["state"]["message"].split(":")[0]
@@ -264,7 +270,7 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path, tol
         path.unlink()
     up = Up(small, root)
     try:
-        eventually(lambda: b"schedules are on" in up.log.read_bytes(), 180, "the schedules after a restart", up)
+        eventually(lambda: b" deployments" in up.log.read_bytes(), 180, "the deployments after a restart", up)
         assert "closed" in up.log.read_text()
         crashed = [run for name in ("works", "breaks") for run in up.flow_runs(name, state_type="CRASHED")]
         assert crashed and "is gone" in crashed[0]["state"]["message"]
@@ -298,8 +304,22 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path, tol
         assert edited["metrics"] == {"edited": 1}
         gone = lambda: {d["name"] for d in api_of(up, "/deployments/filter", {})} == {"works", "comes", "theirs"}  # noqa: E731
         eventually(gone, 60, "the stage that is gone has no deployment", up)
-        [schedule] = api_of(up, "/deployments/name/works/works")["schedules"]
-        assert schedule["active"] and schedule["schedule"]["interval"] == 3
+        eventually(
+            lambda: api_of(up, "/deployments/name/works/works")["description"].startswith("every 3 s"),
+            60,
+            "its cadence",
+        )
+        coming = [run for run in up.flow_runs("comes", state_type="SCHEDULED") if "scheduled" in run["tags"]]
+        assert len(coming) <= 1, coming  # the next one, for Prefect's page
+
+        # Prefect's server is gone, database and all: runs go on, and it is there again
+        [server] = [pid for pid in descendants(up.process.pid) if "prefect_server" in command_of(pid)]
+        (root / "services/prefect/prefect.db").write_bytes(b"damaged" * 1000)
+        os.kill(server, signal.SIGKILL)
+        since = now()
+        eventually(lambda: run_since(root, since, "works", release=second), 60, "a run without Prefect", up)
+        eventually(lambda: b"is damaged" in up.log.read_bytes(), 60, "the damage is told", up)
+        eventually(lambda: up.flow_runs("works", state_name="Completed"), 120, "a run in the new database", up)
         up.end(signal.SIGTERM)  # its handler does what Ctrl-C does
         assert up.process.returncode == 0, up.log.read_text()[-2000:]
     finally:

@@ -8,6 +8,7 @@ import streamlit as st
 
 from app import shown
 from app.domain import CARD, model
+from etl.figures import shortened
 from etl.lake import NothingPublished, Snapshot
 from etl.models import registry
 from etl.runs import journal, releases
@@ -17,7 +18,8 @@ from pipeline import COUNTED, TITLE, Lake, queries
 
 FOLLOW_S = 2  # between two looks at the runs under way
 LINES = 12  # of a run's output, the last
-LATE_S, STALE_S = 300, 3600  # age of the data; preprocess runs every minute
+HEADING = 80  # characters of a cell's heading
+LATE_S, STALE_S, TODAY_S = 300, 3600, 43_200  # age of the data; preprocess runs every minute
 RUNS = 20  # in the table
 FILES = 20  # that are named, of those that differ from the release
 GROWING = COUNTED | {"quarantine": "Refused rows"}  # tables whose rows are counted
@@ -47,7 +49,7 @@ def is_it_well() -> None:
 @st.fragment(run_every=shown.LOOK_S)
 def code() -> None:
     """Which code `up` runs; nothing where none is at work."""
-    with shown.panel("The release"):
+    with shown.panel("The release", remedy="start `python orchestrate.py up` again, which writes it anew"):
         if told := releases.told(shown.published_root()):
             st.caption(str(told), help="\n".join(f"- {path}" for path in told.differs[:FILES]) or None)
 
@@ -63,7 +65,7 @@ def under_way() -> None:
         for run in at_work:
             taken_s = (datetime.now(UTC) - datetime.fromisoformat(run["started_at"])).total_seconds()
             memory = f", {run['rss_mb']:,.0f} MB" if run["rss_mb"] else ""
-            heading = run["heading"] or "its kernel starts"
+            heading = shown.plain(shortened(run["heading"] or "its kernel starts", HEADING))
             with st.expander(f"**{run['stage']}** runs: {heading}, {taken_s:.0f} s{memory}"):
                 st.code(_last_lines(run["run_id"]) or "nothing printed yet", language=None)
 
@@ -95,10 +97,10 @@ def freshness(root: Root) -> None:
     with columns[0]:
         figure(
             "Data up to (UTC)",
-            f"{snapshot.as_of:%H:%M:%S}",
+            f"{snapshot.as_of:{'%H:%M:%S' if age_s < TODAY_S else '%Y-%m-%d'}}",
             shown.ago(snapshot.as_of),
             "green" if age_s < LATE_S else "orange" if age_s < STALE_S else "red",
-            f"The newest row is of {snapshot.as_of:%-d %B %Y}.",
+            f"The newest row is of {snapshot.as_of:%-d %B %Y, %H:%M:%S} UTC.",
         )
     with columns[1]:
         figure("Batch", f"{snapshot.batch:,}", "in every table")
@@ -210,6 +212,6 @@ def _last_lines(run_id: str) -> str:
         events = list(journal.read(journal.spool() / run_id / "journal.jsonl"))
     except OSError:
         return ""
-    shown = (event["output"] for event in events if event["event"] == "output")
-    text = "".join(out.get("text") or out.get("data", {}).get("text/plain", "") + "\n" for out in shown)
-    return "\n".join(text.splitlines()[-LINES:])
+    outputs = (event["output"] for event in events if event["event"] == "output")
+    text = "".join(out.get("text") or out.get("data", {}).get("text/plain", "") + "\n" for out in outputs)
+    return "\n".join(shortened(line, shown.LINE) for line in text.splitlines()[-LINES:])

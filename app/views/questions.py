@@ -6,6 +6,7 @@ import polars as pl
 import streamlit as st
 
 from app import shown
+from etl.figures import is_share
 from etl.storage import Root
 from pipeline import queries
 
@@ -47,7 +48,7 @@ def answered(question: queries.Question) -> None:
         with answer.container(border=True):
             shown.answer_card(root, question, rows_px=None)
         with past.container(border=True):
-            label = shown.words(question.figure or "rows").capitalize()
+            label = shown.heading(question.figure or "rows")
             st.subheader(f"{label}, run by run", anchor=False)
             with shown.panel("The history", ["the answers"], f"results/{question.name}/history.json"):
                 over_time(root, question, label)
@@ -68,10 +69,10 @@ def over_time(root: Root, question: queries.Question, label: str) -> None:
         "as_of", "batch", "rows", "figure", report=pl.col("run_id").map_elements(shown.report_url, pl.String)
     )
     columns = {
-        "as_of": st.column_config.DatetimeColumn("Up to (UTC)", format="MM-DD HH:mm:ss"),
+        "as_of": st.column_config.DatetimeColumn("Up to (UTC)", format=shown.SECONDS),
         "batch": st.column_config.NumberColumn("Batch", format="%,d"),
         "rows": st.column_config.NumberColumn("Rows", format="%,d"),
-        "figure": st.column_config.NumberColumn(label, format="localized"),
+        "figure": st.column_config.NumberColumn(label, format="percent" if is_share(label) else "localized"),
         "report": st.column_config.LinkColumn("Report", display_text="open"),
     }
     shown.table(runs, columns, f"{question.name}-runs")

@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +82,7 @@ def problems_of(
             problems += [problem for problem in error.problems if problem not in problems]
         else:
             stages = project.stages
-            problems += _of_machines(project, root or project.environment.root)
+            problems += _of_machines(project, (root if env else None) or project.environment.root)
             problems += _of_alerts(project.environment, timetable)
     problems += params.breaches(PROJECT, list(stages) or None, timetable.domain)
     return [*problems, *_of_domain(timetable)], list(stages)
@@ -183,9 +183,10 @@ def plan(env: Env = "local", p: Overrides = [], as_json: AsJson = False) -> None
     say(f"environment {env}: root {project.environment.root}")
     for stage in project.stages.values():
         planned = _plan_of(stage, now)
-        table = rich_table.Table(
-            title=f"{stage.name}   {planned['when']}   next {planned['next_run']:%H:%M:%S} UTC", title_justify="left"
-        )
+        due = planned["next_run"]
+        soon = due and due - now < timedelta(days=1)
+        coming = f"next {due:{'%H:%M:%S' if soon else '%Y-%m-%d %H:%M:%S'}} UTC" if due else "no next run"
+        table = rich_table.Table(title=f"{stage.name}   {planned['when']}   {coming}", title_justify="left")
         for column in ("parameter", "value", "comes from", "meaning"):
             table.add_column(column, overflow="fold")
         for name, value in stage.values.items():
@@ -196,8 +197,9 @@ def plan(env: Env = "local", p: Overrides = [], as_json: AsJson = False) -> None
 def _plan_of(stage: params.Stage, now: datetime) -> dict[str, Any]:
     return {
         "stage": stage.name,
-        "when": stage.cron or f"every {stage.every_s:g} s",
+        "when": stage.when,
         "next_run": stage.next_run(now),
+        "missed": stage.missed,
         "overlap": stage.overlap,
         "deadline_s": stage.deadline_s,
         "retries": stage.retries,

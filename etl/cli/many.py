@@ -25,6 +25,7 @@ from etl.cli.common import (
     print_json,
     refuse,
     say,
+    services_folder,
 )
 from etl.cli.printing import counted, print_slice
 from etl.leases import LeaseHeld
@@ -155,7 +156,7 @@ def run_slices(
 
     names = [group[0].stage.name for group in groups if group]
     run_now = partial(dispatch.run_stage, page_later=True)
-    with_prefect = prefect_answers()
+    with_prefect = prefect_answers(root.url)
     if with_prefect:
         from etl.serve import flows
 
@@ -201,14 +202,13 @@ def run_slices(
         raise typer.Exit(1)
 
 
-def prefect_answers() -> bool:
-    """Whether runs can be recorded in Prefect: PREFECT_API_URL is set, or `up` is at work on this machine."""
-    from etl.serve import services
-    from etl.serve.prefect_server import HOST
+def prefect_answers(root: str) -> bool:
+    """Whether runs can be recorded in Prefect: PREFECT_API_URL is set, or `up` is at work on the root, here."""
+    from etl.serve import lease, services
 
     if "PREFECT_API_URL" not in os.environ:
-        local = f"http://{HOST}:4200/api"
-        if not services.answers(f"{local}/ready", timeout_s=0.5):
+        page = lease.pages(services_folder(Root.at(root).url)).get(services.PREFECT)
+        if not page or not services.answers(f"{page}/api/ready", timeout_s=0.5):
             return False
-        os.environ["PREFECT_API_URL"] = local
+        os.environ["PREFECT_API_URL"] = f"{page}/api"
     return True

@@ -171,7 +171,7 @@ def _run_one(
         from etl.runs import dispatch
 
         run_now = partial(dispatch.run_stage, on_begin=shown.begin, on_cell=shown)
-        if many.prefect_answers():
+        if many.prefect_answers(environment.root):
             from etl.serve import flows
 
             run_now = partial(flows.run_recorded, run_now)

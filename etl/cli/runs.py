@@ -50,8 +50,8 @@ def list_runs(
     as_json: AsJson = False,
 ) -> None:
     """The last runs, newest first, with those under way on this machine; a long reason is whole in `runs show`."""
+    from etl.figures import shortened
     from etl.runs import delivery, index
-    from etl.runs.endings import shortened
 
     asked = existing_root(env, root, may_be_empty=True)
     between = {"since": since and moment(since), "until": until and moment(until)}

@@ -66,12 +66,14 @@ def up(
     logs = services_folder(url)
     children: list[Any] = list(timetable.services(url, ports, logs))
     api_url = timetable.report_url(ports)
-    if "PREFECT_API_URL" in os.environ:
+    shared = "PREFECT_API_URL" in os.environ
+    if shared:
         del children[0]
     else:
         os.environ["PREFECT_HOME"] = str(logs / "prefect")
         os.environ["PREFECT_API_URL"] = f"{children[0].page}/api"
-    pages = {child.name: child.page for child in children}
+    pages = {services.PREFECT: os.environ["PREFECT_API_URL"].removesuffix("/api")}
+    pages |= {child.name: child.page for child in children}
     held = lease.Lease(logs, Root.at(url), pages, lambda: os.kill(os.getpid(), signal.SIGINT))
     try:
         held.take()
@@ -113,6 +115,8 @@ def up(
                 *(tree.project, api_url, children, on_record, _print_status),
                 trees=trees,
                 on_tree=code.follow,
+                kept=logs / "timetable.json",
+                shared=shared,
             )
         )
     except KeyboardInterrupt:

@@ -11,10 +11,11 @@ import keyword
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from cronsim import CronSim, CronSimError
 from pydantic import (
@@ -62,8 +63,9 @@ class Environment:
 
 @dataclass(frozen=True)
 class Stage:
-    """What and when. Of `every_s` (seconds) and `cron` one is set, both count in UTC.
+    """What and when. Of `every_s` (seconds) and `cron` one is set; `every_s` counts in UTC, `cron` in `timezone`.
 
+    `missed` says which runs are made up for when nothing ran at their time; none is scheduled after `until`.
     `values` holds JSON values and datetime.date; `origins` says where each of them was written and `help`
     what the comment beside it in the notebook says. `supplied` are the names of SUPPLIED it declares, `secrets` the
     names of the secrets it reads: the values of the parameters annotated Secret.
@@ -86,17 +88,58 @@ class Stage:
     secrets: tuple[str, ...] = ()
     memory_mb: int | None = None  # of all its processes together
     fresh_within_s: float | None = None  # without an ok run for so long it is late; None: three times of its schedule
+    timezone: str = "UTC"
+    enabled: bool = True
+    missed: Literal["skip", "once", "all"] = "once"
+    until: datetime.datetime | None = None  # with a time zone
 
-    def next_run(self, after: datetime.datetime) -> datetime.datetime:
-        """The first scheduled time later than `after` (with a time zone), in UTC."""
+    @property
+    def when(self) -> str:
+        """Its schedule, as people read it."""
+        zone = "" if self.timezone == "UTC" else f" {self.timezone}"
+        off = "" if self.enabled else " (not enabled)"
+        until = f" until {self.until:%Y-%m-%d %H:%M} UTC" if self.until else ""
+        return f"{self.cron}{zone}{until}{off}" if self.cron else f"every {self.every_s:g} s{until}{off}"
+
+    def next_run(self, after: datetime.datetime) -> datetime.datetime | None:
+        """The first scheduled time later than `after` (with a time zone), in UTC; None when it has no more."""
         if after.tzinfo is None:
             raise ValueError("next_run needs a time with a time zone")
         after = after.astimezone(datetime.UTC)
         if self.cron:
-            return next(CronSim(self.cron, after))
+            times = _cron_times(self.cron, self.timezone, after)
+            next_one = next(time for time in times if time > after)  # it begins anew in an hour that comes twice
+        else:
+            next_one = EPOCH + ((after - EPOCH) // self._every + 1) * self._every
+        return next_one if self.enabled and (self.until is None or next_one <= self.until) else None
+
+    def due(self, after: datetime.datetime, now: datetime.datetime, most: int) -> list[datetime.datetime]:
+        """The scheduled times in (`after`, `now`], in UTC and in order; of more than `most` the last ones."""
+        now = min(now, self.until) if self.until else now
+        if not self.enabled:
+            return []
+        if self.cron:
+            # from later on, as in an hour that comes twice it begins with the first of them
+            back = _cron_times(self.cron, self.timezone, now + datetime.timedelta(hours=3), reverse=True)
+            times = itertools.takewhile(lambda time: time > after, (time for time in back if time <= now))
+        else:
+            last = EPOCH + (now - EPOCH) // self._every * self._every
+            each = (last - number * self._every for number in itertools.count())
+            times = itertools.takewhile(lambda time: time > after, each)
+        return sorted(set(itertools.islice(times, most)))
+
+    @property
+    def _every(self) -> datetime.timedelta:
         assert self.every_s is not None, "where there is no cron"
-        every = datetime.timedelta(seconds=self.every_s)
-        return EPOCH + ((after - EPOCH) // every + 1) * every
+        return datetime.timedelta(seconds=self.every_s)
+
+
+def _cron_times(
+    cron: str, timezone: str, start: datetime.datetime, reverse: bool = False
+) -> Iterator[datetime.datetime]:
+    """As Debian's cron has them: a time of the day that clocks leave out is its end, one that comes twice the first."""
+    for time in CronSim(cron, start.astimezone(ZoneInfo(timezone)), reverse=reverse):
+        yield time.astimezone(datetime.UTC)
 
 
 @dataclass(frozen=True)
@@ -134,6 +177,10 @@ def load(
         draft.give(draft.doc.block("parameters"), draft.doc, ("parameters",))
         keys = ("stages", draft.name, "parameters")
         draft.give(env_doc.block(*keys), env_doc, keys)
+        over = env_doc.block(*keys[:2])
+        schedule = over if over.keys() & {"every", "cron"} else draft.doc.value or {}
+        if "timezone" in over and "cron" not in schedule:
+            problems.append(env_doc.problem((*keys[:2], "timezone"), "timezone goes with cron; every counts in UTC"))
         for name, value in (values or {}).items():
             draft.give({name: value}, Doc(f"{values_from}, {draft.name}.{name}", {}), (), values_from)
     _give_from_command_line(drafts, overrides, problems)
@@ -237,6 +284,28 @@ def _plain_cron(text: str) -> str:
     return text
 
 
+def _timezone(text: str) -> str:
+    try:
+        ZoneInfo(text)
+    except (ZoneInfoNotFoundError, OSError) as error:  # a folder of them, such as Europe
+        raise ValueError("no such time zone") from error
+    return text
+
+
+def _end(text: str, timezone: str = "UTC") -> datetime.datetime:
+    """The last moment that "2026-12-31", the whole day, or a time says; in `timezone` unless it says another."""
+    moment = datetime.datetime.fromisoformat(text)
+    if re.fullmatch(r"\d{4}-?\d{2}-?\d{2}", text):
+        moment += datetime.timedelta(days=1, microseconds=-1)
+    zone = moment.tzinfo or ZoneInfo(timezone)
+    return moment.replace(tzinfo=zone).astimezone(datetime.UTC)
+
+
+def _until(text: str) -> str:
+    _end(text)
+    return text
+
+
 def _one_dask(block: dict[str, Any]) -> dict[str, Any]:
     match block:
         case {"n_workers": int(n)} if n > 0 and n is not True and len(block) == 1:
@@ -254,6 +323,9 @@ def _root(text: str) -> str:
 _Duration = Annotated[float, BeforeValidator(seconds)]
 _Memory = Annotated[int, BeforeValidator(_megabytes)]
 _Cron = Annotated[str, AfterValidator(_plain_cron)]
+_Timezone = Annotated[str, AfterValidator(_timezone)]
+_Until = Annotated[str, AfterValidator(_until)]
+_Missed = Literal["skip", "once", "all"]
 _Dask = Annotated[dict[str, Any], AfterValidator(_one_dask)] | None
 _NOT_GIVEN: Any = None  # what is given is never null
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -266,6 +338,10 @@ class _StageFile(BaseModel):
     model_config = _STRICT
     every: _Duration = _NOT_GIVEN
     cron: _Cron = _NOT_GIVEN
+    timezone: _Timezone = _NOT_GIVEN
+    until: _Until = _NOT_GIVEN
+    enabled: bool = True
+    missed: _Missed = "once"
     overlap: Literal["skip", "queue"] = "skip"
     deadline: _Duration
     fresh_within: _Duration = _NOT_GIVEN
@@ -278,6 +354,10 @@ class _StageOverride(BaseModel):
     model_config = _STRICT
     every: _Duration = _NOT_GIVEN
     cron: _Cron = _NOT_GIVEN
+    timezone: _Timezone = _NOT_GIVEN
+    until: _Until = _NOT_GIVEN
+    enabled: bool = _NOT_GIVEN
+    missed: _Missed = _NOT_GIVEN
     deadline: _Duration = _NOT_GIVEN
     fresh_within: _Duration = _NOT_GIVEN
     memory: _Memory = _NOT_GIVEN
@@ -302,6 +382,10 @@ _EXPECTED = {
     "deadline": 'a duration such as "50 seconds"',
     "fresh_within": 'a duration such as "3 minutes"',
     "cron": 'five plain fields such as "0 * * * *"',
+    "timezone": 'a time zone such as "Europe/Berlin"',
+    "until": 'a day such as "2026-12-31" or a time such as "2026-12-31 18:00"',
+    "enabled": "true or false",
+    "missed": "skip, once or all",
     "memory": 'a size such as "500 MB" or "4 GB"',
     "overlap": "skip or queue",
     "retries": "a whole number from 0",
@@ -334,6 +418,8 @@ def _read_file(model: type[_File], project: Path, path: str, problems: list[Prob
             problems.append(doc.problem((*keys, "cron"), "give every or cron, not both"))
     if model is _StageFile and not {"every", "cron"} & doc.value.keys():
         problems.append(doc.problem((), "missing 'every' (or 'cron')"))
+    if model is _StageFile and "timezone" in doc.value and "cron" not in doc.value:
+        problems.append(doc.problem(("timezone",), "timezone goes with cron; every counts in UTC"))
     try:
         return model.model_validate(doc.value), doc
     except ValidationError as error:
@@ -482,6 +568,8 @@ class _Draft:
     def finish(self, project: Path, environment: Environment) -> Stage:
         over = environment.stages.get(self.name, {})
         schedule = over if over.keys() & {"every", "cron"} else self.file.model_dump()
+        timezone = (over.get("timezone") or self.file.timezone or "UTC") if schedule.get("cron") else "UTC"
+        until = over.get("until", self.file.until)
         return Stage(
             name=self.name,
             notebook_path=project / f"notebooks/{self.name}.ipynb",
@@ -504,6 +592,10 @@ class _Draft:
             ),
             memory_mb=over.get("memory", self.file.memory),
             fresh_within_s=over.get("fresh_within", self.file.fresh_within),
+            timezone=timezone,
+            enabled=over.get("enabled", self.file.enabled),
+            missed=over.get("missed", self.file.missed),
+            until=_end(until, timezone) if until else None,
         )
 
 

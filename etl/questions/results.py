@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from etl import figures
 from etl.storage import Root
 
 if TYPE_CHECKING:
@@ -162,12 +163,13 @@ def _moved(question: "Question", before: pl.DataFrame, result: pl.DataFrame) -> 
     if question.figure is None or old is None or new is None:
         return ""
     percent = f" ({new / old - 1:+.1%})" if old else ""
-    return f"{question.figure.replace('_', ' ')} {old:,.6g} → {new:,.6g}{percent}; "
+    old_text, new_text = (figures.figure(value, question.figure) for value in (old, new))
+    return f"{figures.words(question.figure)} {old_text} → {new_text}{percent}; "
 
 
 def _names(column: str, dtype: pl.DataType) -> bool:
     """Whether a column says what a row is about, rather than how much."""
-    return dtype == pl.String or dtype.is_temporal() or column.endswith("_key") or column == "year"
+    return dtype == pl.String or dtype.is_temporal() or dtype.is_integer() and figures.is_name(column)
 
 
 def _lines(root: Root, question: str) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from etl.notebook import figure
+from etl.figures import figure
 from etl.storage import PROJECT
 
 if TYPE_CHECKING:

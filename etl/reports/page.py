@@ -1,6 +1,5 @@
 """What people read about a run: the executed notebook, a page made of it, and its record as JSON."""
 
-import datetime
 import functools
 import json
 import logging
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from etl.figures import figure, moment, words
 from etl.storage import Root
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ LINKS = {  # what the attribute's value has to begin with
 SHOWN = ["image/png", "image/jpeg", "image/svg+xml", "text/html", "text/markdown", "text/latex", "text/plain"]
 # one exporter for all threads: its templates take longer to compile than to fill
 _EXPORTING = threading.Lock()
-MOMENT = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]{8,}([+-]\d\d:\d\d|Z)\Z")
 
 
 def write(root: Root, record: "RunRecord", nb: Any, folder: str | None = None) -> None:
@@ -105,8 +104,8 @@ def html(record: "RunRecord | SimpleNamespace", nb: Any) -> str:
     """The report as one page that needs no script, no network and no other file."""
     facts = [
         ("Run", record.run_id),
-        ("Scheduled for", _moment(record.scheduled_for)),
-        ("Started", _moment(record.started_at)),
+        ("Scheduled for", moment(record.scheduled_for)),
+        ("Started", moment(record.started_at)),
         ("Took", f"{record.seconds:,.1f} s"),
         ("Attempt", record.attempt if record.attempt > 1 else None),
         ("Host", record.host),
@@ -117,7 +116,7 @@ def html(record: "RunRecord | SimpleNamespace", nb: Any) -> str:
         "state": record.state.replace("_", " "),
         "facts": [(name, value) for name, value in facts if value],
         "figures": [
-            (name.replace("_", " "), _figure(value))
+            (words(name), figure(value, name))
             for name, value in record.metrics.items()
             if not isinstance(value, dict | list)
         ],
@@ -174,13 +173,3 @@ def _cleaner() -> "nh3.Cleaner":
 
 def _literal(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _figure(value: Any) -> str:
-    from etl.notebook import figure
-
-    return _moment(value) if isinstance(value, str) and MOMENT.match(value) else figure(value)
-
-
-def _moment(iso: str) -> str:
-    return f"{datetime.datetime.fromisoformat(iso).astimezone(datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"

@@ -39,6 +39,7 @@ def run_stage(
     parent: str | None = None,
     page_later: bool = False,
     refused: str = "",
+    refused_as: str = "failed",
     release: Release | None = None,
 ) -> RunRecord:
     """Run a stage to its end, retries included; the record is that of the last attempt. Every attempt has a report,
@@ -46,7 +47,8 @@ def run_stage(
 
     `on_begin` is called with the id of each attempt before it runs.
     `scheduled_for` is now when None; `parent` is the run that this one repeats; `page_later` as in
-    engine.execute, for a run on this machine. `refused` says why it cannot begin: then it fails with that reason.
+    engine.execute, for a run on this machine. `refused` says why it cannot begin: then it fails with that reason,
+    or is cancelled when that is `refused_as`.
     `release`: the one whose folder the stage was loaded from, so that its code runs; None: this process's own code.
     Never raises for what the notebook does, or is.
     """
@@ -66,6 +68,7 @@ def run_stage(
             request = make_request(stage, environment, scheduled_for, attempt, address, parent, release)
             is_hopeless = bool(refused or request.refused)  # the same file is no notebook in five seconds, either
             request = replace(request, variables=variables, refused=problem or request.refused)
+            request = replace(request, refused_as=refused_as if refused else "failed")
             if on_begin:
                 on_begin(request.run_id)
             record = _dispatch(request, None if request.refused else stage.machine, on_cell, cancel, page_later)

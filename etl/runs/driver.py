@@ -78,9 +78,9 @@ class NotebookRun:
         self.progress.take(self.journal.event(kind, **fields))
 
     def refuse(self, reason: str, traceback: str = "") -> None:
-        """It cannot run, or no longer: the runner's own error, with its traceback."""
+        """It cannot run, or no longer: the runner's own error, with its traceback, or the schedule's."""
         shown = {"ename": "RunnerError", "evalue": reason, "traceback": [traceback]} if traceback else None
-        self._ending = endings.complete(Ending("failed", reason, shown), self.progress, ("", None))
+        self._ending = endings.complete(Ending(self.request.refused_as, reason, shown), self.progress, ("", None))
 
     def end(self) -> None:
         """Say how it ended; the last event."""

@@ -5,6 +5,7 @@ import signal
 from dataclasses import dataclass
 from typing import Any
 
+from etl.figures import shortened
 from etl.notebook import CheckFailed, Stop
 from etl.reports import cards
 from etl.runs.record import Progress
@@ -140,14 +141,6 @@ def one_line(error: object, name: str | None = None) -> str:
     """As in `ValueError: the first line of its message`, at most REASON_CHARS characters."""
     lines = plain_text(str(error)).strip().splitlines() or [""]
     return shortened(f"{name or type(error).__name__}: {lines[0]}".removesuffix(": "), REASON_CHARS)
-
-
-def shortened(text: str, most: int) -> str:
-    """A text of at most `most` characters: a longer one ends in an ellipsis behind a whole word, where it has any."""
-    if len(text) <= most:
-        return text
-    words = text[: most - 1].rpartition(" ")[0]
-    return f"{words if len(words) > most // 2 else text[: most - 1]}…"
 
 
 def plain_text(text: str) -> str:

@@ -65,7 +65,7 @@ def execute(
         delivery.hand_in(run.progress, journal, later=page_later)
     record = run.progress.record
     reason = f" ({record.reason})" if record.reason else ""
-    level = logging.INFO if record.ok else logging.ERROR
+    level = logging.INFO if record.ok or request.refused_as == record.state == "cancelled" else logging.ERROR
     log.log(level, "run %s %s in %.1f s%s", record.run_id, record.state, record.seconds, reason)
     raise_again(signals)
     return record

@@ -23,7 +23,8 @@ from etl.runs.replay import Difference, NotRepeatable, as_json, unlike
 from etl.storage import Root
 
 GIVEN = re.compile(r"command line|Prefect|run \S+")  # origins of values that were one run's alone
-WHEN = ("every_s", "cron", "overlap", "deadline_s", "retries", "memory_mb", "machine", "dask")
+TIMES = ("every_s", "cron", "timezone", "until", "enabled", "missed", "overlap")
+WHEN = (*TIMES, "deadline_s", "retries", "memory_mb", "machine", "dask")
 Progress = Callable[[Stage], AbstractContextManager[Callable[[int, int, str], None] | None]]
 
 

@@ -44,6 +44,7 @@ class RunRequest:
     memory_mb: int | None = None  # of the kernel's whole process tree; above it the run is killed
     variables: dict[str, str] = field(default_factory=dict)  # of the kernel, besides this process's; never written
     refused: str = ""  # why it cannot begin
+    refused_as: str = "failed"  # or cancelled: it was not to begin
     release: str | None = None  # whose code runs; None: the working tree's
     project: str | None = None  # the folder of that code; None: this process's own
 

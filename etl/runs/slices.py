@@ -88,10 +88,11 @@ def times(stage: Stage, since: datetime, until: datetime, every: str | None) -> 
         except ValueError:
             raise ValueError(f'{every!r} is no duration such as "1 day" or "6 hours"') from None
         return [since + n * step for n in range(max(0, -((since - until) // step)))]
-    scheduled = [stage.next_run(since - timedelta(seconds=1))]
-    while scheduled[-1] < until:
-        scheduled.append(stage.next_run(scheduled[-1]))
-    return scheduled[:-1]
+    scheduled, due = [], stage.next_run(since - timedelta(seconds=1))
+    while due and due < until:
+        scheduled.append(due)
+        due = stage.next_run(due)
+    return scheduled
 
 
 def values(stage: str, each: Iterable[str]) -> list[list[tuple[str, str]]]:

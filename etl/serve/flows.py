@@ -1,15 +1,18 @@
 """The stages as Prefect flows on their schedules.
 
-One flow and one deployment a stage. Overlap is Prefect's concurrency limit of 1 a deployment; retries are our own loop
-inside a run, because a flow's retries and a deployment's limit do not go together (Prefect #22885).
+One flow and one deployment a stage. What is due, and what overlaps, is the timetable's (timetable.py): a server that is
+away, a clock that is set and a slot that leaks hold nothing back. Retries are our own loop inside a run.
 """
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
+import signal
+import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -27,7 +30,7 @@ from prefect import Flow, flow, get_client
 from prefect import tags as tag
 from prefect.artifacts import create_link_artifact
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
+from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterTags,
@@ -38,8 +41,7 @@ from prefect.client.schemas.filters import (
     WorkPoolFilter,
     WorkPoolFilterName,
 )
-from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, State, StateType
-from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
+from prefect.client.schemas.objects import State, StateType
 from prefect.client.schemas.sorting import DeploymentSort, FlowRunSort
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.runtime import flow_run as this_run
@@ -54,11 +56,15 @@ from etl.runs.record import RunRecord
 from etl.runs.releases import Tree
 from etl.serve import services
 from etl.serve.released import Trees, Unreadable
-from etl.serve.worker import POOL, InPlaceWorker, cancel_event, reconcile
+from etl.serve.scheduled import ScheduledRuns
+from etl.serve.timetable import Kept, NotRun
+from etl.serve.worker import POOL, InPlaceWorker, Turn, current_turn, reconcile
 from etl.storage import PROJECT, Root
 
 log = logging.getLogger(__name__)
 WATCH_S = 1  # between two looks at the children
+ILL_S = 45  # with errors of its own only, until Prefect's server is started again
+KEEP_S = 60  # at most, until it is written down how far the schedules are
 LOOK_S = 3  # between two looks at what is released
 FIRST_S = 60  # at most, from the first run of one stage to that of the next
 
@@ -87,39 +93,55 @@ def stage_flow(
         result_storage=Path("unused"),  # else every run asks the server for one, twice
     )
     def run(parameters: dict[str, Any] | None = None) -> State[Any]:
-        chosen, refused, tree = stage, "", Tree(PROJECT, Project(environment, {stage.name: stage}))
-        try:
-            if trees:
-                tree = trees()
-            if stage.name not in tree.project.stages:
-                raise Unreadable(f"{stage.name} is no stage of the release any more")
-            chosen = tree.project.stages[stage.name]
-            if parameters:
-                chosen = _with_values(chosen, tree, parameters)
-        except params.ParamsError as error:
-            refused = "; ".join(map(str, error.problems))
-        except Unreadable as error:
-            refused = str(error)
-        record = dispatch.run_stage(
-            chosen,
-            tree.project.environment,
-            scheduled_for=_scheduled_time(),
-            cancel=cancel_event(),
-            page_later=True,
-            refused=refused,
-            release=tree.release,
-        )
+        turn = current_turn()
+        record = turn.run(lambda: run_once(stage, environment, on_record, trees, turn, parameters))
         link = f"{api_url}/reports/{record.run_id}" if api_url else Root.at(record.root).url_of(record.report)
-        on_record(record)
         try:
             create_link_artifact(
                 link, link_text=f"{record.run_id}: {record.state}", key=f"report-{stage.name}".replace("_", "-")
             )
-        except httpx.HTTPError as error:  # the server is away: what the run is does not depend on that
+        except Exception as error:  # the server is away, or not well: what the run is does not depend on that
             log.warning("Prefect has no link to the report of %s: %s", record.run_id, error)
         return state_of(record)
 
     return run
+
+
+def run_once(
+    stage: Stage,
+    environment: Environment,
+    on_record: Callable[[RunRecord], None],
+    trees: Trees | None,
+    turn: Turn,
+    parameters: dict[str, Any] | None = None,
+    not_run: NotRun | None = None,
+) -> RunRecord:
+    """One run of a stage, of what `trees` gives now, to its end; of `not_run` the record alone."""
+    chosen, refused, tree = stage, "", Tree(PROJECT, Project(environment, {stage.name: stage}))
+    try:
+        if trees:
+            tree = trees()
+        if stage.name not in tree.project.stages:
+            raise Unreadable(f"{stage.name} is no stage of the release any more")
+        chosen = tree.project.stages[stage.name]
+        if parameters:
+            chosen = _with_values(chosen, tree, parameters)
+    except params.ParamsError as error:
+        refused = "; ".join(map(str, error.problems))
+    except Unreadable as error:
+        refused = str(error)
+    record = dispatch.run_stage(
+        chosen,
+        tree.project.environment,
+        scheduled_for=turn.time or _scheduled_time(),
+        cancel=turn.cancel,
+        page_later=True,
+        refused=str(not_run) if not_run else refused,
+        refused_as="cancelled" if not_run else "failed",
+        release=tree.release,
+    )
+    on_record(record)
+    return record
 
 
 def state_of(record: RunRecord) -> State[Any]:
@@ -205,59 +227,116 @@ def _close_killed(tags: list[str]) -> None:
 
 async def serve(
     project: Project,
-    api_url: str,
+    api_url: str | None,
     children: list[services.Service],
     on_record: Callable[[RunRecord], None],
     on_status: Callable[[str], None],
     trees: Trees | None = None,
     on_tree: Callable[[Tree], Awaitable[None]] | None = None,
+    kept: Path | None = None,
+    shared: bool = False,
 ) -> None:
-    """Deploy every stage, run each once, and follow the schedules until cancelled. Children that die are restarted.
+    """Follow the schedules until cancelled; a stage that never ran does at once. Children that die are restarted.
 
-    `trees`: what the runs run, asked again and again; the working tree when None. `on_tree` is awaited with
-    what it gave, every LOOK_S seconds, before schedules follow a new one.
+    `trees`: what the runs run, asked again and again; the working tree when None. `on_tree` is awaited with what it
+    gave, every LOOK_S seconds. `kept`: a file that remembers between two calls how far each stage is. `shared`:
+    whether others have deployments on Prefect's server, too.
     """
     async with get_client() as client:
-        flows = await deploy(project, api_url, on_record, trees)
-        lost, overdue = await reconcile(client, list(flows))
-        if lost or overdue:
-            on_status(f"closed {lost} runs that an earlier process left, and {overdue} that were missed")
-        worker = InPlaceWorker(flows, work_pool_name=POOL, name="here")
-        task = asyncio.create_task(_working(worker))
-        following = asyncio.create_task(_following(project, flows, trees, on_tree, api_url, on_record))
+        environment, file = project.environment, Kept(kept) if kept else None
+        runs = ScheduledRuns(
+            client,
+            lambda stage, turn: turn.run(lambda: run_once(stage, environment, on_record, trees, turn)),
+            lambda stage, left: run_once(stage, environment, on_record, trees, Turn(left.last), not_run=left),
+            state_of,
+            on_status,
+        )
+        flows: dict[UUID, Flow[..., Any]] = {}
+        worker = InPlaceWorker(flows, runs.admit, runs.leave, work_pool_name=pool_of(environment, shared), name="here")
+        runs.follow(project.stages)
+        runs.timetable.follow(project.stages.values(), _now(), file.read() if file else {})
+        flow_of = partial(stage_flow, api_url=api_url, on_record=on_record, trees=trees)
+        link = _Link(client, runs, flows, flow_of, shared, on_status)
+        following = [
+            asyncio.create_task(_following(project, runs, link, trees, on_tree)),
+            asyncio.create_task(_announcing(runs, link, children)),
+            asyncio.create_task(_working(worker, runs, link)),
+            asyncio.create_task(_first_runs(runs, list(project.stages))),
+        ]
         try:
-            on_status(f"{len(flows)} deployments; each stage runs once, then on its schedule")
-            await _watching(begin(client, flows), task, children)
-            on_status("schedules are on; Ctrl-C ends everything")
-            await _watching(asyncio.Event().wait(), task, children)
+            on_status(f"schedules of {len(project.stages)} stages are on; Ctrl-C ends everything")
+            await _watching(runs, children, file)
         finally:
+            runs.timetable.end()
+            _keep(runs, file)
             worker.cancel_all()
+            runs.cancel_all()
             for _ in range(50):  # 5 s for kernels to end, reports to be written and states to be told
-                if not worker.cancels:
+                if not worker.turns and not runs.under_way:
                     break
                 await asyncio.sleep(0.1)
-            task.cancel()
-            following.cancel()
-            await asyncio.gather(task, following, return_exceptions=True)
+            for task in following:
+                task.cancel()
+            await asyncio.gather(*following, return_exceptions=True)
+
+
+async def _first_runs(runs: ScheduledRuns, names: list[str]) -> None:
+    """What was missed before, and the first run of what never ran, from one stage to the next: it may read what that
+    wrote. Schedules do not wait for it."""
+    for name in names:
+        runs.timetable.make_up(name, _now())
+        until = time.monotonic() + FIRST_S
+        while name in runs.under_way and time.monotonic() < until:
+            await asyncio.sleep(0.2)
+
+
+async def _watching(runs: ScheduledRuns, children: list[services.Service], file: Kept | None) -> None:
+    """Look at the schedules when something is due, once a second at least, and at the children."""
+    looked, kept, told = 0.0, 0.0, ""
+    while True:
+        now = _now()
+        runs.timetable.look(now)
+        if time.monotonic() - looked >= WATCH_S:
+            looked = time.monotonic()
+            for child in children:
+                child.ensure()
+        if (begun := str(runs.timetable.coming())) != told or time.monotonic() - kept > KEEP_S:
+            told, kept = begun, time.monotonic()
+            _keep(runs, file)
+        coming = min(runs.timetable.coming().values(), default=now + timedelta(days=1))
+        await asyncio.sleep(min(WATCH_S, max((coming - _now()).total_seconds(), 0.001)))
+
+
+def _keep(runs: ScheduledRuns, file: Kept | None) -> None:
+    if file:
+        try:
+            file.write(runs.timetable.past())
+        except OSError as error:
+            log.warning("how far the schedules are cannot be written down now: %s", error)
 
 
 async def _following(
-    deployed: Project,
-    flows: dict[UUID, Flow[..., Any]],
+    project: Project,
+    runs: ScheduledRuns,
+    link: "_Link",
     trees: Trees | None,
     on_tree: Callable[[Tree], Awaitable[None]] | None,
-    api_url: str | None,
-    on_record: Callable[[RunRecord], None],
 ) -> None:
     """Have schedules be those of the current release. What goes wrong is a warning, and tried again."""
-    warned, flow_of = "", partial(stage_flow, api_url=api_url, on_record=on_record, trees=trees)
-    while trees:
+    warned = ""
+    link.wanted = followed = project
+    while True:
         try:
-            tree = await asyncio.to_thread(trees)
-            if on_tree:
-                await on_tree(tree)
-            if _schedules(tree.project) != _schedules(deployed):
-                deployed = await _deploy_again(deployed, tree.project, flows, flow_of)
+            if trees:
+                tree = await asyncio.to_thread(trees)
+                if on_tree:
+                    await on_tree(tree)
+                if _schedules(tree.project) != _schedules(followed):
+                    link.wanted = followed = tree.project
+                    runs.follow(followed.stages)
+                    runs.timetable.follow(followed.stages.values(), _now(), {})
+                    for name in followed.stages:
+                        runs.timetable.make_up(name, _now())
             warned = ""
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
@@ -268,83 +347,156 @@ async def _following(
 
 
 def _schedules(project: Project) -> dict[str, tuple[Any, ...]]:
-    """What a deployment is made from, by stage."""
-    return {name: (stage.every_s, stage.cron, stage.overlap) for name, stage in project.stages.items()}
+    """When each stage runs."""
+    return {name: (stage.when, stage.missed, stage.overlap) for name, stage in project.stages.items()}
 
 
-async def _deploy_again(
-    before: Project, after: Project, flows: dict[UUID, Flow[..., Any]], flow_of: Callable[..., Flow[..., Any]]
-) -> Project:
-    """Deploy the stages that are new or have another schedule, which is on at once; remove those that are gone.
+class _Link:
+    """Keeps on Prefect's server what belongs there: the deployments of the stages, and none of those that are gone."""
 
-    Runs that are under way go on.
+    def __init__(
+        self,
+        client: PrefectClient,
+        runs: ScheduledRuns,
+        flows: dict[UUID, Flow[..., Any]],
+        flow_of: Callable[..., Flow[..., Any]],
+        shared: bool,
+        tell: Callable[[str], None],
+    ):
+        self.wanted: Project | None = None
+        self._client, self._runs, self._flows, self._flow_of = client, runs, flows, flow_of
+        self._shared, self._tell = shared, tell
+        self._deployed: dict[str, tuple[Any, ...]] = {}
+        self._is_first = True
+
+    async def look(self) -> None:
+        """Deploy what is not as it is wanted. Raises what a server that is away, or not well, does."""
+        project = self.wanted
+        if project is None:
+            return
+        environment, pool = project.environment, pool_of(project.environment, self._shared)
+        found = await _deployments(self._client, environment, pool)
+        if self._flows and not any(id in found for id in self._flows):
+            self._tell("Prefect has another database: the stages are deployed again")
+            self._deployed.clear()
+            self._runs.forget()
+        wanted = _schedules(project)
+        if any(name not in self._runs.ids for name in wanted):
+            with contextlib.suppress(ObjectAlreadyExists):
+                await self._client.create_work_pool(WorkPoolCreate(name=pool, type=POOL))
+        for name, stage in project.stages.items():
+            if self._deployed.get(name) != wanted[name] or self._runs.ids.get(name) not in found:
+                flow_of_stage = self._flow_of(stage, environment)
+                deployment_id = await _apply(flow_of_stage, stage, environment, self._shared)
+                self._flows[deployment_id], self._runs.ids[name] = flow_of_stage, deployment_id
+                self._deployed[name] = wanted[name]
+                found[deployment_id] = False
+        gone = [id for id in found if id not in self._runs.ids.values() or self._flows[id].name not in wanted]
+        if gone:
+            await reconcile(self._client, gone)
+        for deployment_id in gone:
+            with contextlib.suppress(ObjectNotFound):
+                await self._client.delete_deployment(deployment_id)
+        for deployment_id in self._flows.keys() - found.keys() | set(gone):
+            flow_of_gone = self._flows.pop(deployment_id, None)
+            if flow_of_gone and self._runs.ids.get(flow_of_gone.name) == deployment_id:
+                del self._runs.ids[flow_of_gone.name]
+                self._deployed.pop(flow_of_gone.name, None)
+        if self._is_first:
+            lost, overdue = await reconcile(self._client, list(self._flows))
+            if lost or overdue:
+                self._tell(f"closed {lost} runs that an earlier process left, and {overdue} that were missed")
+            self._tell(f"{len(self._flows)} deployments")
+            self._is_first = False
+        self._runs.paused = {self._flows[id].name for id, is_paused in found.items() if is_paused and id in self._flows}
+
+
+async def _announcing(runs: ScheduledRuns, link: _Link, children: list[services.Service]) -> None:
+    """Have Prefect know what runs when. While its server is away nothing waits for it.
+
+    One of our own that answers with errors again and again is started again: its database is damaged or gone.
     """
-    now, then = _schedules(after), _schedules(before)
-    for name, stage in after.stages.items():
-        if now[name] != then.get(name):
-            stage_run = flow_of(stage, after.environment)
-            flows[await _apply(stage_run, stage, after.environment, paused=False)] = stage_run
-    async with get_client() as client:
-        for deployment_id, stage_run in list(flows.items()):
-            if stage_run.name not in after.stages:
-                with contextlib.suppress(ObjectNotFound):
-                    await client.delete_deployment(deployment_id)  # with the runs that wait
-                del flows[deployment_id]
-    return after
-
-
-async def _working(worker: InPlaceWorker) -> None:
-    """Have the worker look for runs, whatever its server does. RuntimeError when it fails by itself again and again."""
-    deaths = Deaths()
+    looked, since = 0.0, None
     while True:
-        why, is_servers = "it ended", False
+        began = time.monotonic()
+        try:
+            if began - looked > LOOK_S:
+                await link.look()
+                looked = time.monotonic()
+            await runs.announce()
+            since = None
+        except Exception as error:  # the server is away, or not well: who begins runs says so
+            log.info("Prefect is not told: %s: %s", type(error).__name__, error)
+            response = getattr(error, "response", None)
+            if response is not None and response.status_code >= 500:  # after several times, by Prefect's client
+                since = since or began
+                if time.monotonic() - since > ILL_S:
+                    since = None
+                    for child in children:
+                        if child.name == services.PREFECT:
+                            log.warning("%s answers with errors: %s", child.name, str(error).splitlines()[0])
+                            child.signal(signal.SIGKILL)
+            await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(WATCH_S)
+
+
+async def _working(worker: InPlaceWorker, runs: ScheduledRuns, link: _Link) -> None:
+    """Have the worker look for runs that somebody asks for, whatever its server does; what is due does without."""
+    deaths = Deaths()
+    while not runs.ids:
+        await asyncio.sleep(0.1)
+    runs.worker = worker
+    while True:
+        why = "it ended"
         try:
             await worker.start(printer=log.info)
-        except Exception as error:
+        except Exception as error:  # Prefect's loops give up on a server that does not answer for a minute, or refuses
             why = f"{type(error).__name__}: {error}"
-            # Prefect's loops give up on a server that does not answer for a minute, or that refuses once
-            is_servers = isinstance(error, httpx.HTTPError) or "exceeded error threshold" in str(error)
-        if deaths.add() > services.MOST and not is_servers:
-            raise RuntimeError(f"the worker ended {services.MOST + 1} times within an hour: {why}")
+        deaths.add()
         log.warning("the worker looks for runs again in %.0f s: %s", deaths.wait_s, why)
         await asyncio.sleep(deaths.wait_s)
 
 
-async def deploy(
-    project: Project,
-    api_url: str | None,
-    on_record: Callable[[RunRecord], None] = lambda _: None,
-    trees: Trees | None = None,
-) -> dict[UUID, Flow[..., Any]]:
-    """One deployment a stage in the pool, its schedule paused: deployment id -> flow, in the project's order."""
-    async with get_client() as client:
-        with contextlib.suppress(ObjectAlreadyExists):
-            await client.create_work_pool(WorkPoolCreate(name=POOL, type=POOL))
-    flows = {}
-    for stage in project.stages.values():
-        stage_run = stage_flow(stage, project.environment, api_url, on_record, trees)
-        flows[await _apply(stage_run, stage, project.environment, paused=True)] = stage_run
-    async with get_client() as client:
-        await _remove_others(client, list(flows), _ours(project.environment))
-    return flows
+async def _deployments(client: PrefectClient, environment: Environment, pool: str) -> dict[UUID, bool]:
+    """The deployments that `up` has made for this root: id -> whether it is paused.
 
-
-async def _apply(stage_run: Flow[..., Any], stage: Stage, environment: Environment, paused: bool) -> UUID:
-    """Make the stage's deployment, or make it anew; its id."""
-    deployment = await stage_run.ato_deployment(
-        stage.name,
-        schedule=schedule_of(stage),  # type: ignore[arg-type]  # it takes those of its client, too
-        paused=paused,
-        concurrency_limit=ConcurrencyLimitConfig(
-            limit=1,
-            collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW
-            if stage.overlap == "skip"
-            else ConcurrencyLimitStrategy.ENQUEUE,
-        ),
-        tags=[*_ours(environment), environment.name],
-        work_pool_name=POOL,
+    Those of before, which had a limit and a schedule of Prefect's, are removed.
+    """
+    deployments = await client.read_deployments(
+        deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=_ours(environment))),
+        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
+        sort=DeploymentSort.NAME_ASC,
+        limit=200,
     )
-    return await deployment.aapply(work_pool_name=POOL)
+    if before := [deployment.id for deployment in deployments if deployment.global_concurrency_limit]:
+        await reconcile(client, before)
+    for deployment_id in before:
+        await client.delete_deployment(deployment_id)
+    return {deployment.id: deployment.paused for deployment in deployments if deployment.id not in before}
+
+
+def pool_of(environment: Environment, shared: bool) -> str:
+    """The work pool of this root's `up`; on a server that is shared one of its own."""
+    return f"{POOL}-{_mark(environment)}" if shared else POOL
+
+
+def _mark(environment: Environment) -> str:
+    """Of a root: on two machines the same path is not the same root."""
+    url = Root.at(environment.root).url
+    where = url if "://" in url else f"{socket.gethostname()}:{url}"
+    return hashlib.sha256(where.encode()).hexdigest()[:8]
+
+
+async def _apply(stage_run: Flow[..., Any], stage: Stage, environment: Environment, shared: bool) -> UUID:
+    """Make the stage's deployment, or make it anew; its id. It has no schedule of Prefect's: the timetable has it."""
+    pool = pool_of(environment, shared)
+    deployment = await stage_run.ato_deployment(
+        f"{stage.name}-{_mark(environment)}" if shared else stage.name,
+        description=f"{stage.when}; missed: {stage.missed}; overlap: {stage.overlap}",
+        tags=[*_ours(environment), environment.name],
+        work_pool_name=pool,
+    )
+    return await deployment.aapply(work_pool_name=pool)
 
 
 def _ours(environment: Environment) -> list[str]:
@@ -352,72 +504,8 @@ def _ours(environment: Environment) -> list[str]:
     return ["etl", Root.at(environment.root).url]
 
 
-async def _remove_others(client: PrefectClient, kept: list[UUID], tags: list[str]) -> None:
-    """Remove the deployments of stages that are no more, with their schedules, slots and waiting runs."""
-    deployments = await client.read_deployments(
-        deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=tags)),
-        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL])),
-        sort=DeploymentSort.NAME_ASC,
-        limit=200,
-    )
-    gone = [deployment.id for deployment in deployments if deployment.id not in kept]
-    if gone:
-        await reconcile(client, gone)
-    for deployment_id in gone:
-        await client.delete_deployment(deployment_id)
-
-
-def schedule_of(stage: Stage) -> IntervalSchedule | CronSchedule:
-    """The stage's schedule, aligned to the UTC clock."""
-    if stage.cron:
-        return CronSchedule(cron=stage.cron, timezone="UTC")
-    assert stage.every_s is not None, "where there is no cron"
-    return IntervalSchedule(interval=timedelta(seconds=stage.every_s), anchor_date=params.EPOCH, timezone="UTC")
-
-
-async def begin(client: PrefectClient, flows: dict[UUID, Flow[..., Any]], wait_s: float = FIRST_S) -> None:
-    """Each deployment once, one after the other, so that nothing waits an hour for its first run; then its schedule.
-
-    The next one waits for the end of that run, as it may read what it writes, but no longer than `wait_s`.
-    """
-    for deployment_id, of_stage in list(flows.items()):  # a release may bring others
-        until = time.monotonic() + wait_s
-        flow_run = await _patiently(partial(client.create_flow_run_from_deployment, deployment_id), of_stage.name)
-        while flow_run and not (flow_run.state and flow_run.state.is_final()) and time.monotonic() < until:
-            await asyncio.sleep(0.5)
-            flow_run = await _patiently(partial(client.read_flow_run, flow_run.id), of_stage.name)
-        unpaused = partial(client.update_deployment, deployment_id, DeploymentUpdate(paused=False))
-        await _patiently(unpaused, of_stage.name)
-
-
-async def _patiently(ask: Callable[[], Awaitable[Any]], stage: str) -> Any:
-    """What the server answers, asked again while it is away or not well; None, and a warning, when it refuses."""
-    while True:
-        try:
-            return await ask()
-        except (httpx.HTTPError, ObjectNotFound) as error:
-            response = getattr(error, "response", None)
-            if isinstance(error, ObjectNotFound) or response is not None and response.status_code < 500:
-                log.warning("the schedule of %s may not be on: %s", stage, error)
-                return None
-            await asyncio.sleep(WATCH_S)
-
-
-async def _watching(
-    work: Coroutine[Any, Any, object], worker: asyncio.Task[None], children: list[services.Service]
-) -> None:
-    """Wait for `work` while the worker and the children live; an essential one that does not is an error."""
-    task = asyncio.ensure_future(work)
-    try:
-        while not task.done():
-            await asyncio.wait({task, worker}, timeout=WATCH_S, return_when=asyncio.FIRST_COMPLETED)
-            if worker.done():
-                await worker
-            for child in children:
-                child.ensure()
-        await task
-    finally:
-        task.cancel()
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 def _scheduled_time() -> datetime:

@@ -81,7 +81,9 @@ class Heart:
             "at": _now(),
             "release": release.id if release else None,
             "env": project.environment.name,
-            "next_runs": {name: stage.next_run(now).isoformat() for name, stage in project.stages.items()},
+            "next_runs": {
+                name: due.isoformat() for name, stage in project.stages.items() if (due := stage.next_run(now))
+            },
         }
 
 

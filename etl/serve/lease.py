@@ -130,6 +130,15 @@ class Lease:
                 log.warning("the lease of %s cannot be renewed now: %s", self._root.url, error)
 
 
+def pages(folder: Path) -> dict[str, str]:
+    """Where the pages of the `up` are that holds the lease in `folder`, name -> URL; none when nobody does."""
+    try:
+        told = json.loads((folder / "up.json").read_text())
+        return dict(told["pages"]) if _is_alive(told) else {}
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
 def _has_ended(told: dict[str, Any]) -> bool:
     gone = told["machine"] == machine() and started(told["pid"]) != told["started"]
     return gone or bool(told.get("ended"))

@@ -8,12 +8,15 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
 
@@ -24,8 +27,10 @@ from etl.storage import PROJECT
 
 log = logging.getLogger(__name__)
 READY_S = 300  # until an essential one answers, on busy cores; 15 s on idle ones
+PREFECT = "Prefect server"
 PORTS = {"prefect": 4200, "api": 8000, "dashboard": 8501}  # all on 127.0.0.1
-MOST = 5  # deaths within an hour of what `up` cannot do without; after that it gives up
+LOOK_S = 10  # between two looks whether a service answers
+HUNG = 6  # looks one after the other, at which one that had answered does not: it is started again
 LOG_BYTES = 16_000_000  # of a service's log, and as many of the one before
 END_S = 15  # until the children of an `up` that was killed have ended
 
@@ -54,11 +59,38 @@ class PortTaken(RuntimeError):
     """Somebody listens on the port already."""
 
 
+class Health:
+    """Looks at a page now and then, in a thread of its own, and counts how often it failed since it answered.
+
+    Looks and not seconds: while this process was stopped, or the machine slept, nobody looked.
+    """
+
+    def __init__(self) -> None:
+        self._count, self._looked = 0, time.monotonic()
+        self._look: threading.Thread | None = None
+        self._has_answered = False
+
+    def failed(self, url: str) -> int:
+        """How often, one after the other; 0 for one that has not answered yet, and for one without a page."""
+        if url and time.monotonic() - self._looked >= LOOK_S and not (self._look and self._look.is_alive()):
+            self._looked = time.monotonic()
+            self._look = threading.Thread(target=self._answers, args=(url,), name="health", daemon=True)
+            self._look.start()
+        return self._count
+
+    def _answers(self, url: str) -> None:
+        if answers(url, timeout_s=LOOK_S):
+            self._count, self._has_answered = 0, True
+        elif self._has_answered:
+            self._count += 1
+
+
 @dataclass
 class Service:
     """One child process. `health_url` answers 200 once it works; `page` is what people open.
 
-    Without one that is `essential` nothing runs; any other may die as often as it will.
+    Without one that is `essential` `up` does not begin. Later any may die as often as it will: it is started again, at
+    once, or later when it does so again and again. `mend` is called before each start, and says what it did, or "".
     """
 
     name: str
@@ -69,8 +101,10 @@ class Service:
     environment: dict[str, str] = field(default_factory=dict)
     log_path: Path = Path(os.devnull)
     essential: bool = False
+    mend: Callable[[], str] = str
     process: subprocess.Popen[bytes] | None = None
     deaths: Deaths = field(default_factory=Deaths)
+    health: Health = field(default_factory=Health)
 
     @property
     def variables(self) -> dict[str, str]:
@@ -80,6 +114,9 @@ class Service:
     def start(self) -> None:
         """Start it in a group of its own: Ctrl-C reaches `up` alone, which ends its children in order."""
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        if mended := self.mend():
+            log.warning("%s: %s", self.name, mended)
+        self.health = Health()
         with self.log_path.open("ab") as out:
             self.process = subprocess.Popen(
                 self.command,
@@ -103,14 +140,17 @@ class Service:
             time.sleep(0.2)
 
     def ensure(self) -> None:
-        """Start it again when it has died, if it is time, and keep its log short. Raises RuntimeError when an essential
-        one dies too often."""
+        """Start it again when it has died, or hangs, if it is time, and keep its log short. Never raises."""
         shorten(self.log_path)
         if self.process and self.process.poll() is None:
-            return
-        if self.process:
+            if self.health.failed(self.health_url) < HUNG:
+                return
+            self._died(f"did not answer for {HUNG * LOOK_S} s")
+        elif self.process:
             self._died(f"ended with status {self.process.returncode}")
-            self.signal(signal.SIGKILL)  # what it left of its group
+        if self.process:
+            self.signal(signal.SIGKILL)  # with what it left of its group
+            self.process.wait()
             self.process = None
         if self.deaths.wait_s == 0:
             try:
@@ -120,10 +160,9 @@ class Service:
 
     def _died(self, how: str) -> None:
         count = self.deaths.add()
-        if self.essential and count > MOST:
-            raise RuntimeError(f"{self.name} {how}, for the {count}th time within an hour; see {self.log_path}")
         told = logging.WARNING if self.essential or count == 1 else logging.INFO  # a series is one warning
-        log.log(told, "%s %s; starting it again, see %s", self.name, how, self.log_path)
+        again = f", {count} times within an hour" if count > 1 else ""
+        log.log(told, "%s %s%s; starting it again, see %s", self.name, how, again, self.log_path)
 
     def signal(self, number: int) -> None:
         """To the whole group, so that its own children hear it too."""
@@ -209,7 +248,7 @@ def prefect_server(port: int, home: Path, logs: Path) -> Service:
     if "?" in str(home):
         environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database_url(home)
     return Service(
-        "Prefect server",
+        PREFECT,
         [sys.executable, "-m", "etl.serve.prefect_server", "--port", str(port)],
         port,
         f"http://{HOST}:{port}/api/ready",  # /api/health is 200 a moment before a POST works
@@ -217,6 +256,37 @@ def prefect_server(port: int, home: Path, logs: Path) -> Service:
         {k: v for k, v in environment.items() if k == "PREFECT_HOME" or k not in os.environ},
         logs / "prefect.log",
         essential=True,
+        mend=lambda: set_aside_damaged(home / "prefect.db"),
+    )
+
+
+def set_aside_damaged(database: Path) -> str:
+    """Give a database of Prefect's that is damaged another name, so that its server makes a new one; says so, or "".
+
+    What ran is in the index of runs; what Prefect alone knew (its history, automations, variables) is in the old file.
+    """
+    if not database.exists():
+        return ""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{quote(str(database))}?mode=ro", uri=True, timeout=1)) as opened:
+            [told] = opened.execute("PRAGMA quick_check(1)").fetchone()
+        if told == "ok":
+            return ""
+    except sqlite3.OperationalError as error:  # locked, or no file of ours to read: that is no damage
+        if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR):
+            return ""
+        told = str(error)
+    except sqlite3.DatabaseError as error:
+        told = str(error)
+    aside = database.with_name(f"{database.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S}")
+    for suffix in ("", "-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(f"{database}{suffix}", f"{aside}{suffix}")
+    short = " ".join(str(told).split())[:200]
+    return (
+        f"its database {database} is damaged ({short}); it is {aside.name} now, and Prefect begins with a new one. "
+        "Runs, reports and schedules are not in it and go on; automations and variables that were made on its page are "
+        "to be made again"
     )
 
 

@@ -8,7 +8,8 @@ import asyncio
 import contextvars
 import logging
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -19,12 +20,11 @@ from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterId,
     FlowRunFilter,
-    FlowRunFilterExpectedStartTime,
     FlowRunFilterId,
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.flow_engine import run_flow
@@ -36,24 +36,57 @@ log = logging.getLogger(__name__)
 POOL = "in-place"
 CANCEL_S = 1  # between two looks at what somebody cancelled
 AHEAD_S = 2  # runs are known before they are due; more than between two looks, which PREFECT_WORKER_QUERY_SECONDS says
-AT_ONCE = 16  # flow runs; a stage is limited to one by its deployment
+AT_ONCE = 16  # flow runs; a stage has one at a time, see `admit`
+SCHEDULED = "scheduled"  # the tag of flow runs that the timetable begins, and not the worker by itself
+
+
+class Turn:
+    """A run of a stage at its time. Who comes first runs it, with Prefect or without; others get what came of it."""
+
+    def __init__(self, time: datetime | None = None):
+        self.time = time  # scheduled
+        self.cancel = threading.Event()
+        self.begun: Future[None] = Future()
+        self.result: Future[Any] = Future()
+        self._lock = threading.Lock()
+
+    def run(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives, or gave when another was first. Raises what it raised."""
+        with self._lock:
+            is_first = not self.begun.done()
+            if is_first:
+                self.begun.set_result(None)
+        if is_first:
+            try:
+                self.result.set_result(work())
+            except BaseException as error:
+                self.result.set_exception(error)
+        return self.result.result()
 
 
 class InPlaceWorker(BaseWorker[BaseJobConfiguration, BaseVariables, BaseWorkerResult]):
     """Runs the flow runs of `flows` (deployment id -> flow) in threads of this process.
 
-    `cancels` holds an event for each flow run that is under way; setting it cancels the run. A flow finds its own by
-    `cancel_event`.
+    `turns` holds one for each flow run that is under way; a flow finds its own by `current_turn`. `admit` is awaited
+    before one that somebody asked for, and says why it may not begin, "" when it may; then `leave` is called at its
+    end.
     """
 
     type = POOL
     job_configuration = BaseJobConfiguration
     _description = "Runs notebook flows in the worker's own process."
 
-    def __init__(self, flows: dict[UUID, Flow[..., Any]], **kwargs: Any):
+    def __init__(
+        self,
+        flows: dict[UUID, Flow[..., Any]],
+        admit: Callable[[str, Turn], Awaitable[str]] | None = None,
+        leave: Callable[[Turn], None] | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(prefetch_seconds=AHEAD_S, **kwargs)
-        self.flows = flows
-        self.cancels: dict[UUID, threading.Event] = {}
+        self.flows, self._admit, self._leave = flows, admit, leave
+        self.turns: dict[UUID, Turn] = {}
+        self._begun_by_us: dict[UUID, Turn] = {}
         self._heeding: asyncio.Task[None] | None = None
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="flow")
 
@@ -64,21 +97,41 @@ class InPlaceWorker(BaseWorker[BaseJobConfiguration, BaseVariables, BaseWorkerRe
         identifier = f"in-place/{flow_run.id}"
         if task_status:
             task_status.started(identifier)
-        event = self.cancels[flow_run.id] = threading.Event()
+        assert flow_run.deployment_id is not None, "one of ours"
+        mine = self._begun_by_us.pop(flow_run.id, None)
+        turn = self.turns[flow_run.id] = mine or Turn()
         if self._heeding is None or self._heeding.done():
             self._heeding = asyncio.create_task(self._heed_cancels())
+        if self._admit and not mine:
+            try:
+                if refused := await self._admit(self.flows[flow_run.deployment_id].name, turn):
+                    await self.client.set_flow_run_state(flow_run.id, Cancelled(message=refused), force=True)
+                    raise _Refused
+            except BaseException as error:
+                del self.turns[flow_run.id]
+                if isinstance(error, _Refused):
+                    return BaseWorkerResult(identifier=identifier, status_code=0)
+                raise
         context = contextvars.copy_context()
-        loop = asyncio.get_running_loop()
-        try:
-            await loop.run_in_executor(self._threads, context.run, self._run_flow, flow_run, event)
-        except Exception as error:  # Prefect's engine could not tell the server its state
-            await self._propose_crashed_state(flow_run, f"its end could not be told: {error}")
-            raise
+        future = self._threads.submit(context.run, self._run_flow, flow_run, turn)
+        await asyncio.wait({asyncio.wrap_future(future)})  # when that is cancelled, the run goes on
+        if untold := future.exception():  # Prefect's engine could not tell the server its state
+            await self._propose_crashed_state(flow_run, f"its end could not be told: {untold}")
+            raise untold
         return BaseWorkerResult(identifier=identifier, status_code=0)
 
     async def _get_scheduled_flow_runs(self) -> list[WorkerFlowRunResponse]:
-        """Those of our deployments: on a server that is shared, others have theirs in a pool of this name, too."""
-        return [due for due in await super()._get_scheduled_flow_runs() if due.flow_run.deployment_id in self.flows]
+        """Those of our deployments that somebody asked for: others have theirs in a pool of this name, too."""
+        every = await super()._get_scheduled_flow_runs()
+        ours = (due for due in every if due.flow_run.deployment_id in self.flows)
+        return [due for due in ours if SCHEDULED not in due.flow_run.tags]
+
+    async def begin(self, flow_run: FlowRun, turn: Turn) -> None:
+        """Begin it as if it had been asked for; returns when it is on its way, or cannot be, which is a warning."""
+        self._begun_by_us[flow_run.id] = turn
+        self._submitting_flow_run_ids.add(flow_run.id)
+        await self._submit_run(flow_run)
+        self._begun_by_us.pop(flow_run.id, None)
 
     async def _submit_run(self, flow_run: FlowRun) -> None:
         """As Prefect does it, but when the run is due: it asks once a second, and would be that late or too early."""
@@ -93,9 +146,9 @@ class InPlaceWorker(BaseWorker[BaseJobConfiguration, BaseVariables, BaseWorkerRe
     async def _give_worker_labels_to_flow_run(self, flow_run_id: UUID) -> None:
         """None: there is one worker, and of two runs that begin at once one would find SQLite locked and wait 2 s."""
 
-    def _run_flow(self, flow_run: FlowRun, event: threading.Event) -> None:
+    def _run_flow(self, flow_run: FlowRun, turn: Turn) -> None:
         assert flow_run.deployment_id is not None, "one of ours"
-        _cancel.set(event)
+        _turn.set(turn)
         try:
             # a sync flow sleeps about a second at its end to join the heartbeat's thread
             with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
@@ -103,13 +156,15 @@ class InPlaceWorker(BaseWorker[BaseJobConfiguration, BaseVariables, BaseWorkerRe
         except (KeyboardInterrupt, SystemExit) as error:  # the flow's own, which Prefect has recorded as a crash
             log.error("flow run %s ended with %r", flow_run.name, error)
         finally:
-            del self.cancels[flow_run.id]  # not before: the run goes on while the worker is begun again
+            del self.turns[flow_run.id]  # not before: the run goes on while the worker is begun again
+            if self._leave:
+                self._leave(turn)
 
     async def _heed_cancels(self) -> None:
         """Cancel what somebody cancels on Prefect's page or by its API; Prefect's worker heeds it before a run only."""
         while True:
             await asyncio.sleep(CANCEL_S)
-            if self.cancels:
+            if self.turns:
                 try:
                     await self._cancel_those_cancelled()
                 except Exception as error:  # the server is away, or not well: the next look tells
@@ -117,53 +172,69 @@ class InPlaceWorker(BaseWorker[BaseJobConfiguration, BaseVariables, BaseWorkerRe
 
     async def _cancel_those_cancelled(self) -> None:
         cancelling = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANCELLING]))
-        ours = FlowRunFilter(id=FlowRunFilterId(any_=list(self.cancels)), state=cancelling)
+        ours = FlowRunFilter(id=FlowRunFilterId(any_=list(self.turns)), state=cancelling)
         flow_runs = await self.client.read_flow_runs(flow_run_filter=ours, sort=FlowRunSort.ID_DESC, limit=AT_ONCE)
         for flow_run in flow_runs:
-            if event := self.cancels.get(flow_run.id):
-                event.set()
+            if turn := self.turns.get(flow_run.id):
+                turn.cancel.set()
 
     def cancel_all(self) -> None:
         """Cancel every run that is under way, and heed no more."""
         if self._heeding:
             self._heeding.cancel()
-        for event in list(self.cancels.values()):
-            event.set()
+        for turn in list(self.turns.values()):
+            turn.cancel.set()
 
 
-_cancel: contextvars.ContextVar[threading.Event | None] = contextvars.ContextVar("cancel", default=None)
+class _Refused(Exception):
+    """A run that somebody asked for may not begin."""
+
+
+_turn: contextvars.ContextVar[Turn | None] = contextvars.ContextVar("turn", default=None)
+
+
+def current_turn() -> Turn:
+    """That of the flow run this is called in; a fresh one outside of a worker."""
+    return _turn.get() or Turn()
 
 
 def cancel_event() -> threading.Event:
     """The event that cancels the flow run this is called in; a fresh one outside of a worker."""
-    return _cancel.get() or threading.Event()
+    return current_turn().cancel
 
 
 async def reconcile(client: PrefectClient, deployment_ids: list[UUID]) -> tuple[int, int]:
     """Close what an earlier process left: (runs that were under way, runs that are overdue).
 
     The first are Crashed, as nobody runs them any more. The second are Cancelled: otherwise Prefect would run every
-    missed one, oldest first (Prefect #15886); the schedule goes on from here instead.
+    missed one, oldest first (Prefect #15886). Those that a timetable or Prefect's scheduler made are removed, with
+    those of the time to come: the timetable knows them.
     """
     ours = DeploymentFilter(id=DeploymentFilterId(any_=deployment_ids))
     under_way = FlowRunFilterState(
         type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
     )
-    waiting = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED]))
+    waiting = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])))
     past = datetime.now(UTC) - timedelta(seconds=1)
-    overdue = FlowRunFilterExpectedStartTime(before_=past)  # type: ignore[arg-type]  # pydantic takes any datetime
-    closing: list[tuple[FlowRunFilter, State[Any]]] = [
-        (FlowRunFilter(state=under_way), Crashed(message="the process that ran it is gone")),
-        (FlowRunFilter(state=waiting, expected_start_time=overdue), Cancelled(message="missed while nothing ran")),
-    ]
-    counts = []
-    for chosen, state in closing:
-        closed = 0
-        while runs := await client.read_flow_runs(
-            flow_run_filter=chosen, deployment_filter=ours, sort=FlowRunSort.ID_DESC, limit=200
-        ):
-            for run in runs:
-                await client.set_flow_run_state(run.id, state, force=True)
-            closed += len(runs)
-        counts.append(closed)
-    return counts[0], counts[1]
+
+    async def chosen(runs: FlowRunFilter, offset: int = 0) -> list[FlowRun]:
+        return await client.read_flow_runs(
+            flow_run_filter=runs, deployment_filter=ours, sort=FlowRunSort.ID_DESC, limit=200, offset=offset
+        )
+
+    lost = overdue = kept = 0
+    while runs := await chosen(FlowRunFilter(state=under_way)):
+        for run in runs:
+            await client.set_flow_run_state(run.id, Crashed(message="the process that ran it is gone"), force=True)
+        lost += len(runs)
+    while runs := await chosen(waiting, kept):
+        for run in runs:
+            is_past = run.expected_start_time and run.expected_start_time < past
+            overdue += bool(is_past)
+            if run.auto_scheduled or SCHEDULED in run.tags:
+                await client.delete_flow_run(run.id)
+            elif is_past:
+                await client.set_flow_run_state(run.id, Cancelled(message="missed while nothing ran"), force=True)
+            else:
+                kept += 1
+    return lost, overdue

@@ -1,5 +1,6 @@
 """The dashboard, run as Streamlit runs it, over roots that the pipeline made."""
 
+import io
 import json
 import threading
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import streamlit as st
 from published import QUERY_RUN, add_run
 from streamlit.testing.v1 import AppTest
 
-from app.shown import column
+from app.shown import EXPORTS, column
 from etl.runs import engine, releases
 from etl.runs.record import RunRequest
 from etl.storage import PROJECT, Root
@@ -162,7 +163,7 @@ def test_the_figures_are_the_lakes(root):
     assert shown["Orders"] == f"{rows['orders']:,}"
     assert shown["Refused rows"] == "0"
     assert shown["Batch"] == "1"
-    assert shown["Data up to (UTC)"] == f"{snapshot.as_of:%H:%M:%S}"
+    assert shown["Data up to (UTC)"] == "2026-11-22"  # the time alone while it is of these hours
     loss = json.loads(Path(root, "models/aliases.json").read_text())["champion"]["metrics"]["log_loss"]
     assert shown["Model's log loss"] == f"{loss:.4f}"
 
@@ -194,6 +195,48 @@ def test_a_new_answer_is_taken_up(root):
     assert any("query-20261122T130000-bbbbbb" in text for text in texts(shown.caption))
 
 
+def test_an_answer_of_any_size_is_drawn_in_part_and_given_whole(root):
+    """100,000 rows were drawn on a canvas 3.5 million pixels high, a text of 1 MB blocked the tab."""
+    asked, snapshot = next(q for q in queries.questions() if q.name == "top_customers"), Lake(root).snapshot()
+    few, rows = queries.current(Root.at(root), asked.name)[1].head(1), 100_000
+    many = few.select(pl.all().repeat_by(rows).explode()).with_columns(
+        customer=pl.int_range(rows).cast(pl.String).str.zfill(9)
+    )
+    large = pl.concat([few.with_columns(customer=pl.lit("x" * 1_000_000)), many]).with_columns(
+        parts=pl.lit([1, 2]), word=pl.lit("y" * 300).cast(pl.Categorical)
+    )
+    queries.save(Root.at(root), large, asked, snapshot, "query-20261122T130000-bbbbbb")
+
+    def sent(page: AppTest) -> int:
+        assert not page.warning, texts(page.warning)
+        assert any(f"The first 1,000 of {rows + 1:,} rows" in text for text in texts(page.caption))
+        return sum(table.proto.ByteSize() for table in page.dataframe) + sum(
+            len(chart.proto.spec) for chart in page.get("plotly_chart")
+        )
+
+    assert sent(page()) < 3_000_000
+    shown = AppTest.from_function(questions_page, default_timeout=60)
+    shown.query_params["question"] = asked.name
+    assert sent(drawn(shown)) < 3_000_000
+    table = shown.dataframe[0]
+    assert len(table.value) == 1000 and table.value["customer"][0] == "x" * 200 + "…"
+    assert (table.value["parts"][0], len(table.value["word"][0])) == ("[1, 2]", 201)
+    assert [button.label for button in shown.get("download_button")] == ["CSV", "JSON", "Parquet"]
+
+
+def test_a_download_is_the_answer_to_the_last_digit():
+    exact = pl.DataFrame(
+        {"money": ["12345678901234567890.1234"], "name": ["é"], "list": [[1, 2]], "raw": [b"x"]}
+    ).with_columns(pl.col("money").cast(pl.Decimal(38, 4)))
+    exact.write_parquet(stored := io.BytesIO())
+    given = {kind: made(stored.getvalue()) for kind, (_, made) in EXPORTS.items()}
+    assert given["Parquet"] == stored.getvalue()
+    assert given["CSV"].decode() == """money,name,list,raw\n12345678901234567890.1234,é,"[1, 2]",b'x'\n"""
+    assert json.loads(given["JSON"]) == [
+        {"money": "12345678901234567890.1234", "name": "é", "list": [1, 2], "raw": "b'x'"}
+    ]
+
+
 def of(files: str, change) -> Callable[[str], None]:
     """A damage: the bytes of the files under a root that the pattern names are changed, or cut in half."""
 
@@ -217,6 +260,10 @@ DAMAGES = {  # page, damage, panels that cannot be shown, what is to be done, ch
     "a table's log": (
         *(live_page, of("lake/orders/_delta_log/00000000000000000001.json", b"{")),
         *(["Orders"], "`orchestrate.py rebuild`", 5, 6),
+    ),
+    "the word of `up`": (
+        *(live_page, lambda root: Root.at(root).write(releases.TOLD, b"[]")),
+        *(["The release"], "start `python orchestrate.py up` again", 5, 6),
     ),
     "the model's pointer": (live_page, of("models/aliases.json", b"{}"), ["The model"] * 2, "run train", 4, 5),
     "an answer's pointer": (live_page, of(f"{ANSWER}/current.json", b"[]"), ["The answer"], "run query", 4, 5),
@@ -284,8 +331,12 @@ def test_a_run_under_way_is_followed(empty, tmp_path):
     "name, dtype, shown_as",
     [
         ("order_date", pl.Date, ("Order date", "date", "YYYY-MM-DD")),  # of 1997-04-09 one saw 04-09 00:00:00 (UTC)
-        ("order_time", pl.Datetime("us", "UTC"), ("Order time (UTC)", "datetime", "MM-DD HH:mm:ss")),
+        ("order_time", pl.Datetime("us", "UTC"), ("Order time (UTC)", "datetime", "YYYY-MM-DD HH:mm:ss")),
         ("year", pl.Int64, ("Year", "number", "%d")),  # 1995, not 1,995
+        ("order_year", pl.Int64, ("Order year", "number", "%d")),
+        ("orders_per_year", pl.Int64, ("Orders per year", "number", "%,d")),
+        ("market_share", pl.Float64, ("Market share", "number", "percent")),
+        ("written_mb", pl.Float64, ("Written MB", "number", "%,.2f")),
         ("order_key", pl.Int64, ("Order key", "number", "%d")),
         ("orders", pl.Int64, ("Orders", "number", "%,d")),
         ("revenue", pl.Decimal(38, 4), ("Revenue", "number", "%,.2f")),

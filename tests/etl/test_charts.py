@@ -97,6 +97,8 @@ def test_units_suit_the_largest_value(largest, unit):
     scaled, label = charts.in_units(frame, "net_revenue")
     assert label == f"net revenue, {unit}".removesuffix(", ")
     assert 1 <= scaled["net_revenue"].max() < 1000
+    shares, label = charts.in_units(pl.DataFrame({"Late share": [0.632]}), "Late share")
+    assert (shares["Late share"].round(9).to_list(), label) == ([63.2], "Late share, percent")
 
 
 def test_a_notebook_gets_one_png_and_nothing_else_or_one_live_plot_when_asked_for():
@@ -124,17 +126,22 @@ def test_a_table_reads_as_people_write_and_holds_no_markup():
             "rows": [1234567, None],
             "name": ["<script>x</script>", None],
             "price": [Decimal("1234.5049"), None],
-            "share": [0.123456, 1e7],
+            "ratio": [0.123456, 1e7],
+            "late_share": [0.123456, None],
+            "mean_mb": [0.002159, None],
+            "order_year": [1995, None],
             "at": [datetime(2026, 3, 1, 12, 0, 5, 999), None],
         }
     )
     text = charts.table(frame, rows=1)._repr_html_()
     assert '<th align="right">part key</th><th align="right">rows</th><th>name</th>' in text
+    assert '<th align="right">mean MB</th>' in text
     assert (
         '<td align="right">1234567</td><td align="right">1,234,567</td><td>&lt;script&gt;x&lt;/script&gt;</td>' in text
     )
-    assert '<td align="right">1,234.50</td><td align="right">0.1235</td><td>2026-03-01 12:00:05</td>' in text
+    numbers = ["1,234.50", "0.1235", "12.3 %", "&lt; 0.01", "1995"]
+    assert "".join(f'<td align="right">{number}</td>' for number in numbers) + "<td>2026-03-01 12:00:05</td>" in text
     assert "and 1 more row<" in text
-    assert charts.table(frame, rows=2)._repr_html_().count(">–</td>") == 5
+    assert charts.table(frame, rows=2)._repr_html_().count(">–</td>") == 8
     short = charts.table(frame, rows=1, letters=9)._repr_html_()
     assert '<table class="short">' in short and "<td>&lt;script&gt;x…</td>" in short

@@ -499,7 +499,11 @@ class _Load:
             thread.join()
 
     def _ask(self, row: int) -> None:
-        connection, due = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60), time.monotonic()
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
+            self._ask_over(connection, row)
+
+    def _ask_over(self, connection: http.client.HTTPConnection, row: int) -> None:
+        due = time.monotonic()
         while not self.ended.is_set():
             row, due = (row + 1) % len(self.asked), due + 0.01
             time.sleep(max(0, due - time.monotonic()))

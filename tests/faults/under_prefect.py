@@ -5,11 +5,13 @@ Each function takes how many and a seed, says in figures what held, and raises A
 
 import json
 import random
+import re
 import shutil
 import signal
 import tempfile
 import time
 import urllib.error
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import psutil
@@ -107,3 +109,58 @@ def whence_after_up(n: int, seed: int) -> str:
             up.process.kill()
             up.process.wait()
         return f"{n} minutes of up: {check_whence(str(root))}"
+
+
+def interrupted(n: int, seed: int) -> str:
+    """`n` times a process of `up`, itself among them, is stopped or killed, or Prefect's database damaged; then every
+    time that was due has a run or a record that says why not, once."""
+    rng, what = random.Random(seed), []
+    with tempfile.TemporaryDirectory() as folder:
+        root, project = Path(folder) / "root", toy.project(Path(folder) / "project")
+        write_stage(project, "quick", 'check("true", True)', yml="missed: all\noverlap: queue\n")
+        up = Up(project, root, "--live")
+        try:
+            toy.until(lambda: _times(root)[0], 300, "a run")
+            for _ in range(n):
+                assert up.process.poll() is None, up.log.read_text()[-3000:]
+                children = psutil.Process(up.process.pid).children()
+                victim = rng.choice([psutil.Process(up.process.pid), *children])
+                kind = rng.choice(["stopped", "killed", "damaged"])
+                if kind == "damaged":
+                    path = root / "services/prefect/prefect.db"
+                    path.write_bytes(rng.randbytes(path.stat().st_size))
+                elif kind == "killed" and victim.pid != up.process.pid:
+                    victim.kill()
+                else:
+                    kind = "stopped"
+                    victim.suspend()
+                    time.sleep(rng.uniform(20, 150))
+                    victim.resume()
+                what.append(kind)
+                time.sleep(rng.uniform(5, 40))
+            before = max(_times(root)[0])
+            toy.until(lambda: max(_times(root)[0]) > before, 120, "a run at last")
+            up.end(signal.SIGINT)
+            ran, left = _times(root)
+        finally:
+            up.process.kill()
+            up.process.wait()
+    first, last = min(ran), max(ran)
+    due = {first + timedelta(seconds=5 * number) for number in range(int((last - first).total_seconds() // 5) + 1)}
+    said = {first + timedelta(seconds=5 * number) for first, count in left for number in range(count)}
+    assert len(ran) == len(set(ran)) and not said & set(ran), f"twice: {sorted(said & set(ran))}"
+    missing = sorted(due - set(ran) - said)
+    assert not missing, f"{', '.join(what)}: {len(missing)} of {len(due)} have neither a run nor a word: {missing[:9]}"
+    return f"{', '.join(what)}: {len(due)} times due, {len(ran)} runs, {len(said & due)} said not to run"
+
+
+def _times(root: Path) -> tuple[list[datetime], list[tuple[datetime, int]]]:
+    """The scheduled times at which a run began, and (first, how many) of those that are said not to."""
+    ran, left = [], []
+    for row in index.newest(Root.at(str(root)), stage="quick", limit=10_000):
+        told = re.match(r"(?:the run|(\d+) runs) of (\S+ \S+)", row["reason"] or "")
+        if row["state"] == "cancelled" and told:
+            left.append((datetime.fromisoformat(f"{told[2]}+00:00"), int(told[1] or 1)))
+        elif (time_ := datetime.fromisoformat(str(row["scheduled_for"]))).second % 5 == 0:
+            ran.append(time_)  # the first one was at no scheduled time
+    return ran, left

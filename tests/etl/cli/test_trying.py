@@ -33,7 +33,7 @@ def called(tmp_path, monkeypatch, filled):
     (project / "params/env/local.yml").write_text("root: outputs\n")
     for module in ("common", "running"):
         monkeypatch.setattr(f"etl.cli.{module}.PROJECT", project)
-    monkeypatch.setattr("etl.cli.running._prefect_answers", lambda: False)
+    monkeypatch.setattr("etl.cli.many.prefect_answers", lambda root: False)
     write_stage(project, "ask", ANSWER, parameters="factor: int = 1  # of all\n")
 
     def call(*command: str, status: int = 0) -> str:

@@ -517,6 +517,74 @@ def test_next_run(project, cadence, after, expected):
         stage.next_run(after.replace(tzinfo=None))
 
 
+NIGHTS = {  # cron in Europe/Berlin: scheduled times in UTC, by hand; clocks go 02:00 -> 03:00 and 03:00 -> 02:00
+    ("30 2 * * *", 3): ["29 01:00", "30 00:30"],  # 02:30 is not: at the end of what is left out
+    ("30 2 * * *", 10): ["25 00:30", "26 01:30"],  # 02:30 comes twice: the first
+    ("0 2-4 * * *", 3): ["29 01:00", "29 02:00", "30 00:00"],  # 02:00 and 03:00 are the same moment
+    ("0 2-4 * * *", 10): ["25 00:00", "25 02:00", "25 03:00", "26 01:00"],
+    ("30 * * * *", 3): ["29 00:30", "29 01:30", "29 02:30"],
+    ("30 * * * *", 10): ["25 00:30", "25 01:30", "25 02:30"],
+    ("*/20 2 * * *", 3): ["30 00:00", "30 00:20"],
+    ("*/20 2 * * *", 10): ["25 00:00", "25 00:20", "25 00:40", "25 01:00", "25 01:20", "25 01:40", "26 01:00"],
+}
+
+
+@pytest.mark.parametrize(("cron", "month"), NIGHTS)
+def test_cron_in_a_time_zone_on_the_nights_when_clocks_change(project, cron, month):
+    yml = f'cron: "{cron}"\ntimezone: Europe/Berlin\ndeadline: 1 minute\n'
+    stage = load(project({"params/preprocess.yml": yml})).stages["preprocess"]
+    day = {3: 29, 10: 25}[month]
+    expected = [
+        datetime.datetime.strptime(f"2026 {month} {text}", "%Y %m %d %H:%M").replace(tzinfo=datetime.UTC)
+        for text in NIGHTS[cron, month]
+    ]
+    begin, end = utc(2026, month, day, 0, 0, 0) - datetime.timedelta(seconds=1), expected[-1]
+    assert stage.due(begin, end, 100) == expected and stage.due(begin, end, 2) == expected[-2:]
+    step = datetime.timedelta(minutes=7)
+    for number in range((end - begin) // step):  # from wherever it is asked, also in an hour that comes twice
+        moment = begin + number * step
+        assert stage.next_run(moment) == next(time for time in expected if time > moment), moment
+        assert stage.due(begin, moment, 100) == [time for time in expected if time <= moment], moment
+
+
+def test_a_schedule_that_is_off_or_over_has_no_next_run(project):
+    for yml, until in (
+        ("every: 1 hour\nuntil: 2026-03-29", utc(2026, 3, 29, 23)),
+        ("cron: 0 * * * *\ntimezone: Europe/Berlin\nuntil: 2026-03-29", utc(2026, 3, 29, 21)),
+        ("cron: 0 * * * *\ntimezone: Europe/Berlin\nuntil: 2026-03-29 18:30", utc(2026, 3, 29, 16)),
+        ("every: 1 hour\nuntil: 2026-03-29T18:00+02:00", utc(2026, 3, 29, 16)),
+    ):
+        path = project({"params/preprocess.yml": f"{yml}\ndeadline: 1 minute\n"})
+        stage, hour = load(path).stages["preprocess"], datetime.timedelta(hours=1)
+        assert stage.next_run(until - hour) == until and stage.next_run(until) is None
+        assert stage.due(until - 2 * hour, until + 99 * hour, 9) == [until - hour, until]
+    path = project({"params/preprocess.yml": STAGE, "params/env/off.yml": LOCAL})
+    (path / "params/env/off.yml").write_text(LOCAL + "stages:\n  preprocess:\n    enabled: false\n    missed: all\n")
+    stage = load(path, "off").stages["preprocess"]
+    assert stage.next_run(until) is None and stage.due(until - hour, until, 9) == [] and stage.missed == "all"
+    assert stage.when.endswith("(not enabled)") and load(path).stages["preprocess"].missed == "once"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("timezone: Berlin", "timezone: expected a time zone such as \"Europe/Berlin\", got str 'Berlin'"),
+        ("timezone: ../UTC", "timezone: expected a time zone"),
+        ("timezone: Europe", "timezone: expected a time zone"),
+        ("missed: twice", "missed: expected skip, once or all, got str 'twice'"),
+        ("enabled: no", "enabled: expected true or false, got str 'no'"),
+        ("until: tomorrow", "until: expected a day such as"),
+        ("timezone: Europe/Berlin", "timezone goes with cron; every counts in UTC"),
+    ],
+)
+def test_a_wrong_schedule_is_refused_with_its_line(project, line, expected):
+    path = project({"params/preprocess.yml": f"every: 1 hour\ndeadline: 1 minute\n{line}\n"})
+    assert f"params/preprocess.yml:3: {expected}" in "\n".join(problems(path))
+    env = f"{LOCAL}stages:\n  preprocess:\n    {line}\n"
+    path = project({"params/preprocess.yml": "every: 1 hour\ndeadline: 1 minute\n", "params/env/local.yml": env})
+    assert f": {expected}" in "\n".join(text for text in problems(path) if text.startswith("params/env/local.yml:"))
+
+
 def test_loading_needs_no_heavy_import(project):
     code = "import sys; from etl import params; params.load(sys.argv[1]); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, project()], capture_output=True, text=True, check=True)

@@ -36,7 +36,7 @@ def test_a_new_project_takes_rows_once_it_has_a_table(tmp_path):
     etl(folder, "new", "table", "sales", "--from", str(sample))
     etl(folder, "new", "question", "sales_by_hour", "--table", "sales")
     checked = json.loads(etl(folder, "check", "--json").stdout)
-    assert checked == {"ok": True, "stages": ["preprocess", "compact", "query"], "problems": []}
+    assert checked == {"ok": True, "stages": ["preprocess", "compact", "query"], "problems": [], "notes": []}
     Root.at(folder / "outputs").write("landing/sales/1.csv", sample.read_bytes())
     (record,) = json.loads(etl(folder, "run", "preprocess", "--json").stdout)
     assert (record["state"], record["metrics"]["rows"]) == ("ok", 2)
