@@ -521,6 +521,7 @@ class _Load:
             self.took.append(1000 * (time.perf_counter() - began))
             [answer] = json.loads(text)
             self.answers.setdefault((answer["model_id"], row), set()).add(answer["probability"])
+        connection.close()
 
 
 assert web.RECEIVE_S < 15  # seconds, in which whatever does not go on is ended
