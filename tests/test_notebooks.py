@@ -67,7 +67,7 @@ def test_run_all_works_in_each_notebook_with_its_defaults(lab):
     root = lab / "outputs" / "dev"
     assert (root / "lake" / "published.json").exists()
     assert len(list((root / "results").glob("*/current.json"))) == len(questions())
-    assert (root / "models" / "current.json").exists()
+    assert (root / "models" / "aliases.json").exists()
     assert not (root / "reports" / "query").exists()  # a notebook run by hand leaves no report
 
 

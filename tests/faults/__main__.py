@@ -51,7 +51,7 @@ SCENARIOS = [
     ("kinds", kinds.kinds, len(kinds.KINDS), 15, "kinds of notebooks"),
     ("yamls", untrusted.yamls, 20, 20, "wrong and right values each"),
     ("hostile", untrusted.hostile, 100, 100, "names and values"),
-    ("polled", loads.polled, 60, 3, "cells, read while they run"),
+    ("polled", loads.polled, 60, 6, "cells, read while they run"),
     ("tailed", loads.tailed, 60, 5, "lines, followed"),
     ("printed", loads.printed, 200, 10, "MB in one cell"),
     ("terminated", endings.terminated, 20, 1, "runners, SIGTERM"),
