@@ -84,6 +84,7 @@ def test_nothing_of_one_run_is_seen_in_the_next(server, tmp_path):
 
 
 def test_a_run_cannot_tell_a_forked_kernel_from_a_cold_one(server, cold, tmp_path, monkeypatch):
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # Streamlit sets it when it is imported, as other tests do
     monkeypatch.setenv("ETL_TEST", "of this run")
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     look = (
