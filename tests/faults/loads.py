@@ -4,6 +4,7 @@ Each function takes how many and a seed, says in figures what held, and raises A
 """
 
 import json
+import os
 import random
 import tempfile
 import threading
@@ -38,7 +39,9 @@ def polled(n: int, seed: int, megabytes: float = 10) -> str:
         def poll():
             nonlocal reads
             while not done.is_set():
-                for path in [*Path(folder).rglob("*.ipynb"), *Path(folder).rglob("run.json")]:
+                # rglob raises when a folder vanishes under it
+                files = (Path(where, name) for where, _, names in os.walk(folder) for name in names)
+                for path in [path for path in files if path.suffix == ".ipynb" or path.name == "run.json"]:
                     try:
                         json.loads(path.read_bytes())
                         reads += 1
