@@ -98,6 +98,8 @@ class Lab:
         while left and (said := await socket.read_message()) is not None:
             left -= json.loads(said)["header"]["msg_type"] == "execute_reply" if isinstance(said, str) else 0
         socket.close()
+        while await socket.read_message() is not None:  # until the server has closed it too
+            pass
 
     def wait(self) -> int:
         """Until it ends; its exit status."""
