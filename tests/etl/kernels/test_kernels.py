@@ -38,6 +38,7 @@ def server(tmp_path_factory):
     keeper = kernel_client.Keeper(2, folder / "log")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ETL_KERNELS", str(folder / "s"))
+        patch.delenv("MPLBACKEND", raising=False)  # Streamlit sets it when it is imported, as by other tests
         keeper.start()
         toy.until((folder / "s/socket").exists, 240, "the fork server answers")
         yield keeper
@@ -84,7 +85,6 @@ def test_nothing_of_one_run_is_seen_in_the_next(server, tmp_path):
 
 
 def test_a_run_cannot_tell_a_forked_kernel_from_a_cold_one(server, cold, tmp_path, monkeypatch):
-    monkeypatch.delenv("MPLBACKEND", raising=False)  # Streamlit sets it when it is imported, as other tests do
     monkeypatch.setenv("ETL_TEST", "of this run")
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     look = (
