@@ -15,7 +15,7 @@ def kept() -> Iterator[None]:
     """Within it memory that is freed is kept for what comes next; at its end all that is free goes back.
 
     A file's bytes, and what is parsed at once, are above the size from which glibc takes a block from the system and
-    gives it back, to be mapped again page by page: that was a twentieth of the time of ingestion. Nothing without glibc.
+    gives it back, to be mapped again page by page: a twentieth of the time of ingestion. Nothing without glibc.
     """
     libc = _glibc()
     if libc is None:
