@@ -42,7 +42,7 @@ def main(full_s: float, idle_s: float) -> None:
         with log.open("wb") as out:
             up = subprocess.Popen(command, cwd=PROJECT, stdout=out, stderr=out, start_new_session=True)
         try:
-            measure.wait_until(lambda: up.poll() is not None or b"schedules are on" in log.read_bytes(), 600)
+            measure.wait_until(lambda: up.poll() is not None or b"stages are on" in log.read_bytes(), 600)
             if up.poll() is not None:
                 sys.exit(log.read_text())
             time.sleep(10)  # what the start has left to do

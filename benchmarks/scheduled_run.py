@@ -118,7 +118,7 @@ def worker(seconds: float, folder: Path) -> None:
             late.append(record.metrics["began"] - datetime.fromisoformat(record.scheduled_for).timestamp())
 
     def on_status(text: str) -> None:
-        if text.startswith("schedules of"):
+        if "stages are on" in text:
             on.set()
 
     async def for_a_while() -> float:

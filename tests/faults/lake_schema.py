@@ -175,7 +175,7 @@ def _by_up(root: Root, project: Path, n: int, rng: random.Random, readers: Reade
     _declare(project, "begins")
     up = Up(project, Path(root.url))
     try:
-        toy.until(lambda: b"schedules are on" in up.log.read_bytes(), 300, "the schedules")
+        toy.until(lambda: b"stages are on" in up.log.read_bytes(), 300, "the schedules")
         _land(root, 0)
         toy.until(lambda: _read(lake_of(root, "begins")) == 2 * ROWS, 120, "a batch")
         readers.add(lambda: _asked(up.api))

@@ -99,7 +99,7 @@ def whence_after_up(n: int, seed: int) -> str:
             shutil.copytree(PROJECT / part, project / part, dirs_exist_ok=True)
         up = Up(project, root)
         try:
-            toy.until(lambda: b"schedules are on" in up.log.read_bytes(), 300, "the schedules")
+            toy.until(lambda: b"stages are on" in up.log.read_bytes(), 300, "the schedules")
             end = time.monotonic() + 60 * n
             while time.monotonic() < end:
                 assert up.process.poll() is None, up.log.read_text()[-3000:]
