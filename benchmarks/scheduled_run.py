@@ -110,19 +110,19 @@ def worker(seconds: float, folder: Path) -> None:
     project = params.load(folder, "local")
     keeper = kernel_client.Keeper(2, folder / "kernels.log")
     keeper.start()
-    on, late = asyncio.Event(), []
+    on, late, ran, loop = asyncio.Event(), [], [], []
 
     def on_record(record) -> None:
         assert record.ok, record.reason
         if on.is_set():
             late.append(record.metrics["began"] - datetime.fromisoformat(record.scheduled_for).timestamp())
-
-    def on_status(text: str) -> None:
-        if "stages are on" in text:
-            on.set()
+        ran.append(record.stage)
+        if min(map(ran.count, project.stages)) >= 2:  # it is under way: Prefect knows all stages
+            loop[0].call_soon_threadsafe(on.set)
 
     async def for_a_while() -> float:
-        serving = asyncio.create_task(flows.serve(project, None, [keeper], on_record, on_status))
+        loop.append(asyncio.get_running_loop())
+        serving = asyncio.create_task(flows.serve(project, None, [keeper], on_record, lambda _: None))
         waiting = asyncio.create_task(on.wait())
         await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
         before = _own_cpu_s()
