@@ -1,5 +1,6 @@
 """What the dashboard's pages share: answers and runs as they are shown, cached by the pointers they come from."""
 
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -8,7 +9,6 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import polars as pl
 import streamlit as st
@@ -27,9 +27,9 @@ from pipeline import Lake, queries
 log = logging.getLogger(__name__)
 LOOK_S = 15  # between two looks at the root
 TABLE_PX, WHOLE_PX = 213, 738  # a head and five rows, and twenty; the others are scrolled to
-ROWS, LETTERS = 1000, 200  # that a browser is sent: of a table and a chart, of a text in them
 SECONDS = "YYYY-MM-DD HH:mm:ss"
 DOCTOR = "see what `python orchestrate.py doctor` says"
+PALE, DIM = "#d7d9dd", "#3a3f47"  # of a chart's text and grid, where it is dark
 EXCERPT = "excerpt"  # how the keys of containers begin that hold a part of something
 LINE = 500  # characters of a line that a run prints
 STATES = {  # of a run: colour of the badge and, dark enough to read, of the text; the others are bad
@@ -107,7 +107,7 @@ def plain(text: str) -> str:
 
 def _in_words(name: str, value: Any) -> str:
     said = ", ".join(map(str, value)) if isinstance(value, list) else written(value, name)
-    return shortened(said, LETTERS)
+    return shortened(said, charts.LETTERS)
 
 
 def _code(text: str) -> str:
@@ -116,23 +116,17 @@ def _code(text: str) -> str:
 
 
 @st.cache_data(max_entries=32, show_spinner=False)
-def answer(root_url: str, question: str, pointer: bytes) -> tuple[dict[str, Any], pl.DataFrame, Any]:
-    """A question's current pointer, what is shown of its rows, and their Plotly figure, None when there is none.
-
-    `pointer`: its bytes, by which the cache knows it.
-    """
+def answer(root_url: str, question: str, pointer: bytes) -> tuple[dict[str, Any], pl.DataFrame]:
+    """A question's current pointer, and what is shown of its rows. `pointer`: its bytes, by which the cache knows it."""
     current, whole = queries.current(Root.at(root_url), question)
-    frame = brief(whole)
-    chart = next(q.chart for q in queries.questions() if q.name == question)
-    return current, frame, figure(chart, frame) if chart and frame.height else None
+    return current, charts.brief(whole)
 
 
-def brief(frame: pl.DataFrame) -> pl.DataFrame:
-    """The first rows with their texts cut: what a browser can draw. It drew 100,000 rows 3.5 million pixels high."""
-    text = pl.selectors.string(include_categorical=True).cast(pl.String)
-    return frame.head(ROWS).with_columns(
-        pl.when(text.str.len_chars() > LETTERS).then(text.str.head(LETTERS) + "…").otherwise(text)
-    )
+@st.cache_data(max_entries=32, show_spinner=False)
+def drawing(root_url: str, path: str) -> dict[str, Any]:
+    """A chart as it is stored beside its answer: a Plotly figure, whose path names its run."""
+    figure: dict[str, Any] = json.loads(Root.at(root_url).read(path))
+    return figure
 
 
 EXPORTS: dict[str, tuple[str, Callable[[bytes], bytes]]] = {  # kind -> its MIME type, the answer's file as that
@@ -175,11 +169,9 @@ def _flat(frame: pl.DataFrame, nested: bool = True) -> pl.DataFrame:
     )
 
 
-def figure(chart: charts.Chart, frame: pl.DataFrame) -> Any:
+def figure(chart: charts.Chart, frame: pl.DataFrame) -> dict[str, Any]:
     """The chart as a Plotly figure for Streamlit. Takes a tenth of a second: to be cached."""
-    import plotly.graph_objects as go
-
-    return go.Figure(_names_kept(charts.plotly(chart, frame).to_plotly_json()))
+    return json.loads(charts.stored(chart, frame))
 
 
 def _names_kept(part: Any, name: str = "") -> Any:
@@ -190,7 +182,7 @@ def _names_kept(part: Any, name: str = "") -> Any:
     """
     if isinstance(part, dict):
         return {key: value if key == "template" else _names_kept(value, key) for key, value in part.items()}
-    if isinstance(part, list | tuple | np.ndarray):
+    if isinstance(part, list):
         return [_names_kept(value, name) for value in part]
     return part.replace("#", "#\u2060") if isinstance(part, str) and "color" not in name else part
 
@@ -240,13 +232,12 @@ def runs_table(shown: list[dict[str, Any]]) -> None:
 def answer_card(root: Root, question: queries.Question, rows_px: int | None = TABLE_PX) -> None:
     """A question's current answer as a chart and a table, and its run; without `rows_px` with downloads."""
     with panel("The answer", ["the answers"], f"results/{question.name}/current.json"):
-        current, frame, drawn = answer(root.url, question.name, root.read(pointer(question)))
+        current, frame = answer(root.url, question.name, root.read(pointer(question)))
         asked_with = [
             _code(f"{words(name)}: {_in_words(name, value)}") for name, value in current["parameters"].items()
         ]
         st.caption(" ".join([question.text, *asked_with]))
-        if drawn:
-            draw(drawn, question.name)
+        answer_chart(root, question, current)
         table(frame, {name: column(name, dtype) for name, dtype in frame.schema.items()}, question.name, rows_px)
         if rows_px is None:
             downloads(root, current)
@@ -259,15 +250,30 @@ def answer_card(root: Root, question: queries.Question, rows_px: int | None = TA
         )
 
 
-def draw(figure: Any, name: str) -> None:
-    """What `figure` made; `name` is its key on the page."""
-    st.plotly_chart(figure, theme=None, config={"displayModeBar": False}, key=f"chart-{name}")
+def answer_chart(root: Root, question: queries.Question, current: dict[str, Any]) -> None:
+    """The chart of an answer; `current`: its pointer. One of an older release has none beside it."""
+    with panel("The chart", remedy="run query, which draws it anew"):
+        if path := current.get("chart"):
+            draw(drawing(root.url, path), question.name)
+        elif "chart" not in current and question.chart:
+            st.caption("Its chart comes with the next run of `query`.")
+
+
+def draw(figure: dict[str, Any], name: str) -> None:
+    """A Plotly figure of `etl.charts` in the reader's theme; `name` is its key on the page."""
+    shown = _names_kept(figure)
+    if st.context.theme.type == "dark":
+        layout = shown["layout"]
+        layout["font"] = layout.get("font", {}) | {"color": PALE}
+        for axis in [name for name in layout if re.fullmatch(r"[xy]axis\d*", name)]:
+            layout[axis]["gridcolor"] = DIM
+    st.plotly_chart(shown, theme=None, config={"displayModeBar": False}, key=f"chart-{name}")
 
 
 def table(frame: pl.DataFrame, columns: dict[str, Any], name: str, rows_px: int | None = TABLE_PX) -> None:
     """The first rows of a frame; `columns` as in Streamlit's column_config, `name` is its key on the page."""
-    shown = brief(
-        _flat(frame.head(ROWS)).with_columns(
+    shown = charts.brief(
+        _flat(frame.head(charts.ROWS)).with_columns(
             (pl.selectors.decimal() | pl.selectors.by_dtype(pl.Int128)).cast(pl.Float64)
         )
     )

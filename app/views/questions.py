@@ -6,6 +6,7 @@ import polars as pl
 import streamlit as st
 
 from app import shown
+from etl import charts
 from etl.figures import is_share
 from etl.storage import Root
 from pipeline import queries
@@ -84,14 +85,8 @@ def read_from(question: queries.Question) -> None:
     st.markdown("\n".join(f"- **{table}**: {', '.join(columns)}" for table, columns in question.tables.items()))
 
 
-@st.cache_data(max_entries=32, show_spinner=False)
-def history_chart(history: pl.DataFrame) -> Any:
+def history_chart(history: pl.DataFrame) -> dict[str, Any]:
     """A figure over time; `history`: as_of, and the figure under its name."""
-    from etl.charts import in_units, plot
-
-    def chart(frame: pl.DataFrame) -> Any:
-        name = frame.columns[1]
-        scaled, unit = in_units(frame, name)
-        return plot(scaled).line(x="as_of", y=name, title="", xlabel="", ylabel=unit)
-
-    return shown.figure(chart, history)
+    name = history.columns[1]
+    scaled, unit = charts.in_units(history, name)
+    return charts.line(scaled, name, unit=unit)
