@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import pandas as pd
 import polars as pl
 import streamlit as st
 
+from app import poller
 from app.domain import model
 from app.settings import Settings
 from etl import charts, findings
@@ -20,7 +22,6 @@ from etl.figures import figure as written
 from etl.figures import is_name, is_share, shortened, words
 from etl.questions import results
 from etl.runs import index
-from etl.serve import health
 from etl.storage import Root
 from pipeline import Lake, queries
 
@@ -32,6 +33,7 @@ DOCTOR = "see what `python orchestrate.py doctor` says"
 PALE, DIM = "#d7d9dd", "#3a3f47"  # of a chart's text and grid, where it is dark
 EXCERPT = "excerpt"  # how the keys of containers begin that hold a part of something
 LINE = 500  # characters of a line that a run prints
+ZONE = "zone"  # the key of the field in which the reader chooses one
 STATES = {  # of a run: colour of the badge and, dark enough to read, of the text; the others are bad
     "ok": ("green", "#2e7d4f"),
     "noop": ("gray", "#6b6b6b"),
@@ -69,9 +71,9 @@ def panel(what: str, looks: Iterable[str] = (), about: str = "", remedy: str = D
             raise
         wrong = problems(published_root().url, what, tuple(looks), error)
         said = [
-            f"{_code(finding.problem)}. What to do: {finding.remedy}." for finding in wrong if about in finding.problem
+            f"{code(finding.problem)}. What to do: {finding.remedy}." for finding in wrong if about in finding.problem
         ]
-        unknown = f"{_code(findings.sentence(error))}. What to do: {remedy}."
+        unknown = f"{code(findings.sentence(error))}. What to do: {remedy}."
         st.warning("\n\n".join([f"**{what} cannot be shown.**", *(said or [unknown])]))
 
 
@@ -88,16 +90,29 @@ def problems(root_url: str, what: str, looks: tuple[str, ...], _error: BaseExcep
     ]
 
 
-@st.cache_data(ttl=LOOK_S - 5, max_entries=8, show_spinner=False)
-def health_findings(root_url: str) -> list[health.Finding]:
-    """What is not as it should be; the worst first."""
-    return health.findings(datetime.now(UTC), _reader(root_url).seen())
+def view() -> poller.View:
+    """The root as it is now; what is cached of it goes by its token."""
+    return poller.view(published_root())
 
 
-@st.cache_resource(max_entries=8, show_spinner=False)
-def _reader(root_url: str) -> health.Reader:
-    root = Root.at(root_url)
-    return health.Reader(root, Lake(root), queries.questions())
+def own_zone() -> str:
+    """The time zone that the reader's browser says."""
+    try:
+        return ZoneInfo(st.context.timezone or "UTC").key
+    except (ZoneInfoNotFoundError, ValueError):
+        return "UTC"
+
+
+def at(moment: datetime, both: bool = False) -> str:
+    """A time in the reader's zone, with its day when that is not today's; `both`: in UTC beside."""
+    zone = ZoneInfo(st.session_state.get(ZONE) or own_zone())
+    local, now = moment.astimezone(zone), datetime.now(zone)
+    text = f"{local:%H:%M:%S}" if local.date() == now.date() else f"{local:%Y-%m-%d %H:%M}"
+    return (
+        f"{text} {local:%Z} ({moment.astimezone(UTC):%H:%M} UTC)"
+        if both and zone.key != "UTC"
+        else f"{text} {local:%Z}"
+    )
 
 
 def plain(text: str) -> str:
@@ -110,7 +125,7 @@ def _in_words(name: str, value: Any) -> str:
     return shortened(said, charts.LETTERS)
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
     """Text of any kind in a line of Markdown."""
     return "`" + text.replace("`", "'").replace("\n", " ") + "`"
 
@@ -233,9 +248,7 @@ def answer_card(root: Root, question: queries.Question, rows_px: int | None = TA
     """A question's current answer as a chart and a table, and its run; without `rows_px` with downloads."""
     with panel("The answer", ["the answers"], f"results/{question.name}/current.json"):
         current, frame = answer(root.url, question.name, root.read(pointer(question)))
-        asked_with = [
-            _code(f"{words(name)}: {_in_words(name, value)}") for name, value in current["parameters"].items()
-        ]
+        asked_with = [code(f"{words(name)}: {_in_words(name, value)}") for name, value in current["parameters"].items()]
         st.caption(" ".join([question.text, *asked_with]))
         answer_chart(root, question, current)
         table(frame, {name: column(name, dtype) for name, dtype in frame.schema.items()}, question.name, rows_px)

@@ -1,4 +1,4 @@
-"""The live page: what runs, how new the data is, the questions of the moment, the model."""
+"""The overview: what runs, how new the data is, the questions of the moment, the model."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -11,7 +11,7 @@ from app.domain import CARD, model
 from etl.figures import shortened
 from etl.lake import NothingPublished, Snapshot
 from etl.models import registry
-from etl.runs import journal, releases
+from etl.runs import journal
 from etl.serve import health
 from etl.storage import Root
 from pipeline import COUNTED, TITLE, Lake, queries
@@ -21,7 +21,6 @@ LINES = 12  # of a run's output, the last
 HEADING = 80  # characters of a cell's heading
 LATE_S, STALE_S, TODAY_S = 300, 3600, 43_200  # age of the data; preprocess runs every minute
 RUNS = 20  # in the table
-FILES = 20  # that are named, of those that differ from the release
 GROWING = COUNTED | {"quarantine": "Refused rows"}  # tables whose rows are counted
 
 
@@ -29,29 +28,19 @@ def page() -> None:
     """All of it."""
     st.title(TITLE, anchor=False)
     is_it_well()
-    code()
     under_way()
     published()
 
 
-@st.fragment(run_every=shown.LOOK_S)
 def is_it_well() -> None:
     """One sentence, and below it, where there is more to say, what to do."""
     with shown.panel("The state of the stages", ["the index of runs"]):
-        told = shown.health_findings(shown.published_root().url)
+        told = shown.view().findings
         say = st.success if health.is_healthy(told) else st.error
         say(shown.plain(health.summary(told)))
         for finding in told:
             link = f" [Its report]({finding.link})" if finding.link and "://" in finding.link else ""
             st.caption(f"{shown.plain(finding.sentence)}. {shown.plain(finding.remedy or '')}{link}")
-
-
-@st.fragment(run_every=shown.LOOK_S)
-def code() -> None:
-    """Which code `up` runs; nothing where none is at work."""
-    with shown.panel("The release", remedy="start `python orchestrate.py up` again, which writes it anew"):
-        if told := releases.told(shown.published_root()):
-            st.caption(str(told), help="\n".join(f"- {path}" for path in told.differs[:FILES]) or None)
 
 
 @st.fragment(run_every=FOLLOW_S)
@@ -70,7 +59,6 @@ def under_way() -> None:
                 st.code(_last_lines(run["run_id"]) or "nothing printed yet", language=None)
 
 
-@st.fragment(run_every=shown.LOOK_S)
 def published() -> None:
     """What is published; runs again by itself."""
     root = shown.published_root()
