@@ -22,6 +22,7 @@ from etl.figures import figure as written
 from etl.figures import is_name, is_share, shortened, words
 from etl.questions import results
 from etl.runs import index
+from etl.serve import health
 from etl.storage import Root
 from pipeline import Lake, queries
 
@@ -132,7 +133,7 @@ def code(text: str) -> str:
 
 @st.cache_data(max_entries=32, show_spinner=False)
 def answer(root_url: str, question: str, pointer: bytes) -> tuple[dict[str, Any], pl.DataFrame]:
-    """A question's current pointer, and what is shown of its rows. `pointer`: its bytes, by which the cache knows it."""
+    """A question's pointer, and what is shown of its rows. `pointer`: its bytes, by which the cache knows it."""
     current, whole = queries.current(Root.at(root_url), question)
     return current, charts.brief(whole)
 
@@ -250,17 +251,34 @@ def answer_card(root: Root, question: queries.Question, rows_px: int | None = TA
         current, frame = answer(root.url, question.name, root.read(pointer(question)))
         asked_with = [code(f"{words(name)}: {_in_words(name, value)}") for name, value in current["parameters"].items()]
         st.caption(" ".join([question.text, *asked_with]))
+        st.markdown(age(question, current))
         answer_chart(root, question, current)
         table(frame, {name: column(name, dtype) for name, dtype in frame.schema.items()}, question.name, rows_px)
         if rows_px is None:
             downloads(root, current)
-        as_of = datetime.fromisoformat(current["as_of"])
         rows = "1 row" if current["rows"] == 1 else f"{current['rows']:,} rows"
         rows = rows if frame.height == current["rows"] else f"The first {frame.height:,} of {rows}"
-        st.caption(
-            f"{rows}, batch {current['batch']:,}, up to {as_of:%Y-%m-%d %H:%M:%S} UTC, "
-            f"by [{current['run_id']}]({report_url(current['run_id'])})"
-        )
+        st.caption(f"{rows}, by [{current['run_id']}]({report_url(current['run_id'])})")
+
+
+def age(question: queries.Question, current: dict[str, Any]) -> str:
+    """Of when an answer is and how far behind, amber where there should be another by now; `current`: its pointer."""
+    seen, now = view().seen, datetime.now(UTC)
+    said = f"as of {at(datetime.fromisoformat(current['as_of']), both=True)}"
+    if behind := max(seen.batch - current["batch"], 0):
+        said += f", {behind:,} batch{'es' if behind > 1 else ''} behind"
+    given = next((given for given in seen.answers if given.question == question.name), None)
+    due = _due(question, given) if given else None
+    return f":{'orange' if behind and due and now > due else 'gray'}-badge[{plain(said)}]"
+
+
+def _due(question: queries.Question, given: health.Answered) -> datetime | None:
+    """When the answer should have been followed by another: by its own limit, or the second run of its stage since."""
+    if question.fresh_within:
+        return given.at + question.fresh_within
+    stage = view().seen.stages.get(given.stage)
+    following = stage.next_run(given.at) if stage else None
+    return stage.next_run(following) if stage and following else None
 
 
 def answer_chart(root: Root, question: queries.Question, current: dict[str, Any]) -> None:
