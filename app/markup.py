@@ -33,7 +33,8 @@ STYLE = f"""<style>
 .etl a {{ color: light-dark(#1d5fa8, #82b6f2); }}
 .etl h2 {{ font-size: 1.3rem; font-weight: 600; margin: 0 0 .75rem; padding: 0; }}
 .etl h3 {{ font-size: 1rem; font-weight: 600; margin: 0; padding: 0; }}
-.etl p, .etl ul, .etl ol {{ margin: 0; font-size: 1rem; }}
+.etl p, .etl ul, .etl ol {{ margin: 0; padding: 0; font-size: 1rem; }}
+.etl p + p, .etl small + p, .etl p + .wide {{ margin-top: .4rem; }}
 .etl small, .etl .faint {{ color: var(--faint); font-size: .875rem; }}
 .etl code {{ font-size: .85em; overflow-wrap: anywhere; white-space: pre-wrap; }}
 .etl .cards {{ display: grid; gap: .75rem; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); }}
@@ -47,15 +48,18 @@ STYLE = f"""<style>
 .etl .bars {{ display: flex; align-items: flex-end; gap: 1px; height: 44px; margin-top: auto; padding-top: .4rem; }}
 .etl .bars > * {{ flex: 1 1 0; max-width: 10px; min-height: 3px; background: var(--bar); border-radius: 1px 1px 0 0; }}
 .etl a.bar:hover, .etl a.bar:focus-visible {{ outline: 2px solid currentColor; outline-offset: 1px; }}
+@media (max-width: 30rem) {{ .etl .narrow {{ grid-template-columns: 1fr 1fr; }} }}
 .etl .banner {{ background: var(--behind); color: var(--text); border-left: 4px solid var(--bar); border-radius: 4px;
     padding: .9rem 1.1rem; font-size: 1.15rem; font-weight: 550; overflow-wrap: anywhere; }}
 .etl .incident {{ border-left: 4px solid var(--bar); padding: .15rem 0 .15rem .9rem; margin: 0 0 .9rem;
     list-style: none; overflow-wrap: anywhere; }}
 .etl table {{ border-collapse: collapse; width: 100%; font-size: .9rem; }}
 .etl th, .etl td {{ text-align: left; padding: .35rem .75rem .35rem 0; border-bottom: 1px solid var(--line);
-    vertical-align: top; overflow-wrap: anywhere; }}
+    vertical-align: top; overflow-wrap: break-word; }}
 .etl th {{ font-weight: 600; color: var(--faint); }}
-.etl .right {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }}
+.etl .right {{ text-align: right; padding-right: 1.5rem; font-variant-numeric: tabular-nums; white-space: nowrap; }}
+.etl .span {{ min-width: 8rem; }}
+.etl .span > span {{ display: block; height: 12px; background: var(--bar); border-radius: 2px; }}
 .etl .wide {{ overflow-x: auto; }}
 </style>"""
 
@@ -92,9 +96,9 @@ def card(*parts: str) -> str:
     return f'<div class="card">{"".join(parts)}</div>'
 
 
-def cards(made: Iterable[str], five: bool = False) -> str:
-    """Boxes in rows, as many in each as there is room for."""
-    return f'<div class="cards{" five" * five}">{"".join(made)}</div>'
+def cards(made: Iterable[str], *kinds: str) -> str:
+    """Boxes in rows, as many in each as there is room for; `kinds`: "five" in a row of a wide page, "narrow" ones."""
+    return f'<div class="{" ".join(["cards", *kinds])}">{"".join(made)}</div>'
 
 
 def bars(values: Sequence[float], named: Sequence[str], about: str, colour: str = "blue") -> str:

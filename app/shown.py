@@ -103,14 +103,18 @@ def own_zone() -> str:
         return "UTC"
 
 
+def zone() -> ZoneInfo:
+    """The one in which times are shown: what the reader has chosen, else the browser's."""
+    return ZoneInfo(st.session_state.get(ZONE) or own_zone())
+
+
 def at(moment: datetime, both: bool = False) -> str:
     """A time in the reader's zone, with its day when that is not today's; `both`: in UTC beside."""
-    zone = ZoneInfo(st.session_state.get(ZONE) or own_zone())
-    local, now = moment.astimezone(zone), datetime.now(zone)
+    local, now = moment.astimezone(zone()), datetime.now(zone())
     text = f"{local:%H:%M:%S}" if local.date() == now.date() else f"{local:%Y-%m-%d %H:%M}"
     return (
         f"{text} {local:%Z} ({moment.astimezone(UTC):%H:%M} UTC)"
-        if both and zone.key != "UTC"
+        if both and zone().key != "UTC"
         else f"{text} {local:%Z}"
     )
 

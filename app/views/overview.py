@@ -26,7 +26,6 @@ QUARANTINE = {"quarantine": "Refused rows"}
 def page() -> None:
     """All of it."""
     st.title(TITLE, anchor=False)
-    st.html(markup.STYLE)
     root, view = shown.published_root(), shown.view()
     with shown.panel("The state of the stages", ["the index of runs"]):
         is_it_well(view)
@@ -79,7 +78,10 @@ def strip(view: View) -> None:
     """The stages in pipeline order, each with its last runs."""
     lines = stages.lines(view)
     if lines:
-        markup.show("<h2>Stages</h2>", markup.cards((stage_card(line) for line in lines), five=len(lines) == 5))
+        markup.show(
+            "<h2>Stages</h2>",
+            markup.cards((stage_card(line) for line in lines), *(["five"] if len(lines) == 5 else [])),
+        )
 
 
 def stage_card(line: stages.Line) -> str:
@@ -131,7 +133,7 @@ def ages(root: Root, view: View) -> None:
         )
         return
     made = (age_card(view, *step) for step in steps(root, view, snapshot))
-    markup.show("<h2>Age of the data</h2>", markup.cards(made, five=True))
+    markup.show("<h2>Age of the data</h2>", markup.cards(made, "five", "narrow"))
 
 
 def steps(root: Root, view: View, snapshot: Snapshot) -> list[tuple[str, datetime | None, str, timedelta | None]]:
@@ -183,7 +185,7 @@ def figures(root: Root, view: View) -> None:
     """What the domain counts and asks all the time, with what changed."""
     made = [*counts(root), *answers(root, view), *model_figure(root)]
     if made:
-        markup.show("<h2>Figures</h2>", markup.cards(made))
+        markup.show("<h2>Figures</h2>", markup.cards(made, "narrow"))
 
 
 def counts(root: Root) -> list[str]:
