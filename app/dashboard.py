@@ -5,7 +5,7 @@ It reads, and never starts a stage. What it draws is cached by the pointer it wa
 
 import streamlit as st
 
-from app import frame
+from app import frame, markup
 from app.views import digest, lake, model, overview, questions, runs
 from pipeline import TITLE
 
@@ -21,7 +21,7 @@ PAGES = (  # title -> what draws it; in the page's address it is the title in sm
 
 def main() -> None:
     st.set_page_config(TITLE, layout="wide")
-    st.html(frame.STYLE)
+    st.html(frame.STYLE + markup.STYLE)
     pages = [st.Page(draw, title=title, url_path=title.lower(), default=title == "Overview") for title, draw in PAGES]
     page = st.navigation(pages, position="top")
     frame.follow()

@@ -5,7 +5,7 @@ from zoneinfo import available_timezones
 
 import streamlit as st
 
-from app import poller, shown
+from app import markup, poller, shown
 from app.settings import Settings
 from etl.runs import releases
 from etl.serve import health
@@ -38,28 +38,30 @@ def footer() -> None:
     """What is looked at: root, environment, release, when `up` was seen; the reader's time zone; where more is."""
     with st.container(key="footer"), shown.panel("The footer", remedy="start `python orchestrate.py up` again"):
         view, api_url = shown.view(), Settings().api_url.rstrip("/")
-        beat = view.seen.beat
-        said = [shown.code(shown.published_root().url)]
-        if beat:
-            said.append(f"environment {shown.plain(beat['env'])}")
-            seen = shown.at(datetime.fromisoformat(beat.get("ended_at") or beat["at"]), both=True)
-            dead = beat.get("ended_at") or health.is_dead(view.at, view.seen)
-            said.append(
-                f"`up` {'ended' if beat.get('ended_at') else 'was last seen'} at {seen}" if dead else "`up` is at work"
-            )
-        else:
-            said.append("no `up` was ever at work here")
-        told = releases.told(shown.published_root())
-        if told:
-            said.append(shown.plain(str(told)))
-        said += [f"[API]({api_url}/docs)", f"[reports]({api_url}/)"]
-        pages = (beat or {}).get("pages", {})
-        said += [f"[{shown.plain(name)}]({url})" for name, url in pages.items() if name not in ("API", "dashboard")]
+        beat, told = view.seen.beat or {}, releases.told(shown.published_root())
+        said = [f"<code>{markup.text(shown.published_root().url)}</code>"]
+        said += [markup.text(f"environment {beat['env']}")] if beat else []
+        said += [markup.text(_of_up(view))]
+        said += [markup.text(str(told))] if told else []
+        said += [markup.link(f"{api_url}/docs", "API"), markup.link(f"{api_url}/", "Reports")]
+        pages = beat.get("pages", {}).items()
+        said += [markup.link(url, name) for name, url in pages if name not in ("API", "dashboard")]
         text, zone = st.columns([4, 1])
-        text.caption(
-            "  ·  ".join(said), help="\n".join(f"- {path}" for path in told.differs[:FILES]) or None if told else None
-        )
+        with text:
+            differs = told.differs[:FILES] if told else []
+            files = f"<br>{markup.text(', '.join(differs))}" if differs else ""
+            markup.show(markup.small("  ·  ".join(said), files))
         zone.selectbox("Time zone", _zones(), key=shown.ZONE, help="Of the times on these pages; a report has UTC.")
+
+
+def _of_up(view: poller.View) -> str:
+    beat = view.seen.beat
+    if beat is None:
+        return "no `up` was ever at work here"
+    if ended_at := beat.get("ended_at"):
+        return f"`up` ended at {shown.at(datetime.fromisoformat(ended_at), both=True)}"
+    seen = shown.at(datetime.fromisoformat(beat["at"]), both=True)
+    return f"`up` was last seen at {seen}" if health.is_dead(view.at, view.seen) else f"`up` is at work, seen at {seen}"
 
 
 def _zones() -> list[str]:

@@ -104,14 +104,18 @@ def own_zone() -> str:
         return "UTC"
 
 
+def zone() -> ZoneInfo:
+    """The one in which times are shown: what the reader has chosen, else the browser's."""
+    return ZoneInfo(st.session_state.get(ZONE) or own_zone())
+
+
 def at(moment: datetime, both: bool = False) -> str:
     """A time in the reader's zone, with its day when that is not today's; `both`: in UTC beside."""
-    zone = ZoneInfo(st.session_state.get(ZONE) or own_zone())
-    local, now = moment.astimezone(zone), datetime.now(zone)
+    local, now = moment.astimezone(zone()), datetime.now(zone())
     text = f"{local:%H:%M:%S}" if local.date() == now.date() else f"{local:%Y-%m-%d %H:%M}"
     return (
         f"{text} {local:%Z} ({moment.astimezone(UTC):%H:%M} UTC)"
-        if both and zone.key != "UTC"
+        if both and zone().key != "UTC"
         else f"{text} {local:%Z}"
     )
 
@@ -344,8 +348,20 @@ def heading(name: str) -> str:
 
 def ago(moment: datetime) -> str:
     """ "12 s ago", "3 min ago", "5 h ago", "2 days ago"."""
-    seconds = max((datetime.now(UTC) - moment).total_seconds(), 0)
-    for unit, length_s in (("days", 172_800), ("h", 7200), ("min", 120)):
-        if seconds >= length_s:
-            return f"{seconds // {'days': 86_400, 'h': 3600, 'min': 60}[unit]:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"
+    return f"{span((datetime.now(UTC) - moment).total_seconds())} ago"
+
+
+def span(seconds: float) -> str:
+    """ "12 s", "3 min", "5 h", "2 days"; less than nothing is nothing."""
+    for unit, length_s in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length_s:
+            return f"{seconds // length_s:,.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def short(value: float, name: str) -> str:
+    """A figure as it is said: "136.3 million"; by its name a share, a year."""
+    for least, unit in ((1e9, "billion"), (1e6, "million")):
+        if abs(value) >= least and not is_name(name):
+            return f"{value / least:,.1f} {unit}"
+    return written(int(value) if value == int(value) else value, name)

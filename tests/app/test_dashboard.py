@@ -88,9 +88,10 @@ def whole() -> AppTest:
     return drawn(AppTest.from_file(PROJECT / "app" / "dashboard.py", default_timeout=60))
 
 
-def footer(url: str) -> str:
-    [said] = [text for text in texts(whole().caption) if text.startswith(f"`{url}`")]
-    return said
+def marked_up(shown: AppTest) -> str:
+    """The text of the markup on a page, without its tags."""
+    parts = (re.sub("<style>.*?</style>", "", element.proto.body, flags=re.S) for element in shown.get("html"))
+    return html.unescape(re.sub("<[^>]+>", " ", " ".join(parts)))
 
 
 def test_the_footer_says_what_is_looked_at_and_which_code_runs(empty):
