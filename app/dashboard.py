@@ -1,31 +1,32 @@
-"""The dashboard: what the notebooks have published, as charts and tables, always up to date.
+"""The dashboard: what the notebooks have published and how their runs went, as pages that keep themselves up to date.
 
-It reads, and never starts a stage. What it draws is cached by the pointer it was drawn from, so that looking again
-every few seconds costs a few small reads.
+It reads, and never starts a stage. What it draws is cached by the pointer it was drawn from.
 """
 
 import streamlit as st
 
-from app.views import live, questions, runs
+from app import frame, markup
+from app.views import digest, lake, model, overview, questions, runs
+from pipeline import TITLE
 
-# These have no setting. A table's own download would be of what is shown, with texts cut; the answers have whole ones.
-STYLE = """<style>
-.stMainBlockContainer { padding: 4rem 3rem 2rem; }
-[class*="st-key-excerpt-"] [data-testid="stElementToolbarButton"]:has([aria-label^="Download as CSV"]) {
-    display: none;
-}
-</style>"""
+PAGES = (  # title -> what draws it; in the page's address it is the title in small letters
+    ("Overview", overview.page),
+    ("Questions", questions.page),
+    ("Runs", runs.page),
+    ("Lake", lake.page),
+    ("Model", model.page),
+    ("Digest", digest.page),
+)
 
 
 def main() -> None:
-    st.set_page_config("ETL notebooks", layout="wide")
-    st.html(STYLE)
-    pages = [
-        st.Page(live.page, title="Live", url_path="live", default=True),
-        st.Page(questions.page, title="Questions", url_path="questions"),
-        st.Page(runs.page, title="Runs", url_path="runs"),
-    ]
-    st.navigation(pages, position="top").run()
+    st.set_page_config(TITLE, layout="wide")
+    st.html(frame.STYLE + markup.STYLE)
+    pages = [st.Page(draw, title=title, url_path=title.lower(), default=title == "Overview") for title, draw in PAGES]
+    page = st.navigation(pages, position="top")
+    frame.follow()
+    page.run()
+    frame.footer()
 
 
 if __name__ == "__main__":

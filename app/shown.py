@@ -1,5 +1,6 @@
 """What the dashboard's pages share: answers and runs as they are shown, cached by the pointers they come from."""
 
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -7,12 +8,13 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-import numpy as np
 import pandas as pd
 import polars as pl
 import streamlit as st
 
+from app import poller
 from app.domain import model
 from app.settings import Settings
 from etl import charts, findings
@@ -27,11 +29,12 @@ from pipeline import Lake, queries
 log = logging.getLogger(__name__)
 LOOK_S = 15  # between two looks at the root
 TABLE_PX, WHOLE_PX = 213, 738  # a head and five rows, and twenty; the others are scrolled to
-ROWS, LETTERS = 1000, 200  # that a browser is sent: of a table and a chart, of a text in them
 SECONDS = "YYYY-MM-DD HH:mm:ss"
 DOCTOR = "see what `python orchestrate.py doctor` says"
+PALE, DIM = "#d7d9dd", "#3a3f47"  # of a chart's text and grid, where it is dark
 EXCERPT = "excerpt"  # how the keys of containers begin that hold a part of something
 LINE = 500  # characters of a line that a run prints
+ZONE = "zone"  # the key of the field in which the reader chooses one
 STATES = {  # of a run: colour of the badge and, dark enough to read, of the text; the others are bad
     "ok": ("green", "#2e7d4f"),
     "noop": ("gray", "#6b6b6b"),
@@ -69,9 +72,9 @@ def panel(what: str, looks: Iterable[str] = (), about: str = "", remedy: str = D
             raise
         wrong = problems(published_root().url, what, tuple(looks), error)
         said = [
-            f"{_code(finding.problem)}. What to do: {finding.remedy}." for finding in wrong if about in finding.problem
+            f"{code(finding.problem)}. What to do: {finding.remedy}." for finding in wrong if about in finding.problem
         ]
-        unknown = f"{_code(findings.sentence(error))}. What to do: {remedy}."
+        unknown = f"{code(findings.sentence(error))}. What to do: {remedy}."
         st.warning("\n\n".join([f"**{what} cannot be shown.**", *(said or [unknown])]))
 
 
@@ -88,16 +91,33 @@ def problems(root_url: str, what: str, looks: tuple[str, ...], _error: BaseExcep
     ]
 
 
-@st.cache_data(ttl=LOOK_S - 5, max_entries=8, show_spinner=False)
-def health_findings(root_url: str) -> list[health.Finding]:
-    """What is not as it should be; the worst first."""
-    return health.findings(datetime.now(UTC), _reader(root_url).seen())
+def view() -> poller.View:
+    """The root as it is now; what is cached of it goes by its token."""
+    return poller.view(published_root())
 
 
-@st.cache_resource(max_entries=8, show_spinner=False)
-def _reader(root_url: str) -> health.Reader:
-    root = Root.at(root_url)
-    return health.Reader(root, Lake(root), queries.questions())
+def own_zone() -> str:
+    """The time zone that the reader's browser says."""
+    try:
+        return ZoneInfo(st.context.timezone or "UTC").key
+    except (ZoneInfoNotFoundError, ValueError):
+        return "UTC"
+
+
+def zone() -> ZoneInfo:
+    """The one in which times are shown: what the reader has chosen, else the browser's."""
+    return ZoneInfo(st.session_state.get(ZONE) or own_zone())
+
+
+def at(moment: datetime, both: bool = False) -> str:
+    """A time in the reader's zone, with its day when that is not today's; `both`: in UTC beside."""
+    local, now = moment.astimezone(zone()), datetime.now(zone())
+    text = f"{local:%H:%M:%S}" if local.date() == now.date() else f"{local:%Y-%m-%d %H:%M}"
+    return (
+        f"{text} {local:%Z} ({moment.astimezone(UTC):%H:%M} UTC)"
+        if both and zone().key != "UTC"
+        else f"{text} {local:%Z}"
+    )
 
 
 def plain(text: str) -> str:
@@ -107,32 +127,26 @@ def plain(text: str) -> str:
 
 def _in_words(name: str, value: Any) -> str:
     said = ", ".join(map(str, value)) if isinstance(value, list) else written(value, name)
-    return shortened(said, LETTERS)
+    return shortened(said, charts.LETTERS)
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
     """Text of any kind in a line of Markdown."""
     return "`" + text.replace("`", "'").replace("\n", " ") + "`"
 
 
 @st.cache_data(max_entries=32, show_spinner=False)
-def answer(root_url: str, question: str, pointer: bytes) -> tuple[dict[str, Any], pl.DataFrame, Any]:
-    """A question's current pointer, what is shown of its rows, and their Plotly figure, None when there is none.
-
-    `pointer`: its bytes, by which the cache knows it.
-    """
+def answer(root_url: str, question: str, pointer: bytes) -> tuple[dict[str, Any], pl.DataFrame]:
+    """A question's pointer, and what is shown of its rows. `pointer`: its bytes, by which the cache knows it."""
     current, whole = queries.current(Root.at(root_url), question)
-    frame = brief(whole)
-    chart = next(q.chart for q in queries.questions() if q.name == question)
-    return current, frame, figure(chart, frame) if chart and frame.height else None
+    return current, charts.brief(whole)
 
 
-def brief(frame: pl.DataFrame) -> pl.DataFrame:
-    """The first rows with their texts cut: what a browser can draw. It drew 100,000 rows 3.5 million pixels high."""
-    text = pl.selectors.string(include_categorical=True).cast(pl.String)
-    return frame.head(ROWS).with_columns(
-        pl.when(text.str.len_chars() > LETTERS).then(text.str.head(LETTERS) + "…").otherwise(text)
-    )
+@st.cache_data(max_entries=32, show_spinner=False)
+def drawing(root_url: str, path: str) -> dict[str, Any]:
+    """A chart as it is stored beside its answer: a Plotly figure, whose path names its run."""
+    figure: dict[str, Any] = json.loads(Root.at(root_url).read(path))
+    return figure
 
 
 EXPORTS: dict[str, tuple[str, Callable[[bytes], bytes]]] = {  # kind -> its MIME type, the answer's file as that
@@ -175,11 +189,9 @@ def _flat(frame: pl.DataFrame, nested: bool = True) -> pl.DataFrame:
     )
 
 
-def figure(chart: charts.Chart, frame: pl.DataFrame) -> Any:
+def figure(chart: charts.Chart, frame: pl.DataFrame) -> dict[str, Any]:
     """The chart as a Plotly figure for Streamlit. Takes a tenth of a second: to be cached."""
-    import plotly.graph_objects as go
-
-    return go.Figure(_names_kept(charts.plotly(chart, frame).to_plotly_json()))
+    return json.loads(charts.stored(chart, frame))
 
 
 def _names_kept(part: Any, name: str = "") -> Any:
@@ -190,7 +202,7 @@ def _names_kept(part: Any, name: str = "") -> Any:
     """
     if isinstance(part, dict):
         return {key: value if key == "template" else _names_kept(value, key) for key, value in part.items()}
-    if isinstance(part, list | tuple | np.ndarray):
+    if isinstance(part, list):
         return [_names_kept(value, name) for value in part]
     return part.replace("#", "#\u2060") if isinstance(part, str) and "color" not in name else part
 
@@ -240,34 +252,63 @@ def runs_table(shown: list[dict[str, Any]]) -> None:
 def answer_card(root: Root, question: queries.Question, rows_px: int | None = TABLE_PX) -> None:
     """A question's current answer as a chart and a table, and its run; without `rows_px` with downloads."""
     with panel("The answer", ["the answers"], f"results/{question.name}/current.json"):
-        current, frame, drawn = answer(root.url, question.name, root.read(pointer(question)))
-        asked_with = [
-            _code(f"{words(name)}: {_in_words(name, value)}") for name, value in current["parameters"].items()
-        ]
+        current, frame = answer(root.url, question.name, root.read(pointer(question)))
+        asked_with = [code(f"{words(name)}: {_in_words(name, value)}") for name, value in current["parameters"].items()]
         st.caption(" ".join([question.text, *asked_with]))
-        if drawn:
-            draw(drawn, question.name)
+        st.markdown(age(question, current))
+        answer_chart(root, question, current)
         table(frame, {name: column(name, dtype) for name, dtype in frame.schema.items()}, question.name, rows_px)
         if rows_px is None:
             downloads(root, current)
-        as_of = datetime.fromisoformat(current["as_of"])
         rows = "1 row" if current["rows"] == 1 else f"{current['rows']:,} rows"
         rows = rows if frame.height == current["rows"] else f"The first {frame.height:,} of {rows}"
-        st.caption(
-            f"{rows}, batch {current['batch']:,}, up to {as_of:%Y-%m-%d %H:%M:%S} UTC, "
-            f"by [{current['run_id']}]({report_url(current['run_id'])})"
-        )
+        st.caption(f"{rows}, by [{current['run_id']}]({report_url(current['run_id'])})")
 
 
-def draw(figure: Any, name: str) -> None:
-    """What `figure` made; `name` is its key on the page."""
-    st.plotly_chart(figure, theme=None, config={"displayModeBar": False}, key=f"chart-{name}")
+def age(question: queries.Question, current: dict[str, Any]) -> str:
+    """Of when an answer is and how far behind, amber where there should be another by now; `current`: its pointer."""
+    seen, now = view().seen, datetime.now(UTC)
+    said = f"as of {at(datetime.fromisoformat(current['as_of']), both=True)}"
+    if behind := max(seen.batch - current["batch"], 0):
+        said += f", {behind:,} batch{'es' if behind > 1 else ''} behind"
+    given = next((given for given in seen.answers if given.question == question.name), None)
+    due = _due(question, given) if given else None
+    return f":{'orange' if behind and due and now > due else 'gray'}-badge[{plain(said)}]"
+
+
+def _due(question: queries.Question, given: health.Answered) -> datetime | None:
+    """When the answer should have been followed by another: by its own limit, or the second run of its stage since."""
+    if question.fresh_within:
+        return given.at + question.fresh_within
+    stage = view().seen.stages.get(given.stage)
+    following = stage.next_run(given.at) if stage else None
+    return stage.next_run(following) if stage and following else None
+
+
+def answer_chart(root: Root, question: queries.Question, current: dict[str, Any]) -> None:
+    """The chart of an answer; `current`: its pointer. One of an older release has none beside it."""
+    with panel("The chart", remedy="run query, which draws it anew"):
+        if path := current.get("chart"):
+            draw(drawing(root.url, path), question.name)
+        elif "chart" not in current and question.chart:
+            st.caption("Its chart comes with the next run of `query`.")
+
+
+def draw(figure: dict[str, Any], name: str) -> None:
+    """A Plotly figure of `etl.charts` in the reader's theme; `name` is its key on the page."""
+    shown = _names_kept(figure)
+    if st.context.theme.type == "dark":
+        layout = shown["layout"]
+        layout["font"] = layout.get("font", {}) | {"color": PALE}
+        for axis in [name for name in layout if re.fullmatch(r"[xy]axis\d*", name)]:
+            layout[axis]["gridcolor"] = DIM
+    st.plotly_chart(shown, theme=None, config={"displayModeBar": False}, key=f"chart-{name}")
 
 
 def table(frame: pl.DataFrame, columns: dict[str, Any], name: str, rows_px: int | None = TABLE_PX) -> None:
     """The first rows of a frame; `columns` as in Streamlit's column_config, `name` is its key on the page."""
-    shown = brief(
-        _flat(frame.head(ROWS)).with_columns(
+    shown = charts.brief(
+        _flat(frame.head(charts.ROWS)).with_columns(
             (pl.selectors.decimal() | pl.selectors.by_dtype(pl.Int128)).cast(pl.Float64)
         )
     )
@@ -307,8 +348,20 @@ def heading(name: str) -> str:
 
 def ago(moment: datetime) -> str:
     """ "12 s ago", "3 min ago", "5 h ago", "2 days ago"."""
-    seconds = max((datetime.now(UTC) - moment).total_seconds(), 0)
-    for unit, length_s in (("days", 172_800), ("h", 7200), ("min", 120)):
-        if seconds >= length_s:
-            return f"{seconds // {'days': 86_400, 'h': 3600, 'min': 60}[unit]:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"
+    return f"{span((datetime.now(UTC) - moment).total_seconds())} ago"
+
+
+def span(seconds: float) -> str:
+    """ "12 s", "3 min", "5 h", "2 days"; less than nothing is nothing."""
+    for unit, length_s in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length_s:
+            return f"{seconds // length_s:,.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def short(value: float, name: str) -> str:
+    """A figure as it is said: "136.3 million"; by its name a share, a year."""
+    for least, unit in ((1e9, "billion"), (1e6, "million")):
+        if abs(value) >= least and not is_name(name):
+            return f"{value / least:,.1f} {unit}"
+    return written(int(value) if value == int(value) else value, name)

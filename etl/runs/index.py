@@ -210,13 +210,14 @@ def newest(
     since: datetime.datetime | str | None = None,
     until: datetime.datetime | str | None = None,
     limit: int = 50,
+    text: str | None = None,
 ) -> list[dict[str, Any]]:
     """The last runs that started at `since` or later and before `until` (ISO text or times; UTC unless they say).
 
-    `state`: one, or any of several.
+    `state`: one, or any of several. `text`: in the id or the reason, in any case of letters.
     Newest first: run_id, stage, state, reason, times, seconds, attempt, report, and `kept`: whether it is there.
     """
-    return _last(root, LISTED, limit, stage, state, since, until)
+    return _last(root, LISTED, limit, stage, state, since, until, text)
 
 
 def ranked(
@@ -367,9 +368,22 @@ def scan(root: Root) -> Any:
 
 
 def _last(
-    root: Root, columns: tuple[str, ...], limit: int, stage: str | None, state: Any, since: Any, until: Any
+    root: Root,
+    columns: tuple[str, ...],
+    limit: int,
+    stage: str | None,
+    state: Any,
+    since: Any,
+    until: Any,
+    text: str | None = None,
 ) -> list[dict[str, Any]]:
-    rows = _matching(root, stage, state, since, until).select(columns).head(limit).collect().to_dicts()
+    import polars as pl
+
+    runs = _matching(root, stage, state, since, until)
+    if text:
+        said = pl.concat_str("run_id", "reason", separator="\n", ignore_nulls=True).str.to_lowercase()
+        runs = runs.filter(said.str.contains(text.lower(), literal=True))
+    rows = runs.select(columns).head(limit).collect().to_dicts()
     return _kept(root, [_as_record(row) for row in rows])
 
 

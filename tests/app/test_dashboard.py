@@ -30,7 +30,7 @@ LIVE = [question for question in queries.questions() if question.live]
 
 def page() -> AppTest:
     """The live page, drawn once."""
-    return drawn(AppTest.from_function(live_page, default_timeout=60))
+    return drawn(AppTest.from_function(overview_page, default_timeout=60))
 
 
 def drawn(shown: AppTest) -> AppTest:
@@ -40,10 +40,10 @@ def drawn(shown: AppTest) -> AppTest:
     return shown
 
 
-def live_page() -> None:
-    from app.views import live
+def overview_page() -> None:
+    from app.views import overview
 
-    live.page()
+    overview.page()
 
 
 def questions_page() -> None:
@@ -66,7 +66,7 @@ def metrics(shown: AppTest) -> dict[str, str]:
     return {metric.label: metric.value for metric in shown.metric}
 
 
-def test_the_dashboard_opens_with_the_live_page(empty):
+def test_the_dashboard_opens_with_the_overview_page(empty):
     shown = drawn(AppTest.from_file(PROJECT / "app" / "dashboard.py", default_timeout=60))
     assert texts(shown.title) == ["TPC-H, live"]
 
@@ -83,14 +83,26 @@ def test_before_the_first_run_it_says_what_is_missing(empty):
     assert not Path(empty).exists()
 
 
-def test_which_code_runs_is_said_while_up_is_at_work(empty):
-    assert not [text for text in texts(page().caption) if "release" in text or "live:" in text]
+def whole() -> AppTest:
+    """The dashboard as it opens, with what is around its pages."""
+    return drawn(AppTest.from_file(PROJECT / "app" / "dashboard.py", default_timeout=60))
+
+
+def marked_up(shown: AppTest) -> str:
+    """The text of the markup on a page, without its tags."""
+    parts = (re.sub("<style>.*?</style>", "", element.proto.body, flags=re.S) for element in shown.get("html"))
+    return html.unescape(re.sub("<[^>]+>", " ", " ".join(parts)))
+
+
+def test_the_footer_says_what_is_looked_at_and_which_code_runs(empty):
+    said = footer(Root.at(empty).url)
+    assert "no `up` was ever at work here" in said and "release" not in said
     told = {"release": "3f2a91c0d4e5", "since": "2026-11-22T12:04:09+00:00", "differs": ["notebooks/query.ipynb"]}
     Root.at(empty).write(releases.TOLD, json.dumps(told).encode())
-    said = "release 3f2a91c0d4e5 of 2026-11-22 12:04 UTC; working tree differs from the release: 1 file"
-    assert said in texts(page().caption)
+    expected = "release 3f2a91c0d4e5 of 2026-11-22 12:04 UTC; working tree differs from the release: 1 file"
+    assert expected in footer(Root.at(empty).url).replace("\\", "")
     Root.at(empty).write(releases.TOLD, json.dumps({"release": None, "since": None, "differs": []}).encode())
-    assert "live: the working tree runs" in texts(page().caption)
+    assert "live: the working tree runs" in footer(Root.at(empty).url).replace("\\", "")
 
 
 def test_a_first_run_that_failed_is_shown(empty):
@@ -254,23 +266,19 @@ CUT = object()
 ANSWER = f"results/{LIVE[0].name}"
 DAMAGES = {  # page, damage, panels that cannot be shown, what is to be done, charts and tables that still are shown
     "the published snapshot": (
-        *(live_page, of("lake/published.json", b"[]")),
+        *(overview_page, of("lake/published.json", b"[]")),
         *(["The published snapshot"], "`orchestrate.py rebuild`", 5, 6),
     ),
     "a table's log": (
-        *(live_page, of("lake/orders/_delta_log/00000000000000000001.json", b"{")),
+        *(overview_page, of("lake/orders/_delta_log/00000000000000000001.json", b"{")),
         *(["Orders"], "`orchestrate.py rebuild`", 5, 6),
     ),
-    "the word of `up`": (
-        *(live_page, lambda root: Root.at(root).write(releases.TOLD, b"[]")),
-        *(["The release"], "start `python orchestrate.py up` again", 5, 6),
-    ),
-    "the model's pointer": (live_page, of("models/aliases.json", b"{}"), ["The model"] * 2, "run train", 4, 5),
-    "an answer's pointer": (live_page, of(f"{ANSWER}/current.json", b"[]"), ["The answer"], "run query", 4, 5),
+    "the model's pointer": (overview_page, of("models/aliases.json", b"{}"), ["The model"] * 2, "run train", 4, 5),
+    "an answer's pointer": (overview_page, of(f"{ANSWER}/current.json", b"[]"), ["The answer"], "run query", 4, 5),
     "an answer": (questions_page, of(f"{ANSWER}/*.parquet", CUT), ["The answer"], "run query", 0, 1),
     "a history": (questions_page, of(f"{ANSWER}/history.json", CUT), ["The history"], "run query", 1, 1),
     "the log of the index of runs": (
-        *(live_page, of("runs/_delta_log/00000000000000000001.json", b"{")),
+        *(overview_page, of("runs/_delta_log/00000000000000000001.json", b"{")),
         *(["The last runs"], "restore it, or remove runs", 5, 5),
     ),
     "the index of runs": (  # Polars panics, with what is no Exception
