@@ -135,9 +135,9 @@ def publish(
 ) -> str:
     """Write the model, read it back, compare its predictions, then give it the alias; returns its model_id.
 
-    `golden_rows`: rows as JSON has them, at least one. `reference`: its predictions for rows that it was not trained on:
-    how they are spread is kept, and later ones are held against that. Raises ModelDamaged, and the aliases stay, when what is read
-    back is not what was trained, or predicts what is no number.
+    `golden_rows`: rows as JSON has them, at least one. `reference`: its predictions for rows that it was not trained
+    on: how they are spread is kept, and later ones are held against that. Raises ModelDamaged, and the aliases stay,
+    when what is read back is not what was trained, or predicts what is no number.
     """
     raw = bytes(booster.save_raw("json"))
     sha256 = hashlib.sha256(raw).hexdigest()

@@ -67,7 +67,7 @@ class Scored:
 
 
 class Done(NamedTuple):
-    """What a run scored: rows that are due after `since`, up to `until`, each by all models; `version`: of the table."""
+    """What a run scored: rows that are due after `since`, up to `until`, by all models; `version`: of the table."""
 
     rows: int
     since: datetime
@@ -165,8 +165,8 @@ def _parts(
         known = piece.select(*key, at=at, version=pl.lit(snapshot.versions[scored.table], pl.Int64), **said)
         for alias, model in by.items():
             probability = pl.Series(registry.predict(model.booster, model.spec.matrix(piece)))
-            what = {"model_id": pl.lit(model.model_id), "alias": pl.lit(alias), "probability": probability}
-            waiting.append(known.with_columns(**what).select(columns).cast(columns))
+            by_it = known.with_columns(model_id=pl.lit(model.model_id), alias=pl.lit(alias), probability=probability)
+            waiting.append(by_it.select(pl.col(name).cast(dtype) for name, dtype in columns.items()))
         count += piece.height * len(by)
         if count >= FILE_ROWS:
             yield pl.concat(waiting)
@@ -223,8 +223,8 @@ def _plain(frame: pl.DataFrame) -> list[dict[str, Any]]:
 
 def references(root: Root, model_ids: Sequence[str]) -> dict[str, list[float]]:
     """Model id -> the shares of its predictions in BINS even parts of 0 to 1, when it was trained."""
-    kept = {said["model_id"]: said.get("reference") for said in registry.stored(root)}
-    return {name: kept[name] for name in model_ids if kept.get(name)}
+    kept = {said["model_id"]: said.get("reference", []) for said in registry.stored(root)}
+    return {name: kept[name] for name in model_ids if name in kept}
 
 
 def _sums(scores: pl.LazyFrame, until: datetime) -> pl.DataFrame:
@@ -292,7 +292,7 @@ def _calibrated(sums: pl.DataFrame) -> pl.DataFrame:
     whole = sums.filter((pl.col("known") == pl.col("rows")).all().over(hourly))
     rows = whole.group_by("model_id", "alias", "bin").agg(pl.col("predicted", "observed", "rows").sum())
     means = (pl.col("predicted", "observed") / pl.col("rows")).name.keep()
-    return rows.sort("model_id", "alias", "bin").with_columns(means).select(CALIBRATION)
+    return rows.sort("model_id", "alias", "bin").with_columns(means).select([*CALIBRATION])
 
 
 def drift(root: Root) -> pl.DataFrame:
@@ -312,9 +312,9 @@ def calibration(root: Root) -> pl.DataFrame:
 
 
 def _told(root: Root, what: str, schema: dict[str, Any]) -> pl.DataFrame:
-    told = root.read_json(TOLD) or {what: []}
+    told, plain = root.read_json(TOLD) or {what: []}, schema | dict.fromkeys({"hour"} & schema.keys(), pl.String)
     try:
-        frame = pl.DataFrame(told[what], schema=schema | ({"hour": pl.String} if "hour" in schema else {}), orient="row")
+        frame = pl.DataFrame(told[what], schema=plain, orient="row")
         return frame.with_columns(pl.col(name).str.to_datetime("%+").cast(TIME) for name in schema if name == "hour")
     except (TypeError, KeyError, ValueError, pl.exceptions.PolarsError) as error:
         raise Damaged(f"{TOLD} is damaged: {error}") from None
