@@ -495,8 +495,9 @@ def scored_chart(result: pl.DataFrame):
 
 
 def newest_hour(told: pl.DataFrame, of: Model, min_rows: int) -> dict[str, Any]:
-    """Of `drift` the newest hour in which a model scored so many rows; {} without one."""
-    return scores.newest(told, of.model_id, min_rows) or {}
+    """The figures of `drift` for the newest hour in which a model scored so many rows; {} without one."""
+    hour = scores.newest(told, of.model_id, min_rows) or {}
+    return {name: value for name, value in hour.items() if name not in ("model_id", "alias", "rows")}
 
 
 def _rows_as_json(lineitem: pl.DataFrame) -> list[dict[str, Any]]:

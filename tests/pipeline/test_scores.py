@@ -1,5 +1,6 @@
 """What ships is scored once, by champion and shadow, and held against what is known of it."""
 
+import json
 import threading
 
 import duckdb
@@ -7,11 +8,15 @@ import numpy as np
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
+from starlette.testclient import TestClient
 from support import ingest_all
+from typer.testing import CliRunner
 
+from app import api
 from etl.leases import LeaseLost
 from etl.models import registry, scores
 from etl.storage import Damaged, Root
+from orchestrate import app as command_line
 from pipeline import Lake, model, source
 
 STREAM = source.Stream(0.01, 6, "2026-03-01T11:00:00+00:00")
@@ -145,3 +150,44 @@ def test_a_damaged_file_of_drift_is_named(shipped):
         with pytest.raises(Damaged, match=r"drift\.json"):
             scores.drift(shipped)
     shipped.write(scores.TOLD, before)
+
+
+def test_a_promoted_rolled_back_and_shadowed_model_is_seen_wherever_models_are_told(shipped, monkeypatch):
+    monkeypatch.setenv("ETL_ROOT", shipped.url)
+    api.settings.cache_clear()
+    client, row = TestClient(api.app), dict(model.CARD.example)
+    first, second = (registry.find(shipped, alias)["model_id"] for alias in (registry.CHAMPION, registry.SHADOW))
+
+    def told(*command):
+        done = CliRunner().invoke(command_line, ["models", *command, "--root", shipped.url, "--json"])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    def seen():
+        """What each says: alias -> model. The shadow is scored, and answers nobody."""
+        by_command = {alias: each["model_id"] for each in told("list") for alias in each["aliases"]}
+        listed = client.get("/v1/models").json()
+        assert by_command == {alias: each["model_id"] for each in listed for alias in each["aliases"]}
+        champion = by_command["champion"]
+        assert [each["model_id"] for each in listed if each["is_current"]] == [champion]
+        assert client.get("/v1/model").json()["model_id"] == champion
+        assert client.post("/v1/predict", json=[row]).json()[0]["model_id"] == champion
+        assert f'etl_model_info{{model_id="{champion}"' in client.get("/metrics").text
+        assert registry.current(shipped)["model_id"] == told("show")["model_id"] == champion  # as the dashboard has it
+        return by_command
+
+    assert seen() == {"champion": first, "shadow": second}
+    figures, drift = client.get("/metrics").text, scores.drift(shipped)
+    for alias, model_id in (("champion", first), ("shadow", second)):
+        line = drift.filter(alias=alias).row(-1, named=True)
+        labels = f'{{alias="{alias}",model_id="{model_id}"}}'
+        assert f"etl_model_drift_divergence{labels} {line['divergence']}" in figures
+        assert f"etl_model_scored_rows{labels} {line['rows']:.1f}" in figures
+    told("promote", "shadow")
+    assert seen() == {"champion": second, "previous": first}
+    told("rollback")
+    assert seen() == {"champion": first, "previous": second}
+    told("promote", "previous", "--as", "shadow")
+    assert seen() == {"champion": first, "previous": second, "shadow": second}
+    shipped.write(scores.TOLD, b"{")
+    assert "etl_model_info" in client.get("/metrics").text and "drift" not in client.get("/metrics").text
