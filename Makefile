@@ -39,7 +39,7 @@ $(READY): requirements.lock pyproject.toml
 	fi
 	@touch $@
 
-up: setup  ## Run everything: Prefect, the five schedules, the API, the dashboard
+up: setup  ## Run everything: Prefect, the six schedules, the API, the dashboard
 	@$(BIN)/python orchestrate.py up --env $(ENV)
 
 demo: export ROOT := $(ROOT)

@@ -1,4 +1,4 @@
-"""The timetable: five stages on their schedules, and what `up` keeps alive beside them.
+"""The timetable: six stages on their schedules, and what `up` keeps alive beside them.
 
 A stage is one notebook in notebooks/, one YAML in params/ that says when it runs and with what, and one Prefect flow of
 its name; whatever lies there is found. Stages meet only in the lake, so a late one reads older data and does not fail.
@@ -7,6 +7,7 @@ its name; whatever lies there is found. Stages meet only in the lake, so a late 
     preprocess    every minute       files become Delta tables
     compact       every 30 minutes   small files become large ones
     query         every hour         business questions are answered
+    score         every hour         what has shipped is scored, and drift is told
     train         every six hours    a model of late deliveries
 
 up      everything: Prefect's server, the schedules, the API and the dashboard

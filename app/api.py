@@ -9,6 +9,7 @@ import functools
 import html
 import itertools
 import json
+import logging
 import re
 import threading
 import time
@@ -57,13 +58,14 @@ from app.schemas import (
 )
 from app.settings import Settings
 from etl.lake.snapshot import POINTER, NothingPublished
-from etl.models import registry
+from etl.models import registry, scores
 from etl.reports import page as reports
 from etl.runs import index
 from etl.serve import health as health_of_root
-from etl.storage import BadRoot, Root
+from etl.storage import BadRoot, Damaged, Root
 from pipeline import TITLE, Lake, queries
 
+log = logging.getLogger(__name__)
 BODY_LIMIT = 1_000_000  # bytes; 1,000 rows of eight columns are about a quarter of it
 LARGE = 20_000  # bytes of a body, about 80 rows: that many take longer than all else about a request
 ROW_LIMIT = 1_000_000_000
@@ -253,10 +255,19 @@ async def ready(root: PublishedRoot, response: Response) -> Ready:
     responses={200: {"description": "Prometheus' text format"}},
 )
 async def measured(root: PublishedRoot) -> Response:
-    """Requests and how long they took, the model that is served and its age, how far the lake is behind."""
+    """Requests and how long they took, the model that is served, its age and drift, how far the lake is behind."""
     said = await _readiness(root)
     served, problem = await to_thread.run_sync(_current, root, limiter=LOOKING)
-    return Response(metrics.written(REQUESTS, served, problem, said), media_type=CONTENT_TYPE_LATEST)
+    drift = await to_thread.run_sync(_drift, root, limiter=LOOKING)
+    return Response(metrics.written(REQUESTS, served, problem, said, drift), media_type=CONTENT_TYPE_LATEST)
+
+
+def _drift(root: Root) -> pl.DataFrame | None:
+    try:
+        return scores.drift(root)
+    except (Damaged, OSError) as error:
+        log.warning("how far the models drift cannot be read: %s", error)
+        return None
 
 
 async def _readiness(root: Root) -> Ready:

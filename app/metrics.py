@@ -2,15 +2,26 @@
 
 import re
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from etl.models import registry
 
+if TYPE_CHECKING:
+    import polars as pl
+
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 TRAINED = re.compile(r"-(\d{8}T\d{6})-[0-9a-f]{6}$")  # the end of a run's id
+
+
+DRIFT = {  # name -> column, and what it is
+    "etl_model_scored_rows": ("rows", "Rows scored in the newest hour"),
+    "etl_model_scored_hour_seconds": ("hour", "When the newest hour with scores began, since 1970"),
+    "etl_model_drift_psi": ("psi", "Stability index of the newest hour's predictions against its training's"),
+    "etl_model_drift_divergence": ("divergence", "Of the newest hour's predictions from the true probability, nats"),
+}
 
 
 class Requests:
@@ -41,8 +52,11 @@ class Requests:
         histogram.observe(took)
 
 
-def written(requests: Requests, model: registry.Model | None, problem: str | None, ready: Any) -> bytes:
-    """All of it as text, with what is served now. `ready`: the answer of /ready."""
+def written(
+    requests: Requests, model: registry.Model | None, problem: str | None, ready: Any, drift: "pl.DataFrame | None"
+) -> bytes:
+    """All of it as text, with what is served now. `ready`: the answer of /ready. `drift`: as `etl.models.scores` has
+    it, None when it cannot be read; of each model the newest hour is told."""
     now, state = datetime.now(UTC), CollectorRegistry()
 
     def gauge(name: str, about: str, value: float | None, **labels: str) -> None:
@@ -59,6 +73,14 @@ def written(requests: Requests, model: registry.Model | None, problem: str | Non
     gauge(
         "etl_model_usable", "Whether the published model is the one that is served", float(bool(model and not problem))
     )
+    if drift is not None:
+        newest = drift.unique("alias", keep="last", maintain_order=True).to_dicts()
+        for name, (column, about) in DRIFT.items():
+            made = Gauge(name, about, ["alias", "model_id"], registry=state)
+            for line in newest:
+                if line[column] is not None:
+                    value = line[column].timestamp() if column == "hour" else line[column]
+                    made.labels(line["alias"], line["model_id"]).set(value)
     gauge("etl_lake_published", "Whether a snapshot of the lake is published", float(ready.ready))
     if ready.as_of:
         gauge("etl_lake_lag_seconds", "Since the newest row in it", (now - ready.as_of).total_seconds())

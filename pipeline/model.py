@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import polars as pl
 
 from etl.lake.table import TEXT, Column
-from etl.models import registry
+from etl.models import registry, scores
 from etl.models.card import Card
 from etl.models.registry import Model, ModelDamaged, NoModel
 from etl.storage import Root
+from pipeline.source import SHIP_STEP
 from pipeline.tables import TABLES
 
 if TYPE_CHECKING:
@@ -338,15 +339,13 @@ def calibration(booster: "xgboost.Booster", held_out: Rows, bins: int = 10) -> p
     )
 
 
-def calibration_chart(result: pl.DataFrame):
+def calibration_chart(result: pl.DataFrame, title: str = "Calibration, held-out rows"):
     """Predicted against observed, beside the diagonal of a model that is right about how sure it is."""
     from etl.charts import plot
 
     labels = {"xlabel": "predicted probability of late", "ylabel": "share that was late"}
     diagonal = pl.DataFrame({"predicted": [0.0, 1.0], "observed": [0.0, 1.0]})
-    line = plot(diagonal).line(
-        x="predicted", y="observed", label="perfect", title="Calibration, held-out rows", **labels
-    )
+    line = plot(diagonal).line(x="predicted", y="observed", label="perfect", title=title, **labels)
     return line * plot(result).scatter(x="predicted", y="observed", label="model", **labels)
 
 
@@ -432,7 +431,7 @@ def publish(
     Raises ModelDamaged, and the aliases stay, when what is read back is not what was trained.
     """
     golden = _rows_as_json(held_out.golden)
-    return registry.publish(root, booster, metrics, golden, run_id, SPEC, alias)
+    return registry.publish(root, booster, metrics, golden, run_id, SPEC, alias, predict(booster, held_out))
 
 
 def load_current(root: Root) -> Model:
@@ -458,6 +457,49 @@ def examine(root: Root) -> "list[Finding]":
     return registry.examine(root, SPEC)
 
 
+def scoring(root: Root) -> dict[str, Model]:
+    """Alias -> the model that scores: the champion, and the shadow; none before the first. Raises ModelDamaged."""
+    try:
+        return scores.models(root, SPEC)
+    except NoModel:
+        return {}
+
+
+def score(snapshot: "Snapshot", by: Mapping[str, Model], **how: Any) -> scores.Done | None:
+    """What has shipped since the last time, scored by each of the models: see `etl.models.scores`."""
+    return scores.score(snapshot, SCORED, by, **how)
+
+
+def drift(root: Root, hours: int) -> pl.DataFrame:
+    """How far the models drift, hour by hour, from all that is scored by now: see `etl.models.scores`."""
+    scores.measure(root, hours=hours)
+    return scores.drift(root)
+
+
+def drift_chart(result: pl.DataFrame):
+    """How far each hour's predictions are from the true probability."""
+    from etl.charts import plot
+
+    labels = {"xlabel": "hour of shipping, UTC", "ylabel": "divergence, nats"}
+    return plot(result).scatter(x="hour", y="divergence", by="alias", title="Drift of what has shipped", **labels)
+
+
+def scored(root: Root) -> pl.DataFrame:
+    """Of the champion's scores whose outcomes are known: predicted, observed, rows, as `calibration` has it."""
+    return scores.calibration(root).filter(pl.col("alias") == registry.CHAMPION)
+
+
+def scored_chart(result: pl.DataFrame):
+    """What was predicted of what has shipped, against how it ended."""
+    return calibration_chart(result, "Calibration, what has shipped")
+
+
+def newest_hour(told: pl.DataFrame, of: Model, min_rows: int) -> dict[str, Any]:
+    """The figures of `drift` for the newest hour in which a model scored so many rows; {} without one."""
+    hour = scores.newest(told, of.model_id, min_rows) or {}
+    return {name: value for name, value in hour.items() if name not in ("model_id", "alias", "rows")}
+
+
 def _rows_as_json(lineitem: pl.DataFrame) -> list[dict[str, Any]]:
     """Rows as a client of the API would send them: dates as text, money as numbers."""
     dates, money = pl.selectors.date(), pl.selectors.decimal()
@@ -465,6 +507,14 @@ def _rows_as_json(lineitem: pl.DataFrame) -> list[dict[str, Any]]:
 
 
 SPEC = registry.Spec(ROW, FEATURES, golden_rows="line_items", golden_predictions="late")
+_ON_THE_ROAD, _LEFT = (pl.col(day) - pl.col("l_shipdate") for day in ("l_receiptdate", "l_commitdate"))
+SCORED = scores.Scored(
+    "lineitem",
+    time="l_ship_time",
+    outcome=pl.col("l_receiptdate") > pl.col("l_commitdate"),
+    known_at=pl.col("l_ship_time") + _ON_THE_ROAD.dt.total_days() * SHIP_STEP,
+    exact=((LONGEST_DAYS - _LEFT.dt.total_days()) / LONGEST_DAYS).clip(0, 1),
+)
 
 
 def losses(metrics: dict[str, Any]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""All five notebooks, in real kernels, against what DuckDB says of tpchgen's own Parquet."""
+"""All notebooks, in real kernels, against what DuckDB says of tpchgen's own Parquet."""
 
 import html
 import json
@@ -42,8 +42,9 @@ def canonical(tmp_path_factory) -> Path:
 
 def test_every_stage_is_ok_and_says_what_it_did(full):
     root, records = full
-    assert [r["stage"] for r in records] == ["generate", "preprocess", "compact", "query", "train"]
-    for record in records:
+    assert [r["stage"] for r in records] == ["generate", "preprocess", "compact", "query", "score", "train"]
+    assert (records[4]["state"], records[4]["reason"]) == ("noop", "no model is published yet: train comes first")
+    for record in (*records[:4], records[5]):
         assert record["state"] == "ok"
         assert record["metrics"]["rows"] > 0
         assert record["checks"] and all(check["ok"] for check in record["checks"])
@@ -227,8 +228,8 @@ def test_names_that_are_nobodys_break_nothing(full, tmp_path):
     found = [*lake.examine(), *index.examine(place), *results.examine(place), *model.examine(place)]
     assert [finding for finding in found if finding.problem and finding.what != "landing"] == []
     assert lake.refused() == [] and lake.refused_lines().height == 0
-    assert {run["stage"] for run in index.newest(place)} == {"generate", "preprocess", "compact", "query", "train"}
-    assert shown.stages(place) == ["2020", "2020-01-01", "compact", "generate", "preprocess", "query", "train"]
+    assert {run["stage"] for run in index.newest(place)} == {"generate", "preprocess", "compact", "query", "score", "train"}
+    assert shown.stages(place) == ["2020", "2020-01-01", "compact", "generate", "preprocess", "query", "score", "train"]
     assert shown.latest_runs(place.url) and all(queries.current(place, name)[1].width for name in QUESTIONS)
     lake.backup(Root.at(tmp_path / "backup"))
     assert lake.rebuild()["equal"].all()

@@ -35,6 +35,7 @@ POINTER = {"model_id": str, "run_id": str, "sha256": str, "metrics": dict}  # wh
 CHAMPION, CHALLENGER, PREVIOUS, SHADOW = NAMES = ("champion", "challenger", "previous", "shadow")
 LEASE = "leases/models.lease"  # of whoever moves an alias or removes models: what is verified stays until it is named
 WAIT_S = 120
+BINS = 10  # even parts of 0 to 1 in which predictions are counted
 KEPT = 30  # models, those with an alias among them
 TOLERANCE = 1e-5  # between machines; a damaged tree is off by far more
 JSON_LIMIT, MODEL_LIMIT = 1_000_000, 250_000_000  # bytes of the small files and of the model's own
@@ -130,11 +131,13 @@ def publish(
     run_id: str,
     spec: Spec,
     alias: str = CHAMPION,
+    reference: "np.ndarray | None" = None,
 ) -> str:
     """Write the model, read it back, compare its predictions, then give it the alias; returns its model_id.
 
-    `golden_rows`: rows as JSON has them, at least one. Raises ModelDamaged, and the aliases stay, when what is read
-    back is not what was trained, or predicts what is no number.
+    `golden_rows`: rows as JSON has them, at least one. `reference`: its predictions for rows that it was not trained
+    on: how they are spread is kept, and later ones are held against that. Raises ModelDamaged, and the aliases stay,
+    when what is read back is not what was trained, or predicts what is no number.
     """
     raw = bytes(booster.save_raw("json"))
     sha256 = hashlib.sha256(raw).hexdigest()
@@ -144,12 +147,21 @@ def publish(
     pointer = {"model_id": model_id, "sha256": sha256, "run_id": run_id, "metrics": metrics}
     root.write(f"models/{model_id}/model.json", raw)
     root.write(f"models/{model_id}/golden.json", _json(golden))
-    root.write(f"models/{model_id}/metrics.json", _json(pointer | {"features": list(spec.features)}))
+    more = {"features": list(spec.features)} | ({} if reference is None else {"reference": spread(reference)})
+    root.write(f"models/{model_id}/metrics.json", _json(pointer | more))
     with _leased(root):
         _load(root, pointer, spec)
         _name(root, alias, pointer)
         _remove_oldest(root)
     return model_id
+
+
+def spread(predictions: "np.ndarray") -> list[float]:
+    """The shares of predictions in BINS even parts of 0 to 1; none of them is 0, as half a row more is in each."""
+    import numpy as np
+
+    parts = np.clip(np.floor(predictions * BINS), 0, BINS - 1).astype(np.int64)
+    return _floats((np.bincount(parts, minlength=BINS) + 0.5) / (len(predictions) + 0.5 * BINS))
 
 
 def promote(root: Root, name: str, spec: Spec, alias: str = CHAMPION) -> Model:

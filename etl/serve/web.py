@@ -14,6 +14,7 @@ import gc
 import json
 import os
 import resource
+import socket
 import sys
 from http import HTTPStatus
 from pathlib import Path
@@ -29,6 +30,7 @@ IDLE_S = 5  # of a kept connection, for its next request
 HEAD_BYTES = 64_000  # of a request, besides its body
 AHEAD = 16  # requests on a connection that wait for the answers before
 FILES = 256  # of those that a process may have open, left for what is no connection
+AT_ONCE = 64  # connections that are taken up, before the loop sees to those that are there
 MOST = 4000  # connections, however many files there may be
 READ_BYTES = 32_768  # at once
 SWITCH_S = 0.001  # between threads that want the interpreter: the loop waits for it as often as others work
@@ -194,6 +196,43 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self.transport.abort()
 
 
+class Server(uvicorn.Server):
+    """uvicorn's, which takes up many connections at a time.
+
+    libuv takes up one each time the loop comes round: behind two hundred others, each with a thousand rows to predict,
+    the two hundred and first waited for all of their predictions before anybody knew what it asks for."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if not self.started:
+            return
+        loop = asyncio.get_running_loop()
+        for server in self.servers:
+            for listening in server.sockets:
+                mine = socket.socket(fileno=os.dup(listening.fileno()))
+                loop.add_reader(mine, self._accept, loop, mine)
+
+    def _accept(self, loop: asyncio.AbstractEventLoop, listening: socket.socket) -> None:
+        for _ in range(AT_ONCE):
+            try:
+                accepted, _ = listening.accept()
+            except OSError:  # there are no more, or no more files; libuv, which looks as well, sees to that
+                return
+            accepted.setblocking(False)
+            task = loop.create_task(loop.connect_accepted_socket(self._protocol, accepted))
+            self.server_state.tasks.add(task)
+            task.add_done_callback(self._accepted)
+
+    def _accepted(self, task: asyncio.Task[Any]) -> None:
+        self.server_state.tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # its client is gone already
+
+    def _protocol(self) -> asyncio.Protocol:
+        made: Any = self.config.http_protocol_class
+        return made(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)  # type: ignore[no-any-return]
+
+
 def most_connections() -> int:
     """How many the files that this process may have open allow."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -220,7 +259,7 @@ def main() -> None:
     configured.load()
     gc.collect()
     gc.freeze()  # what is imported stays, and to look through it for garbage keeps the loop for 80 ms each time
-    server = uvicorn.Server(configured)
+    server = Server(configured)
     server.run()
     sys.exit(0 if server.started else 3)
 
