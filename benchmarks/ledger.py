@@ -65,7 +65,8 @@ def lengthen(lake: Lake, files: int, batches: int) -> None:
         refused=pl.lit(0, pl.Int64),
         at=pl.lit(datetime.now(UTC)),
     )
-    known = ledger.known(lake, pointer).with_files(last, rows.select("path", "table", "sha256").iter_rows(named=True))
+    before = ledger.known(lake, pointer, ledger.read(lake.root, last))
+    known = before.with_files(last, rows.select("path", "table", "sha256").iter_rows(named=True))
     known = known.folded(last)
     buffer, typed = io.BytesIO(), rows.cast(dict(LEDGER))
     typed.write_parquet(buffer, row_group_size=LEDGER_ROW_GROUP)

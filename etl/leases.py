@@ -243,12 +243,8 @@ def in_store(root: "Root", rel: str, holder: str, wait_s: float) -> Iterator[Sto
 
 def _taken(root: "Root", rel: str, holder: str, wait_s: float) -> StoreLease:
     deadline = time.monotonic() + wait_s
-    seen, since, alive = root.mark(rel), time.monotonic(), False
+    (document, seen), since, alive = _looked(root, rel), time.monotonic(), False
     while True:
-        document: dict[str, Any] = {}
-        if seen is not None:
-            with contextlib.suppress(FileNotFoundError):
-                document = _parsed(root.read(rel))
         now = time.monotonic()
         if not document.get("holder") or now - since > DEAD_S:
             lease = StoreLease(root, rel, holder, document)
@@ -257,8 +253,18 @@ def _taken(root: "Root", rel: str, holder: str, wait_s: float) -> StoreLease:
         elif now > deadline and alive and now - since < 2 * RENEW_S:
             raise LeaseHeld(f"{root.url_of(rel)} is held by {who(document)}")
         time.sleep(LOOK_S)
-        if (mark := root.mark(rel)) != seen:
+        document, mark = _looked(root, rel)
+        if mark != seen:
             seen, since, alive = mark, time.monotonic(), mark is not None
+
+
+def _looked(root: "Root", rel: str) -> tuple[dict[str, Any], str | None]:
+    """The document, and the mark that it has; empty and None where there is none."""
+    try:
+        data, mark = root.read_marked(rel)
+    except FileNotFoundError:
+        return {}, None
+    return _parsed(data), mark
 
 
 def _watch() -> float:

@@ -86,7 +86,7 @@ def _is_under(root: str, path: str) -> bool:
     from etl.storage import Root
 
     try:
-        return ".." not in path.split("/") and Root.at(root).exists(path)
+        return ".." not in path.split("/") and (Root.at(root).exists(path) or bool(Root.at(root).names(path)))
     except Exception:  # the root is down: nobody knows
         return False
 

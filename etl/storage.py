@@ -43,6 +43,7 @@ HELD = ".held"  # in a temporary folder: locked while its process lives
 LOST_AND_FOUND = "lost+found"  # the file system's own, in the folder where a disk is mounted
 NOT_RENAMED = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EROFS)  # by an error of these it may still be copied
 CREDENTIALS = ("AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
+AT_ONCE = 50 << 20  # bytes: a larger file is asked for in parts that come at the same time
 CONFLICTS = 8  # of a conditional write with nothing there, before it is an error
 STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")  # the schemes of object stores' URLs
 # deltalake takes a backslash for a slash, decodes %41 once too often and cannot open the rest
@@ -295,8 +296,20 @@ class Root:
 
     def read(self, rel: str) -> bytes:
         """The bytes of a file. Raises FileNotFoundError."""
-        data: bytes = self._fs.cat_file(self._path(rel))
+        data: bytes = self._fs.cat_file(self._path(rel), **({"max_concurrency": 1} if self._is_s3 else {}))
+        return data  # with one at a time s3fs does not ask for the size first
+
+    def read_range(self, rel: str, start: int, stop: int) -> bytes:
+        """The bytes of a file from `start` to `stop`, that one not included. Raises FileNotFoundError."""
+        data: bytes = self._fs.cat_file(self._path(rel), start=start, end=stop)
         return data
+
+    def read_marked(self, rel: str) -> tuple[bytes, str]:
+        """The bytes of a file, and the mark that it has with them. Raises FileNotFoundError."""
+        if self._is_s3:
+            return self._fetched(rel)
+        mark = self._etag(rel)  # what is written meanwhile has another one
+        return self.read(rel), mark
 
     def open(self, rel: str) -> BinaryIO:
         """A file, to be read from anywhere in it. Raises FileNotFoundError."""
@@ -304,23 +317,64 @@ class Root:
 
     def read_json(self, rel: str) -> dict[str, Any] | None:
         """The JSON document in a file; None when there is no file. Raises Damaged."""
+        return self.read_json_marked(rel)[0]
+
+    def read_json_marked(self, rel: str) -> tuple[dict[str, Any] | None, str | None]:
+        """As `read_json`, and the mark that the file has with it; None, too, when there is no file."""
         try:
-            document = json.loads(self.read(rel))
+            data, mark = self.read_marked(rel)
+            document = json.loads(data)
         except FileNotFoundError:
-            return None
+            return None, None
         except ValueError as error:
             raise Damaged(f"{rel} is damaged: {error}") from None
         if not isinstance(document, dict):
             raise Damaged(f"{rel} is damaged: it is no JSON object")
-        return document
+        return document, mark
 
     def read_at_most(self, rel: str, most: int) -> bytes:
         """As `read`, of an ordinary file of at most `most` bytes, and never waiting for anything.
 
         Raises Unreadable for what is no such file, before it is read, and FileNotFoundError.
         """
+        if self._is_s3 and most <= AT_ONCE:
+            return self._fetched(rel, most)[0]
         _refuse_above(self.size(rel), most)
-        return self.read(rel)
+        return bytes(self._fs.cat_file(self._path(rel)))
+
+    @property
+    def _is_s3(self) -> bool:
+        return hasattr(self._fs, "call_s3")
+
+    def _asked(self, method: str, rel: str, **asked: Any) -> dict[str, Any]:
+        """S3's answer to a request about a file, without any other before it. Raises OSError."""
+        bucket, key, _ = self._fs.split_path(self._path(rel))
+        answer: dict[str, Any] = self._fs.call_s3(method, Bucket=bucket, Key=key, **asked)
+        return answer
+
+    def _fetched(self, rel: str, most: int | None = None) -> tuple[bytes, str]:
+        """A file's bytes and mark by one request; where the connection breaks, by another one."""
+        import fsspec
+
+        async def read(answer: dict[str, Any]) -> bytes:
+            try:
+                if most is not None:
+                    _refuse_above(answer["ContentLength"], most)
+                data: bytes = await answer["Body"].read()
+                return data
+            finally:
+                answer["Body"].close()
+
+        for attempt in range(CONFLICTS):
+            answer = self._asked("get_object", rel)
+            try:
+                return fsspec.asyn.sync(self._fs.loop, read, answer), answer["ETag"]
+            except Unreadable:
+                raise
+            except Exception:  # of several libraries: what breaks a connection
+                if attempt == CONFLICTS - 1:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
 
     def write(self, rel: str, data: bytes) -> None:
         """Put `data` there, whole or not at all; a reader sees the old bytes or the new ones."""
@@ -358,15 +412,28 @@ class Root:
         raise refusal
 
     def _etag(self, rel: str) -> str:
-        etag: str = self._fs.info(self._path(rel)).get("ETag", "")
+        etag: str = self._info(rel).get("ETag", "")
         return etag
 
+    def _info(self, rel: str) -> dict[str, Any]:
+        """What the store says of a file. Raises FileNotFoundError, also where only the names of others begin so."""
+        if not self._is_s3:
+            info: dict[str, Any] = self._fs.info(self._path(rel))
+            return info
+        head = self._asked("head_object", rel)
+        return {"size": head["ContentLength"], "ETag": head["ETag"], "LastModified": head["LastModified"]}
+
     def exists(self, rel: str) -> bool:
-        return bool(self._fs.exists(self._path(rel)))
+        """Whether a file is there."""
+        try:
+            self._info(rel)
+        except FileNotFoundError:
+            return False
+        return True
 
     def size(self, rel: str) -> int:
         """Bytes. Raises FileNotFoundError."""
-        return int(self._fs.info(self._path(rel))["size"])
+        return int(self._info(rel)["size"])
 
     def files(self, rel: str) -> list[str]:
         """The paths of all files under a folder, at any depth; none when there is no such folder."""
@@ -402,10 +469,9 @@ class Root:
     def entry(self, rel: str) -> Entry | None:
         """What is at a path; None when nothing is."""
         try:
-            info = self._fs.info(self._path(rel))
+            return _object(rel, self._info(rel))
         except FileNotFoundError:
             return None
-        return _object(rel, info)
 
     def sync(self, rels: Iterable[str]) -> None:
         """Make sure that these files and folders would survive the loss of power. An object store's always do."""
@@ -429,7 +495,7 @@ class Root:
         False when something is at `source` still: it could not be taken away, or is another file by now, which stays.
         """
         try:
-            self._fs.cp_file(self._path(source), self._path(target), **({"CopySourceIfMatch": mark} if mark else {}))
+            self._copy_if(source, target, mark)
         except FileNotFoundError:
             if not self.exists(target):
                 raise
@@ -441,15 +507,27 @@ class Root:
             return self._remove_if(source, mark)
         return True
 
+    def _copy_if(self, source: str, target: str, mark: str | None) -> None:
+        """Copy a file, where the store knows such a condition only the one that has the mark. Raises OSError."""
+        if mark is None or not self._is_s3:
+            self._fs.cp_file(self._path(source), self._path(target), **({"CopySourceIfMatch": mark} if mark else {}))
+            return
+        bucket, key, _ = self._fs.split_path(self._path(source))
+        try:  # without asking for its size first
+            self._asked("copy_object", target, CopySource={"Bucket": bucket, "Key": key}, CopySourceIfMatch=mark)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) or _is_conflict(error):
+                raise
+            self._fs.cp_file(self._path(source), self._path(target), CopySourceIfMatch=mark)  # above 5 GB: in parts
+
     def _remove_if(self, rel: str, mark: str | None) -> bool:
         """Remove a file, with a `mark` only the one that has it, where the store knows such a condition; whether it is
         gone."""
-        if mark is None or not hasattr(self._fs, "call_s3"):
+        if mark is None or not self._is_s3:
             self.remove(rel)
             return True
-        bucket, key, _ = self._fs.split_path(self._path(rel))
         try:
-            self._fs.call_s3("delete_object", Bucket=bucket, Key=key, IfMatch=mark)
+            self._asked("delete_object", rel, IfMatch=mark)
         except FileNotFoundError:
             return True
         except OSError as error:
@@ -603,6 +681,15 @@ class LocalRoot(Root):
 
     def open(self, rel: str) -> BinaryIO:
         return open(self._path(rel), "rb")
+
+    def read_range(self, rel: str, start: int, stop: int) -> bytes:
+        with open(self._path(rel), "rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+
+    def read_marked(self, rel: str) -> tuple[bytes, str]:
+        mark = self.mark(rel)
+        return self.read(rel), mark or ""
 
     def read_at_most(self, rel: str, most: int) -> bytes:
         try:

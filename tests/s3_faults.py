@@ -1,4 +1,4 @@
-"""An S3 server that misbehaves: a proxy on loopback that loses replies, or gives answers of its own.
+"""An S3 server that misbehaves: a proxy on loopback that loses replies, gives answers of its own, or takes its time.
 
 What is asked of it reaches the server behind it unless a fault says otherwise. Faults are matched by method and by a
 part of the key; each happens so many times and is gone.
@@ -9,10 +9,11 @@ import http.client
 import random
 import re
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 HOP = ("connection", "transfer-encoding", "keep-alive", "expect", "date", "server", "content-length")
 CONDITION = re.compile(rb"<Condition>.*?</Condition>", re.S)
@@ -34,13 +35,17 @@ class Fault:
 
 @dataclass
 class FaultyS3:
-    """The proxy. `seen`: method, key and status of every request, as the client was told; None where it was not."""
+    """The proxy. `seen`: method, key and status of every request, as the client was told; None where it was not.
+    `asked`: kind and key of each, a kind being a method, LIST or COPY."""
 
     url: str
     faults: list[Fault] = field(default_factory=list)
     lost_share: float = 0.0  # of the replies to PUT and DELETE, at random
+    busy_share: float = 0.0  # of all requests, at random, answered with 503
+    latency_s: Mapping[str, float] = field(default_factory=dict)  # by kind; of others that of PUT
     says_which_condition: bool = True  # False: a 412 has no <Condition>, as SeaweedFS has it
     seen: list[tuple[str, str, int | None]] = field(default_factory=list)
+    asked: list[tuple[str, str]] = field(default_factory=list)
     dice: random.Random = field(default_factory=lambda: random.Random(0))
 
     def lose_reply(self, method: str, key: str, times: int = 1, between: Callable[[], object] = lambda: None) -> None:
@@ -65,6 +70,8 @@ class FaultyS3:
             if fault.times and fault.method == method and fault.key in key:
                 fault.times -= 1
                 return fault
+        if self.busy_share and self.dice.random() < self.busy_share:
+            return Fault(method, key, forwarded=False, status=503, code="SlowDown")
         lost = method in ("PUT", "DELETE") and self.dice.random() < self.lost_share
         return Fault(method, key) if lost else None
 
@@ -89,8 +96,16 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def _serve(self) -> None:
-        proxy, key = self.server.proxy, unquote(urlsplit(self.path).path)
+        proxy, (_, _, path, query, _) = self.server.proxy, urlsplit(self.path)
+        key = unquote(path)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        kind = "COPY" if "x-amz-copy-source" in self.headers else self.command
+        if kind == "GET" and "list-type=" in query:
+            kind, prefix = "LIST", parse_qs(query).get("prefix", [""])[0]
+            proxy.asked.append((kind, f"{key}/{prefix}"))
+        else:
+            proxy.asked.append((kind, key))
+        time.sleep(proxy.latency_s.get(kind, proxy.latency_s.get("PUT", 0)))
         fault = proxy.fault_of(self.command, key)
         if fault and fault.ahead:
             fault = fault.ahead() and None

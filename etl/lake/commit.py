@@ -146,9 +146,11 @@ def append(
     batch: int,
     run_id: str,
     after: int,
+    seen: schemas.Look | None = None,
     require: Callable[[], None] = lambda: None,
 ) -> int:
-    """Append a batch's rows exactly once; returns the version that holds them. `after`: the version that is published.
+    """Append a batch's rows exactly once; returns the version that holds them. `after`: the version that is published; `seen`:
+    what had come to the table since, if somebody has looked under the lease.
 
     The commits since then are looked through for this batch, and the commit is the version after them or none: of two
     writers with the same batch the second finds that version taken, looks again, and finds the batch done. All of it is
@@ -159,7 +161,8 @@ def append(
     """
     root, folder, paths = lake.root, f"lake/{table}", list[str]()
     while True:
-        newest, last = head(lake, table, after)
+        newest, last = head(lake, table, after) if seen is None or seen.touched else (seen.version, seen.batch)
+        seen = None  # by what else came, if that was not enough
         if last > batch:  # its rows would never come
             raise LeaseLost(f"{table} has batch {last} already, and this is {batch}: run this one again")
         if last == batch:

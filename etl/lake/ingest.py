@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -85,7 +85,9 @@ class Batch:
     be read, each with its reason. `growing` and `unmatched`: files that are still written, and that are no table's:
     they are left alone. `grown`: what was written to files after they were ingested, which is refused. `known`: what
     is in the lake; `again`: also what has the content of another file of its table, whatever is declared. `held`: files
-    of tables that cannot become what they are declared to be; they wait."""
+    of tables that cannot become what they are declared to be; they wait. `blocked`: which tables these are, and why, for
+    people; empty for none. `pointer` and `looks`: what was published when the batch was taken, and what had come to each
+    table since."""
 
     lake: "Lake"
     number: int
@@ -101,6 +103,9 @@ class Batch:
     known: ledger.Known | None = None
     again: bool = False
     held: tuple[File, ...] = ()
+    blocked: str = ""
+    pointer: dict[str, Any] | None = None
+    looks: Mapping[str, schemas.Look] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """For people: what it has, and what it leaves."""
@@ -169,7 +174,10 @@ def next_batch(
 
 def blocked(lake: "Lake") -> str:
     """Which tables cannot become what they are declared to be, so that their files wait, and why; empty for none."""
-    wrong = schemas.blocked(schemas.unsettled(lake, snapshot.read_pointer(lake.root)))
+    return _said(schemas.blocked(schemas.unsettled(lake, snapshot.read_pointer(lake.root))))
+
+
+def _said(wrong: Mapping[str, str]) -> str:
     return schemas.refusal([*wrong.values()]) if wrong else ""
 
 
@@ -191,22 +199,24 @@ def _next(
     looks = schemas.look_at_all(lake, pointer)
     wrong = schemas.blocked(schemas.unsettled(lake, pointer, looks))
     schemas.require_none(wrong, ())
-    date = f"{now:%Y-%m-%d}"
+    date, looked_at = f"{now:%Y-%m-%d}", pointer
     last = max((seen.batch for seen in looks.values()), default=0)
     if pointer and last > pointer["batch"] and (last > pointer["batch"] + 1 or not _is_begun(root, last)):
         pointer = commits.catch_up(lake, "catch-up")
     if pointer and "files" not in pointer["tables"]:  # before any batch: its ledger would begin with that one
         pointer = _adopt(lake)
     number = pointer["batch"] if pointer else 0
+    seen: dict[str, Any] = {"pointer": pointer, "looks": looks if pointer == looked_at else {}, "blocked": _said(wrong)}
+    there, manifest = ledger.there(root, number), None
     for unfinished in (number + 1, number):
-        manifest = ledger.read(root, unfinished)
+        manifest = ledger.read(root, unfinished) if ledger.manifest(unfinished) in there else None
         # what was marked done and is not published was published once: the pointer, or more, was copied back
-        if manifest and (unfinished > number or not root.exists(ledger.done(unfinished))):
+        if manifest and (unfinished > number or ledger.done(unfinished) not in there):
             if unfinished > number:  # of one that is published nothing is written to tables any more
                 schemas.require_none(wrong, {file["table"] for file in manifest["files"]})
             files = tuple(replace(landing.of(lake, f["path"], f["bytes"]), again=True) for f in manifest["files"])
-            return Batch(lake, unfinished, date, ledger.time_of(manifest, now), files, manifest=manifest), wrong
-    known = ledger.known(lake, pointer)
+            return Batch(lake, unfinished, date, ledger.time_of(manifest, now), files, manifest=manifest, **seen), wrong
+    known = ledger.known(lake, pointer, manifest)
     waiting = landing.look(lake, known, pointer, max_bytes=max_bytes, quiet_s=quiet_s, now=now)
     files = landing.cut(tuple(file for file in waiting.files if file.table not in wrong), max_files, max_bytes)
     held = tuple(file for file in waiting.files if file.table in wrong)
@@ -215,7 +225,7 @@ def _next(
         return None, wrong
     at = max(now, _utc(scheduled_for) if scheduled_for else now).isoformat(timespec="seconds")
     left: dict[str, Any] = {"growing": waiting.growing, "unmatched": waiting.unmatched, "grown": grown, "held": held}
-    left |= {"known": known, "again": again}
+    left |= {"known": known, "again": again, **seen}
     return Batch(lake, number + 1, date, at, files, waiting.repeated, waiting.refused, **left), wrong
 
 
@@ -498,6 +508,7 @@ def commit(parsed: Parsed, *, run_id: str) -> dict[str, int]:
         crash_point("before it is marked done")
         writer.lease.require()
         root.write(ledger.done(batch.number), b"")
+        batch.lake.finished = batch.number
     crash_point("after all")
     return versions
 
@@ -526,12 +537,15 @@ def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], writer: commits
     number, lake, pointer = parsed.batch.number, parsed.batch.lake, writer.pointer
     before = pointer or {"batch": 0, "tables": {}, "as_of": None}
     versions = {table: before["tables"].get(table, 0) for table in lake.columns}
-    unsettled = schemas.unsettled(lake, pointer)
-    wrong = schemas.blocked(unsettled)
-    schemas.require_none(wrong, [*parsed.frames, *(file["table"] for file in listed)])
     entries = ledger.of_batch(number, parsed.batch.at, listed, parsed.files)
     of_all = parsed.frames | {"quarantine": parsed.refused, "files": entries}
     frames = {table: frame for table, frame in of_all.items() if frame.height}
+    # the others are as they were seen when the batch was taken: nothing is written to them
+    looks = {**parsed.batch.looks} if parsed.batch.pointer == pointer else {}
+    looks |= schemas.look_at_all(lake, pointer, [table for table in lake.columns if table in frames or not looks])
+    unsettled = schemas.unsettled(lake, pointer, looks)
+    wrong = schemas.blocked(unsettled)
+    schemas.require_none(wrong, [*parsed.frames, *(file["table"] for file in listed)])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         encoded = pool.map(lambda table: commits.encode(lake, table, frames[table]), frames)
         if parsed.batch.manifest and parsed.batch.manifest.get("declared", lake.declaration) != lake.declaration:
@@ -547,7 +561,7 @@ def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], writer: commits
             crash_point(f"before the commit: {table}")
             after = before["tables"].get(table, -1)
             about: Any = {"batch": number, "run_id": run_id, "require": writer.lease.require}
-            versions[table] = commits.append(lake, table, rows, after=after, **about)
+            versions[table] = commits.append(lake, table, rows, after=after, seen=looks.get(table), **about)
             crash_point(f"after the commit: {table}")
         if parsed.batch.manifest:  # rows of files that are gone by now may be in the others
             others = {t: before["tables"].get(t, -1) for t in lake.columns if t not in frames and t not in wrong}
@@ -591,7 +605,7 @@ def drain(
     """
     done = [pl.DataFrame(schema=SUMMARY)]
     began, slowest = time.monotonic(), 0.0
-    while (started := time.monotonic()) - began + slowest < for_s:
+    while (started := time.monotonic()) - began + slowest < for_s and not _is_idle(lake):
         batch, _ = _next(lake, max_files, max_bytes, quiet_s, scheduled_for, now, again=again)
         if batch is None:
             break
@@ -603,6 +617,14 @@ def drain(
         done.append(summary(parsed, written))
         slowest = max(slowest, time.monotonic() - started)
     return pl.concat(done)
+
+
+def _is_idle(lake: "Lake") -> bool:
+    """Whether landing is empty, after a batch of this lake's that is published still: then no table is looked at."""
+    if lake.finished is None or any(True for _ in landing.files(lake)):
+        return False
+    pointer = snapshot.read_pointer(lake.root)
+    return pointer is not None and "under" not in pointer and pointer["batch"] == lake.finished
 
 
 def summary(parsed: Parsed, written: Mapping[str, int] | None = None) -> pl.DataFrame:
@@ -664,7 +686,7 @@ def _write_down(parsed: Parsed, writer: commits.Writer, run_id: str) -> list[dic
     columns = parsed.files.select("table", "bytes", "sha256", path="file").select("path", "table", "bytes", "sha256")
     files = [file | {"path": paths[file["path"]]} for file in columns.to_dicts()]
     mark = root.mark(ledger.manifest(batch.number)) if batch.manifest else None
-    document = ledger.read(root, batch.number)
+    document = ledger.read(root, batch.number) if batch.manifest else None
     if document is None:
         known = (batch.known or ledger.Known(root)).folded(batch.number)
         document = {"batch": batch.number, "run_id": run_id, "date": batch.date, "at": batch.at, "files": files}

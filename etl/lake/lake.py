@@ -36,6 +36,7 @@ class Lake:
 
     def __init__(self, root: "str | Root"):
         self.root = Root.at(root)
+        self.finished: int | None = None  # the last batch that was ended with it
 
     def __eq__(self, other: object) -> bool:
         """The same tables under the same root: by this snapshots are compared."""

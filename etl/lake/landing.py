@@ -238,24 +238,41 @@ def archive(
     archived may be there again by now, with other content. So `require` is asked between the look at each and its move,
     and no other file is moved than the one that was looked at, however long that was ago.
     """
-    changed, folders = [], set()
-    for file, sha256 in files:
-        crash_point(f"before the archive: {file.table}")
-        entry = root.entry(file.landing)
-        is_other = entry and entry.mark != file.mark and not _is(root, file, sha256)
-        target = _free(root, file, date)
-        require()
-        if entry and is_other:
-            why = "changed while it was ingested: the lake has what it was before"
-            changed.append(replace(file, why=why, mark=entry.mark))
-        else:
-            folders.add(posixpath.dirname(file.archived(date)))
-            if entry:  # when it is not there it was moved before, by a run that may have died before it was synced
-                root.move(file.landing, target, entry.mark)
-        crash_point(f"after the archive: {file.table}")
-    root.sync(filter(root.exists, sorted(folders)))
+    files = [*files]
+    moved = root.each(lambda file: _archive(root, *file, date, require), files)
+    changed = [file for file in moved if file.why]
+    folders = {posixpath.dirname(file.archived(date)) for file in moved if not file.why}
+    if root.may_tear:
+        root.sync(filter(root.exists, sorted(folders)))
     refuse(root, changed, date, run_id)
     return changed
+
+
+def _archive(root: Root, file: File, sha256: str, date: str, require: Callable[[], None]) -> File:
+    """Move a file; where it changed meanwhile it stays, and is returned with the reason."""
+    crash_point(f"before the archive: {file.table}")
+    target = _free(root, file, date)
+    if not _is_moved_as_listed(root, file, target, require):
+        entry = root.entry(file.landing)
+        if entry and entry.mark != file.mark and not _is(root, file, sha256):
+            why = "changed while it was ingested: the lake has what it was before"
+            return replace(file, why=why, mark=entry.mark)
+        require()
+        if entry:  # when it is not there it was moved before, by a run that may have died before it was synced
+            root.move(file.landing, target, entry.mark)
+    crash_point(f"after the archive: {file.table}")
+    return file
+
+
+def _is_moved_as_listed(root: Root, file: File, target: str, require: Callable[[], None]) -> bool:
+    """Whether the file is moved without another look at it: where the store moves no other than the one listed."""
+    if root.may_tear or not file.mark:
+        return False
+    require()
+    try:
+        return root.move(file.landing, target, file.mark)
+    except FileNotFoundError:
+        return False
 
 
 def _free(root: Root, file: File, date: str) -> str:

@@ -11,10 +11,11 @@ not, so it is made again where it is missing.
 import contextlib
 import hashlib
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 BATCHES, INDEXES = "lake/batches", "lake/known"
 RECENT = 1000  # digests that a manifest has, at most: then they go into the index
+WHOLE = 100_000  # digests: an index of fewer is read as a whole
 RECORD_BYTES = 12  # of an index: all digests, 8 bytes each, then their batches, 4 each
 NUMBERED = re.compile(r"(\d{8})\.(json|done)")
 INDEX = re.compile(r"\d{8}-([0-9a-f]{8})\.index")
@@ -55,6 +57,11 @@ def read(root: Root, number: int) -> dict[str, Any] | None:
         for file in document["files"]:
             file.setdefault("path", f"{file['table']}/{file.get('name')}")
     return document
+
+
+def there(root: Root, number: int) -> set[str]:
+    """Which of the manifests of a batch and the next one, and of the mark that the first is done, there are."""
+    return root.which([manifest(number), done(number), manifest(number + 1)])
 
 
 def time_of(manifest: dict[str, Any], now: datetime) -> str:
@@ -85,11 +92,12 @@ def _digest(text: str) -> str:
 @dataclass(frozen=True)
 class Known:
     """The digests of all files up to a batch. `index`: the path of the index, None for none; `recent`: digest -> batch
-    of what is not in it."""
+    of what is not in it; `count`: of the digests in the index."""
 
     root: Root
     index: str | None = None
     recent: dict[str, int] = field(default_factory=dict)
+    count: int = 0
 
     def find(self, digests: Sequence[str]) -> dict[str, int]:
         """Digest -> the newest batch with it, of those that are known."""
@@ -100,11 +108,32 @@ class Known:
             return {}
         import numpy as np
 
-        known, batches = _records(self.root, self.index)
         wanted = np.array([int(digest, 16) for digest in digests], np.uint64)
+        if not self.root.may_tear and self.count > WHOLE and len(digests) * _window(self.count) * 2 < self.count:
+            every = self.root.each(self._looked_up, wanted.tolist())
+            return {digest: batch for digest, batch in zip(digests, every, strict=True) if batch is not None}
+        known, batches = _records(self.root, self.index)
         at = np.searchsorted(known, wanted, side="right") - 1  # the newest of the same
         found = (at >= 0) & (known[at] == wanted)
         return {digests[n]: int(batches[at[n]]) for n in np.flatnonzero(found).tolist()}
+
+    def _looked_up(self, digest: int) -> int | None:
+        """The newest batch with a digest, from the part of the index where it would be: digests are spread evenly."""
+        import numpy as np
+
+        assert self.index, "who asks has seen one"
+        guess, width = digest * self.count >> 64, _window(self.count)
+        while True:
+            start, stop = max(guess - width, 0), min(guess + width, self.count)
+            known = np.frombuffer(self.root.read_range(self.index, start * 8, stop * 8), np.uint64)
+            at = int(np.searchsorted(known, np.uint64(digest), side="right")) - 1
+            if (at >= 0 or not start) and (at + 1 < len(known) or stop == self.count):
+                break
+            width *= 4
+        if at < 0 or known[at] != digest:
+            return None
+        where = self.count * 8 + (start + at) * 4
+        return int.from_bytes(self.root.read_range(self.index, where, where + 4), "little")
 
     def all(self) -> set[str]:
         """All digests."""
@@ -113,7 +142,7 @@ class Known:
 
     def with_files(self, number: int, files: Iterable[dict[str, Any]]) -> "Known":
         """With the files of batch `number`, as a manifest has them."""
-        return Known(self.root, self.index, self.recent | dict.fromkeys(digests_of(files), number))
+        return replace(self, recent=self.recent | dict.fromkeys(digests_of(files), number))
 
     def folded(self, number: int) -> "Known":
         """The same, with the recent ones in an index where they are many. `number`: of the batch that asks."""
@@ -131,7 +160,12 @@ class Known:
         index = f"{INDEXES}/{number:08d}-{zlib.crc32(data):08x}.index"
         self.root.write(index, data)
         crash_point("what is known is folded")
-        return Known(self.root, index)
+        return Known(self.root, index, count=len(order))
+
+
+def _window(count: int) -> int:
+    """How far from where it is expected a digest is at most, but for one in a thousand million; of so many digests."""
+    return 3 * math.isqrt(count) + 64  # six standard deviations of a place in line
 
 
 def digests_of(files: Iterable[dict[str, Any]]) -> list[str]:
@@ -150,16 +184,22 @@ def _records(root: Root, index: str) -> "tuple[np.ndarray[Any, Any], np.ndarray[
     return np.frombuffer(data, np.uint64, count), np.frombuffer(data, np.uint32, count, offset=count * 8)
 
 
-def known(lake: "Lake", pointer: dict[str, Any] | None) -> Known:
-    """What is in the lake with the batch that is published. Raises storage.Damaged."""
+def count_of(root: Root, index: str) -> int:
+    """How many digests an index has. Raises Damaged, FileNotFoundError where it is not there as a whole."""
+    size = root.size(index)
+    if size % RECORD_BYTES or not size:
+        raise Damaged(f"{index} is cut off")
+    return size // RECORD_BYTES
+
+
+def known(lake: "Lake", pointer: dict[str, Any] | None, last: dict[str, Any] | None) -> Known:
+    """What is in the lake with the batch that is published. `last`: its manifest. Raises storage.Damaged."""
     if pointer is None:
         return Known(lake.root)
-    last = read(lake.root, pointer["batch"])
     if last and "known" in last:
-        before = Known(lake.root, last["known"]["index"], last["known"]["recent"])
         try:
-            if before.index:
-                _records(lake.root, before.index)
+            index = last["known"]["index"]
+            before = Known(lake.root, index, last["known"]["recent"], count_of(lake.root, index) if index else 0)
             return before.with_files(pointer["batch"], last["files"])
         except (Damaged, FileNotFoundError):
             pass

@@ -129,9 +129,10 @@ def _is_there(lake: "Lake", table: str) -> bool:
     return bool(lake.root.names(delta.log_of(f"lake/{table}")))
 
 
-def look_at_all(lake: "Lake", pointer: dict[str, Any] | None) -> dict[str, Look]:
-    """What came to each published table since; where that is not welcome, why."""
-    versions = {table: version for table, version in (pointer or {}).get("tables", {}).items() if table in lake.columns}
+def look_at_all(lake: "Lake", pointer: dict[str, Any] | None, tables: Iterable[str] | None = None) -> dict[str, Look]:
+    """What came to each published table (of these) since; where that is not welcome, why."""
+    asked = lake.columns.keys() if tables is None else {*tables}
+    versions = {table: version for table, version in (pointer or {}).get("tables", {}).items() if table in asked}
 
     def looked(table: str) -> Look:
         try:

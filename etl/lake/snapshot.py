@@ -198,10 +198,15 @@ def read_pointer(root: Root) -> dict[str, Any] | None:
 
     Raises storage.Damaged.
     """
-    pointer = root.read_json(POINTER)
+    return _read_pointer(root)[0]
+
+
+def _read_pointer(root: Root) -> tuple[dict[str, Any] | None, str | None]:
+    """As `read_pointer`, and the mark that it has."""
+    pointer, mark = root.read_json_marked(POINTER)
     if pointer is not None and (lost := IN_POINTER - pointer.keys()):
         raise Damaged(f"{POINTER} is damaged: it has no {', '.join(sorted(lost))}")
-    return pointer
+    return pointer, mark
 
 
 def swap_pointer(
@@ -245,8 +250,8 @@ def swap_pointer(
 
 def replace_pointer(root: Root, before: dict[str, Any] | None, pointer: dict[str, Any]) -> None:
     """Put a pointer in the place of the one that is as `before`, None for none. Raises LeaseLost when it is not."""
-    mark = root.mark(POINTER)
-    if (mark is None) != (before is None) or (before is not None and read_pointer(root) != before):
+    now, mark = _read_pointer(root)
+    if now != before:
         raise LeaseLost("another run published meanwhile: run this one again")
     if root.replace(POINTER, json.dumps(pointer, indent=1).encode(), mark) is None:
         raise LeaseLost("another run published meanwhile: run this one again")
