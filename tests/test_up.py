@@ -95,7 +95,7 @@ def _message(flow_run: dict) -> str:
 class Up:
     """One `orchestrate.py up` on ports of its own."""
 
-    def __init__(self, project: Path, root: Path, *more: str):
+    def __init__(self, project: Path, root: Path, *more: str, **variables: str):
         self.prefect, self.api, self.dashboard = ports = [free_port() for _ in range(3)]
         options = zip(("--prefect-port", "--api-port", "--dashboard-port"), map(str, ports), strict=True)
         self.log = project / f"up-{self.prefect}.log"
@@ -104,7 +104,7 @@ class Up:
             self.process = subprocess.Popen(
                 [sys.executable, "orchestrate.py", *asked_for],
                 cwd=project,
-                env=environment(project),
+                env=environment(project) | variables,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -1,11 +1,13 @@
 """`up`: everything that runs for good."""
 
 import asyncio
+import copy
 import logging
 import os
 import signal
 import sys
 import threading
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from etl.runs.record import RunRecord
     from etl.runs.releases import Tree
     from etl.serve.heartbeat import Heart
+
+LOG_BYTES = 16_000_000  # of the log, and as many of the one before
 
 
 def register(app: typer.Typer, timetable: Timetable) -> None:
@@ -81,6 +85,7 @@ def up(
         refuse(str(error))
     except Exception as error:  # what an object store raises is no OSError
         refuse(f"`up` cannot begin, as {url} cannot be written: {error}")
+    _log_to_file(logs / "up.log")
     close_lost_runs()
     delivery.deliver(Root.at(url))
     # explicitly: a shell that starts it in the background has it ignore Ctrl-C
@@ -219,7 +224,27 @@ def _print_status(text: str) -> None:
     out.print(text, highlight=False)
 
 
+class OneLine(logging.Formatter):
+    """Of an error its type and what it says: its traceback is in a file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        short = copy.copy(record)
+        short.exc_info = short.exc_text = short.stack_info = None
+        text, error = super().format(short), record.exc_info and record.exc_info[1]
+        return f"{text}: {type(error).__name__}: {str(error).partition(chr(10))[0]}" if error else text
+
+
 def _log_to_terminal() -> None:
-    """The one logging configuration: warnings of every library, in one form."""
+    """Warnings of every library, a line each. What Prefect's client says of a server that is away is not among them:
+    the schedules say what that means."""
     handler = RichHandler(console=err, show_path=False, markup=False, log_time_format="%H:%M:%S")
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(name)s: %(message)s")
+    handler.setFormatter(OneLine("%(name)s: %(message)s"))
+    handler.addFilter(lambda record: record.name.partition(".")[0] not in ("prefect", "websockets"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+
+
+def _log_to_file(path: Path) -> None:
+    """The same with every traceback, and Prefect's client."""
+    handler = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=1)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)

@@ -23,6 +23,7 @@ import httpx
 
 os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", "1")  # 10 by default: too coarse for every 30 seconds
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("PREFECT_LOGGING_TO_API_ENABLED", "false")  # a run's words are in its report
 os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false")  # without an API: an error, not a new server
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
@@ -62,6 +63,7 @@ from etl.serve.worker import POOL, InPlaceWorker, Turn, current_turn, reconcile
 from etl.storage import PROJECT, Root
 
 log = logging.getLogger(__name__)
+OURS = "etl"  # a tag of every deployment
 WATCH_S = 1  # between two looks at the children
 ILL_S = 45  # with errors of its own only, until Prefect's server is started again
 KEEP_S = 60  # at most, until it is written down how far the schedules are
@@ -375,7 +377,7 @@ class _Link:
         if project is None:
             return
         environment, pool = project.environment, pool_of(project.environment, self._shared)
-        found = await _deployments(self._client, environment, pool)
+        found = await _deployments(self._client, environment, pool, self._shared)
         if self._flows and not any(id in found for id in self._flows):
             self._tell("Prefect has another database: the stages are deployed again")
             self._deployed.clear()
@@ -434,7 +436,7 @@ async def _announcing(runs: ScheduledRuns, link: _Link, children: list[services.
                     since = None
                     for child in children:
                         if child.name == services.PREFECT:
-                            log.warning("%s answers with errors: %s", child.name, str(error).splitlines()[0])
+                            log.warning("%s answers with errors only: %s", child.name, response)
                             child.signal(signal.SIGKILL)
             await asyncio.sleep(LOOK_S)
         await asyncio.sleep(WATCH_S)
@@ -457,13 +459,14 @@ async def _working(worker: InPlaceWorker, runs: ScheduledRuns, link: _Link) -> N
         await asyncio.sleep(deaths.wait_s)
 
 
-async def _deployments(client: PrefectClient, environment: Environment, pool: str) -> dict[UUID, bool]:
+async def _deployments(client: PrefectClient, environment: Environment, pool: str, shared: bool) -> dict[UUID, bool]:
     """The deployments that `up` has made for this root: id -> whether it is paused.
 
-    Those of before, which had a limit and a schedule of Prefect's, are removed.
+    Those of before, which had a limit and a schedule of Prefect's, are removed; the oldest do not say which root's.
     """
+    tags = _ours(environment) if shared else [OURS]
     deployments = await client.read_deployments(
-        deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=_ours(environment))),
+        deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=tags)),
         work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
         sort=DeploymentSort.NAME_ASC,
         limit=200,
@@ -501,7 +504,7 @@ async def _apply(stage_run: Flow[..., Any], stage: Stage, environment: Environme
 
 def _ours(environment: Environment) -> list[str]:
     """The tags of every deployment that `up` has made for this root."""
-    return ["etl", Root.at(environment.root).url]
+    return [OURS, Root.at(environment.root).url]
 
 
 def _now() -> datetime:

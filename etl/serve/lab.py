@@ -20,12 +20,17 @@ from etl.serve.services import answers
 
 START_S = 60  # for it to answer
 END_S = 10  # for its kernels to end
+UNASKED = ("panel.io.jupyter_server_extension", "jupyter_lsp", "notebook_shim")  # of its server; Panel's takes a second
 OPTIONS = (
     "--ip=127.0.0.1",
     "--port=8888",  # or the next that is free
     "--no-browser",
     "--allow-root",
     "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+    "--LabApp.news_url=None",  # else its page asks whether news are wanted
+    # whether its page has to be built anew, which only whoever changes JupyterLab asks
+    "--ServerApp.tornado_settings={'page_config_data': {'buildAvailable': False, 'buildCheck': False}}",
+    *(f"--ServerApp.jpserver_extensions={name}=False" for name in UNASKED),
 )
 
 

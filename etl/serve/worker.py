@@ -5,16 +5,18 @@ Prefect's `serve` and its process worker start a Python process a flow run, whic
 """
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 from uuid import UUID
 
-from prefect import Flow
+from prefect import Flow, flow_engine
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
     DeploymentFilter,
@@ -30,9 +32,14 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.flow_engine import run_flow
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.states import Cancelled, Crashed
+from prefect.workers import base
 from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
 
 log = logging.getLogger(__name__)
+# A flow here is never suspended: no thread, event loop and websocket for each run, which wait for a server that hangs.
+flow_engine.observe_flow_run_suspension = lambda *_, **__: contextlib.nullcontext()  # type: ignore[assignment,attr-defined]
+# It prints tracebacks of a server that is away; whoever runs `up` is told in a sentence what that means.
+base.critical_service_loop = partial(base.critical_service_loop, printer=log.info)  # type: ignore[attr-defined]
 POOL = "in-place"
 CANCEL_S = 1  # between two looks at what somebody cancelled
 AHEAD_S = 2  # runs are known before they are due; more than between two looks, which PREFECT_WORKER_QUERY_SECONDS says

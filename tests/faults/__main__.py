@@ -38,6 +38,7 @@ from faults import (
     slice_scenarios,
     under_prefect,
     untrusted,
+    up_scenarios,
     workers,
 )  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -101,6 +102,12 @@ SCENARIOS = [
     ("publishes", service.publishes, 400, 5, "models published or damaged under load"),
     ("cancelled", under_prefect.cancelled, 20, 2, "runs, cancelled in Prefect"),
     ("interrupted", under_prefect.interrupted, 20, 1, "times a process of up stopped or killed, or a database damaged"),
+    ("frozen", up_scenarios.frozen, 120, 5, "seconds in which each process of up is stopped"),
+    ("killed services", up_scenarios.killed_services, 20, 1, "kills of each service of up"),
+    ("database", up_scenarios.database, 180, 5, "seconds of Prefect's database locked, and it damaged, deleted"),
+    ("older deployments", up_scenarios.older, 60, 5, "seconds of up on Prefect's database of earlier versions"),
+    ("two", up_scenarios.two, 60, 5, "seconds of two up on one server of Prefect's"),
+    ("drafts", up_scenarios.drafts, 600, 20, "seconds of half edits while up runs a release"),
     ("workers", workers.same_states, 1, 1, "time all flows by both workers"),
     ("up", under_prefect.whence_after_up, 10, 1, "minutes, then whence"),
 ]
