@@ -59,6 +59,7 @@ class Environment:
     retention: Rules = Rules()
     ready_kernels: int = 1  # that wait for a run, while `up` is at work; 0: each run starts one
     alerts: Alerts | None = None
+    machine_above_rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Stage:
     enabled: bool = True
     missed: Literal["skip", "once", "all"] = "once"
     until: datetime.datetime | None = None  # with a time zone
+    machine_above_rows: int | None = None  # of its last ok run, for `machine` to count; None: always
 
     @property
     def when(self) -> str:
@@ -331,6 +333,11 @@ _NOT_GIVEN: Any = None  # what is given is never null
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class _Above(BaseModel):
+    model_config = _STRICT
+    rows: Annotated[int, Field(ge=0)]
+
+
 _File = TypeVar("_File", bound=BaseModel)
 
 
@@ -362,6 +369,7 @@ class _StageOverride(BaseModel):
     fresh_within: _Duration = _NOT_GIVEN
     memory: _Memory = _NOT_GIVEN
     machine: dict[str, Any] | None = None
+    machine_above: _Above | None = None
     dask: _Dask = None
     parameters: dict[str, Any] | None = None
 
@@ -370,6 +378,7 @@ class _EnvFile(BaseModel):
     model_config = _STRICT
     root: Annotated[str, Field(min_length=1), AfterValidator(_root)]
     machine: dict[str, Any] | None = None
+    machine_above: _Above | None = None
     dask: _Dask = None
     retention: Rules = Rules()
     ready_kernels: Annotated[int, Field(ge=0, le=16)] = 1
@@ -392,6 +401,7 @@ _EXPECTED = {
     "parameters": "name: value lines",
     "root": "a folder or a URL",
     "machine": "null or key: value lines",
+    "machine_above": "null or {rows: a whole number}",
     "dask": "null, {n_workers: 1 or more}, {address: URL} or {coiled: {...}}",
     "retention": "numbers from 0 for all_hours, hourly_days, page_days and days, true or false for daily and slowest",
     "ready_kernels": "a whole number from 0 to 16",
@@ -444,7 +454,15 @@ def _read_file(model: type[_File], project: Path, path: str, problems: list[Prob
 def _environment(name: str, file: _EnvFile) -> Environment:
     overridden = {stage: over.model_dump(exclude_unset=True) for stage, over in (file.stages or {}).items()}
     return Environment(
-        name, file.root, file.machine, file.dask, overridden, file.retention, file.ready_kernels, file.alerts
+        name,
+        file.root,
+        file.machine,
+        file.dask,
+        overridden,
+        file.retention,
+        file.ready_kernels,
+        file.alerts,
+        file.machine_above.rows if file.machine_above else None,
     )
 
 
@@ -570,6 +588,7 @@ class _Draft:
         schedule = over if over.keys() & {"every", "cron"} else self.file.model_dump()
         timezone = (over.get("timezone") or self.file.timezone or "UTC") if schedule.get("cron") else "UTC"
         until = over.get("until", self.file.until)
+        above = over.get("machine_above", {"rows": environment.machine_above_rows}) or {"rows": None}
         return Stage(
             name=self.name,
             notebook_path=project / f"notebooks/{self.name}.ipynb",
@@ -596,6 +615,7 @@ class _Draft:
             enabled=over.get("enabled", self.file.enabled),
             missed=over.get("missed", self.file.missed),
             until=_end(until, timezone) if until else None,
+            machine_above_rows=above["rows"],
         )
 
 

@@ -139,6 +139,8 @@ def receipt(record: "RunRecord") -> Any:
         "bytes_read": "{:,.1f} MB read",
         "bytes_written": "{:,.1f} MB written",
         "rows_per_s": "{} rows a second",
+        "boot_s": "{:,.0f} s until a machine had begun",
+        "dollars": "{:,.4f} dollars",
     }
     parts = []
     for name, text in told.items():

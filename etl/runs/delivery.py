@@ -18,12 +18,13 @@ from typing import Any
 from etl import secrets
 from etl.kernels import launch
 from etl.reports import page
-from etl.runs import index, journal, outputs
+from etl.runs import index, journal, live, outputs
 from etl.runs.endings import one_line
 from etl.runs.record import Progress, RunRecord, RunRequest, now
 from etl.storage import LocalRoot, Root, no_panic
 
 log = logging.getLogger(__name__)
+OF_HOME = 2  # events that home writes into the journal of a run elsewhere before its machine's: start, machine
 UNWANTED = "remove the folder when it is not wanted any more"
 
 
@@ -129,11 +130,24 @@ def reconcile() -> list[str]:
                 continue
             for kernel in journal.read(folder / journal.JOURNAL, "kernel"):
                 launch.end_all_of(kernel["folder"])
+            _take_what_came(folder)
             had_ended = _has_ended(folder)
             _hand_in_from_journal(folder, Root.at(_root_of(folder)))
             if not had_ended:
                 closed.append(folder.name)
     return closed
+
+
+def _take_what_came(folder: Path) -> None:
+    """Of a run elsewhere whose home died: what its machine told since then. If it still runs, it has to end."""
+    if _has_ended(folder) or not any(journal.read(folder / journal.JOURNAL, "machine")):
+        return
+    root, run_id = Root.at(_root_of(folder)), folder.name
+    has = len(list(journal.read(folder / journal.JOURNAL))) - OF_HOME
+    with (folder / journal.JOURNAL).open("ab") as file:
+        file.writelines(list(live.rest(root, run_id, 1))[max(has, 0) :])
+    if not _has_ended(folder):
+        live.cancel(root, run_id, "its home is gone")
 
 
 @contextlib.contextmanager

@@ -1,22 +1,21 @@
-"""Where a run's work is done: in a kernel on this machine, or on one that Coiled provisions.
+"""Where a run's work is done: in a kernel on this machine, or on another (`elsewhere`).
 
 A run is asked for by stage and time; here it becomes a `RunRequest`, which is plain data, so the same engine executes
-it on either side. Coiled is imported only when a machine is really asked for.
+it on either side.
 """
 
 import contextlib
 import logging
 import secrets
 import threading
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 from etl.params import Environment, Stage
 from etl.params.cell import BadNotebook, read_notebook
-from etl.runs import provenance, releases
+from etl.runs import index, provenance
 from etl.runs.endings import one_line
 from etl.runs.engine import execute
 from etl.runs.record import RunRecord, RunRequest
@@ -71,7 +70,7 @@ def run_stage(
             request = replace(request, refused_as=refused_as if refused else "failed")
             if on_begin:
                 on_begin(request.run_id)
-            record = _dispatch(request, None if request.refused else stage.machine, on_cell, cancel, page_later)
+            record = _dispatch(request, stage, on_cell, cancel, page_later)
         finally:
             try:
                 opened.close()
@@ -184,41 +183,32 @@ def _certificates(security: Any) -> dict[str, str]:
 
 def _dispatch(
     request: RunRequest,
-    machine: dict[str, Any] | None,
+    stage: Stage,
     on_cell: Callable[[int, int, str], None] | None,
     cancel: threading.Event,
     page_later: bool,
 ) -> RunRecord:
-    if machine is not None:
+    """Here, or where the stage asks for."""
+    machine = None if request.refused else stage.machine
+    if machine is not None and is_large_enough(stage, request.root):
+        from etl.runs import elsewhere, machines
+
         try:
-            return RunRecord(**run_there(asdict(request), machine))
-        except Exception as error:  # whatever the service, the machine or the way to it makes of it
-            request = replace(request, refused=f"no machine: {one_line(error)}")
+            return elsewhere.run(request, machines.read(stage.name, machine), on_cell, cancel, page_later)
+        except ValueError as error:
+            request = replace(request, refused=f"no machine: {error}")
     return execute(request, on_cell=on_cell, cancel=cancel, page_later=page_later)
 
 
-def run_there(request: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
-    """Run a request on a machine with these arguments of coiled.function; the record as a dict.
-
-    The report goes to the root from there. Raises ValueError for a root that only this machine has.
-    """
-    if "://" not in request["root"]:
-        raise ValueError(f"the root {request['root']} is on this machine, and the run on another; use an s3:// root")
-    import coiled
-
-    name = f"etl-{request['stage']}"
-    # no retries or timeout exist there: the engine's deadline ends the run, and run_stage repeats it
-    record: dict[str, Any] = coiled.function(name=name, **machine)(execute_there)(request)
-    return record
-
-
-def execute_there(request: dict[str, Any]) -> dict[str, Any]:
-    """What runs on the machine: plain data in, plain data out. A run that took the machine with it is told here."""
-    began = time.monotonic()
-    request["provenance"] |= provenance.here()
-    if request.get("release"):
-        root = Root.at(request["root"])
-        request["project"] = str(releases.checkout(root, releases.find(root, request["release"])))
-    record = execute(RunRequest(**request))
-    log.info("%s took %.1f s", record.run_id, time.monotonic() - began)
-    return asdict(record)
+def is_large_enough(stage: Stage, root: str) -> bool:
+    """Whether the stage's last ok run had more rows than `machine_above` says; without that, or when nobody knows
+    the root yet, whether it says nothing."""
+    if stage.machine_above_rows is None:
+        return True
+    try:
+        last = index.find_last(Root.at(root), stage.name)
+        rows = index.get(Root.at(root), last["run_id"])["metrics"].get("rows") if last else None
+    except Exception as error:  # the run itself says what is wrong with the root
+        log.warning("nobody knows how large the last run of %s was: %s", stage.name, one_line(error))
+        return False
+    return isinstance(rows, int | float) and rows > stage.machine_above_rows

@@ -55,7 +55,7 @@ class NotebookRun:
         self.cancel, self.signals = cancel or threading.Event(), signals if signals is not None else []
         self.began = time.monotonic()
         redactor = secrets.for_request(request)
-        _mark_never_run(nb, request.run_id)
+        mark_never_run(nb, request.run_id)
         self.progress = Progress(request, nb, redactor)
         self.shown = outputs.Outputs(redactor, journal, is_capped)
         self._ending = Ending()
@@ -86,6 +86,8 @@ class NotebookRun:
         """Say how it ended; the last event."""
         for event in self.journal.events("sample", "kernel_end"):  # the watcher's
             self.progress.take(event)
+        if self.nb.metadata.get("widgets"):
+            self.tell("widgets", state=self.progress.redactor.notebook(self.nb).metadata.widgets)
         seconds = round(time.monotonic() - self.began, 3)
         self.tell("end", seconds=seconds, **vars(self._ending))
 
@@ -256,7 +258,7 @@ class NotebookRun:
                 self._show_stacks(crash)
 
 
-def _mark_never_run(nb: Any, run_id: str) -> None:
+def mark_never_run(nb: Any, run_id: str) -> None:
     nb.metadata["runner"] = {"run_id": run_id, "state": "running"}
     nb.metadata.pop("widgets", None)  # of a run before
     for cell in nb.cells:

@@ -56,41 +56,55 @@ def execute(
             Root.at(request.root).make()
         journal = Journal(spool() / request.run_id)
         try:
-            run = _run_of(request, journal, on_cell, cancel, signals)
-            _run_through_papermill(run)
+            run = run_notebook(request, journal, on_cell, cancel, signals)
             delivery.finish(run.progress)
         except BaseException:
             journal.close()
             raise
         delivery.hand_in(run.progress, journal, later=page_later)
-    record = run.progress.record
+    log_end(run.progress.record, request)
+    raise_again(signals)
+    return run.progress.record
+
+
+def log_end(record: RunRecord, request: RunRequest) -> None:
+    """How a run ended, for the log."""
     reason = f" ({record.reason})" if record.reason else ""
     level = logging.INFO if record.ok or request.refused_as == record.state == "cancelled" else logging.ERROR
     log.log(level, "run %s %s in %.1f s%s", record.run_id, record.state, record.seconds, reason)
-    raise_again(signals)
-    return record
 
 
-def _run_of(
-    request: RunRequest, journal: Journal, on_cell: OnCell | None, cancel: threading.Event | None, signals: list[int]
+def run_notebook(
+    request: RunRequest,
+    journal: Journal,
+    on_cell: OnCell | None,
+    cancel: threading.Event | None,
+    signals: list[int],
+    is_shown: bool = True,
 ) -> NotebookRun:
-    import nbformat
+    """Run the notebook to its end, whatever that is: as `execute`, told to the journal alone.
+
+    `is_shown`: the growing notebook is written into the root now and then.
+    """
 
     def write(data: bytes) -> None:
-        Root.at(request.root).write(f"{run.progress.record.report}/report.ipynb", data)
+        if is_shown:
+            Root.at(request.root).write(f"{run.progress.record.report}/report.ipynb", data)
 
-    nb = _with_parameters(nbformat.from_dict(request.notebook), request.parameters)
+    nb = with_parameters(request)
     project = Path(request.project or PROJECT)
     notebooks = project / "notebooks"  # a cloud machine gets the code without it
     cwd = notebooks if notebooks.is_dir() else project
     run = NotebookRun(request, nb, journal, write, cwd, on_cell, cancel, signals)
+    _run_through_papermill(run)
     return run
 
 
-def _with_parameters(nb: Any, values: dict[str, Any]) -> Any:
-    """`nb` with the injected cell after the parameters cell, and the kernel that it is run by."""
+def with_parameters(request: RunRequest) -> Any:
+    """The notebook with the injected cell after the parameters cell, and the kernel that it is run by."""
     import nbformat
 
+    nb, values = nbformat.from_dict(request.notebook), request.parameters
     cells = [cell for cell in nb.cells if not _is_tagged(cell, "injected-parameters")]
     after = next((number for number, cell in enumerate(cells, 1) if _is_tagged(cell, "parameters")), 0)
     source = params.injected_cell_source(values, declared=values)

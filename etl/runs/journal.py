@@ -14,6 +14,7 @@ import fcntl
 import json
 import logging
 import os
+import socket
 import stat
 import time
 from collections.abc import Iterator
@@ -60,7 +61,8 @@ class Journal:
                 os.replace(begun, self.folder / NOTEBOOK)
         except OSError as error:
             self._refused(error)
-        start = self.event("start", request=request, pid=os.getpid(), pid_started=_started(os.getpid()))
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "pid_started": _started(os.getpid())}
+        start = self.event("start", request=request, **who)
         self._sync()
         return start
 
@@ -90,9 +92,12 @@ class Journal:
             self._write({"event": "output", "t": now(), "index": index, "at": at, "output": out})
 
     def _write(self, event: dict[str, Any]) -> None:
+        self.append((json.dumps(event, default=str) + "\n").encode())
+
+    def append(self, line: bytes) -> None:
+        """A line as it is, also one of the same run's journal elsewhere."""
         if not self._is_kept or self._file is None:
             return
-        line = (json.dumps(event, default=str) + "\n").encode()
         try:
             while line:
                 written = os.write(self._file, line)  # not all of it when the disk is full; then the rest is refused
@@ -175,11 +180,11 @@ def read(path: Path, *kinds: str) -> Iterator[dict[str, Any]]:
     marks = tuple(f'{{"event": "{kind}"'.encode() for kind in kinds) or b"{"
     with path.open("rb") as file:
         for line in file:
-            if line.startswith(marks) and (event := _event(line)):
+            if line.startswith(marks) and (event := event_of(line)):
                 yield event
 
 
-def _event(line: bytes) -> dict[str, Any] | None:
+def event_of(line: bytes) -> dict[str, Any] | None:
     """The event in a line; None in one that was never finished: its process died, or the disk was full."""
     with contextlib.suppress(ValueError):
         event = json.loads(line) if line.endswith(b"\n") else None
@@ -285,7 +290,7 @@ def _follow(folder: Path, file: IO[bytes]) -> Iterator[dict[str, Any]]:
             begun += line
             if not begun.endswith(b"\n"):
                 continue
-            event, begun = _event(begun), b""
+            event, begun = event_of(begun), b""
             if event:
                 yield event
                 if event["event"] == "end":

@@ -79,6 +79,7 @@ class RunRecord:
     provenance: dict[str, Any] = field(default_factory=dict)
     cells: list[dict[str, Any]] = field(default_factory=list)  # code cells: heading, state, seconds
     receipt: dict[str, float | None] = field(default_factory=dict)  # what it cost: wall_s, cpu_s, peak_memory_mb, ...
+    machine: dict[str, Any] = field(default_factory=dict)  # of a run elsewhere: name, type, region, spot, boot_s, ...
 
     @property
     def ok(self) -> bool:
@@ -116,6 +117,14 @@ class Progress:
 
     def _take_start(self, event: dict[str, Any]) -> None:
         self.record.started_at = event["t"]
+        self.record.host = event.get("host", self.record.host)  # an older release did not say
+        self.record.provenance = event["request"].get("provenance", self.record.provenance)
+
+    def _take_machine(self, event: dict[str, Any]) -> None:
+        self.record.machine = event["machine"]
+
+    def _take_widgets(self, event: dict[str, Any]) -> None:
+        self.nb.metadata["widgets"] = event["state"]
 
     def _take_cell_start(self, event: dict[str, Any]) -> None:
         self._pass_texts(event["index"])
@@ -151,13 +160,15 @@ class Progress:
 
     def cut_off(self, shown: str) -> None:
         """The process of the run died without a word after its last event; `shown` is the end of what it printed."""
+        self.take(self.broken_off("killed", f"the runner was killed {self.where}", shown))
+
+    def broken_off(self, state: str, reason: str, shown: str) -> dict[str, Any]:
+        """The last event of a run that did not tell its end: it ended with the event before."""
         moments = [datetime.fromisoformat(text) for text in (self.record.started_at, self._last_event_at)]
-        reason, error = f"the runner was killed {self.where}", None
-        if self.at >= 0:
-            error = self.error("RunnerKilled", reason, frame=None, traceback_tail=shown)
+        error = self.error("RunnerKilled", reason, frame=None, traceback_tail=shown) if self.at >= 0 else None
         seconds = round((moments[1] - moments[0]).total_seconds(), 3)
-        end = {"state": "killed", "reason": reason, "error": error, "seconds": seconds}
-        self.take({"event": "end", "t": self._last_event_at, **end})
+        end = {"state": state, "reason": reason, "error": error, "seconds": seconds}
+        return {"event": "end", "t": self._last_event_at, **end}
 
     def error(self, ename: str, evalue: str, frame: dict[str, Any] | None, traceback_tail: str) -> dict[str, Any]:
         """What the record says of the error that ended the run in the cell it is at."""
@@ -207,6 +218,7 @@ class Progress:
         record.receipt = {"wall_s": record.seconds}
         if self._kernel_end:
             record.receipt |= {name: self._kernel_end[name] for name in RECEIPT}
+        record.receipt |= {name: record.machine[name] for name in ("boot_s", "dollars") if name in record.machine}
         rows = record.metrics.get("rows")
         if isinstance(rows, int | float) and record.seconds:
             record.receipt["rows_per_s"] = round(rows / record.seconds, 1)

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from etl import params
-from etl.runs import dispatch, index
+from etl.runs import dispatch, index, machines
+from etl.runs.record import RunRecord
 from etl.storage import PROJECT, Root
 from pipeline import Lake, queries
 
@@ -42,26 +43,29 @@ def test_a_request_is_plain_data_with_what_is_supplied(cloud):
     yaml.safe_dump(dataclasses.asdict(request)["parameters"])
 
 
-@pytest.mark.parametrize("stage", ["generate", "preprocess", "compact", "query", "train"])
-def test_a_machine_block_is_what_coiled_takes(cloud, stage):
-    """autospec refuses any argument that the installed coiled.function does not have."""
-    coiled = pytest.importorskip("coiled")
-    request = dataclasses.asdict(dispatch.make_request(cloud.stages[stage], cloud.environment, AT, 1, None))
-    with mock.patch.object(coiled, "function", autospec=True) as function:
-        function.return_value.return_value.return_value = {"state": "ok"}
-        assert dispatch.run_there(request, cloud.stages[stage].machine) == {"state": "ok"}
-    (arguments,) = [call.kwargs for call in function.call_args_list]
-    assert arguments["name"] == f"etl-{stage}"
-    assert arguments["vm_type"] == cloud.stages[stage].machine["vm_type"]
-    function.return_value.assert_called_once_with(dispatch.execute_there)
-    function.return_value.return_value.assert_called_once_with(request)
+def test_the_machine_blocks_are_what_coiled_takes(cloud):
+    """As far as the service is asked: there is no token here."""
+    pytest.importorskip("coiled")
+    for name, stage in cloud.stages.items():
+        block = machines.read(name, stage.machine)
+        told = machines.problems(block, Root.at("s3://bucket/etl"))
+        assert told == ["Coiled's token is not set: run `coiled login`, or set DASK_COILED__TOKEN"]
+        wrong = machines.read(name, stage.machine | {"vm_tipe": "m7i.large"})
+        [told] = machines.problems(wrong, Root.at("s3://bucket/etl"))
+        assert told == "machine: unknown key 'vm_tipe'; did you mean 'vm_type'?"
 
 
-def test_a_wrong_machine_key_is_refused(cloud):
-    coiled = pytest.importorskip("coiled")
-    request = dataclasses.asdict(dispatch.make_request(cloud.stages["query"], cloud.environment, AT, 1, None))
-    with mock.patch.object(coiled, "function", autospec=True), pytest.raises(TypeError, match="vm_tipe"):
-        dispatch.run_there(request, {"vm_tipe": "m7i.large"})
+@pytest.mark.parametrize(("rows", "is_away"), [(None, False), (10, False), (11, True)])
+def test_a_machine_is_asked_for_by_the_rows_of_the_last_run(cloud, tmp_path, rows, is_away):
+    stage = dataclasses.replace(cloud.stages["query"], machine_above_rows=10)
+    if rows is not None:
+        record = RunRecord(
+            "query", "query-1", str(tmp_path), AT.isoformat(), 1, {}, {}, "reports/x", "h", AT.isoformat()
+        )
+        record.ended_at, record.metrics = AT.isoformat(), {"rows": rows}
+        index.append(Root.at(tmp_path), record)
+    assert dispatch.is_large_enough(stage, str(tmp_path)) == is_away
+    assert dispatch.is_large_enough(cloud.stages["query"], str(tmp_path))
 
 
 def test_a_run_for_which_no_machine_is_to_be_had_fails_here_with_a_report(cloud, tmp_path):
@@ -69,7 +73,7 @@ def test_a_run_for_which_no_machine_is_to_be_had_fails_here_with_a_report(cloud,
     stage = dataclasses.replace(cloud.stages["query"], dask=None, retries=0)
     environment = dataclasses.replace(cloud.environment, root=str(tmp_path))
     record = dispatch.run_stage(stage, environment, scheduled_for=AT)
-    why = f"no machine: ValueError: the root {tmp_path} is on this machine, and the run on another; use an s3:// root"
+    why = f"no machine: the root {tmp_path} is on this machine, and the run on another; use an s3:// root"
     assert (record.state, record.reason) == ("failed", why)
     assert why in (tmp_path / record.report / "report.html").read_text()
     assert [row["run_id"] for row in index.newest(Root.at(tmp_path))] == [record.run_id]

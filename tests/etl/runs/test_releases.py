@@ -13,7 +13,8 @@ from faults import toy
 from support import write_stage
 
 from etl.kernels import client, sources
-from etl.runs import dispatch, gate, index, provenance, releases
+from etl.notebook import RECORD_MIME
+from etl.runs import dispatch, elsewhere, gate, index, live, provenance, releases
 from etl.runs import replay as replays
 from etl.runs.record import RunRecord
 from etl.serve import released
@@ -229,8 +230,12 @@ def test_another_machine_runs_the_release_that_it_fetches(small, s3_root, own_on
     releases._checkout.cache_clear()
     monkeypatch.setattr(releases, "CACHE", tmp_path / "there")
     shutil.rmtree(tmp_path / "here")
-    record = dispatch.execute_there(asdict(asked))
-    assert (record["state"], record["metrics"], record["release"]) == ("ok", {"said": [1]}, tree.release.id)
+    live.ask(place, asdict(asked) | {"silence_s": 60})
+    assert elsewhere.there(place.url, asked.run_id) == 0
+    events = [json.loads(line) for line in live.rest(place, asked.run_id, 1)]
+    said = [event["output"]["data"][RECORD_MIME] for event in events if event["event"] == "output"]
+    assert (events[-1]["state"], said[0]["metrics"]) == ("ok", {"said": [1]})
+    assert events[0]["request"]["release"] == tree.release.id
     assert (tmp_path / "there" / tree.release.id / "files/mine/figures.py").exists()
 
 
