@@ -11,11 +11,13 @@ import logging
 import math
 import os
 import re
+import statistics
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from etl import delta, findings
+from etl.reports.head import Before
 from etl.storage import Root
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ JSON_COLUMNS = (
 )
 TIME_COLUMNS = ("scheduled_for", "started_at", "ended_at")
 COMPLETE = "run.json"  # of a report's files the last to come and the first to go
+BEFORE, USUAL = 100, 20  # runs that are looked through for what was before one, and for what it takes usually
 LISTED = ("run_id", "stage", "state", "reason", *TIME_COLUMNS, "seconds", "attempt", "report")
 
 
@@ -301,6 +304,23 @@ def find_last(
     """The last run of a stage in a state that started before a time: as in `newest`, and its parameters, provenance."""
     rows = _last(root, (*LISTED, "parameters", "provenance"), 1, stage, state, None, before)
     return rows[0] if rows else None
+
+
+def before(root: Root, record: dict[str, Any]) -> Before:
+    """What came before a run in its stage, by its record; nothing when the index cannot be read."""
+    import polars as pl
+
+    try:
+        runs = _matching(root, record["stage"], None, None, record["started_at"])
+        rows = runs.filter(pl.col("run_id") != record["run_id"]).select("run_id", "state", "seconds", "report")
+        last = rows.head(BEFORE).collect().to_dicts()
+        ok = [row for row in last if row["state"] == "ok"][:USUAL]
+        good = ok[0] if ok else find_last(root, record["stage"], before=record["started_at"])
+        usual_s = statistics.median(row["seconds"] for row in ok) if ok else None
+        return Before(good and get(root, good["run_id"]), last[0] if last else None, usual_s)
+    except Exception:  # a report without it is still a report
+        log.debug("nothing before %s", record["run_id"], exc_info=True)
+        return Before()
 
 
 def last_ok(record: "RunRecord") -> dict[str, Any] | None:
