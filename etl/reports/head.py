@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 PHRASES = {
     "ok": "Done",
     "noop": "Nothing to do",
-    "check_failed": "A check failed",
     "failed": "It failed",
     "timed_out": "It was stopped",
     "killed": "It was killed",
@@ -93,7 +92,8 @@ def _outcome(record: Any, before: Before) -> str:
         told = told or ", ".join(filter(None, parts))
     usual = f", usually {span(before.usual_s)}" if before.usual_s is not None else ""
     ran = f"{span(record.seconds)}{usual}"
-    return f"{PHRASES.get(record.state, record.state)}{f': {told}' if told else ''} ({ran})."
+    said = ": ".join(filter(None, [PHRASES.get(record.state), told])) or record.state.replace("_", " ")
+    return f"{said} ({ran})."
 
 
 def _times(record: Any, before: Before) -> Iterator[tuple[str, str]]:

@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from etl.runs.record import RunRecord
 
 log = logging.getLogger(__name__)
-PAGE = "report.html"
+PAGE, TEMPLATES = "report.html", Path(__file__).with_name("templates")
 NOTHING = Before()
 # of a page, as the template writes them
 BAR = re.compile(rb'(<nav class="bar">.*?<span class="links">).*?(</span>\s*</nav>)', re.S)
 CODE = re.compile(
-    rb'<details(?: open)?>\s*<summary><code>.*?</details>|<div class="output_error[^>]*>.*?</div>|<a class="code-switch[^>]*>.*?</a>',
+    rb"<details(?: open)?>\s*<summary><code>.*?</details>"
+    rb'|<div class="output_error[^>]*>.*?</div>|<a class="code-switch[^>]*>.*?</a>',
     re.S,
 )
 
@@ -115,6 +116,12 @@ def served(page: bytes, links: Sequence[tuple[str, str]]) -> bytes:
     return BAR.sub(lambda match: match[1] + anchors.encode() + match[2], page, count=1)
 
 
+@functools.cache
+def style() -> str:
+    """The style sheet of all pages."""
+    return (TEMPLATES / "report/style.css").read_text()
+
+
 def notebook(nb: Any) -> bytes:
     """report.ipynb."""
     import nbformat
@@ -143,7 +150,7 @@ def _exporter() -> Any:
 
     exporter = HTMLExporter(
         template_name="report",
-        extra_template_basedirs=[str(Path(__file__).with_name("templates"))],
+        extra_template_basedirs=[str(TEMPLATES)],
         sanitize_html=True,
         exclude_anchor_links=True,
         exclude_input_prompt=True,

@@ -213,7 +213,7 @@ def test_a_bad_run_shows_its_card_first():
     assert ("details", {"class": "parameters"}) in page.elements  # closed: nothing long above the card
 
 
-def with_head(before=Before(), cells=(), **changes):
+def with_head(before=report_page.NOTHING, cells=(), **changes):
     """The page of a run of a stage whose parameters say what they mean."""
     source = "root: str = 'x'  # where all is\nrows: int = 1  # at most\nsegments: list[str] = []  # of the market\n"
     declared = new_code_cell(f"{source}key: Secret = 'A'  # of the service", metadata={"tags": ["parameters"]})
@@ -246,7 +246,7 @@ def test_the_head_says_what_came_of_it_and_what_is_new():
     page, head = Page(made), Page(made.partition("</header>")[0])
     links = [(a["href"]) for tag, a in head.elements if tag == "a" and "class" not in a]
     assert links == ["../../2026-11-03/toy-1/report.html", "../../2026-11-02/toy-0/report.html", "report.ipynb"]
-    assert "A check failed: 1 of 2 checks failed: b (2 of <3>) (37 s, usually 8.0 s)." in head.text
+    assert "\n1 of 2 checks failed: b (2 of <3>) (37 s, usually 8.0 s)." in head.text
     for text in ("Waited11 s", "Ran37 s, usually 8.0 s", "Deadline5 min", "Readorders@12", "Cost3.5 s of CPU"):
         assert text in head.text.replace("\n", "")
     assert "1,234was 1,000, +23.4 %" in head.text
