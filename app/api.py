@@ -7,15 +7,16 @@ import asyncio
 import contextlib
 import functools
 import html
+import io
 import itertools
 import json
 import logging
 import re
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import polars as pl
 from anyio import CapacityLimiter, to_thread
@@ -28,7 +29,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from app import metrics
+from app import metrics, pages
 from app.domain import CARD, NO_MODEL, model
 from app.front import Front
 from app.predictions import PATHS, Busy, ServedModel, ShortWay, Turns
@@ -39,6 +40,7 @@ from app.schemas import (
     ITEM_LIMIT,
     PREDICTIONS,
     ROWS,
+    WHOLE,
     Answer,
     Column,
     Explained,
@@ -73,13 +75,27 @@ SHOWN = 5  # errors of a request
 FRESH_S, KEPT_S = 1, 10  # how old what was seen of the root may be: to be seen anew behind an answer, and before it
 READERS = 4  # threads for all that is read of the root
 STAGE = r"^[A-Za-z][A-Za-z0-9_-]{0,99}$"
+Code = Annotated[Literal["yes", "no"], Query(description="no: for readers who do not code")]
+LISTED = 100  # runs on the page of all reports
 RUN_ID = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,99}-\d{8}T\d{6}-[0-9a-f]{6}")
 # a report's link to another of its stage, as the files lie beside each other
 BESIDE = re.compile(rb'href="\.\./\.\./[0-9-]+/([\w-]+)/report\.html"')
 # A report is a notebook's output: it may neither run a script nor ask the network, nor pass for a page of this origin.
 REPORT_HEADERS = {
-    "Content-Security-Policy": "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'",
+    "Content-Security-Policy": "sandbox allow-downloads; default-src 'none'; img-src data:; style-src 'unsafe-inline'",
     "X-Content-Type-Options": "nosniff",
+}
+
+
+def _parquet(frame: pl.DataFrame) -> bytes:
+    frame.write_parquet(buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+FILES: dict[str, tuple[str, Callable[[pl.DataFrame], bytes]]] = {
+    "csv": ("text/csv; charset=utf-8", lambda frame: frame.write_csv().encode()),
+    "parquet": ("application/vnd.apache.parquet", _parquet),
+    "json": ("application/json", lambda frame: WHOLE.dump_json(frame.to_dicts())),
 }
 
 
@@ -197,19 +213,17 @@ api = APIRouter()
 @app.get("/", tags=["service"], response_class=HTMLResponse, responses={200: {"description": "A page"}})
 async def what_there_is() -> HTMLResponse:
     """What there is to ask for, as a page."""
-    lines = []
-    for path, methods in app.openapi()["paths"].items():
-        for method, said in methods.items():
-            name = html.escape(path)
-            link = f'<a href="{name[1:]}">{name}</a>' if method == "get" and "{" not in path else name
-            about = html.escape(said["description"].partition("\n")[0])
-            lines.append(f"<tr><td>{method.upper()}<td>{link}<td>{about}")
-    more = '<a href="docs">How each of them is asked</a>, <a href="openapi.json">the same for programs</a>'
-    table = f"<table cellpadding=4>{''.join(lines)}</table>"
-    title = html.escape(TITLE)
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><h1>{title}</h1>'
-    headers = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
-    return HTMLResponse(f"{head}{table}<p>{more}", headers=headers)
+    requests = [
+        (method.upper(), path, said["description"].partition("\n")[0])
+        for path, methods in app.openapi()["paths"].items()
+        for method, said in methods.items()
+    ]
+    links = [("reports", "Reports by stage and day"), ("health/stages", "Health"), ("docs", "How all is asked")]
+    links += [("openapi.json", "the same for programs")]
+    links += [(url, "Dashboard")] if (url := settings().dashboard_url) else []
+    anchors = " · ".join(f'<a href="{html.escape(address)}">{text}</a>' for address, text in links)
+    questions = [(q.name, q.title) for q in queries.questions()]
+    return HTMLResponse(pages.home(TITLE, questions, requests, anchors), headers=pages.HEADERS)
 
 
 # with the model FastAPI writes the schema that all others refer to; for what is no JSON it would name another type
@@ -437,6 +451,24 @@ def results(root: PublishedRoot) -> list[QuestionInfo]:
 
 
 @api.get(
+    "/results/{question}.{form}",
+    tags=["results"],
+    response_class=Response,
+    responses={200: {"description": "The file"}}
+    | _problems(e404="There is no such question, or no answer to it yet", e422="There are no such files"),
+)
+def result_as_file(
+    question: Annotated[str, Path(examples=[q.name for q in queries.questions()[:1]])],
+    form: Literal["csv", "parquet", "json"],
+    root: PublishedRoot,
+) -> Response:
+    """The current answer to a question as a file, all of it: exact, as CSV, Parquet, or a JSON array of its rows."""
+    _, _, frame = _answer(root, question)
+    headers = {"Content-Disposition": f'attachment; filename="{question}.{form}"'}
+    return Response(FILES[form][1](frame), media_type=FILES[form][0], headers=headers)
+
+
+@api.get(
     "/results/{question}",
     tags=["results"],
     responses=_problems(
@@ -450,15 +482,7 @@ def result(
     limit: Annotated[int | None, Query(ge=1, le=ROW_LIMIT, description="At most so many rows, from the first")] = None,
 ) -> Answer:
     """The current answer to a question. Money is exact: decimals come as strings."""
-    asked = next((q for q in queries.questions() if q.name == question), None)
-    if asked is None:
-        raise HTTPException(404, f"there is no question {ascii(question)}; there are {', '.join(_names())}")
-    try:
-        pointer, frame = queries.current(root, question)
-    except FileNotFoundError:
-        raise HTTPException(404, f"{question} has no answer yet: run query") from None
-    except (ValueError, TypeError, KeyError, OSError, pl.exceptions.PolarsError) as error:
-        raise HTTPException(503, f"the answer to {question} cannot be read: {error}") from error
+    asked, pointer, frame = _answer(root, question)
     return Answer(
         question=asked.name,
         title=asked.title,
@@ -467,6 +491,19 @@ def result(
         columns=[Column(name=name, type=str(dtype)) for name, dtype in frame.schema.items()],
         rows=frame.head(limit or frame.height).to_dicts(),
     )
+
+
+def _answer(root: Root, question: str) -> tuple[Any, Any, pl.DataFrame]:
+    """A question, the pointer to its current answer, and that. Raises HTTPException."""
+    asked = next((q for q in queries.questions() if q.name == question), None)
+    if asked is None:
+        raise HTTPException(404, f"there is no question {ascii(question)}; there are {', '.join(_names())}")
+    try:
+        return asked, *queries.current(root, question)
+    except FileNotFoundError:
+        raise HTTPException(404, f"{question} has no answer yet: run query") from None
+    except (ValueError, TypeError, KeyError, OSError, pl.exceptions.PolarsError) as error:
+        raise HTTPException(503, f"the answer to {question} cannot be read: {error}") from error
 
 
 @api.get("/runs", tags=["runs"], responses=_problems(e422="A filter or the limit is not what it should be"))
@@ -483,19 +520,58 @@ def list_runs(
 
 
 @api.get(
+    "/reports",
+    tags=["runs"],
+    response_class=HTMLResponse,
+    responses={200: {"description": "A page"}} | _problems(e422="There is no such day, or can be no such stage"),
+)
+def list_reports(
+    root: PublishedRoot,
+    stage: Annotated[str, Query(pattern=f"^$|{STAGE}")] = "",
+    day: Annotated[str, Query(pattern=r"^$|^\d{4}-\d\d-\d\d$", description="UTC")] = "",
+    search: Annotated[str, Query(max_length=200, description="In a run's id, its state or its reason")] = "",
+) -> HTMLResponse:
+    """The reports by stage and day, and the last of those that are searched for, as a page."""
+    today = datetime.now(UTC).date()
+    try:
+        since = datetime.fromisoformat(day).replace(tzinfo=UTC) if day else None
+    except ValueError:
+        raise HTTPException(422, f"query.day: there is no day {ascii(day)}") from None
+    between = {"since": since, "until": since + timedelta(days=1)} if since else {}
+    runs = index.newest(root, stage=stage or None, search=search, limit=LISTED, **between)
+    days = index.by_day(root, today - timedelta(days=pages.DAYS - 1))
+    asked = {"stage": stage, "day": day, "search": search}
+    return HTMLResponse(pages.reports(TITLE, days, runs, asked, today), headers=pages.HEADERS)
+
+
+@api.get(
     "/reports/{run_id}",
     tags=["runs"],
     response_class=HTMLResponse,
     responses=_problems(e404="There is no such run, or it left no page", e422="There can be no such run"),
 )
-def report(run_id: str, root: PublishedRoot) -> HTMLResponse:
-    """A run's report as a page: the executed notebook, its parameters, its checks."""
+def report(run_id: str, root: PublishedRoot, code: Code = "yes") -> HTMLResponse:
+    """A run's report as a page: what came of it, the executed notebook, its parameters, its checks."""
     record = _run(root, run_id)
     try:
-        page = reports.page_of(root, record)
+        page = reports.page_of(root, record, lambda: index.before(root, record))
     except FileNotFoundError:
         raise HTTPException(404, f"run {run_id} left no report.html") from None
+    page = reports.served(page, _bar(record, code))
+    if code == "no":
+        page = reports.without_code(page)
     return HTMLResponse(BESIDE.sub(rb'href="\1"', page), headers=REPORT_HEADERS)
+
+
+def _bar(record: dict[str, Any], code: str) -> list[tuple[str, str]]:
+    """Where a report leads to, beside it: (words, address). What came after it is looked up when that is asked."""
+    run_id, stage, asked = record["run_id"], record["stage"], "?code=no" if code == "no" else ""
+    led = [("← previous", f"{run_id}/previous"), ("next →", f"{run_id}/next")]
+    led += [("latest", f"{stage}/latest"), ("last ok", f"{stage}/latest-ok")]
+    switch = ("with code", run_id) if asked else ("without code", f"{run_id}?code=no")
+    links = [*((text, f"{address}{asked}") for text, address in led), switch, ("notebook", f"{run_id}/notebook")]
+    links += [("all reports", "../reports")]
+    return links + ([("dashboard", url)] if (url := settings().dashboard_url) else [])
 
 
 @api.get(
@@ -521,33 +597,58 @@ LED = {307: {"description": "The run's report is where `Location` says"}} | _pro
 
 
 @api.get("/reports/{stage}/latest", tags=["runs"], status_code=307, response_class=RedirectResponse, responses=LED)
-def latest(stage: Stage, root: PublishedRoot) -> RedirectResponse:
+def latest(stage: Stage, root: PublishedRoot, code: Code = "yes") -> RedirectResponse:
     """Leads to the report of a stage's last run."""
-    return _led(root, "..", stage)
+    return _led(root, "..", stage, code)
 
 
 @api.get("/reports/{stage}/latest-ok", tags=["runs"], status_code=307, response_class=RedirectResponse, responses=LED)
-def latest_ok(stage: Stage, root: PublishedRoot) -> RedirectResponse:
+def latest_ok(stage: Stage, root: PublishedRoot, code: Code = "yes") -> RedirectResponse:
     """Leads to the report of a stage's last run that was ok."""
-    return _led(root, "..", stage, state="ok")
+    return _led(root, "..", stage, code, state="ok")
 
 
 @api.get("/reports/{stage}/as-of/{at}", tags=["runs"], status_code=307, response_class=RedirectResponse, responses=LED)
 def as_of(
-    stage: Stage, at: Annotated[Moment, Path(description="UTC unless it says")], root: PublishedRoot
+    stage: Stage,
+    at: Annotated[Moment, Path(description="UTC unless it says")],
+    root: PublishedRoot,
+    code: Code = "yes",
 ) -> RedirectResponse:
     """Leads to the report of a stage's last run that had begun at a time."""
     with contextlib.suppress(OverflowError):  # nothing begins at the end of time
         at += timedelta(microseconds=1)
-    return _led(root, "../..", stage, until=at)
+    return _led(root, "../..", stage, code, until=at)
 
 
-def _led(root: Root, up: str, stage: str, **asked: Any) -> RedirectResponse:
+@api.get("/reports/{run_id}/previous", tags=["runs"], status_code=307, response_class=RedirectResponse, responses=LED)
+def previous(run_id: str, root: PublishedRoot, code: Code = "yes") -> RedirectResponse:
+    """Leads to the report of the stage's run before; of the first, to all reports of the stage."""
+    return _beside(root, run_id, code, after=False)
+
+
+@api.get("/reports/{run_id}/next", tags=["runs"], status_code=307, response_class=RedirectResponse, responses=LED)
+def following(run_id: str, root: PublishedRoot, code: Code = "yes") -> RedirectResponse:
+    """Leads to the report of the stage's next run; of the last, to all reports of the stage."""
+    return _beside(root, run_id, code, after=True)
+
+
+def _beside(root: Root, run_id: str, code: str, after: bool) -> RedirectResponse:
+    record = _run(root, run_id)
+    run = index.beside(root, record, after)
+    return RedirectResponse(_address("..", run, code) if run else f"../../reports?stage={record['stage']}")
+
+
+def _led(root: Root, up: str, stage: str, code: str, **asked: Any) -> RedirectResponse:
     """To a report's page, which is `up` from here; no whole address, for a proxy may have another."""
     for run in index.newest(root, stage=stage, limit=50, **asked):
         if run["kept"]:
-            return RedirectResponse(f"{up}/{run['run_id']}")
+            return RedirectResponse(_address(up, run, code))
     raise HTTPException(404, f"no report is kept of such a run of {stage}; /runs?stage={stage} lists them")
+
+
+def _address(up: str, run: dict[str, Any], code: str) -> str:
+    return f"{up}/{run['run_id']}{'?code=no' if code == 'no' else ''}"
 
 
 app.include_router(api, prefix="/v1")

@@ -60,6 +60,7 @@ class ModelListed(ModelInfo):
 
 Row, Prediction = row_model(CARD), prediction_model(CARD)
 Explained = explained_model(Prediction)
+WHOLE = TypeAdapter(list[dict[str, Any]])  # rows of an answer, its decimals as text
 ROWS = TypeAdapter(Annotated[list[Row], Field(min_length=1, max_length=ITEM_LIMIT)])
 BODY_SCHEMA = {"type": "array", "items": Row.model_json_schema(), "minItems": 1, "maxItems": ITEM_LIMIT}
 PREDICTIONS, EXPLAINED = TypeAdapter(list[Prediction]), TypeAdapter(list[Explained])

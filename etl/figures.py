@@ -1,6 +1,7 @@
 """Figures, names and times as people write them: in reports, on the dashboard and on terminals."""
 
 import contextlib
+import math
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -52,6 +53,24 @@ def words(name: str) -> str:
 def moment(iso: str) -> str:
     """A time as people write it, in UTC."""
     return f"{datetime.fromisoformat(iso).astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def span(seconds: float) -> str:
+    """A time that passed, as in "54 min"; of less than ten seconds with a tenth."""
+    for unit, length_s in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length_s:
+            return f"{math.floor(seconds / length_s)} {unit}"
+    return f"{seconds:.{1 if seconds < 9.95 else 0}f} s"
+
+
+def change(before: Any, now: Any, name: str = "") -> str:
+    """What has become of a figure, as in "was 1,190, +3.7 %"; "" where it is the same, or nothing to compare."""
+    if before is None or type(before) is bool or before == now or isinstance(before, Mapping | list):
+        return ""
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (before, now))
+    is_amount = numbers and before and not is_name(name) and not is_share(name)
+    percent = f", {100 * (now - before) / abs(before):+,.1f} %" if is_amount and abs(now) < 10 * abs(before) else ""
+    return f"was {figure(before, name)}{percent}"
 
 
 def shortened(text: str, most: int) -> str:

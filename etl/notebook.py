@@ -94,6 +94,17 @@ def check(name: str, ok: Any, detail: str = "") -> None:
     _checked.append(checked)
 
 
+def checks_in(shown: Any) -> list[dict[str, Any]]:
+    """The checks in what an output of kind CHECK_MIME holds. Anybody can show such: others than ours do not count."""
+    checks = shown.get("checks") if isinstance(shown, dict) else None
+    complete = {"name", "ok", "detail"}
+    return (
+        [check for check in checks if isinstance(check, dict) and complete <= check.keys()]
+        if isinstance(checks, list)
+        else []
+    )
+
+
 def _settle(result: Any) -> None:
     """Show the checks of the cell that has just ended, and fail it if one failed."""
     shell = _shell()

@@ -79,7 +79,7 @@ def newest(
 ) -> list[dict[str, Any]]:
     """The newest runs that are asked for; `token`: the view's, by which the cache knows it."""
     states = [name for name in STATES if name not in ("ok", "noop")] if state == BAD else state
-    return index.newest(Root.at(root_url), stage, states, since, until, limit=RUNS, text=text)
+    return index.newest(Root.at(root_url), stage, states, since, until, limit=RUNS, search=text)
 
 
 def grouped(known: list[failures.Group]) -> None:

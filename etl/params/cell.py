@@ -29,6 +29,7 @@ _TYPES = "int, float, bool, str, datetime.date, Secret, list[...], dict[str, ...
 _TYPE_WORDS = {"int", "float", "bool", "str", "list", "dict", "Literal", "date", "datetime", "typing", "Secret"}
 DEFAULT = "notebook default"
 CELLS = ("code", "markdown", "raw")
+UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # ValueError: a null byte
 PYTHON = ("python", "ipython", "python3")
 
 
@@ -183,19 +184,40 @@ def read_cell(project: Path, path: str, problems: list[Problem]) -> tuple[dict[s
         problems.append(Problem(path, None, f"needs one code cell tagged `parameters`, has {len(sources)}"))
         return None, doc
     try:
-        body = ast.parse(sources[0]).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # ValueError: a null byte
+        body, comments = _parsed(sources[0])
+    except UNREADABLE as error:
         line = getattr(error, "lineno", None)
         problems.append(Problem(path, line, f"not Python: {getattr(error, 'msg', error)}"))
         return None, doc
-    tokens = tokenize.generate_tokens(io.StringIO(sources[0], newline=None).readline)
-    comments = {t.start[0]: t.string.strip("# ") for t in tokens if t.type == tokenize.COMMENT}
     declared: dict[str, Declared] = {}
     for node in body:
-        comment = comments.get(node.end_lineno or node.lineno) or comments.get(node.lineno, "")
-        wrong = _declare(node, comment, declared, doc)
+        wrong = _declare(node, _comment(node, comments), declared, doc)
         problems += [Problem(path, node.lineno, message) for message in wrong]
     return declared, doc
+
+
+def declared_in(source: str) -> dict[str, Declared]:
+    """What a parameters cell declares, by name; nothing when it is not Python."""
+    declared: dict[str, Declared] = {}
+    try:
+        body, comments = _parsed(source)
+    except UNREADABLE:
+        return {}
+    for node in body:
+        for _ in _declare(node, _comment(node, comments), declared, Doc("", {})):
+            pass  # what is wrong with it was said before it ran
+    return declared
+
+
+def _parsed(source: str) -> tuple[list[ast.stmt], dict[int, str]]:
+    """A cell's statements, and its comments by line. Raises UNREADABLE."""
+    body = ast.parse(source).body
+    tokens = tokenize.generate_tokens(io.StringIO(source, newline=None).readline)
+    return body, {t.start[0]: t.string.strip("# ") for t in tokens if t.type == tokenize.COMMENT}
+
+
+def _comment(node: ast.stmt, comments: dict[int, str]) -> str:
+    return comments.get(node.end_lineno or node.lineno) or comments.get(node.lineno, "")
 
 
 def _declare(node: ast.stmt, comment: str, declared: dict[str, Declared], doc: Doc) -> Iterator[str]:

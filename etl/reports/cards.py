@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from etl.figures import figure
+from etl.reports import head
 from etl.storage import PROJECT
 
 if TYPE_CHECKING:
@@ -132,23 +132,9 @@ def last_minute(record: "RunRecord", samples: list[dict[str, Any]]) -> Any:
 
 def receipt(record: "RunRecord") -> Any:
     """The last cell: what the run cost."""
-    told = {
-        "wall_s": "{:,.1f} s",
-        "cpu_s": "{:,.1f} s of CPU",
-        "peak_memory_mb": "{:,.0f} MB at most",
-        "bytes_read": "{:,.1f} MB read",
-        "bytes_written": "{:,.1f} MB written",
-        "rows_per_s": "{} rows a second",
-        "boot_s": "{:,.0f} s until a machine had begun",
-        "dollars": "{:,.4f} dollars",
-    }
-    parts = []
-    for name, text in told.items():
-        if (value := record.receipt.get(name)) is not None:
-            shown: float | str = (
-                value / 1e6 if name.startswith("bytes") else figure(value) if name == "rows_per_s" else value
-            )
-            parts.append(text.format(shown))
+    wall_s = record.receipt.get("wall_s")
+    parts = [f"{wall_s:,.1f} s"] if wall_s is not None else []
+    parts += head.costs(record.receipt)
     return _cell(f"*{' · '.join(parts)}*", record, "receipt")
 
 

@@ -5,12 +5,16 @@ import json
 import logging
 import re
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from etl.figures import figure, moment, words
+from etl.notebook import CHECK_MIME, checks_in
+from etl.reports import head
+from etl.reports.head import Before
 from etl.storage import Root
 
 if TYPE_CHECKING:
@@ -19,7 +23,15 @@ if TYPE_CHECKING:
     from etl.runs.record import RunRecord
 
 log = logging.getLogger(__name__)
-PAGE = "report.html"
+PAGE, TEMPLATES = "report.html", Path(__file__).with_name("templates")
+NOTHING = Before()
+# of a page, as the template writes them
+BAR = re.compile(rb'(<nav class="bar">.*?<span class="links">).*?(</span>\s*</nav>)', re.S)
+CODE = re.compile(
+    rb"<details(?: open)?>\s*<summary><code>.*?</details>"
+    rb'|<div class="output_error[^>]*>.*?</div>|<a class="code-switch[^>]*>.*?</a>',
+    re.S,
+)
 
 # What a notebook's outputs may contain. Everything else is dropped: scripts, forms, frames, anything fetched.
 TAGS = set(
@@ -51,10 +63,10 @@ SHOWN = ["image/png", "image/jpeg", "image/svg+xml", "text/html", "text/markdown
 _EXPORTING = threading.Lock()
 
 
-def write(root: Root, record: "RunRecord", nb: Any, folder: str | None = None) -> None:
+def write(root: Root, record: "RunRecord", nb: Any, folder: str | None = None, before: Before = NOTHING) -> None:
     """Write report.ipynb, run.json and report.html into `folder`, else the record's folder, each whole."""
     save(root, record, nb, folder)
-    write_page(root, record, nb, folder)
+    write_page(root, record, nb, folder, before)
 
 
 def save(root: Root, record: "RunRecord", nb: Any, folder: str | None = None) -> None:
@@ -65,10 +77,10 @@ def save(root: Root, record: "RunRecord", nb: Any, folder: str | None = None) ->
     root.write(f"{folder}/run.json", (text + "\n").encode())
 
 
-def write_page(root: Root, record: "RunRecord", nb: Any, folder: str | None = None) -> None:
+def write_page(root: Root, record: "RunRecord", nb: Any, folder: str | None = None, before: Before = NOTHING) -> None:
     """Write what people read, report.html. A page that cannot be made is logged and left out."""
     try:
-        page = html(record, nb).encode(errors="replace")
+        page = html(record, nb, before).encode(errors="replace")
     except Exception as error:
         log.error("run %s has no report.html: %s: %s", record.run_id, type(error).__name__, error)
     else:
@@ -81,15 +93,33 @@ def url_of(root: Root, record: dict[str, Any]) -> str:
     return root.url_of(page if root.exists(page) else f"{record['report']}/report.ipynb")
 
 
-def page_of(root: Root, record: dict[str, Any]) -> bytes:
-    """report.html of a run by its run.json; made anew where there is none (any more). Raises FileNotFoundError."""
+def page_of(root: Root, record: dict[str, Any], before: Callable[[], Before] = Before) -> bytes:
+    """report.html of a run by its run.json; made anew where there is none (any more), after what came `before` it.
+    Raises FileNotFoundError."""
     try:
         return root.read(f"{record['report']}/{PAGE}")
     except FileNotFoundError:
         import nbformat
 
         nb = nbformat.reads(root.read(f"{record['report']}/report.ipynb").decode(), as_version=4)
-        return html(SimpleNamespace(**record), nb).encode(errors="replace")
+        return html(SimpleNamespace(**record), nb, before()).encode(errors="replace")
+
+
+def without_code(page: bytes) -> bytes:
+    """A page for readers who do not code: what the notebook says and shows, neither source nor traceback."""
+    return CODE.sub(b"", page)
+
+
+def served(page: bytes, links: Sequence[tuple[str, str]]) -> bytes:
+    """A page whose bar has these links, (words, address) each, in place of those between files."""
+    anchors = "".join(f'<a href="{escape(address)}">{escape(text)}</a>' for text, address in links)
+    return BAR.sub(lambda match: match[1] + anchors.encode() + match[2], page, count=1)
+
+
+@functools.cache
+def style() -> str:
+    """The style sheet of all pages."""
+    return (TEMPLATES / "report/style.css").read_text()
 
 
 def notebook(nb: Any) -> bytes:
@@ -100,37 +130,18 @@ def notebook(nb: Any) -> bytes:
     return f"{text}\n".encode(errors="replace")
 
 
-def html(record: "RunRecord | SimpleNamespace", nb: Any) -> str:
+def html(record: "RunRecord | SimpleNamespace", nb: Any, before: Before = NOTHING) -> str:
     """The report as one page that needs no script, no network and no other file."""
-    facts = [
-        ("Run", record.run_id),
-        ("Scheduled for", moment(record.scheduled_for)),
-        ("Started", moment(record.started_at)),
-        ("Took", f"{record.seconds:,.1f} s"),
-        ("Attempt", record.attempt if record.attempt > 1 else None),
-        ("Host", record.host),
-    ]
     page = {
         "record": record,
         "ok": record.state in ("ok", "noop"),
         "state": record.state.replace("_", " "),
-        "facts": [(name, value) for name, value in facts if value],
-        "figures": [
-            (words(name), figure(value, name))
-            for name, value in record.metrics.items()
-            if not isinstance(value, dict | list)
-        ],
-        "parameters": [(n, _literal(v), record.origins.get(n, "")) for n, v in record.parameters.items()],
-        "versions": [
-            (what, ", ".join(f"{table}@{version}" for table, version in versions.items()))
-            for what, versions in (("Read", record.versions_read), ("Wrote", record.versions_written))
-            if versions
-        ]
-        + [("Started from", ", ".join(given)) for given in [record.metrics.get("given")] if given],
+        "head": head.of(record, nb, before),
+        "contents": head.MARK,
     }
     with _EXPORTING:
         made: str = _exporter().from_notebook_node(nb, resources={"page": page})[0]
-        return made
+    return head.with_contents(made)
 
 
 @functools.cache
@@ -139,7 +150,7 @@ def _exporter() -> Any:
 
     exporter = HTMLExporter(
         template_name="report",
-        extra_template_basedirs=[str(Path(__file__).with_name("templates"))],
+        extra_template_basedirs=[str(TEMPLATES)],
         sanitize_html=True,
         exclude_anchor_links=True,
         exclude_input_prompt=True,
@@ -147,6 +158,7 @@ def _exporter() -> Any:
     )
     # nbconvert's own filter shows headings, paragraphs and table heads as escaped text
     exporter.register_filter("clean_html", clean)
+    exporter.register_filter("checks", lambda data: checks_in(data.get(CHECK_MIME)))
     exporter.register_filter("readable", lambda data: next((kind for kind in SHOWN if kind in data), None))
     return exporter
 
@@ -169,7 +181,3 @@ def _cleaner() -> "nh3.Cleaner":
         link_rel=None,
         filter_style_properties=STYLES,
     )
-
-
-def _literal(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,13 @@ def hand_in(progress: Progress, written: journal.Journal, later: bool) -> None:
     with _kept_aside_on_error(record, nb, written):
         root = Root.at(record.root)
         _save(root, record, nb, written.folder)
-        work = functools.partial(_complete, root, record, nb, written)
+        work = functools.partial(_complete, root, progress, written)
         _in_background(work) if later else work()
 
 
-def _complete(root: Root, record: RunRecord, nb: Any, written: journal.Journal) -> None:
-    with _kept_aside_on_error(record, nb, written):
-        _add_row_and_page(root, record, nb, written.folder)
+def _complete(root: Root, progress: Progress, written: journal.Journal) -> None:
+    with _kept_aside_on_error(progress.record, progress.nb, written):
+        _add_row_and_page(root, progress, written.folder)
         deliver(root)
     written.close()  # until now nobody else may finish it
 
@@ -74,14 +75,18 @@ def _save(root: Root, record: RunRecord, nb: Any, folder: Path) -> None:
     page.save(root, record, nb)
 
 
-def _add_row_and_page(root: Root, record: RunRecord, nb: Any, folder: Path, again: bool = False) -> None:
+def _add_row_and_page(root: Root, progress: Progress, folder: Path, again: bool = False) -> None:
     """After `_save`: the row in the index and the page beside the notebook; then remove the spool's folder.
 
     `again`: somebody may have written the row before.
     """
+    record = progress.record
     if not (again and index.indexed(root, record.run_id)):
         index.append(root, record)
-    page.write_page(root, record, nb)
+    before = index.before(root, vars(record))
+    if before.last_ok:
+        before = replace(before, last_ok=progress.as_shown(before.last_ok))
+    page.write_page(root, record, progress.nb, before=before)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -187,7 +192,7 @@ def _hand_in_from_journal(folder: Path, root: Root) -> None:
         raise FileNotFoundError(f"its root {root.url} is gone; {UNWANTED}")
     progress = from_journal(folder)
     _save(root, progress.record, progress.nb, folder)
-    _add_row_and_page(root, progress.record, progress.nb, folder, again=True)
+    _add_row_and_page(root, progress, folder, again=True)
 
 
 def from_journal(folder: Path) -> Progress:

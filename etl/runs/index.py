@@ -13,9 +13,11 @@ import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from etl import delta, findings
+from etl.reports.head import Before
 from etl.storage import Root
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ JSON_COLUMNS = (
 )
 TIME_COLUMNS = ("scheduled_for", "started_at", "ended_at")
 COMPLETE = "run.json"  # of a report's files the last to come and the first to go
+BEFORE, USUAL = 100, 20  # runs that are looked through for what was before one, and for what it takes usually
+NEAR = 50  # runs that are looked through for one whose report is kept
 LISTED = ("run_id", "stage", "state", "reason", *TIME_COLUMNS, "seconds", "attempt", "report")
 
 
@@ -210,14 +214,34 @@ def newest(
     since: datetime.datetime | str | None = None,
     until: datetime.datetime | str | None = None,
     limit: int = 50,
-    text: str | None = None,
+    search: str = "",
 ) -> list[dict[str, Any]]:
     """The last runs that started at `since` or later and before `until` (ISO text or times; UTC unless they say).
 
-    `state`: one, or any of several. `text`: in the id or the reason, in any case of letters.
+    `state`: one, or any of several. `search`: what stands in the run's id, its state or its reason.
     Newest first: run_id, stage, state, reason, times, seconds, attempt, report, and `kept`: whether it is there.
     """
-    return _last(root, LISTED, limit, stage, state, since, until, text)
+    return _last(root, LISTED, limit, stage, state, since, until, search)
+
+
+def beside(root: Root, record: dict[str, Any], after: bool) -> dict[str, Any] | None:
+    """The next run of the same stage whose report is kept, or the one before, as in `newest`; None without one."""
+    import polars as pl
+
+    began = moment(record["started_at"])
+    runs = _matching(root, record["stage"], None, began if after else None, None if after else began)
+    runs = runs.filter(pl.col("run_id") != record["run_id"]).select(LISTED)
+    rows = (runs.reverse() if after else runs).head(NEAR).collect().to_dicts()
+    return next((run for run in _kept(root, [_as_record(row) for row in rows]) if run["kept"]), None)
+
+
+def by_day(root: Root, since: datetime.date) -> list[dict[str, Any]]:
+    """stage, day, how many runs began then (UTC), and how many of them ended neither ok nor noop."""
+    import polars as pl
+
+    day, good = pl.col("started_at").dt.date().alias("day"), pl.col("state").is_in(["ok", "noop"])
+    runs = scan(root).select("stage", day, good.not_().alias("bad")).filter(pl.col("day") >= since)
+    return list(runs.group_by("stage", "day").agg(pl.len().alias("runs"), pl.col("bad").sum()).collect().to_dicts())
 
 
 def ranked(
@@ -304,6 +328,23 @@ def find_last(
     return rows[0] if rows else None
 
 
+def before(root: Root, record: dict[str, Any]) -> Before:
+    """What came before a run in its stage, by its record; nothing when the index cannot be read."""
+    import polars as pl
+
+    try:
+        runs = _matching(root, record["stage"], None, None, record["started_at"])
+        rows = runs.filter(pl.col("run_id") != record["run_id"]).select("run_id", "state", "seconds", "report")
+        last = rows.head(BEFORE).collect().to_dicts()
+        ok = [row for row in last if row["state"] == "ok"][:USUAL]
+        good = ok[0] if ok else find_last(root, record["stage"], before=record["started_at"])
+        usual_s = median(row["seconds"] for row in ok) if ok else None
+        return Before(good and get(root, good["run_id"]), last[0] if last else None, usual_s)
+    except Exception:  # a report without it is still a report
+        log.debug("nothing before %s", record["run_id"], exc_info=True)
+        return Before()
+
+
 def last_ok(record: "RunRecord") -> dict[str, Any] | None:
     """The record of the stage's last run that was ok before this one; None, too, when the index cannot be read."""
     try:
@@ -375,19 +416,13 @@ def _last(
     state: Any,
     since: Any,
     until: Any,
-    text: str | None = None,
+    search: str = "",
 ) -> list[dict[str, Any]]:
-    import polars as pl
-
-    runs = _matching(root, stage, state, since, until)
-    if text:
-        said = pl.concat_str("run_id", "reason", separator="\n", ignore_nulls=True).str.to_lowercase()
-        runs = runs.filter(said.str.contains(text.lower(), literal=True))
-    rows = runs.select(columns).head(limit).collect().to_dicts()
+    rows = _matching(root, stage, state, since, until, search).select(columns).head(limit).collect().to_dicts()
     return _kept(root, [_as_record(row) for row in rows])
 
 
-def _matching(root: Root, stage: str | None, state: Any, since: Any, until: Any) -> Any:
+def _matching(root: Root, stage: str | None, state: Any, since: Any, until: Any, search: str = "") -> Any:
     """The runs that are asked for, the newest first, as a lazy frame."""
     import polars as pl
 
@@ -400,6 +435,9 @@ def _matching(root: Root, stage: str | None, state: Any, since: Any, until: Any)
         index = index.filter(started >= moment(since))
     if until is not None:
         index = index.filter(started < moment(until))
+    if search:
+        words = pl.concat_str("run_id", "state", "reason", separator=" ", ignore_nulls=True)
+        index = index.filter(words.str.to_lowercase().str.contains(search.lower(), literal=True))
     return index.sort("started_at", "run_id", descending=True)
 
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from etl.notebook import CHECK_MIME, RECORD_MIME
+from etl.notebook import CHECK_MIME, RECORD_MIME, checks_in
 from etl.reports import cards
 from etl.runs import outputs
 from etl.secrets import Redactor
@@ -238,13 +238,16 @@ class Progress:
     def _add_cards(self, last_ok: dict[str, Any] | None) -> None:
         record = self.record
         if not record.ok:
-            if last_ok:  # with what may be a secret by now
-                last_ok = last_ok | {"parameters": self.redactor.parameters(last_ok.get("parameters") or {})}
-            self.nb.cells.insert(0, cards.card(record, last_ok))
+            self.nb.cells.insert(0, cards.card(record, last_ok and self.as_shown(last_ok)))
         samples = [sample for sample in self._samples if not self._ending_at or sample["t"] <= self._ending_at]
         if record.state in cards.ENDED and samples:
             self.nb.cells.append(cards.last_minute(record, samples))
         self.nb.cells.append(cards.receipt(record))
+
+    def as_shown(self, earlier: dict[str, Any]) -> dict[str, Any]:
+        """The record of an earlier run, without what is a secret by now."""
+        parameters = self.redactor.parameters(earlier.get("parameters") or {})
+        return earlier | {"parameters": parameters, "metrics": self.redactor.tree(earlier.get("metrics") or {})}
 
 
 def _new_record(request: RunRequest) -> RunRecord:
@@ -274,10 +277,7 @@ def _collect(record: RunRecord, cell: Any) -> None:
         for name in ("metrics", "versions_read", "versions_written"):
             if isinstance(recorded, dict) and isinstance(values := recorded.get(name), dict):
                 getattr(record, name).update(values)
-        if isinstance(checked, dict) and isinstance(checks := checked.get("checks"), list):
-            record.checks += [
-                check for check in checks if isinstance(check, dict) and {"name", "ok", "detail"} <= check.keys()
-            ]
+        record.checks += checks_in(checked)
 
 
 def headings(nb: Any, redactor: Redactor) -> list[str]:

@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from etl import delta, params
+from etl.figures import span
 from etl.findings import damages, may_be_damage, sentence
 from etl.params.alerts import Line, line
 from etl.runs import index, releases
@@ -238,7 +239,7 @@ def _late(now: datetime, seen: Seen) -> Iterator[Finding]:
         due, limit = None, ""
         if stage.fresh_within_s and (last or expected):
             due = (last or expected or now) + timedelta(seconds=stage.fresh_within_s)
-            limit = f"within {_span(stage.fresh_within_s)}"
+            limit = f"within {span(stage.fresh_within_s)}"
         elif beat and expected:
             missed = 1 if _is_nobody_there(name, now, seen) else MISSED
             times = _times(name, max(last or expected, expected), seen, missed)
@@ -252,7 +253,7 @@ def _late(now: datetime, seen: Seen) -> Iterator[Finding]:
                 "late",
                 "bad",
                 f"stage {name}",
-                f"{name} is {_span((now - due).total_seconds())} late: an ok run was due {limit}, {was}",
+                f"{name} is {span((now - due).total_seconds())} late: an ok run was due {limit}, {was}",
                 due,
                 seen.link(tried[-1], now) if (tried := runs.get(name)) else None,
                 "see whether `up` is at work, and its last runs: `orchestrate.py runs list`",
@@ -272,7 +273,7 @@ def _tables(now: datetime, seen: Seen) -> Iterator[Finding]:
     for table, within in seen.tables.items():
         at = seen.written.get(table)
         if at and now > at + within:
-            text = f"table {table} is late: no ok run wrote it within {_span(within.total_seconds())}"
+            text = f"table {table} is late: no ok run wrote it within {span(within.total_seconds())}"
             due = at + within
             yield Finding("late", "bad", f"table {table}", f"{text}, the last at {_at(at, now)}", due, None, _INGEST)
 
@@ -286,7 +287,7 @@ def _questions(now: datetime, seen: Seen) -> Iterator[Finding]:
     for answer in seen.answers:
         within = seen.questions.get(answer.question)
         if within and now > answer.at + within:
-            text = f"question {answer.question} is late: no ok run answered it within {_span(within.total_seconds())}"
+            text = f"question {answer.question} is late: no ok run answered it within {span(within.total_seconds())}"
             text += f", the last at {_at(answer.at, now)}"
             remedy = f"see the last runs of {answer.stage}"
             yield Finding("late", "bad", f"question {answer.question}", text, answer.at + within, None, remedy)
@@ -337,14 +338,6 @@ def _at(moment: datetime, now: datetime) -> str:
     """A time, with its day when that is not today's."""
     moment = moment.astimezone(UTC)
     return f"{moment:%H:%M:%S} UTC" if moment.date() == now.astimezone(UTC).date() else f"{moment:%Y-%m-%d %H:%M} UTC"
-
-
-def _span(seconds: float) -> str:
-    """As in "54 min"."""
-    for unit, length_s in (("days", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length_s:
-            return f"{math.floor(seconds / length_s)} {unit}"
-    return f"{seconds:.0f} s"
 
 
 # --- what is read ---

@@ -304,7 +304,11 @@ def api(application: str, root_url: str, ports: Mapping[str, int], logs: Path) -
         ports["api"],
         health_url=f"{api_url(ports)}/health",
         page=f"{api_url(ports)}/docs",
-        environment={"ETL_ROOT": root_url, "PYTHONPATH": _path_with(application.split(".")[0])},
+        environment={
+            "ETL_ROOT": root_url,
+            "PYTHONPATH": _path_with(application.split(".")[0]),
+            "ETL_DASHBOARD_URL": os.environ.get("ETL_DASHBOARD_URL") or f"http://{HOST}:{ports['dashboard']}",
+        },
         log_path=logs / "api.log",
     )
 

@@ -2,10 +2,12 @@
 
 import base64
 import contextlib
+import csv
 import http.client
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -19,6 +21,7 @@ from urllib.parse import urljoin
 
 import httpx2
 import nbformat
+import polars as pl
 import pytest
 import uvicorn
 from published import QUERY_RUN, TRAIN_RUN, publish_model
@@ -420,6 +423,18 @@ class TestModel:
 
 
 class TestResults:
+    def test_an_answer_is_a_file_that_is_exact(self, api, root):
+        rows = api.get("/results/q03").json()["rows"]
+        frame = queries.current(Root.at(root), "q03")[1]
+        whole = api.get("/results/q03.parquet")
+        assert pl.read_parquet(whole.content).equals(frame)
+        assert whole.headers["content-disposition"] == 'attachment; filename="q03.parquet"'
+        assert api.get("/v1/results/q03.json").json() == rows
+        lines = list(csv.DictReader(api.get("/results/q03.csv").text.splitlines()))
+        assert [line["revenue"] for line in lines] == [row["revenue"] for row in rows]
+        assert "no question" in detail(api.get("/results/q99.csv"))
+        assert api.get("/results/q03.xml").status_code == 422
+
     def test_each_question_has_its_pointer(self, api, root):
         listed = api.get("/results").json()
         assert [info["question"] for info in listed] == [q.name for q in queries.questions()]
@@ -515,13 +530,18 @@ class TestRuns:
             assert len(api.get(f"/runs?since={moment}").json()) == 2
 
 
+def main_of(page):
+    """A report without its head, which has what came before it."""
+    return page.partition("<main>")[2]
+
+
 class TestReports:
     def test_the_page_cannot_do_anything(self, api, root):
         page = api.get(f"/reports/{QUERY_RUN}")
         assert page.status_code == 200
         assert page.headers["content-type"] == "text/html; charset=utf-8"
         assert page.headers["content-security-policy"] == (
-            "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+            "sandbox allow-downloads; default-src 'none'; img-src data:; style-src 'unsafe-inline'"
         )
         assert page.headers["x-content-type-options"] == "nosniff"
         assert "What query did" in page.text
@@ -541,7 +561,46 @@ class TestReports:
         (page,) = Path(root).glob(f"reports/*/*/{QUERY_RUN}/report.html")
         written = page.read_bytes()
         page.unlink()
-        assert api.get(f"/reports/{QUERY_RUN}").content == written and "What query did" in written.decode()
+        made = api.get(f"/reports/{QUERY_RUN}").text
+        assert main_of(made) == main_of(written.decode()) and "What query did" in made
+
+    @pytest.mark.parametrize("version", ["", "/v1"])
+    def test_the_bar_leads_where_the_service_knows_the_way(self, api, root, monkeypatch, version):
+        at = f"{version}/reports/{TRAIN_RUN}"
+        bar = dict(re.findall(r'<a href="([^"]*)">([^<]*)</a>', api.get(at).text.partition("</nav>")[0]))
+        led = {text: urljoin(at, address) for address, text in bar.items()}
+        assert led["notebook"] == f"{at}/notebook" and led["all reports"] == f"{version}/reports"
+        for text, found in (
+            ("next →", f"{version}/reports/train-20261122T110000-ffffff"),
+            ("← previous", f"{version}/reports?stage=train"),  # there is none
+            ("latest", f"{version}/reports/train-20261122T110000-ffffff"),
+            ("last ok", at),
+        ):
+            answer = api.get(led[text])
+            assert answer.status_code == 307
+            assert urljoin(led[text], answer.headers["location"]) == found
+
+    def test_readers_who_do_not_code_stay_without_code(self, api, root):
+        led = api.get("/reports/train/latest-ok?code=no")
+        assert led.headers["location"] == f"../{TRAIN_RUN}?code=no"
+        page = api.get(f"/reports/{TRAIN_RUN}?code=no").text
+        assert "What train did" in page and "1 + 1" not in page and "1 + 1" in api.get(f"/reports/{TRAIN_RUN}").text
+        assert 'href="train/latest?code=no"' in page and f'href="{TRAIN_RUN}">with code' in page
+        assert api.get(f"/reports/{TRAIN_RUN}?code=maybe").status_code == 422
+
+    def test_reports_are_listed_by_stage_and_day_and_searched(self, api, root):
+        page = api.get("/v1/reports").text
+        for run_id in (QUERY_RUN, TRAIN_RUN, "train-20261122T110000-ffffff"):
+            assert f'href="reports/{run_id}"' in page
+        found = re.findall(r'href="reports/([\w-]+)"', api.get("/reports?search=NO+SUCH&stage=&day=").text)
+        assert found == ["train-20261122T110000-ffffff"]
+        assert re.findall(r'href="reports/([\w-]+)"', api.get("/reports?stage=query&day=2026-11-22").text) == [
+            QUERY_RUN
+        ]
+        page = api.get("/reports?day=2026-11-21&search=%3Cscript%3E").text
+        assert "None fits" in page and "<script>" not in page
+        for wrong in ("day=2026-02-30", "day=now", "stage=a%20b"):
+            assert detail(api.get(f"/reports?{wrong}"))
 
     @pytest.mark.parametrize(
         ("asked", "found"),
@@ -611,7 +670,8 @@ def test_the_documentation_knows_every_endpoint_and_its_errors(api):
     assert set(paths) == {
         *("/", "/health", "/health/stages", "/ready", "/metrics", *(f"/v1/{path}" for path in versioned)),
         *(f"/v1/reports/{rest}" for rest in ("{run_id}/notebook", "{stage}/latest", "{stage}/latest-ok")),
-        "/v1/reports/{stage}/as-of/{at}",
+        *("/v1/reports/{stage}/as-of/{at}", "/v1/reports", "/v1/results/{question}.{form}"),
+        *("/v1/reports/{run_id}/previous", "/v1/reports/{run_id}/next"),
     }
     page = api.get("/").text
     for path, operation in ((path, next(iter(methods.values()))) for path, methods in paths.items()):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from etl.figures import figure
+from etl.figures import change, figure, span
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,38 @@ from etl.figures import figure
 )
 def test_a_figure_reads_as_people_write_it(name, value, text):
     assert figure(value, name) == text
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0.04, "0.0 s"),
+        (0.26, "0.3 s"),
+        (9.96, "10 s"),
+        (37.4, "37 s"),
+        (119, "119 s"),
+        (3300, "55 min"),
+        (2e5, "2 days"),
+    ],
+)
+def test_a_span_is_as_exact_as_people_ask(seconds, text):
+    assert span(seconds) == text
+
+
+@pytest.mark.parametrize(
+    "before, now, name, text",
+    [
+        (1190, 1234, "rows", "was 1,190, +3.7 %"),
+        (1000, 900, "rows", "was 1,000, -10.0 %"),
+        (0, 5, "rows", "was 0"),
+        (2, 400, "rows", "was 2"),  # 19,900 % says nothing
+        (1995, 1996, "year", "was 1995"),
+        (0.5, 0.6, "late_share", "was 50.0 %"),
+        ("a", "b", "model", "was a"),
+        (7, 7, "rows", ""),
+        (None, 7, "rows", ""),
+        ({"a": 1}, {"a": 2}, "losses", ""),
+    ],
+)
+def test_what_has_become_of_a_figure(before, now, name, text):
+    assert change(before, now, name) == text

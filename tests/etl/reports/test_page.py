@@ -7,12 +7,15 @@ import logging
 import random
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from etl.notebook import CHECK_MIME
 from etl.reports import cards
 from etl.reports import page as report_page
+from etl.reports.head import Before
 from etl.runs.record import RunRecord
 from etl.storage import Root
 
@@ -150,7 +153,7 @@ def assert_harmless(elements):
     for _, attributes in elements:
         assert not [name for name in attributes if name.startswith("on") or name in ("srcdoc", "srcset")]
         assert attributes.get("src", "data:image/").startswith("data:image/")
-        assert attributes.get("href", "https://").startswith(("https://", "http://", "#", "mailto:"))
+        assert attributes.get("href", "https://").startswith(("https://", "http://", "#", "mailto:", "report.ipynb"))
         assert "url(" not in attributes.get("style", "")
 
 
@@ -208,6 +211,114 @@ def test_a_bad_run_shows_its_card_first():
     assert ("section", {"class": "text killed card"}) in page.elements
     assert [a["class"] for _, a in page.elements if a.get("id") == "cell-1"] == ["code ok"]  # where the card points
     assert ("details", {"class": "parameters"}) in page.elements  # closed: nothing long above the card
+
+
+def with_head(before=report_page.NOTHING, cells=(), **changes):
+    """The page of a run of a stage whose parameters say what they mean."""
+    source = "root: str = 'x'  # where all is\nrows: int = 1  # at most\nsegments: list[str] = []  # of the market\n"
+    declared = new_code_cell(f"{source}key: Secret = 'A'  # of the service", metadata={"tags": ["parameters"]})
+    given = {"root": "/outputs", "segments": ["BUILDING"], "rows": 3, "key": "TOKEN"}
+    changes = {"parameters": given, "deadline_s": 300.0, "seconds": 37.2} | changes
+    return report_page.html(record(**changes), executed(declared, *cells), before)
+
+
+def test_the_head_says_what_came_of_it_and_what_is_new():
+    last_ok = {
+        "run_id": "toy-0",
+        "report": "reports/toy/2026-11-02/toy-0",
+        "parameters": {"segments": ["BUILDING"], "rows": 2, "key": "hunter2"},
+        "metrics": {"rows": 1000},
+    }
+    previous = {"run_id": "toy-1", "report": "reports/toy/2026-11-03/toy-1"}
+    checks = [{"name": "a", "ok": True, "detail": "1"}, {"name": "b", "ok": False, "detail": "2 of <3>"}]
+    shown = new_code_cell("check(...)", outputs=[new_output("display_data", data={CHECK_MIME: {"checks": checks}})])
+    made = with_head(
+        Before(last_ok, previous, usual_s=8.04),
+        cells=[shown],
+        state="check_failed",
+        reason="1 of 2 checks failed: b (2 of <3>)",
+        checks=checks,
+        metrics={"rows": 1234},
+        scheduled_for="2026-11-03T09:59:50+00:00",
+        versions_read={"orders": 12},
+        receipt={"wall_s": 37.2, "cpu_s": 3.5},
+    )
+    page, head = Page(made), Page(made.partition("</header>")[0])
+    links = [(a["href"]) for tag, a in head.elements if tag == "a" and "class" not in a]
+    assert links == ["../../2026-11-03/toy-1/report.html", "../../2026-11-02/toy-0/report.html", "report.ipynb"]
+    assert "\n1 of 2 checks failed: b (2 of <3>) (37 s, usually 8.0 s)." in head.text
+    for text in ("Waited11 s", "Ran37 s, usually 8.0 s", "Deadline5 min", "Readorders@12", "Cost3.5 s of CPU"):
+        assert text in head.text.replace("\n", "")
+    assert "1,234was 1,000, +23.4 %" in head.text
+    names = re.findall(r"<tr[^>]*><td>(rows|segments|key)</td>", made)
+    assert names == ["rows", "key", "segments"]  # what has changed comes first
+    assert "was 2" in head.text and "at most" in head.text and "hunter2" not in made
+    assert head.text.index("Run, root and host") < head.text.index("/outputs")
+    assert [tag for tag, a in page.elements if a.get("class") == "check"] == ["table"]  # one for all cells
+    assert head.text.index("FAILED") < head.text.index("passed")
+
+
+def test_a_page_without_code_has_what_is_said_and_shown():
+    traceback = new_output("error", ename="E", evalue="e", traceback=["Traceback: secret_module.py"])
+    cells = [
+        shows(plain="the answer"),
+        new_code_cell("y = secret_code()", outputs=[traceback]),
+        new_markdown_cell("# Why"),
+    ]
+    whole = with_head(cells=cells).encode()
+    page = Page(report_page.without_code(whole).decode())
+    assert "secret_code" in whole.decode() and "secret_module" in whole.decode()
+    for text in ("the answer", "Why", "Parameters", "at most"):
+        assert text in page.text
+    for text in ("secret_code", "secret_module", "with code", "rows: int"):
+        assert text not in page.text
+    opened = [tag for tag, _ in page.elements]
+    assert opened.count("details") == 2  # of the head
+
+
+def test_many_headings_are_listed_and_few_are_not():
+    many = [new_markdown_cell(f"## Part *{n}* <b title='<img src=x onerror=alert(1)>'>& more</b>") for n in range(6)]
+    page = Page(with_head(cells=many))
+    assert [a["href"] for _, a in page.elements if a.get("href", "").startswith("#part-")] == [
+        f"#part-{n}" for n in range(1, 7)
+    ]
+    assert [a["id"] for tag, a in page.elements if tag == "h2" and "id" in a] == [f"part-{n}" for n in range(1, 7)]
+    assert "Part 5 & more" in page.text
+    assert_harmless(page.elements)
+    assert "Contents" not in Page(with_head(cells=many[:5])).text
+
+
+def tokens(style, dark):
+    """The colours of the style sheet, by name."""
+    blocks = re.findall(r":root \{(.*?)\}", style, re.S)[: 2 if dark else 1]
+    return dict(re.findall(r"(--[\w-]+): (#[0-9a-f]{3,6});", " ".join(blocks)))
+
+
+def luminance(colour):
+    """Of WCAG 2: 0 to 1."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    channels = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(part * value for part, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(a, b):
+    lighter, darker = sorted((luminance(a), luminance(b)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_every_text_can_be_read_on_every_ground(dark):
+    style = (Path(report_page.__file__).parent / "templates/report/style.css").read_text()
+    of, grounds = tokens(style, dark), ("--page", "--paper", "--soft", "--alarm")
+    texts = of.keys() - {*grounds, "--line", "--on-badge"}
+    pairs = [(text, ground) for text in texts for ground in grounds]
+    pairs += [("--on-badge", badge) for badge in ("--good", "--idle", "--warn", "--bad")]
+    weak = {pair: round(contrast(of[pair[0]], of[pair[1]]), 2) for pair in pairs}
+    assert {pair: ratio for pair, ratio in weak.items() if ratio < 4.5} == {}
+    used = re.findall(r"[ ;{](?:color|background): ([^;}]+)", style)
+    assert {colour for colour in used if not re.fullmatch(r"var\(--[\w-]+\)|none|#5b6673", colour)} == set()
+    assert "opacity" not in style
 
 
 @pytest.mark.parametrize("said", ["use `x`", "a ``b`` c", "```\n````", "`"])
