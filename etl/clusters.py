@@ -49,7 +49,7 @@ class Sent:
         return cloudpickle.loads, (_packed(packages, module, name),)
 
 
-def submit(client: "distributed.Client", function: Callable[..., Any], *arguments: Any) -> "distributed.Future":
+def submit(client: "distributed.Client", function: Callable[..., Any], *arguments: Any) -> "distributed.Future[Any]":
     """Have a worker call a function of a module with what can be pickled.
 
     A worker that is lost has it called a second time, by another one, and of what the first has written nobody learns.
@@ -105,7 +105,8 @@ def _there(
             if not _has(packages, digest):
                 _take(packages, code)
             taken.update(dict.fromkeys(packages, digest))
-    return functools.reduce(getattr, name.split("."), importlib.import_module(module))(*arguments, **named)
+    function: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    return function(*arguments, **named)
 
 
 def _has(packages: tuple[str, ...], digest: str) -> bool:
