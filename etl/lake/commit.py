@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -111,22 +111,35 @@ def create_tables(lake: "Lake", run_id: str, known: Container[str] = ()) -> None
 @dataclass(frozen=True)
 class Encoded:
     """Rows of one table as a Parquet file. `stats`: what the Delta log says of them, as JSON. `values`: those of their
-    partition, which are not in the file."""
+    partition, which are not in the file. `path`: below the table's folder, once it is written there."""
 
     data: bytes
     stats: str
     values: dict[str, Any] = field(default_factory=dict)
+    path: str = ""
+    bytes: int = 0
+
+    def at(self, path: str) -> "Encoded":
+        """The same, written there."""
+        return replace(self, data=b"", path=path, bytes=len(self.data))
 
 
 def encode(lake: "Lake", table: str, frame: pl.DataFrame) -> list[Encoded]:
     """Rows as they are appended, a file a partition. Raises ValueError when what is never null is, or the columns are
     not the table's."""
-    declared = pl.Schema(lake.columns[table])
+    return encode_rows(frame, table, lake.columns[table], lake.required[table], lake.partitions[table])
+
+
+def encode_rows(
+    frame: pl.DataFrame, table: str, columns: Mapping[str, Any], required: Sequence[str], by: Sequence[str]
+) -> list[Encoded]:
+    """As `encode`, of a table with these columns, those of them that are never null, and those it is partitioned by."""
+    declared = pl.Schema(columns)
     if frame.schema != declared:
         raise ValueError(f"{table} has the columns {declared}, not {frame.schema}")
-    if nulls := [name for name in lake.required[table] if frame[name].null_count()]:
+    if nulls := [name for name in required if frame[name].null_count()]:
         raise ValueError(f"{table}: {', '.join(nulls)} may not be null")
-    if not (by := lake.partitions[table]):
+    if not by:
         return [_encoded(frame, {})]
     parts = frame.partition_by(by, maintain_order=True, include_key=False, as_dict=True)
     return [_encoded(part, dict(zip(by, values, strict=True))) for values, part in parts.items()]
@@ -136,6 +149,11 @@ def _encoded(frame: pl.DataFrame, values: dict[str, Any]) -> Encoded:
     buffer = io.BytesIO()
     frame.write_parquet(buffer, compression_level=1)
     return Encoded(buffer.getvalue(), json.dumps(delta.statistics(frame)), values)
+
+
+def name_of(values: Mapping[str, Any], batch: int) -> str:
+    """The path below a table's folder of a new file of a batch, in the partition that has these values."""
+    return f"{delta.folder_of(values)}batch-{batch:08d}-{uuid.uuid4()}.zstd.parquet"
 
 
 def append(
@@ -159,7 +177,7 @@ def append(
     is asked between the look and the commit: whoever is stopped after it comes with a version that is taken, or that is
     older than a log that begins anew, where nobody reads it.
     """
-    root, folder, paths = lake.root, f"lake/{table}", list[str]()
+    root, folder, written = lake.root, f"lake/{table}", list[Encoded]()
     while True:
         newest, last = head(lake, table, after) if seen is None or seen.touched else (seen.version, seen.batch)
         seen = None  # by what else came, if that was not enough
@@ -168,14 +186,16 @@ def append(
         if last == batch:
             delta.sync(root, folder, after, newest)
             return newest
-        if not paths:
-            paths = [f"{delta.folder_of(file.values)}batch-{batch:08d}-{uuid.uuid4()}.zstd.parquet" for file in rows]
-            with ThreadPoolExecutor(min(len(rows), WRITERS)) as pool:
-                list(pool.map(lambda path, file: root.write(f"{folder}/{path}", file.data), paths, rows))
+        if not written:
+            named = [(file, file.path or name_of(file.values, batch)) for file in rows]
+            with ThreadPoolExecutor(WRITERS) as pool:
+                paths = [(path, file.data) for file, path in named if not file.path]
+                list(pool.map(lambda each: root.write(f"{folder}/{each[0]}", each[1]), paths))
+            written = [file if file.path else file.at(path) for file, path in named]
             crash_point(f"written, not committed: {table}")
         about = {"run_id": run_id, "stage": lake.ingested_by, "batch": str(batch)}
         require()
-        if delta.commit(root, folder, newest + 1, _append_lines(paths, rows, newest, batch, about)):
+        if delta.commit(root, folder, newest + 1, _append_lines(written, newest, batch, about)):
             delta.sync(root, folder, after, newest)
             return newest + 1
 
@@ -271,13 +291,12 @@ def _until(lake: "Lake", table: str, after: int, last: int) -> int:
 
 
 def _append_lines(
-    paths: list[str], rows: Sequence[Encoded], read_version: int, batch: int, about: dict[str, Any]
+    files: Sequence[Encoded], read_version: int, batch: int, about: dict[str, Any]
 ) -> list[dict[str, Any]]:
     how = {"operationParameters": {"mode": "Append"}, "readVersion": read_version, "isBlindAppend": True}
     info = delta.commit_info("WRITE", how | about)
     transaction = {"appId": APP_ID, "version": batch, "lastUpdated": info["commitInfo"]["timestamp"]}
-    files = zip(paths, rows, strict=True)
-    adds = [delta.add(path, len(f.data), f.stats, changes=True, values=f.values) for path, f in files]
+    adds = [delta.add(file.path, file.bytes, file.stats, changes=True, values=file.values) for file in files]
     return [info, {"txn": transaction}, *adds]
 
 

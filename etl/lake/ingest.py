@@ -7,9 +7,6 @@ batch finishes that one, from the same files. Rows that do not fit go to `quaran
 raw text; files that cannot be read at all, or of which no line fits, or too few, go to `refused/`.
 """
 
-import contextlib
-import hashlib
-import itertools
 import math
 import os
 import time
@@ -18,25 +15,27 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import polars as pl
 
+from etl.clusters import connected
 from etl.lake import commit as commits
-from etl.lake import evolution, formats, landing, ledger, memory, parse, schemas, snapshot, upsert
+from etl.lake import evolution, formats, landing, ledger, memory, reading, schemas, snapshot, upsert, workers
 from etl.lake.landing import File
+from etl.lake.reading import Opened, Reading, Written
 from etl.lake.table import QUARANTINE, RESCUED, DataType, Table
 from etl.leases import LeaseHeld, LeaseLost
-from etl.storage import Root, Unreadable, crash_point
+from etl.storage import Root, crash_point
 
 if TYPE_CHECKING:
+    import distributed
+
     from etl.lake.lake import Lake
 
 MAX_BYTES = 256_000_000  # of JSON in a batch: about four times that in memory
 MOST_PARTITIONS = 1_000  # of a table in a batch
-GROUP_BYTES = 16_000_000  # in memory, of files that are parsed at once
 EARLIEST = "1970-01-01T00:00:00+00:00"  # of `as_of`: what is asked for goes back from it, and time begins with year 1
-GONE, CHANGED = "is gone from landing", "changed since"  # begin why a file of an unfinished batch is refused
 FILES: dict[str, DataType] = {
     "table": pl.String,
     "file": pl.String,
@@ -107,6 +106,11 @@ class Batch:
     pointer: dict[str, Any] | None = None
     looks: Mapping[str, schemas.Look] = field(default_factory=dict)
 
+    @property
+    def mb(self) -> float:
+        """Of its files, in millions of bytes."""
+        return sum(file.bytes for file in self.files) / 1e6
+
     def __str__(self) -> str:
         """For people: what it has, and what it leaves."""
         told = [f"batch {self.number}: {len(self.files):,} files"]
@@ -122,12 +126,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Parsed:
-    """A batch read and checked, nothing written yet.
+    """A batch read and checked, nothing committed yet.
 
-    `frames`: table -> typed rows. `refused`: rows for quarantine (columns of `table.QUARANTINE`).
-    `files`: one row a file: table, file, bytes, sha256, lines, good, bad. `batch.refused`: all files that are refused.
-    `clocks`: table -> its newest time, ISO 8601, of those that have one. `unfit`: of the refused files those of which
-    too few lines fit, the worst first: table, file, lines, bad, why.
+    `frames`: table -> typed rows; `written`: the same, where workers have put them into files. `refused`: rows for
+    quarantine (columns of `table.QUARANTINE`). `files`: one row a file: table, file, bytes, sha256, lines, good, bad.
+    `batch.refused`: all files that are refused. `clocks`: table -> its newest time, ISO 8601, of those that have one.
+    `unfit`: of the refused files those of which too few lines fit, the worst first: table, file, lines, bad, why.
     """
 
     batch: Batch
@@ -136,6 +140,7 @@ class Parsed:
     files: pl.DataFrame
     clocks: dict[str, str]
     unfit: pl.DataFrame
+    written: dict[str, Written] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -144,7 +149,14 @@ class Parsed:
     @property
     def rescued(self) -> int:
         """How many rows have fields that no column takes."""
-        return sum(frame[RESCUED].count() for frame in self.frames.values())
+        here = sum(frame[RESCUED].count() for frame in self.frames.values())
+        return here + sum(written.rescued for written in self.written.values())
+
+    @property
+    def heights(self) -> dict[str, int]:
+        """Table -> how many rows it gets."""
+        here = {table: frame.height for table, frame in self.frames.items()}
+        return here | {table: written.rows for table, written in self.written.items()}
 
 
 def next_batch(
@@ -223,7 +235,7 @@ def _next(
     grown = tuple(landing.grown(root, manifest)) if manifest else ()
     if not files and not waiting.repeated and not waiting.refused and not grown:
         return None, wrong
-    at = max(now, _utc(scheduled_for) if scheduled_for else now).isoformat(timespec="seconds")
+    at = max(now, reading.utc(scheduled_for) if scheduled_for else now).isoformat(timespec="seconds")
     left: dict[str, Any] = {"growing": waiting.growing, "unmatched": waiting.unmatched, "grown": grown, "held": held}
     left |= {"known": known, "again": again, **seen}
     return Batch(lake, number + 1, date, at, files, waiting.repeated, waiting.refused, **left), wrong
@@ -248,20 +260,15 @@ def _adopt(lake: "Lake") -> dict[str, Any]:
         return writer.publish(as_of=pointer["as_of"], versions=versions, **about)
 
 
-def _utc(moment: str) -> datetime:
-    """ISO 8601, in UTC where no zone is given."""
-    given = datetime.fromisoformat(moment)
-    return given.astimezone(UTC) if given.tzinfo else given.replace(tzinfo=UTC)
-
-
-def rules(table: Table, at: str) -> Table:
-    """A table as a batch of the time `at` (ISO 8601) takes its rows: none is further ahead of it than its slack."""
-    moment = _utc(at)
-    return table.until(moment + min(table.slack, parse.LAST - moment))
-
-
-def read(batch: Batch, *, max_bad_share: float = 1.0, max_inflated: int = formats.INFLATED_BYTES) -> Parsed:
-    """Read a batch's files, type their rows and set apart those that do not fit. Writes nothing.
+def read(
+    batch: Batch,
+    *,
+    max_bad_share: float = 1.0,
+    max_inflated: int = formats.INFLATED_BYTES,
+    dask: "str | distributed.Client | None" = None,
+    dask_above_mb: float = 0,
+) -> Parsed:
+    """Read a batch's files, type their rows and set apart those that do not fit. Writes nothing to any table.
 
     A file is refused that cannot be read, of which no line fits, or a larger share of lines than `max_bad_share` (0 to
     1) does not; unless that is 0, a single line is no such share, however small the file. So is one that is no longer
@@ -270,20 +277,41 @@ def read(batch: Batch, *, max_bad_share: float = 1.0, max_inflated: int = format
 
     The batch ends before the file with which it would inflate to more than `max_inflated` bytes, or to more than its
     files have as they are, whichever is more; the rest waits for the next batch. So the rows of that many bytes are
-    held, and while they are parsed `GROUP_BYTES` a table and two or three files a core, each of at most
+    held, and while they are parsed `reading.GROUP_BYTES` a table and two or three files a core, each of at most
     `formats.INFLATED_BYTES`.
+
+    A batch of more than `dask_above_mb` megabytes is read by the workers of the Dask cluster at `dask`, if there is
+    one: they write their rows into files, which `commit` names, and none are held here; but those of tables of which
+    the newest row of a key counts, which are read here. Raises OSError when nobody answers at `dask`, and
+    workers.Unseen when the workers do not see the root.
     """
     lake, cores = batch.lake, os.cpu_count() or 1
-    expected = {f["path"]: f["sha256"] for f in batch.manifest["files"]} if batch.manifest else {}
-    most = 1.0 if batch.manifest else max_bad_share
-    room = math.inf if batch.manifest else max(max_inflated, sum(file.bytes for file in batch.files))
+    asked = Reading(
+        lake.root,
+        batch.number,
+        {name: reading.rules(table, batch.at) for name, table in lake.tables.items()},
+        {f["path"]: f["sha256"] for f in batch.manifest["files"]} if batch.manifest else {},
+        1.0 if batch.manifest else max_bad_share,
+    )
+    there: list[File] = []
+    if dask is not None and batch.mb > dask_above_mb:
+        there = [file for file in batch.files if not lake.tables[file.table].upserts]
+    here = batch.files if not there else tuple(file for file in batch.files if lake.tables[file.table].upserts)
+    room = math.inf if batch.manifest or there else max(max_inflated, sum(file.bytes for file in here))
+    written: dict[str, Written] = {}
+    met: dict[str, File] = {}
     with memory.kept(), ThreadPoolExecutor(cores + 1) as pool:  # one reads and hashes while Polars has the cores
-        opened = _under_way(pool, lambda file: _open(batch, file, expected), batch.files, cores)
-        opened = _within(_without_copies(batch, opened), room)
-        groups = list(_under_way(pool, lambda group: _look(batch, group, most), _groups(opened), cores))
+        opened = _under_way(pool, lambda file: reading.open_file(asked, file), here, cores)
+        opened = _within(_without_copies(batch, opened, met), room)
+        groups = list(_under_way(pool, lambda group: reading.look(asked, group), reading.groups(opened), cores))
     ends = sum(len(looked.files) + len(looked.refused) for looked in groups)
-    if ends < len(batch.files):
+    if ends < len(here):
         groups = [looked.of(_first(batch, ends)) for looked in groups]
+    if there:
+        with connected(dask) as client:
+            assert client is not None, "there is an address"
+            looks, written = workers.read(client, asked, there, lambda file, of: _same_content(batch, file, of, met))
+        groups += looks
     order = list(lake.tables)
     groups.sort(key=lambda looked: order.index(looked.table))  # stable: a table's oldest first
     good: dict[str, list[pl.DataFrame]] = {}
@@ -297,15 +325,20 @@ def read(batch: Batch, *, max_bad_share: float = 1.0, max_inflated: int = format
             files.append((file.table, file.name, size, sha256, lines, lines - bad.height, bad.height))
             kept.append(file)
             crash_point(f"read: {file.table}")
-        if looked.files:
+        if looked.files and looked.table not in written:
             good.setdefault(looked.table, []).append(looked.rows)
     frames = {table: pl.concat(parts) for table, parts in good.items()}
     for table in frames:
-        frames[table] = _partitioned(frames[table].pipe(lake.tables[table].with_days), lake.tables[table])
+        frames[table] = frames[table].pipe(lake.tables[table].with_days)
+        if partitions := lake.tables[table].partitions:
+            _require_few(lake.tables[table], frames[table].select(partitions).n_unique())
         if lake.tables[table].upserts:
             frames[table] = upsert.of_batch(frames[table], lake.tables[table], batch.number)
+    for table, rows in written.items():
+        _require_few(lake.tables[table], len({(*file.values.values(),) for file in rows.files}))
     timed = {table: frame[time] for table, frame in frames.items() if (time := lake.tables[table].time)}
     newest: dict[str, Any] = {table: times.max() for table, times in timed.items() if times.len()}  # datetimes
+    newest |= {table: rows.newest for table, rows in written.items() if rows.newest}
     clocks = {table: time.isoformat() for table, time in newest.items()}
     return Parsed(
         replace(batch, files=tuple(kept), refused=tuple(refused)),
@@ -314,59 +347,23 @@ def read(batch: Batch, *, max_bad_share: float = 1.0, max_inflated: int = format
         pl.DataFrame(files, schema=FILES, orient="row"),
         clocks,
         pl.DataFrame(unfit, schema=UNFIT, orient="row").sort(pl.col("bad") / pl.col("lines"), "bad", descending=True),
+        written,
     )
 
 
-def _partitioned(rows: pl.DataFrame, table: Table) -> pl.DataFrame:
-    """The rows. Raises TooManyPartitions."""
-    if table.partitions and (count := rows.select(table.partitions).n_unique()) > MOST_PARTITIONS:
+def _require_few(table: Table, partitions: int) -> None:
+    """Raises TooManyPartitions."""
+    if table.partitions and partitions > MOST_PARTITIONS:
         raise TooManyPartitions(
-            f"{table.name}: this batch has {count:,} values of {', '.join(table.partitions)}, and each would be a file "
-            f"of its own: {MOST_PARTITIONS:,} are taken. What to do: fewer files in a batch (max_files), or "
+            f"{table.name}: this batch has {partitions:,} values of {', '.join(table.partitions)}, and each would be a "
+            f"file of its own: {MOST_PARTITIONS:,} are taken. What to do: fewer files in a batch (max_files), or "
             f"partition_by something of which there are fewer values; sort by this by cluster_by. Nothing was written"
         )
-    return rows
 
 
 def _first(batch: Batch, count: int) -> set[File]:
     """The batch's first files, at most so many; those of a sequence stay together where that is possible."""
     return set(landing.cut(batch.files[: count + 1], count, sum(file.bytes for file in batch.files)))
-
-
-class _Opened(NamedTuple):
-    """A file as it was read: its bytes, and what is in it, or why it is refused."""
-
-    file: File
-    sha256: str
-    bytes: int
-    content: formats.Content | None
-    why: str | None
-
-
-class _Looked(NamedTuple):
-    """A group of files of one table, parsed: `rows` of all of them together; `lines` and `bad` of each."""
-
-    table: str
-    files: list[tuple[File, str, int]]  # with sha256 and bytes
-    rows: pl.DataFrame
-    lines: list[int]
-    bad: list[pl.DataFrame]
-    refused: list[tuple[File, str]]
-    unfit: list[tuple[str, str, int, int, str]]  # as `UNFIT`: of those refused
-
-    def of(self, taken: set[File]) -> "_Looked":
-        """What is of these files."""
-        kept = [number for number, (file, *_) in enumerate(self.files) if file in taken]
-        names = {file.name for file in taken}
-        return _Looked(
-            self.table,
-            [self.files[n] for n in kept],
-            _of_files(self.rows, [n - bad.height for n, bad in zip(self.lines, self.bad, strict=True)], kept),
-            [self.lines[n] for n in kept],
-            [self.bad[n] for n in kept],
-            [(file, why) for file, why in self.refused if file in taken],
-            [row for row in self.unfit if row[1] in names],
-        )
 
 
 def _under_way(
@@ -382,22 +379,7 @@ def _under_way(
         yield futures.popleft().result()
 
 
-def _open(batch: Batch, file: File, expected: dict[str, str]) -> _Opened:
-    """Read one file. `expected`: path -> sha256, as the manifest of an unfinished batch has it."""
-    try:
-        data, sha256 = _read(batch.lake.root, file, expected.get(file.path))
-        if expected.get(file.path, sha256) != sha256:
-            raise Unreadable(f"{CHANGED} batch {batch.number} was written down")
-        content = formats.opened(data, batch.lake.tables[file.table].named)
-    except Unreadable as error:
-        why = str(error)
-        if file.path in expected and not why.startswith((GONE, CHANGED)):
-            why = f"{CHANGED} batch {batch.number} was written down: {why}"
-        return _Opened(file, "", 0, None, why)
-    return _Opened(file, sha256, len(data), content, None)
-
-
-def _within(opened: Iterable[_Opened], room: float) -> Iterator[_Opened]:
+def _within(opened: Iterable[Opened], room: float) -> Iterator[Opened]:
     """The first files, which together have at most `room` bytes in memory; one has as many as it has."""
     size = 0
     for number, file in enumerate(opened):
@@ -407,54 +389,9 @@ def _within(opened: Iterable[_Opened], room: float) -> Iterator[_Opened]:
         yield file
 
 
-def _groups(opened: Iterable[_Opened]) -> Iterator[list[_Opened]]:
-    """Files of the same table, a few megabytes together: what is parsed at once, so that a small file costs little. A
-    large one is alone."""
-    groups: dict[str, list[_Opened]] = {}
-    sizes: dict[str, int] = {}
-    for file in opened:
-        table, size = file.file.table, file.content.size if file.content else 0
-        if table in groups and sizes[table] + size > GROUP_BYTES:
-            yield groups.pop(table)
-        sizes[table] = size + (sizes[table] if table in groups else 0)
-        groups.setdefault(table, []).append(file)
-    yield from groups.values()
-
-
-def _look(batch: Batch, group: list[_Opened], most: float) -> _Looked:
-    """Parse the files of one group. Raises AssertionError when a line is neither a row nor refused."""
-    table = group[0].file.table
-    refused = [(opened.file, opened.why) for opened in group if opened.why is not None]
-    files = [(opened.file, opened.sha256, opened.bytes) for opened in group if opened.content]
-    pieces = [opened.content for opened in group if opened.content]
-    rows, bad, lines = parse.parse_all(pieces, rules(batch.lake.tables[table], batch.at))
-    if sum(lines) != rows.height + sum(frame.height for frame in bad):
-        raise AssertionError(f"{group[0].file.landing} and others: {sum(lines)} lines, but {rows.height} rows fit")
-    kept, unfit = [], []
-    for number, (file, *_) in enumerate(files):
-        allowed = max(1, most * lines[number]) if most else 0
-        if bad[number].height < lines[number] and bad[number].height <= allowed:
-            kept.append(number)
-            continue
-        why = parse.why_whole(bad[number], lines[number])
-        refused.append((file, why))
-        if bad[number].height and bad[number]["line"][0] != parse.WHOLE:
-            unfit.append((file.table, file.name, lines[number], bad[number].height, why))
-    if any(number not in kept and bad[number].height < lines[number] for number in range(len(files))):
-        rows = _of_files(rows, [count - frame.height for count, frame in zip(lines, bad, strict=True)], kept)
-    counts = [lines[n] for n in kept]
-    return _Looked(table, [files[n] for n in kept], rows, counts, [bad[n] for n in kept], refused, unfit)
-
-
-def _of_files(rows: pl.DataFrame, heights: list[int], kept: list[int]) -> pl.DataFrame:
-    """The rows of some of the files. `heights`: how many each has, in their order."""
-    starts = [0, *itertools.accumulate(heights)]
-    return pl.concat([rows.head(0), *(rows.slice(starts[number], heights[number]) for number in kept)])
-
-
-def _without_copies(batch: Batch, opened: Iterable[_Opened]) -> Iterator[_Opened]:
-    """The files in their order, those refused that have the content of another one of their table."""
-    met: dict[str, File] = {}
+def _without_copies(batch: Batch, opened: Iterable[Opened], met: dict[str, File]) -> Iterator[Opened]:
+    """The files in their order, those refused that have the content of another one of their table. `met`: as of
+    `_same_content`."""
     for file in opened:
         why = _same_content(batch, file.file, file.sha256, met) if file.content else None
         yield file if why is None else file._replace(content=None, why=why)
@@ -540,31 +477,37 @@ def _commit_tables(parsed: Parsed, listed: list[dict[str, Any]], writer: commits
     entries = ledger.of_batch(number, parsed.batch.at, listed, parsed.files)
     of_all = parsed.frames | {"quarantine": parsed.refused, "files": entries}
     frames = {table: frame for table, frame in of_all.items() if frame.height}
+    heights = {table: frame.height for table, frame in frames.items()} | parsed.heights
     # the others are as they were seen when the batch was taken: nothing is written to them
     looks = {**parsed.batch.looks} if parsed.batch.pointer == pointer else {}
-    looks |= schemas.look_at_all(lake, pointer, [table for table in lake.columns if table in frames or not looks])
+    looks |= schemas.look_at_all(lake, pointer, [table for table in lake.columns if table in heights or not looks])
     unsettled = schemas.unsettled(lake, pointer, looks)
     wrong = schemas.blocked(unsettled)
-    schemas.require_none(wrong, [*parsed.frames, *(file["table"] for file in listed)])
+    schemas.require_none(wrong, [*parsed.heights, *(file["table"] for file in listed)])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        encoded = pool.map(lambda table: commits.encode(lake, table, frames[table]), frames)
+        encoded = {table: pool.submit(commits.encode, lake, table, frame) for table, frame in frames.items()}
         if parsed.batch.manifest and parsed.batch.manifest.get("declared", lake.declaration) != lake.declaration:
             # a table whose files are gone, or others by now, may have more rows than there are to be read
-            gone = {file.table for file in parsed.batch.refused if (file.why or "").startswith((GONE, CHANGED))}
+            gone = {
+                file.table
+                for file in parsed.batch.refused
+                if (file.why or "").startswith((reading.GONE, reading.CHANGED))
+            }
             asked = [table for table in lake.columns if table not in gone | ({"quarantine"} if gone else set())]
-            heights = {table: frames[table].height if table in frames else 0 for table in asked}
-            commits.require_same_rows(lake, heights, batch=number, published=before["tables"])
+            had = {table: heights.get(table, 0) for table in asked}
+            commits.require_same_rows(lake, had, batch=number, published=before["tables"])
         commits.create_tables(lake, run_id, known=before["tables"])
         moved = [table for table in unsettled if table not in wrong]
         versions |= evolution.move(lake, moved, pointer, run_id, writer.lease.require)
-        for table, rows in zip(frames, encoded, strict=True):
+        for table in [*parsed.written, *frames]:  # the ledger is the last
+            rows = parsed.written[table].files if table in parsed.written else encoded[table].result()
             crash_point(f"before the commit: {table}")
             after = before["tables"].get(table, -1)
             about: Any = {"batch": number, "run_id": run_id, "require": writer.lease.require}
             versions[table] = commits.append(lake, table, rows, after=after, seen=looks.get(table), **about)
             crash_point(f"after the commit: {table}")
         if parsed.batch.manifest:  # rows of files that are gone by now may be in the others
-            others = {t: before["tables"].get(t, -1) for t in lake.columns if t not in frames and t not in wrong}
+            others = {t: before["tables"].get(t, -1) for t in lake.columns if t not in heights and t not in wrong}
             versions |= commits.committed(lake, others, batch=number)
     known = {table: mark for table, mark in before.get("schemas", {}).items() if table in wrong}
     clocks = snapshot.clocks_of(pointer)
@@ -597,11 +540,14 @@ def drain(
     quiet_s: float = 0,
     now: datetime | None = None,
     again: bool = False,
+    dask: str | None = None,
+    dask_above_mb: float = 0,
 ) -> pl.DataFrame:
     """Commit batch after batch until nothing waits; one row each, as `summary` has it.
 
-    None is begun that, going by the slowest so far, would not be over within `for_s` seconds. `max_bad_share`: as of
-    `read`. Files of a table that cannot become what it is declared to be wait, without a word: ask `blocked`.
+    None is begun that, going by the slowest so far, would not be over within `for_s` seconds. `max_bad_share`, `dask`
+    and `dask_above_mb`: as of `read`. Files of a table that cannot become what it is declared to be wait, without a
+    word: ask `blocked`.
     """
     done = [pl.DataFrame(schema=SUMMARY)]
     began, slowest = time.monotonic(), 0.0
@@ -609,7 +555,7 @@ def drain(
         batch, _ = _next(lake, max_files, max_bytes, quiet_s, scheduled_for, now, again=again)
         if batch is None:
             break
-        parsed = read(batch, max_bad_share=max_bad_share)
+        parsed = read(batch, max_bad_share=max_bad_share, dask=dask, dask_above_mb=dask_above_mb)
         try:
             written = commit(parsed, run_id=run_id)
         except (Overtaken, LeaseLost):  # what it did not take is still there: look again
@@ -637,7 +583,7 @@ def summary(parsed: Parsed, written: Mapping[str, int] | None = None) -> pl.Data
     kept = int(parsed.files["good"].sum())
     row = (batch.number, len(batch.files), len(batch.refused), mb, kept, parsed.refused.height, parsed.rescued)
     unfit = parsed.unfit.select("lines", "bad", "file", "why").to_dicts()
-    return pl.DataFrame([(*row, sorted(parsed.frames), len(unfit), unfit)], schema=SUMMARY, orient="row")
+    return pl.DataFrame([(*row, sorted(parsed.heights), len(unfit), unfit)], schema=SUMMARY, orient="row")
 
 
 def unfit(done: pl.DataFrame) -> str:
@@ -649,21 +595,6 @@ def unfit(done: pl.DataFrame) -> str:
     said = [f"{file}: {why}" for file, why in worst.head(SHOWN_FILES).select("file", "why").iter_rows()]
     more = f"; and {files.height - SHOWN_FILES} others" if files.height > SHOWN_FILES else ""
     return f"{files.height} file{'s' * (files.height > 1)}, {'; '.join(said)}{more}"
-
-
-def _read(root: Root, file: File, expected: str | None) -> tuple[bytes, str]:
-    """A file's bytes and their sha256. `expected`: what that was when the batch was written down."""
-    with contextlib.suppress(FileNotFoundError):
-        data = root.read_at_most(file.landing, file.bytes)
-        return data, hashlib.sha256(data).hexdigest()
-    for date in reversed(root.names("archive")):  # a replay after some of its files were archived
-        for rel in landing.in_archive(root, file, date):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError, Unreadable):
-                data = root.read_at_most(rel, file.bytes)
-                sha256 = hashlib.sha256(data).hexdigest()
-                if expected in (sha256, None):
-                    return data, sha256
-    raise Unreadable(f"{GONE}, and not in the archive")
 
 
 def _for_quarantine(bad: pl.DataFrame, batch: Batch, file: File) -> pl.DataFrame:

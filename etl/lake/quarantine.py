@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from etl.lake import ingest, snapshot
+from etl.lake import reading, snapshot
 from etl.lake.landing import RETRIED, WHY
 from etl.lake.parse import RAW_CHARS, as_file, as_it_came, fits
 from etl.lake.table import QUARANTINE
@@ -106,7 +106,7 @@ def _land_lines(lake: "Lake", name: str, lines: pl.DataFrame) -> list[str]:
         # what is not here as it was would be ingested as something else
         others += sum(raw is None for raw in came.values())
         again += len(before)
-        rules = ingest.rules(lake.tables[str(table)], now)
+        rules = reading.rules(lake.tables[str(table)], now)
         fit = [(n, raw) for n, raw in came.items() if raw is not None and n not in before and fits(raw, rules)]
         if not fit:
             continue

@@ -4,18 +4,15 @@ Both read the files of one snapshot, only the columns asked for, every decimal a
 leave out files that hold nothing in the question's window by the statistics in Delta's log.
 """
 
-import contextlib
-import functools
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
 import polars as pl
 
-from etl import delta
+from etl import clusters, delta
 from etl.storage import object_store_options
 
 if TYPE_CHECKING:
@@ -63,18 +60,6 @@ def by_polars(
 
 def _frame(snapshot: "Snapshot", table: str, files: list[delta.Action] | None) -> pl.LazyFrame:
     return snapshot.frame(table) if files is None else snapshot.frame_of(table, files)
-
-
-@contextlib.contextmanager
-def connected(dask: "str | distributed.Client | None") -> "Iterator[distributed.Client | None]":
-    """A client of the Dask scheduler at that address, or `dask` itself. Raises OSError when nobody answers there."""
-    if not isinstance(dask, str):
-        yield dask
-        return
-    import distributed
-
-    with distributed.Client(dask, set_as_default=False) as client:
-        yield client
 
 
 def by_dask(
@@ -134,7 +119,7 @@ def _dask_frame(
         defaults = snapshot.lake.defaults[table]
         wanted = [(name, dtype, defaults.get(name)) for name, dtype in typed.schema.items() if name in named]
         frame = dd.from_map(
-            _Sent(_read),
+            clusters.Sent(_read),
             *zip(*parts, strict=True),
             wanted=wanted,
             columns=columns,
@@ -168,38 +153,6 @@ def _always_shuffle() -> None:
         kinds += kind.__subclasses__()
         if belief in vars(kind):
             setattr(kind, belief, property(lambda expression: set()))
-
-
-class _Sent:
-    """A function that is pickled with its code, not by the name of a module that workers may not have."""
-
-    def __init__(self, function: Callable[..., Any]):
-        self.function = function
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return self.function(*arguments, **named)
-
-    def __reduce__(self) -> tuple[Callable[[bytes], Any], tuple[bytes]]:
-        import cloudpickle
-
-        return cloudpickle.loads, (_code(self.function),)
-
-
-@functools.cache
-def _code(function: Callable[..., Any]) -> bytes:
-    import cloudpickle
-
-    from etl import storage
-
-    ours = (sys.modules[__name__], storage)
-    for module in ours:
-        cloudpickle.register_pickle_by_value(module)
-    try:
-        code: bytes = cloudpickle.dumps(function)
-        return code
-    finally:
-        for module in ours:
-            cloudpickle.unregister_pickle_by_value(module)
 
 
 def _read(

@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import narwhals as nw
 import polars as pl
 
+from etl.clusters import connected
 from etl.questions import portions
-from etl.questions.engines import Window, by_dask, by_polars, connected
+from etl.questions.engines import Window, by_dask, by_polars
 from etl.storage import Root
 
 if TYPE_CHECKING:
