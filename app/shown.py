@@ -1,5 +1,6 @@
 """What the dashboard's pages share: answers and runs as they are shown, cached by the pointers they come from."""
 
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -9,7 +10,6 @@ from functools import partial
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-import numpy as np
 import pandas as pd
 import polars as pl
 import streamlit as st
@@ -22,15 +22,16 @@ from etl.figures import figure as written
 from etl.figures import is_name, is_share, shortened, words
 from etl.questions import results
 from etl.runs import index
+from etl.serve import health
 from etl.storage import Root
 from pipeline import Lake, queries
 
 log = logging.getLogger(__name__)
 LOOK_S = 15  # between two looks at the root
 TABLE_PX, WHOLE_PX = 213, 738  # a head and five rows, and twenty; the others are scrolled to
-ROWS, LETTERS = 1000, 200  # that a browser is sent: of a table and a chart, of a text in them
 SECONDS = "YYYY-MM-DD HH:mm:ss"
 DOCTOR = "see what `python orchestrate.py doctor` says"
+PALE, DIM = "#d7d9dd", "#3a3f47"  # of a chart's text and grid, where it is dark
 EXCERPT = "excerpt"  # how the keys of containers begin that hold a part of something
 LINE = 500  # characters of a line that a run prints
 ZONE = "zone"  # the key of the field in which the reader chooses one
@@ -126,7 +127,7 @@ def plain(text: str) -> str:
 
 def _in_words(name: str, value: Any) -> str:
     said = ", ".join(map(str, value)) if isinstance(value, list) else written(value, name)
-    return shortened(said, LETTERS)
+    return shortened(said, charts.LETTERS)
 
 
 def code(text: str) -> str:
@@ -135,23 +136,17 @@ def code(text: str) -> str:
 
 
 @st.cache_data(max_entries=32, show_spinner=False)
-def answer(root_url: str, question: str, pointer: bytes) -> tuple[dict[str, Any], pl.DataFrame, Any]:
-    """A question's current pointer, what is shown of its rows, and their Plotly figure, None when there is none.
-
-    `pointer`: its bytes, by which the cache knows it.
-    """
+def answer(root_url: str, question: str, pointer: bytes) -> tuple[dict[str, Any], pl.DataFrame]:
+    """A question's pointer, and what is shown of its rows. `pointer`: its bytes, by which the cache knows it."""
     current, whole = queries.current(Root.at(root_url), question)
-    frame = brief(whole)
-    chart = next(q.chart for q in queries.questions() if q.name == question)
-    return current, frame, figure(chart, frame) if chart and frame.height else None
+    return current, charts.brief(whole)
 
 
-def brief(frame: pl.DataFrame) -> pl.DataFrame:
-    """The first rows with their texts cut: what a browser can draw. It drew 100,000 rows 3.5 million pixels high."""
-    text = pl.selectors.string(include_categorical=True).cast(pl.String)
-    return frame.head(ROWS).with_columns(
-        pl.when(text.str.len_chars() > LETTERS).then(text.str.head(LETTERS) + "…").otherwise(text)
-    )
+@st.cache_data(max_entries=32, show_spinner=False)
+def drawing(root_url: str, path: str) -> dict[str, Any]:
+    """A chart as it is stored beside its answer: a Plotly figure, whose path names its run."""
+    figure: dict[str, Any] = json.loads(Root.at(root_url).read(path))
+    return figure
 
 
 EXPORTS: dict[str, tuple[str, Callable[[bytes], bytes]]] = {  # kind -> its MIME type, the answer's file as that
@@ -194,11 +189,9 @@ def _flat(frame: pl.DataFrame, nested: bool = True) -> pl.DataFrame:
     )
 
 
-def figure(chart: charts.Chart, frame: pl.DataFrame) -> Any:
+def figure(chart: charts.Chart, frame: pl.DataFrame) -> dict[str, Any]:
     """The chart as a Plotly figure for Streamlit. Takes a tenth of a second: to be cached."""
-    import plotly.graph_objects as go
-
-    return go.Figure(_names_kept(charts.plotly(chart, frame).to_plotly_json()))
+    return json.loads(charts.stored(chart, frame))
 
 
 def _names_kept(part: Any, name: str = "") -> Any:
@@ -209,7 +202,7 @@ def _names_kept(part: Any, name: str = "") -> Any:
     """
     if isinstance(part, dict):
         return {key: value if key == "template" else _names_kept(value, key) for key, value in part.items()}
-    if isinstance(part, list | tuple | np.ndarray):
+    if isinstance(part, list):
         return [_names_kept(value, name) for value in part]
     return part.replace("#", "#\u2060") if isinstance(part, str) and "color" not in name else part
 
@@ -259,32 +252,63 @@ def runs_table(shown: list[dict[str, Any]]) -> None:
 def answer_card(root: Root, question: queries.Question, rows_px: int | None = TABLE_PX) -> None:
     """A question's current answer as a chart and a table, and its run; without `rows_px` with downloads."""
     with panel("The answer", ["the answers"], f"results/{question.name}/current.json"):
-        current, frame, drawn = answer(root.url, question.name, root.read(pointer(question)))
+        current, frame = answer(root.url, question.name, root.read(pointer(question)))
         asked_with = [code(f"{words(name)}: {_in_words(name, value)}") for name, value in current["parameters"].items()]
         st.caption(" ".join([question.text, *asked_with]))
-        if drawn:
-            draw(drawn, question.name)
+        st.markdown(age(question, current))
+        answer_chart(root, question, current)
         table(frame, {name: column(name, dtype) for name, dtype in frame.schema.items()}, question.name, rows_px)
         if rows_px is None:
             downloads(root, current)
-        as_of = datetime.fromisoformat(current["as_of"])
         rows = "1 row" if current["rows"] == 1 else f"{current['rows']:,} rows"
         rows = rows if frame.height == current["rows"] else f"The first {frame.height:,} of {rows}"
-        st.caption(
-            f"{rows}, batch {current['batch']:,}, up to {as_of:%Y-%m-%d %H:%M:%S} UTC, "
-            f"by [{current['run_id']}]({report_url(current['run_id'])})"
-        )
+        st.caption(f"{rows}, by [{current['run_id']}]({report_url(current['run_id'])})")
 
 
-def draw(figure: Any, name: str) -> None:
-    """What `figure` made; `name` is its key on the page."""
-    st.plotly_chart(figure, theme=None, config={"displayModeBar": False}, key=f"chart-{name}")
+def age(question: queries.Question, current: dict[str, Any]) -> str:
+    """Of when an answer is and how far behind, amber where there should be another by now; `current`: its pointer."""
+    seen, now = view().seen, datetime.now(UTC)
+    said = f"as of {at(datetime.fromisoformat(current['as_of']), both=True)}"
+    if behind := max(seen.batch - current["batch"], 0):
+        said += f", {behind:,} batch{'es' if behind > 1 else ''} behind"
+    given = next((given for given in seen.answers if given.question == question.name), None)
+    due = _due(question, given) if given else None
+    return f":{'orange' if behind and due and now > due else 'gray'}-badge[{plain(said)}]"
+
+
+def _due(question: queries.Question, given: health.Answered) -> datetime | None:
+    """When the answer should have been followed by another: by its own limit, or the second run of its stage since."""
+    if question.fresh_within:
+        return given.at + question.fresh_within
+    stage = view().seen.stages.get(given.stage)
+    following = stage.next_run(given.at) if stage else None
+    return stage.next_run(following) if stage and following else None
+
+
+def answer_chart(root: Root, question: queries.Question, current: dict[str, Any]) -> None:
+    """The chart of an answer; `current`: its pointer. One of an older release has none beside it."""
+    with panel("The chart", remedy="run query, which draws it anew"):
+        if path := current.get("chart"):
+            draw(drawing(root.url, path), question.name)
+        elif "chart" not in current and question.chart:
+            st.caption("Its chart comes with the next run of `query`.")
+
+
+def draw(figure: dict[str, Any], name: str) -> None:
+    """A Plotly figure of `etl.charts` in the reader's theme; `name` is its key on the page."""
+    shown = _names_kept(figure)
+    if st.context.theme.type == "dark":
+        layout = shown["layout"]
+        layout["font"] = layout.get("font", {}) | {"color": PALE}
+        for axis in [name for name in layout if re.fullmatch(r"[xy]axis\d*", name)]:
+            layout[axis]["gridcolor"] = DIM
+    st.plotly_chart(shown, theme=None, config={"displayModeBar": False}, key=f"chart-{name}")
 
 
 def table(frame: pl.DataFrame, columns: dict[str, Any], name: str, rows_px: int | None = TABLE_PX) -> None:
     """The first rows of a frame; `columns` as in Streamlit's column_config, `name` is its key on the page."""
-    shown = brief(
-        _flat(frame.head(ROWS)).with_columns(
+    shown = charts.brief(
+        _flat(frame.head(charts.ROWS)).with_columns(
             (pl.selectors.decimal() | pl.selectors.by_dtype(pl.Int128)).cast(pl.Float64)
         )
     )

@@ -9,8 +9,9 @@ import html
 import io
 import json
 import os
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from decimal import Decimal
 from importlib import import_module
@@ -30,9 +31,13 @@ Chart = Callable[[pl.DataFrame], Any]
 
 WIDTH_PX, HEIGHT_PX, DENSITY = 700, 280, 1.5  # on the page; a PNG has DENSITY pixels for each
 COLOURS = ["#2f6db5", "#e08a2e", "#4c9f70", "#c0504d", "#8064a2", "#8c8c8c"]
+MANY = 60  # points of a line that are marked, too, when there are fewer
 MOST_NAMES, MOST_LETTERS = 20, 60  # along the horizontal axis
 INK, FAINT = "#333333", "#dddddd"
 UNITS = [(1e9, "billions"), (1e6, "millions"), (1e3, "thousands")]
+CLOSE = 0.15  # of the largest: values that differ by less are dots on a fitted scale, as bars would look alike
+ROWS, LETTERS = 1000, 200  # that a browser is sent: of a table and a chart, of a text in them
+CLEAR = "rgba(0,0,0,0)"  # so that a chart suits a light and a dark page
 
 _drawing = threading.Lock()  # HoloViews has one current backend for the whole process
 
@@ -160,6 +165,65 @@ def plotly(chart: Chart, frame: pl.DataFrame) -> "go.Figure":
     return figure
 
 
+def stored(chart: Chart, frame: pl.DataFrame) -> bytes:
+    """The chart of the first rows as a Plotly figure in JSON, to be drawn without what makes charts."""
+    text: str = plotly(chart, brief(frame)).to_json()
+    return text.encode()
+
+
+def brief(frame: pl.DataFrame) -> pl.DataFrame:
+    """The first rows with their texts cut: what a browser can draw. It drew 100,000 rows 3.5 million pixels high."""
+    text = pl.selectors.string(include_categorical=True).cast(pl.String)
+    return frame.head(ROWS).with_columns(
+        pl.when(text.str.len_chars() > LETTERS).then(text.str.head(LETTERS) + "…").otherwise(text)
+    )
+
+
+def line(points: pl.DataFrame, *names: str, unit: str = "", title: str = "") -> dict[str, Any]:
+    """Figures over time as a Plotly figure, made without HoloViews; a time column first, then those named.
+
+    `unit`: of the axis, as `in_units` gives it.
+    """
+    time = points.columns[0]
+    data = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers" if points.height < MANY else "lines",
+            "name": name,
+            "x": [moment.isoformat() for moment in points[time]],
+            "y": points[name].to_list(),
+            "line": {"color": COLOURS[at % len(COLOURS)], "width": 2},
+            "marker": {"size": 5},
+        }
+        for at, name in enumerate(names)
+    ]
+    return _plain(data, title, {"title": {"text": unit}, "rangemode": "normal"})
+
+
+def bars(values: dict[str, float], unit: str = "", title: str = "", strong: str = "") -> dict[str, Any]:
+    """Named values as horizontal bars, the first at the top: a Plotly figure made without HoloViews. `strong`: the name
+    of the one that the others are compared with."""
+    names = [*values][::-1]
+    colours = [COLOURS[0] if name == strong or not strong else COLOURS[5] for name in names]
+    trace = {
+        "type": "bar",
+        "orientation": "h",
+        "y": names,
+        "x": [values[name] for name in names],
+        "marker": {"color": colours},
+    }
+    return _plain([trace], title, {}, {"title": {"text": unit}})
+
+
+def _plain(data: list[Any], title: str, y: dict[str, Any], x: dict[str, Any] | None = None) -> dict[str, Any]:
+    import plotly.graph_objects as go
+
+    figure = go.Figure({"data": data, "layout": {"title": {"text": title}, "xaxis": x or {}, "yaxis": y}})
+    _tidy_plotly(figure, is_reversed=False)
+    plain: dict[str, Any] = json.loads(figure.to_json())
+    return plain
+
+
 def _made(backend: str, chart: Chart, frame: pl.DataFrame) -> Any:
     """The HoloViews object, in this project's colours, without `hv.extension` and what it would publish."""
     import holoviews as hv
@@ -222,6 +286,7 @@ def _tidy_matplotlib(figure: "Figure") -> None:
         value = text.get_text()
         text.set(text="" if value == "-" else f"{float(value):,.2f}", fontsize=9, color=INK)
     axes.set_aspect("auto")
+    _dots_matplotlib(axes)
     axes.set_title(axes.get_title(), loc="left", fontsize=11, fontweight="bold", color=INK, pad=10)
     axes.set_title("", loc="center")
     axes.spines[:].set_visible(False)
@@ -259,23 +324,132 @@ def _tidy_matplotlib(figure: "Figure") -> None:
         )
 
 
-def _tidy_plotly(figure: "go.Figure") -> None:
+def are_close(values: Sequence[float]) -> bool:
+    """Whether bars of such lengths would look alike: three or more, none of them at or below zero."""
+    return len(values) > 2 and min(values) > 0 and max(values) - min(values) < CLOSE * max(values)
+
+
+def _fitted(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean, and where the scale of such values begins and ends."""
+    low, high = min(values), max(values)
+    margin = 0.25 * (high - low) or 0.01 * high
+    return sum(values) / len(values), low - margin, high + margin
+
+
+def _dots_matplotlib(axes: Any) -> None:
+    """Bars that look alike as dots, and their mean as a line."""
+    containers = [group for group in axes.containers if len(group)]
+    if len(containers) == 1:  # as HoloViews draws them: of one colour in one group, or each on its own
+        bars = [*containers[0]]
+    elif all(len(group) == 1 for group in containers) and not axes.get_legend():
+        bars = [group[0] for group in containers]
+    else:
+        return
+    rows = len({round(bar.get_x(), 6) for bar in bars}) == 1
+    lengths = [float(bar.get_width() if rows else bar.get_height()) for bar in bars]
+    if not are_close(lengths):
+        return
+    middles = [bar.get_y() + bar.get_height() / 2 if rows else bar.get_x() + bar.get_width() / 2 for bar in bars]
+    mean, low, high = _fitted(lengths)
+    for bar in bars:
+        bar.set_visible(False)
+    axes.scatter(*((lengths, middles) if rows else (middles, lengths)), s=60, color=COLOURS[0], zorder=3)
+    (axes.set_xlim if rows else axes.set_ylim)(low, high)
+    (axes.axvline if rows else axes.axhline)(mean, color=COLOURS[5], linewidth=1, linestyle="--")
+    where = (mean, 1.0, f" {_mean(mean)}") if rows else (1.0, mean, f" {_mean(mean)}")
+    to = axes.get_xaxis_transform() if rows else axes.get_yaxis_transform()
+    axes.text(*where, transform=to, fontsize=9, color=INK, va="bottom" if rows else "center")
+
+
+def _mean(value: float) -> str:
+    return f"mean {value:,.4g}"
+
+
+def _dots_plotly(figure: "go.Figure") -> bool:
+    """As `_dots_matplotlib`; whether it did."""
+    import plotly.graph_objects as go
+
+    if len(figure.data) != 1 or figure.data[0].type != "bar":
+        return False
+    [trace] = figure.data
+    rows = trace.orientation == "h"
+    lengths = [float(value) for value in _listed(trace.x if rows else trace.y) if value is not None]
+    if not are_close(lengths):
+        return False
+    mean, low, high = _fitted(lengths)
+    dots = go.Scatter(x=trace.x, y=trace.y, mode="markers", marker={"size": 11, "color": COLOURS[0]})
+    figure.data = ()
+    figure.add_trace(dots)
+    add = figure.add_vline if rows else figure.add_hline
+    note = {"text": _mean(mean), "showarrow": False, "font": {"size": 11}}
+    add(mean, line={"color": COLOURS[5], "width": 1, "dash": "dash"}, annotation=note)
+    (figure.update_xaxes if rows else figure.update_yaxes)(range=[low, high])
+    (figure.update_yaxes if rows else figure.update_xaxes)(type="category", range=None)
+    return True
+
+
+def _listed(values: Any) -> list[Any]:
+    """The values of a trace, which Plotly keeps as tuples, arrays or base64."""
+    if isinstance(values, dict):
+        import base64
+
+        import numpy as np
+
+        values = np.frombuffer(base64.b64decode(values["bdata"]), values["dtype"])
+    return [] if values is None else list(values)
+
+
+def _tidy_plotly(figure: "go.Figure", is_reversed: bool = True) -> None:
+    """`is_reversed`: HoloViews hands over the last bars first."""
     bars = [trace for trace in figure.data if trace.type == "bar"]
-    if bars:
-        figure.data = bars[::-1]  # HoloViews hands over the last first
+    if bars and is_reversed:
+        figure.data = bars[::-1]
         for trace, colour in zip(figure.data, COLOURS, strict=False):
             trace.marker.color = colour
-    named_x = any(trace.type == "heatmap" or trace.type == "bar" and trace.orientation != "h" for trace in figure.data)
-    named_y = any(trace.type == "heatmap" or trace.type == "bar" and trace.orientation == "h" for trace in figure.data)
-    figure.update_traces(selector={"type": "heatmap"}, showscale=False, texttemplate="%{z:,.2f}")
+    rows = any(trace.type == "bar" and trace.orientation == "h" for trace in figure.data)
+    named_x = any(trace.type == "heatmap" or trace.type == "bar" and not rows for trace in figure.data)
+    named_y = any(trace.type == "heatmap" or trace.type == "bar" and rows for trace in figure.data)
+    _dots_plotly(figure)
+    figure.update_traces(selector={"type": "heatmap"}, showscale=False, texttemplate="%{z:,.2f}", textfont_color=INK)
     figure.update_layout(
-        template="plotly_white",
+        template="none",
+        autosize=True,
         width=None,
         height=HEIGHT_PX,
-        margin={"l": 10, "r": 10, "t": 45, "b": 10},
+        margin={"l": 10, "r": 10, "t": 45 if figure.layout.title.text else 10, "b": 10},
         font={"color": INK, "size": 12},
         title={"x": 0, "xref": "paper", "font": {"size": 15, "weight": 600}},
         showlegend=len(figure.data) > 1,
+        paper_bgcolor=CLEAR,
+        plot_bgcolor=CLEAR,
+        hoverlabel={"align": "left"},
     )
     figure.update_xaxes(automargin=True, gridcolor=FAINT, showgrid=named_y and not named_x, zeroline=False)
-    figure.update_yaxes(automargin=True, gridcolor=FAINT, showgrid=not named_y, hoverformat=",.3~f")
+    figure.update_yaxes(automargin=True, gridcolor=FAINT, showgrid=not named_y, zeroline=False)
+    for trace in figure.data:
+        trace.hovertemplate = _hover(figure, trace, rows)
+
+
+def _hover(figure: "go.Figure", trace: Any, rows: bool) -> str:
+    """What stands beside the pointer: "06:19 UTC · 136.3 million"."""
+    if trace.type == "heatmap":
+        return "%{y}, %{x} · %{z:,.2f}<extra></extra>"
+    along, value = ("y", "x") if rows else ("x", "y")
+    axis = figure.layout.xaxis if rows else figure.layout.yaxis
+    unit = next((unit for unit in _SAID if (axis.title.text or "").endswith(unit)), "")
+    values = [each for each in _listed(trace[value]) if each is not None]
+    digits = ",.1f" if unit else ",d" if all(float(each).is_integer() for each in values) else ",.4~f"
+    places = [str(each) for each in _listed(trace[along])]
+    name = "%{fullData.name} · " if len(figure.data) > 1 else ""
+    if places and all(_MOMENT.match(each) for each in places):
+        days = {each[:10] for each in places}
+        whole = all(each[11:19] in ("", "00:00:00") for each in places)
+        at = "%Y-%m-%d" if whole else "%H:%M" if len(days) == 1 else "%Y-%m-%d %H:%M"
+        where = f"%{{{along}|{at}}}{'' if whole else ' UTC'}"
+    else:
+        where = f"%{{{along}}}"
+    return f"{where} · {name}%{{{value}:{digits}}}{_SAID.get(unit, '')}<extra></extra>"
+
+
+_SAID = {plural: f" {plural[:-1]}" for _, plural in UNITS} | {"percent": " %"}
+_MOMENT = re.compile(r"\d{4}-\d\d-\d\d([T ]|$)")

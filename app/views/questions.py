@@ -6,28 +6,38 @@ import polars as pl
 import streamlit as st
 
 from app import shown
+from etl import charts
 from etl.figures import is_share
 from etl.storage import Root
 from pipeline import queries
 
-ASKED = "question"  # the field, and in the page's address, so that an answer can be linked
+ASKED, GROUP = "question", "group"  # the fields; the first is in the page's address, so that an answer can be linked
+GROUPS = {"all": lambda question: True, "of the moment": lambda q: q.live, "of all time": lambda q: not q.live}
 
 
 def page() -> None:
     """One question, chosen by the reader or by the page's URL."""
-    st.title("Business questions", anchor=False)
-    asked = {q.name: q for q in sorted(queries.questions(), key=lambda question: not question.live)}
+    st.title("Questions", anchor=False)
+    every = sorted(queries.questions(), key=lambda question: not question.live)
+    if not every:
+        st.info("This project has no questions.")
+        return
+    names = {question.name: question for question in every}
     linked = st.query_params.get(ASKED)
-    st.session_state[ASKED] = linked if linked in asked else next(iter(asked))
-    name = st.selectbox(
-        "Question",
-        list(asked),
-        format_func=lambda name: f"{asked[name].title}  ·  {name}",
-        label_visibility="collapsed",
+    search, group = st.columns([3, 2], vertical_alignment="bottom")
+    chosen = group.segmented_control(
+        "Group", list(GROUPS), default="all", format_func=shown.heading, key=GROUP, required=True
+    )
+    asked = {question.name: question for question in every if GROUPS[chosen](question) or question.name == linked}
+    st.session_state[ASKED] = linked if linked in names else next(iter(asked), every[0].name)
+    name = search.selectbox(
+        f"{len(asked)} questions; type to search",
+        list(asked) or list(names),
+        format_func=lambda name: f"{names[name].title}  ·  {name}",
         key=ASKED,
         on_change=link,
     )
-    answered(asked[name])
+    answered(names[name])
 
 
 def link() -> None:
@@ -35,9 +45,8 @@ def link() -> None:
     st.query_params[ASKED] = st.session_state[ASKED]
 
 
-@st.fragment(run_every=shown.LOOK_S)
 def answered(question: queries.Question) -> None:
-    """All about a question; runs again by itself."""
+    """All about a question."""
     root = shown.published_root()
     with shown.panel("The answer", ["the answers"], f"results/{question.name}/"):
         if not root.exists(shown.pointer(question)):
@@ -84,14 +93,8 @@ def read_from(question: queries.Question) -> None:
     st.markdown("\n".join(f"- **{table}**: {', '.join(columns)}" for table, columns in question.tables.items()))
 
 
-@st.cache_data(max_entries=32, show_spinner=False)
-def history_chart(history: pl.DataFrame) -> Any:
+def history_chart(history: pl.DataFrame) -> dict[str, Any]:
     """A figure over time; `history`: as_of, and the figure under its name."""
-    from etl.charts import in_units, plot
-
-    def chart(frame: pl.DataFrame) -> Any:
-        name = frame.columns[1]
-        scaled, unit = in_units(frame, name)
-        return plot(scaled).line(x="as_of", y=name, title="", xlabel="", ylabel=unit)
-
-    return shown.figure(chart, history)
+    name = history.columns[1]
+    scaled, unit = charts.in_units(history, name)
+    return charts.line(scaled, name, unit=unit)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from etl.cli import checking, debugging, health, lake, models, new, releases, running, runs, trying, up
+from etl.cli import checking, debugging, digest, health, lake, models, new, releases, running, runs, trying, up
 from etl.cli.common import Timetable
 
 __all__ = ["Timetable", "make"]
@@ -32,6 +32,7 @@ def make(timetable: Timetable, help_text: str) -> typer.Typer:
     running.register(app)
     checking.register(app)
     health.register(app)
+    digest.register(app)
     releases.register(app)
     trying.register(app)
     debugging.register(app)

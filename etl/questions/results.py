@@ -1,5 +1,7 @@
 """Where answers are kept: Parquet files under `results/<question>/`, a pointer to the current one, and their history.
 
+Beside an answer lies its chart, drawn: a Plotly figure, so that readers need nothing of what draws it.
+
 An answer becomes the current one by a swap of the pointer, so a reader finds a whole one at any time. The history
 lists the answers that are there, oldest first, each with one figure, so that a figure can be drawn over time without
 opening any of them.
@@ -8,6 +10,7 @@ opening any of them.
 import contextlib
 import io
 import json
+import logging
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from etl.lake.snapshot import Snapshot
     from etl.questions.question import Question
 
+log = logging.getLogger(__name__)
+CHART = ".plotly.json"  # how the name of a chart ends, after its run
 HISTORY: dict[str, pl.DataType | type[pl.DataType]] = {
     "as_of": pl.Datetime("us", "UTC"),
     "batch": pl.Int64,
@@ -63,6 +68,7 @@ def save(
     }
     result.write_parquet(buffer, metadata=metadata)
     root.write(path, buffer.getvalue())
+    pointer["chart"] = _draw(root, question, result, f"{folder}/{run_id}{CHART}")
     line = {name: pointer[name] for name in ("as_of", "batch", "run_id", "rows")}
     line |= {"figure": figure(question, result), "parameters": metadata["parameters"]}
     try:
@@ -76,10 +82,26 @@ def save(
     kept, dropped, yesterday = set(listed[-keep:]), set(listed[:-keep]), datetime.now(UTC) - timedelta(days=1)
     for entry in root.entries(folder):
         # one that is not listed and fresh is another run's, which is about to list it
-        gone = entry.name not in kept and (entry.name in dropped or bool(entry.modified and entry.modified < yesterday))
-        if gone and entry.name.endswith(".parquet") and not entry.problem:
+        answer = entry.name.removesuffix(CHART) + ".parquet" if entry.name.endswith(CHART) else entry.name
+        gone = answer not in kept and (answer in dropped or bool(entry.modified and entry.modified < yesterday))
+        if gone and answer.endswith(".parquet") and not entry.problem:
             root.remove(f"{folder}/{entry.name}")
     return pointer
+
+
+def _draw(root: Root, question: "Question", result: pl.DataFrame, path: str) -> str | None:
+    """Store the answer's chart; its path, or None where there is nothing to draw: an answer without it is an answer."""
+    if question.chart is None or result.is_empty():
+        return None
+    from etl import charts
+
+    try:
+        figure = charts.stored(question.chart, result)
+    except Exception:
+        log.warning("the chart of %s cannot be drawn", question.name, exc_info=True)
+        return None
+    root.write(path, figure)
+    return path
 
 
 def current(root: Root, question: str) -> tuple[dict[str, Any], pl.DataFrame]:

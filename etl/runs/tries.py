@@ -56,7 +56,9 @@ def _answers(root: Root) -> list[str]:
     for question in root.names("results"):
         with contextlib.suppress(FileNotFoundError, ValueError, LookupError, TypeError):  # damaged: no answer
             pointer = f"results/{question}/current.json"
-            rels += [json.loads(root.read(pointer))["file"], pointer, f"results/{question}/history.json"]
+            current = json.loads(root.read(pointer))
+            rels += [current["file"], pointer, f"results/{question}/history.json"]
+            rels += [current["chart"]] if current.get("chart") else []
     return rels
 
 
