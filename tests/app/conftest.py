@@ -8,13 +8,21 @@ from published import QUERY_RUN, TRAIN_RUN, add_run, fill
 from support import free_port
 
 import orchestrate
-from etl.serve import services
+from app import poller
+from etl.serve import health, services
 
 
 @pytest.fixture(autouse=True)
 def _main(monkeypatch):
     """Streamlit puts the page in the place of __main__, which processes that other tests start would run."""
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+
+
+@pytest.fixture(autouse=True)
+def _look_each_time(monkeypatch):
+    """What a test changes is seen at once."""
+    monkeypatch.setattr(poller, "LOOK_S", 0)
+    monkeypatch.setattr(health, "SLOWLY_S", 0)
 
 
 @pytest.fixture(scope="session")
