@@ -56,7 +56,7 @@ def stages(told: digest.Digest) -> None:
             "bad": [stage.bad for stage in told.stages],
             "p50": [stage.p50_s for stage in told.stages],
             "p99": [stage.p99_s for stage in told.stages],
-            "spark": [[value or 0 for value in stage.spark_s] for stage in told.stages],
+            "spark": [[value or 0.0 for value in stage.spark_s] for stage in told.stages],
             "rows": [stage.rows for stage in told.stages],
             "cpu": [stage.cpu_s for stage in told.stages],
             "cost": [stage.cost_usd for stage in told.stages],
