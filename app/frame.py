@@ -12,6 +12,7 @@ from etl.serve import health
 
 FILES = 20  # that are named, of those that differ from the release
 # These have no setting. A table's own download would be of what is shown, with texts cut; the answers have whole ones.
+# A page that is drawn again does not fade meanwhile, and what is small is not too faint to read.
 STYLE = """<style>
 .stMainBlockContainer { padding: 4rem 3rem 2rem; max-width: 90rem; }
 @media (max-width: 48rem) { .stMainBlockContainer { padding: 4rem 1rem 2rem; } }
@@ -19,6 +20,9 @@ STYLE = """<style>
     display: none;
 }
 [data-testid="stMetricValue"] > div { white-space: normal; overflow: visible; text-overflow: clip; }
+[data-stale="true"] { opacity: 1 !important; transition: none !important; }
+[data-testid="stCaptionContainer"], [data-testid="stCaptionContainer"] * { opacity: 1 !important; }
+[data-testid="stCaptionContainer"] p { color: light-dark(#555d68, #adb5c0); }
 .st-key-footer { border-top: 1px solid light-dark(#d5d9e0, #39414d); margin-top: 2rem; padding-top: 1rem; }
 </style>"""
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import streamlit as st
 
-from app import failures, markup, poller, shown
+from app import markup, poller, shown
 from etl.figures import figure, shortened, words
-from etl.runs import delivery, index, journal
+from etl.runs import delivery, failures, index, journal
 from etl.storage import Root
 
 LINES, LETTERS = 40, 500  # of a run's output, the last, and characters of a line

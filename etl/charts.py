@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import polars as pl
 
+from etl import maps
 from etl.figures import MEGABYTES, figure, is_name, is_share, words
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ INK, FAINT = "#333333", "#dddddd"
 UNITS = [(1e9, "billions"), (1e6, "millions"), (1e3, "thousands")]
 CLOSE = 0.15  # of the largest: values that differ by less are dots on a fitted scale, as bars would look alike
 ROWS, LETTERS = 1000, 200  # that a browser is sent: of a table and a chart, of a text in them
+LEGEND_PX, MEAN_PX = 40, 80  # below a figure of several traces; beside dots, for what their mean is
+FONT = "Source Sans, Helvetica, Arial, sans-serif"  # the first is the dashboard's
 CLEAR = "rgba(0,0,0,0)"  # so that a chart suits a light and a dark page
 
 _drawing = threading.Lock()  # HoloViews has one current backend for the whole process
@@ -147,11 +150,12 @@ def png(chart: Chart, frame: pl.DataFrame) -> bytes:
     from PIL import Image
 
     figure = _drawn("matplotlib", chart, frame)
-    _tidy_matplotlib(figure)
+    (_tidy_matplotlib if figure.axes[0].axison else _tidy_map)(figure)
     full, small = io.BytesIO(), io.BytesIO()
     figure.savefig(full, format="png", dpi=100 * DENSITY)
-    # 24 colours are plenty for bars and lines, at a third of the size
-    Image.open(full).convert("RGB").quantize(24, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    # 24 colours are plenty for bars and lines, at a third of the size; a map has one for each value
+    colours = 24 if figure.axes[0].axison else 64
+    Image.open(full).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
     return small.getvalue()
 
 
@@ -160,6 +164,9 @@ def plotly(chart: Chart, frame: pl.DataFrame) -> "go.Figure":
     import plotly.graph_objects as go
 
     state = _drawn("plotly", chart, frame)
+    if isinstance(state, go.Figure):
+        state.update_layout(_layout(bool(state.layout.title.text)))
+        return state
     figure = go.Figure({"data": state["data"], "layout": state["layout"]})
     _tidy_plotly(figure)
     return figure
@@ -235,6 +242,8 @@ def _made(backend: str, chart: Chart, frame: pl.DataFrame) -> Any:
         hv.Store.set_current_backend(backend)
         try:
             made = (chart if frame.height else _nothing)(frame)
+            if isinstance(made, maps.Areas):
+                return made
             if isinstance(made, hv.Bars) and len(made.kdims) == 2:  # groups as they come, not by the alphabet
                 made = made.redim.values(**{made.kdims[1].name: made.dimension_values(1, expanded=False)})
             return made.opts(*_styles(backend))
@@ -249,10 +258,13 @@ def _nothing(frame: pl.DataFrame) -> Any:
 
 
 def _drawn(backend: str, chart: Chart, frame: pl.DataFrame) -> Any:
-    """The backend's own figure: a Matplotlib Figure, a Plotly dict."""
+    """The backend's own figure: a Matplotlib Figure, a Plotly dict, of a map a Plotly Figure."""
     import holoviews as hv
 
-    return hv.renderer(backend).get_plot_state(_made(backend, chart, frame))
+    made = _made(backend, chart, frame)
+    if isinstance(made, maps.Areas):
+        return getattr(maps, backend)(made)
+    return hv.renderer(backend).get_plot_state(made)
 
 
 def _styles(backend: str) -> list["opts.Options"]:
@@ -272,6 +284,14 @@ def _styles(backend: str) -> list["opts.Options"]:
         # the lighter half: dark text can be read on all of it
         opts.HeatMap(cmap=process_cmap("Blues", 64)[:36], backend=backend),
     ]
+
+
+def _tidy_map(figure: "Figure") -> None:
+    figure.set_size_inches(WIDTH_PX / 100, HEIGHT_PX / 100)
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
+    axes = figure.axes[0]
+    axes.set_title(axes.get_title(), loc="left", fontsize=11, fontweight="bold", color=INK, pad=10)
+    axes.set_title("", loc="center")
 
 
 def _tidy_matplotlib(figure: "Figure") -> None:
@@ -381,7 +401,8 @@ def _dots_plotly(figure: "go.Figure") -> bool:
     figure.data = ()
     figure.add_trace(dots)
     add = figure.add_vline if rows else figure.add_hline
-    note = {"text": _mean(mean), "showarrow": False, "font": {"size": 11}}
+    side = {} if rows else {"x": 1, "xanchor": "left", "yanchor": "middle"}
+    note = {"text": f" {_mean(mean)}", "showarrow": False, "font": {"size": 11}} | side
     add(mean, line={"color": COLOURS[5], "width": 1, "dash": "dash"}, annotation=note)
     (figure.update_xaxes if rows else figure.update_yaxes)(range=[low, high])
     (figure.update_yaxes if rows else figure.update_xaxes)(type="category", range=None)
@@ -409,25 +430,35 @@ def _tidy_plotly(figure: "go.Figure", is_reversed: bool = True) -> None:
     rows = any(trace.type == "bar" and trace.orientation == "h" for trace in figure.data)
     named_x = any(trace.type == "heatmap" or trace.type == "bar" and not rows for trace in figure.data)
     named_y = any(trace.type == "heatmap" or trace.type == "bar" and rows for trace in figure.data)
-    _dots_plotly(figure)
+    is_dotted = _dots_plotly(figure)
     figure.update_traces(selector={"type": "heatmap"}, showscale=False, texttemplate="%{z:,.2f}", textfont_color=INK)
-    figure.update_layout(
-        template="none",
-        autosize=True,
-        width=None,
-        height=HEIGHT_PX,
-        margin={"l": 10, "r": 10, "t": 45 if figure.layout.title.text else 10, "b": 10},
-        font={"color": INK, "size": 12},
-        title={"x": 0, "xref": "paper", "font": {"size": 15, "weight": 600}},
-        showlegend=len(figure.data) > 1,
-        paper_bgcolor=CLEAR,
-        plot_bgcolor=CLEAR,
-        hoverlabel={"align": "left"},
-    )
+    figure.update_layout(_layout(bool(figure.layout.title.text)))
+    if len(figure.data) > 1:
+        legend = {"orientation": "h", "y": -0.3, "x": 0}
+        figure.update_layout(showlegend=True, legend=legend, height=HEIGHT_PX + LEGEND_PX)
     figure.update_xaxes(automargin=True, gridcolor=FAINT, showgrid=named_y and not named_x, zeroline=False)
     figure.update_yaxes(automargin=True, gridcolor=FAINT, showgrid=not named_y, zeroline=False)
+    if is_dotted and not rows:
+        figure.update_layout(margin={"r": MEAN_PX})
     for trace in figure.data:
         trace.hovertemplate = _hover(figure, trace, rows)
+
+
+def _layout(is_titled: bool) -> dict[str, Any]:
+    """What all figures have in common."""
+    return {
+        "template": "none",
+        "autosize": True,
+        "width": None,
+        "height": HEIGHT_PX,
+        "margin": {"l": 10, "r": 10, "t": 45 if is_titled else 10, "b": 10},
+        "font": {"color": INK, "size": 12, "family": FONT},
+        "title": {"x": 0, "xref": "container", "font": {"size": 15, "weight": 600}},
+        "showlegend": False,
+        "paper_bgcolor": CLEAR,
+        "plot_bgcolor": CLEAR,
+        "hoverlabel": {"align": "left"},
+    }
 
 
 def _hover(figure: "go.Figure", trace: Any, rows: bool) -> str:

@@ -6,6 +6,7 @@ import polars as pl
 import streamlit as st
 
 from app import shown
+from etl.figures import words
 from etl.runs import digest
 from etl.storage import Root
 
@@ -55,7 +56,7 @@ def stages(told: digest.Digest) -> None:
             "bad": [stage.bad for stage in told.stages],
             "p50": [stage.p50_s for stage in told.stages],
             "p99": [stage.p99_s for stage in told.stages],
-            "spark": [[value or 0 for value in stage.spark_s] for stage in told.stages],
+            "spark": [[value or 0.0 for value in stage.spark_s] for stage in told.stages],
             "rows": [stage.rows for stage in told.stages],
             "cpu": [stage.cpu_s for stage in told.stages],
             "cost": [stage.cost_usd for stage in told.stages],
@@ -87,10 +88,10 @@ def failures(told: digest.Digest) -> None:
         {
             "times": [each.count for each in told.failures],
             "stage": [each.stage for each in told.failures],
-            "state": [shown.words(each.state) for each in told.failures],
-            "reason": [each.reason for each in told.failures],
-            "first": [each.first for each in told.failures],
-            "last": [each.last for each in told.failures],
+            "state": [words(each.state) for each in told.failures],
+            "reason": [each.reason or digest.NO_REASON for each in told.failures],
+            "first": [each.first_at for each in told.failures],
+            "last": [each.last_at for each in told.failures],
             "report": [shown.report_url(each.run_id) for each in told.failures],
         }
     )

@@ -62,8 +62,8 @@ def tables(root: Root, token: str) -> None:
         "rows": number("Rows", format="%,d"),
         "files": number("Files", format="%,d"),
         "small_files": number(f"Below {SMALL_MB} MB", format="%,d", help="Files that compaction makes one of"),
-        "mb": number("MB", format="%,.2f"),
-        "mean_mb": number("MB a file", format="%,.2f"),
+        "mb": number("Size", format="bytes"),
+        "mean_mb": number("A file", format="bytes", help="On average"),
         "failed": st.column_config.TextColumn("Cannot be read", width="large"),
     }
     given = survey if survey["failed"].null_count() < survey.height else survey.drop("failed")
@@ -93,7 +93,7 @@ def surveyed(root_url: str, token: str) -> tuple[pl.DataFrame, dict[str, Any] | 
         versions, about = {}, None
     survey = lake.survey(small_mb=SMALL_MB)
     version = pl.Series("version", [versions.get(name) for name in survey["table"]], pl.Int64)
-    return survey.insert_column(1, version), about
+    return survey.insert_column(1, version).with_columns(pl.col("mb", "mean_mb") * 1e6), about
 
 
 def versions(root: Root, token: str, table: str) -> None:

@@ -13,7 +13,7 @@ from app import shown
 from app.domain import CARD, NO_MODEL, model
 from app.settings import Settings
 from etl import charts
-from etl.figures import figure, words
+from etl.figures import figure
 from etl.models import registry
 from etl.storage import Root
 
@@ -74,31 +74,29 @@ def over_time(stored: list[dict[str, Any]]) -> None:
     """Every model's loss beside what it is compared with, by when it was trained; and all of them in a table."""
     if not stored:
         return
-    rows = [
-        {"trained": trained, **CARD.losses(each["metrics"])}
-        for each in reversed(stored)
-        if (trained := _trained(each["run_id"]))
-    ]
     st.subheader("The models so far", anchor=False)
-    if len(rows) > 1:
-        frame = pl.DataFrame(rows)
+    frame = pl.DataFrame([{"trained": _trained(each["run_id"]), **_compared(each["metrics"])} for each in stored])
+    frame = frame.drop_nulls("trained").sort("trained")
+    if frame.height > 1:
         shown.draw(charts.line(frame, *frame.columns[1:], unit="log loss", title="Log loss, model by model"), "models")
-    names = list(stored[0]["metrics"])
-    table = pl.DataFrame(
-        {
-            "trained": [_trained(each["run_id"]) for each in stored[:MODELS]],
-            "aliases": [", ".join(each["aliases"]) for each in stored[:MODELS]],
-            **{name: [_number(each["metrics"].get(name)) for each in stored[:MODELS]] for name in names},
-            "report": [shown.report_url(each["run_id"]) for each in stored[:MODELS]],
-        },
-        schema_overrides={"trained": pl.Datetime("us", "UTC")} | dict.fromkeys(names, pl.Float64),
-    )
-    columns = {name: st.column_config.NumberColumn(shown.heading(name), format="%,.5g") for name in names} | {
+    said = [{label: text.format(**each["metrics"]) for label, text in CARD.figures.items()} for each in stored[:MODELS]]
+    about = [
+        {"trained": _trained(each["run_id"]), "aliases": ", ".join(each["aliases"]), **figures}
+        | {"report": shown.report_url(each["run_id"])}
+        for each, figures in zip(stored, said, strict=False)
+    ]
+    columns = {label: st.column_config.TextColumn(label, alignment="right") for label in CARD.figures} | {
         "trained": st.column_config.DatetimeColumn("Trained (UTC)", format=shown.SECONDS),
         "aliases": st.column_config.TextColumn("Is the"),
         "report": st.column_config.LinkColumn("Report", display_text="open"),
     }
-    shown.table(table, columns, "models")
+    shown.table(pl.DataFrame(about, schema_overrides={"trained": pl.Datetime("us", "UTC")}), columns, "models")
+
+
+def _compared(metrics: dict[str, Any]) -> dict[str, float]:
+    """The loss that the model's is to be compared with, and the model's."""
+    losses = CARD.losses(metrics)
+    return {name: loss for at, (name, loss) in enumerate(losses.items()) if at == 0 or loss == metrics.get("log_loss")}
 
 
 def _trained(run_id: str) -> datetime | None:
@@ -107,10 +105,6 @@ def _trained(run_id: str) -> datetime | None:
         return datetime.strptime(run_id.split("-")[-2], "%Y%m%dT%H%M%S").replace(tzinfo=UTC)
     except (ValueError, IndexError):
         return None
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
 
 
 # --- on what came since ---
@@ -156,9 +150,7 @@ def predicted() -> None:
         for at in range(0, len(names), ACROSS):
             for column, name in zip(st.columns(ACROSS), names[at : at + ACROSS], strict=False):
                 example = CARD.example.get(name)
-                text = column.text_input(
-                    shown.heading(words(name)), f"{example}", key=f"row-{name}", help=CARD.described.get(name)
-                )
+                text = column.text_input(name, f"{example}", key=f"row-{name}", help=CARD.described.get(name))
                 row[name] = _typed(text, example)
         is_asked = st.form_submit_button("Predict", type="primary")
     if is_asked:

@@ -183,7 +183,10 @@ def age_card(view: View, step: str, at: datetime | None, what: str, within: time
 
 def figures(root: Root, view: View) -> None:
     """What the domain counts and asks all the time, with what changed."""
-    made = [*counts(root), *answers(root, view), *model_figure(root)]
+    made = []
+    with shown.panel("What is counted", ["the published snapshot"]):
+        made += counts(root)
+    made += [*answers(root, view), *model_figure(root)]
     if made:
         markup.show("<h2>Figures</h2>", markup.cards(made, "narrow"))
 

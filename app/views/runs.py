@@ -5,9 +5,9 @@ from typing import Any
 
 import streamlit as st
 
-from app import failures, markup, run_page, shown
+from app import markup, run_page, shown
 from etl.figures import shortened, words
-from etl.runs import index
+from etl.runs import failures, index
 from etl.runs.record import STATES
 from etl.storage import Root
 

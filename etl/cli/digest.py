@@ -51,10 +51,9 @@ def digest(
         out.print(table)
     for failure in told.failures:
         times = f"{failure.count:,} times" if failure.count > 1 else "once"
-        out.print(
-            f"[red]{escape(failure.stage)}[/] {times}, last at {failure.last:%H:%M}: {escape(failure.reason)}",
-            highlight=False,
-        )
+        reason = escape(failure.reason or digests.NO_REASON)
+        told_at = f"{times}, last at {failure.last_at:%H:%M}"
+        out.print(f"[red]{escape(failure.stage)}[/] {told_at}: {reason}", highlight=False)
         say(f"    {failure.run_id}", "dim")
     for run in told.outliers:
         text = f"{run.seconds:,.1f} s, usually {run.usual_s:,.1f}"

@@ -3,10 +3,8 @@
 Made from the index of runs alone, by one read. A run is of the day, in UTC, in which it started.
 """
 
-import hashlib
 import html
 import json
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from etl.figures import shortened
 from etl.runs import index
+from etl.runs.failures import BAD, Group, groups
 from etl.storage import Root
 
 if TYPE_CHECKING:
@@ -22,9 +21,9 @@ if TYPE_CHECKING:
 SLICES = 48  # of a day, for the sparklines: half hours
 FAR, FAR_S = 3, 1.0  # times as long as usual, and seconds more: a run that is out of the ordinary
 OUTLIERS, REASON = 10, 300  # that are named; characters of a reason
+NO_REASON = "no reason is known"
 COST = "cost_usd"  # in a run's receipt, where its machine has a price
 BLOCKS = "▁▂▃▄▅▆▇█"
-FINE = ("ok", "noop")
 
 
 @dataclass(frozen=True)
@@ -56,27 +55,13 @@ class Outlier:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """Runs of a day that failed alike. `first`, `last`: when they started; `run_id`: of the last."""
-
-    fingerprint: str
-    stage: str
-    state: str
-    reason: str
-    count: int
-    first: datetime
-    last: datetime
-    run_id: str
-
-
-@dataclass(frozen=True)
 class Digest:
     """A day. `stages` in the order in which they first ran, `failures` the most frequent first."""
 
     day: date
     stages: list[StageDay]
     outliers: list[Outlier]
-    failures: list[Failure]
+    failures: list[Group]
 
     @property
     def sentence(self) -> str:
@@ -91,12 +76,6 @@ class Digest:
 
 def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def fingerprint(stage: str, reason: str) -> str:
-    """What failures of a stage have in common whose reasons differ in numbers, times and names of runs alone."""
-    alike = re.sub(r"\b(0x)?[0-9a-f]{6,}\b|\d+", "#", reason)
-    return hashlib.sha256(f"{stage}\n{alike}".encode()).hexdigest()[:8]
 
 
 def of_day(root: Root, day: date | None = None) -> Digest:
@@ -128,7 +107,8 @@ def of_day(root: Root, day: date | None = None) -> Digest:
     far = [(run, median) for run in ok if (median := usual[run["stage"]]) is not None and _is_far(run, median)]
     named = [Outlier(*(run[n] for n in ("run_id", "stage", "started_at", "seconds")), median) for run, median in far]
     named.sort(key=lambda run: run.seconds / max(run.usual_s, 0.01), reverse=True)
-    return Digest(start.date(), stages, named[:OUTLIERS], _failures(runs))
+    failed = sorted(groups(runs.to_dicts()), key=lambda group: -group.count)
+    return Digest(start.date(), stages, named[:OUTLIERS], failed)
 
 
 def _is_far(run: dict[str, Any], usual_s: float) -> bool:
@@ -144,7 +124,7 @@ def _stage_day(stage: str, runs: "pl.DataFrame") -> StageDay:
     return StageDay(
         stage,
         runs.height,
-        runs.filter(~pl.col("state").is_in([*FINE, "cancelled"])).height,
+        runs.filter(pl.col("state").is_in(BAD)).height,
         runs.filter(state="cancelled").height,
         ok.quantile(0.5, "linear"),
         ok.quantile(0.99, "linear"),
@@ -153,29 +133,6 @@ def _stage_day(stage: str, runs: "pl.DataFrame") -> StageDay:
         sums["cpu_s"],
         sums[COST],
     )
-
-
-def _failures(runs: "pl.DataFrame") -> list[Failure]:
-    alike: dict[str, list[dict[str, Any]]] = {}
-    for run in runs.to_dicts():
-        if run["state"] not in (*FINE, "cancelled"):
-            reason = run["reason"] or "no reason is known"
-            alike.setdefault(fingerprint(run["stage"], f"{run['state']}\n{reason}"), []).append(run)
-    failures = [
-        Failure(
-            key,
-            last["stage"],
-            last["state"],
-            shortened(last["reason"] or "no reason is known", REASON),
-            len(same),
-            same[0]["started_at"],
-            last["started_at"],
-            last["run_id"],
-        )
-        for key, same in alike.items()
-        if (last := same[-1])
-    ]
-    return sorted(failures, key=lambda failure: -failure.count)
 
 
 # --- as a page for mail ---
@@ -216,8 +173,8 @@ def as_html(digest: Digest, title: str, link: Callable[[str], str | None] = lamb
             f"{each.count:,}",
             html.escape(each.stage),
             html.escape(each.state.replace("_", " ")),
-            html.escape(each.reason),
-            f"{each.first:%H:%M} to {each.last:%H:%M}",
+            html.escape(shortened(each.reason or NO_REASON, REASON)),
+            f"{each.first_at:%H:%M} to {each.last_at:%H:%M}",
             run(each.run_id),
         ]
         for each in digest.failures

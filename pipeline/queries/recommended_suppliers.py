@@ -59,16 +59,24 @@ def answer(region, nation, supplier, part, partsupp):
 
 
 def chart(result):
+    """The world: for how many types of part each nation has the supplier that is recommended in its region."""
+    import json
+    from pathlib import Path
+
     import polars as pl
 
-    from etl.charts import plot
+    from etl.maps import areas
 
-    # a part type is three words, the first is its class
-    by_class = (
-        result.with_columns(part_class=pl.col("part_type").str.split(" ").list.first())
-        .group_by("region", "part_class")
-        .agg(pl.col("supply_cost").cast(pl.Float64).mean())
-        .sort("region", "part_class")
+    outlines = json.loads((Path(__file__).parent.parent / "world.json").read_text("utf-8"))
+    counted = result.group_by("region", "nation").agg(types=pl.len()).sort("nation")
+    said = pl.format("{} ({}) · {} part types", pl.col("nation").str.to_titlecase(), pl.col("region"), "types")
+    title = "Where the recommended suppliers are"
+    return areas(
+        counted.with_columns(said=said),
+        outlines,
+        name="nation",
+        value="types",
+        text="said",
+        title=title,
+        label="part types",
     )
-    title = "Lowest supply cost by class of part, mean of its types"
-    return plot(by_class).heatmap(x="part_class", y="region", C="supply_cost", title=title, xlabel="", ylabel="")

@@ -1,6 +1,5 @@
 """Every question's chart is drawn by every backend, also from no rows, and brings no JavaScript into a notebook."""
 
-import base64
 import io
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -14,7 +13,7 @@ import pytest
 from faults.answers import one_tick
 from PIL import Image
 
-from etl import charts
+from etl import charts, maps
 from pipeline.queries import ask, questions
 
 MONEY = [Decimal("1200000.5000"), Decimal("3400000.0000"), Decimal("250000.2500")]
@@ -89,11 +88,23 @@ def test_beside_the_pointer_stand_the_time_and_the_figure_with_its_unit(answers)
 
 
 def numbers_of(trace):
-    """The numbers of a trace. Plotly keeps arrays of them as base64."""
+    """The numbers of a trace."""
     for values in (trace.x, trace.y, getattr(trace, "z", None)):
-        if isinstance(values, dict):
-            array = np.frombuffer(base64.b64decode(values["bdata"]), values["dtype"])
-            yield from array[~np.isnan(array)]
+        numbers = [value for value in charts._listed(values) if isinstance(value, float | int | np.number)]
+        yield from (number for number in numbers if not np.isnan(number))
+
+
+def test_a_map_needs_no_network_and_fills_the_areas_that_have_a_value(answers):
+    answer = answers["recommended_suppliers"]
+    figure = charts.plotly(CHARTED["recommended_suppliers"].chart, answer)
+    assert {trace.type for trace in figure.data} == {"scatter"}, "Plotly's own maps fetch their outlines"
+    filled = {trace.text: trace.fillcolor for trace in figure.data if trace.hoveron == "fills"}
+    assert len(filled) == answer["nation"].n_unique(), "each nation has its outline"
+    counts = dict(answer.group_by("nation").len().iter_rows())
+    said = {text.partition(" (")[0].upper(): text for text in filled}
+    assert all(f"· {count} part types" in said[nation] for nation, count in counts.items())
+    assert filled[said[max(counts, key=counts.get)]] == maps.STRONG
+    assert filled[said[min(counts, key=counts.get)]] == maps.PALE
 
 
 def test_no_rows_are_drawn_as_no_rows():
