@@ -30,7 +30,7 @@ IDLE_S = 5  # of a kept connection, for its next request
 HEAD_BYTES = 64_000  # of a request, besides its body
 AHEAD = 16  # requests on a connection that wait for the answers before
 FILES = 256  # of those that a process may have open, left for what is no connection
-AT_ONCE = 64  # connections that are taken up, before the loop sees to those that are there
+AT_ONCE = 16  # connections that are taken up, before the loop sees to those that are there
 MOST = 4000  # connections, however many files there may be
 READ_BYTES = 32_768  # at once
 SWITCH_S = 0.001  # between threads that want the interpreter: the loop waits for it as often as others work
@@ -138,6 +138,8 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             return
         self.is_first = False
         super().data_received(data)
+        if self.is_receiving and self.cycle is not None and self.cycle.body:
+            self.flow.pause_reading()  # of what is large, more is read when the application asks for it
         if self.is_receiving and not self.is_first:
             self.surplus += len(data)
             if self.surplus > HEAD_BYTES:
