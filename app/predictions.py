@@ -22,7 +22,7 @@ from etl.storage import Root
 
 LOOK_S = 1  # between two looks at the pointer
 REST_S = 30  # at most, while what it names cannot be used
-TURN = 200_000  # bytes of bodies, and EACH for each of them: 1 to 2 ms, before the loop looks who else asks for something
+TURN = 200_000  # bytes of bodies, and EACH for each of them, before the loop looks who else asks for something: 2 ms
 EACH = 20_000
 WAITING = 1000  # requests at once for predictions that wait for their turn
 PATHS = ("/predict", "/v1/predict")
