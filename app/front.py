@@ -15,7 +15,9 @@ import os
 import re
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,6 +36,8 @@ PROBE = "/health"  # answered to anybody who knows the service's name, at any ra
 QUICK = {PROBE, "/ready", "/metrics", "/", "/predict", "/v1/predict"}  # what has limits of its own, or needs none
 READING = 64  # other requests at once: four are answered, the others wait for them
 BODIES = 64_000_000  # bytes of bodies at once
+SMALL = 16_000  # bytes of a body that comes at once
+READS = 4  # of larger ones, each time the loop comes round
 LINGER_S = 2  # a client that still sends its body is listened to for a little, so that it sees why it was refused
 CLIENTS = 10_000  # whose rates are known
 FLUSH_S = 0.2
@@ -46,6 +50,7 @@ class Front:
     def __init__(self, app: Any, settings: Callable[[], Settings], requests: Requests, limit: int):
         self.app, self.settings, self.requests, self.limit = app, settings, requests, limit
         self.log, self.reading, self.held = Log(), 0, 0
+        self.reading_bodies = Pace(READS)
         self._known: tuple[Settings, Known] | None = None
         self._ids, self._start = itertools.count(1), os.urandom(4).hex()
 
@@ -105,6 +110,8 @@ class Front:
         parts, size, more = [], 0, True
         try:
             while more and max(size, declared) <= self.limit and self.held <= BODIES:
+                if size or declared > SMALL:
+                    await self.reading_bodies.come()
                 message = await receive()
                 if message["type"] != "http.request":
                     return  # it went away
@@ -147,6 +154,39 @@ class Front:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(drained(), LINGER_S)
         await answer({"type": "http.response.body", "body": b""})
+
+
+class Pace:
+    """Those who wait go on as they came, so many each time the loop comes round: it sees to all else in between."""
+
+    def __init__(self, most: int):
+        """`most`: of what `come` is given, each time."""
+        self.most = self._left = most
+        self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
+        self._is_due = False
+
+    async def come(self, weight: int = 1) -> None:
+        """Wait for a turn. What weighs more than there is at all goes alone."""
+        if self._waiting or self._left <= 0:
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.append((turn, weight))
+            await turn
+        else:
+            self._left -= weight
+        if not self._is_due:
+            self._is_due = True
+            asyncio.get_running_loop().call_soon(self._round)
+
+    def _round(self) -> None:
+        self._left = self.most
+        while self._waiting and self._left > 0:
+            turn, weight = self._waiting.popleft()
+            if not turn.done():  # or its client has gone
+                turn.set_result(None)
+                self._left -= weight
+        self._is_due = bool(self._waiting) or self._left < self.most
+        if self._is_due:
+            asyncio.get_running_loop().call_soon(self._round)
 
 
 class Known:
@@ -261,6 +301,7 @@ class Log:
 
     def __init__(self) -> None:
         self._lines: list[bytes] = []
+        self._writer = ThreadPoolExecutor(1, "log")  # a disk that is busy would keep the loop
         self._encode = msgspec.json.Encoder().encode
         self._due = 0.0
 
@@ -282,6 +323,10 @@ class Log:
     def flush(self) -> None:
         lines, self._lines = self._lines, []
         if lines:
-            with contextlib.suppress(OSError, ValueError):  # nobody listens any more
-                sys.stderr.write(b"\n".join([*lines, b""]).decode())
-                sys.stderr.flush()
+            self._writer.submit(_write, b"\n".join([*lines, b""]))
+
+
+def _write(lines: bytes) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody listens any more
+        sys.stderr.write(lines.decode())
+        sys.stderr.flush()

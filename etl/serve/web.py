@@ -33,6 +33,7 @@ FILES = 256  # of those that a process may have open, left for what is no connec
 AT_ONCE = 64  # connections that are taken up, before the loop sees to those that are there
 MOST = 4000  # connections, however many files there may be
 READ_BYTES = 32_768  # at once
+HEAD_READ = 4096  # of them where a request begins: of a large body nothing, before it has its turn
 SWITCH_S = 0.001  # between threads that want the interpreter: the loop waits for it as often as others work
 TOKEN = "ETL_API_TOKEN"
 GROWN = 16_000_000  # bytes more than there were, before what is free is given back to the system
@@ -128,7 +129,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         super().connection_lost(exc)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self.beside.buffer
+        return self.beside.buffer if self.is_receiving else self.beside.buffer[:HEAD_READ]
 
     def buffer_updated(self, nbytes: int) -> None:
         self.data_received(bytes(self.beside.buffer[:nbytes]))
@@ -138,6 +139,8 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             return
         self.is_first = False
         super().data_received(data)
+        if self.is_receiving and self.cycle is not None and self.cycle.body:
+            self.flow.pause_reading()  # of what is large, more is read when the application asks for it
         if self.is_receiving and not self.is_first:
             self.surplus += len(data)
             if self.surplus > HEAD_BYTES:
@@ -230,7 +233,10 @@ class Server(uvicorn.Server):
 
     def _protocol(self) -> asyncio.Protocol:
         made: Any = self.config.http_protocol_class
-        return made(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)  # type: ignore[no-any-return]
+        protocol: asyncio.Protocol = made(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return protocol
 
 
 def most_connections() -> int:
