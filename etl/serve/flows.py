@@ -144,12 +144,10 @@ def _tell(record: RunRecord, link: str | None = None) -> None:
     told = f"{record.run_id}: {record.state}{f': {record.reason}' if record.reason else ''}"
     try:
         if record.reason:  # not by a logger, which would have the terminal of `up` say it once more
-            level = logging.INFO if record.ok else logging.ERROR
-            line = LogCreate(
-                name="etl", level=level, message=told, timestamp=_now(), flow_run_id=UUID(str(this_run.id))
-            )
+            line = {"name": "etl", "level": logging.INFO if record.ok else logging.ERROR, "message": told}
+            line |= {"timestamp": _now(), "flow_run_id": this_run.id}
             with get_client(sync_client=True) as client:
-                client.create_logs([line])
+                client.create_logs([LogCreate.model_validate(line)])
         text, key = f"{record.run_id}: {record.state}", f"report-{record.stage}".replace("_", "-").lower()
         create_link_artifact(link, link_text=text, description=told, key=key)
     except Exception as error:  # the server is away, or not well: what the run is does not depend on that

@@ -389,7 +389,7 @@ def test_runs_can_be_read_on_a_narrow_terminal(greeting):
     }
     index.append(Root.at(root), RunRecord(**first | long))
     listed = narrowly("runs", "list").stdout
-    assert re.search(rf"^greet +ok +\d+ days +[\d.]+ s  {first['run_id']}$", listed, re.M), listed
+    assert re.search(rf"^greet +ok +[\d.]+ \w+ +[\d.]+ s  {first['run_id']}$", listed, re.M), listed
     assert re.search(r"^long +failed .*\n +word-0", listed, re.M)
     assert first["run_id"] in listed
     assert re.search(r"word-\d+…", listed) and "word-20" not in listed
