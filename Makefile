@@ -45,6 +45,10 @@ up: setup  ## Run everything: Prefect, the six schedules, the API, the dashboard
 demo: export ROOT := $(ROOT)
 demo: setup  ## One pass of all stages on a scratch root (ROOT=outputs/dev, or s3://bucket/prefix)
 	@$(BIN)/python orchestrate.py run all --env dev --root "$$ROOT"
+	@echo; echo "What next:"
+	@echo "  make lab    the notebooks in JupyterLab, on what was just written"
+	@echo "  make up     everything on its schedule, with dashboard and API"
+	@echo "  $(BIN)/python orchestrate.py runs list --root '$$ROOT'    the runs; runs open ID shows a report"
 
 test: setup  ## Run the tests
 	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder

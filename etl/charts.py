@@ -67,6 +67,9 @@ class Live:
         }
 
 
+NOTE = 24  # letters, from which on a text is a note and no value
+
+
 class Grid:
     """A frame as a notebook shows it: no types, no quotes, numbers as people write them."""
 
@@ -77,7 +80,8 @@ class Grid:
         return repr(self.frame.head(self.rows))
 
     def _repr_html_(self) -> str:
-        shown = self.frame.head(self.rows)
+        same = self._said_once()
+        shown = self.frame.drop(same).head(self.rows)
         sides = [' align="right"' if dtype.is_numeric() else "" for dtype in shown.dtypes]
         names = [html.escape(words(name)) for name in shown.columns]
         head = "".join(f"<th{side}>{name}</th>" for side, name in zip(sides, names, strict=True))
@@ -86,8 +90,20 @@ class Grid:
         body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
         more = self.frame.height - shown.height
         note = f"<p><small>and {more:,} more row{'s' if more > 1 else ''}</small></p>" if more else ""
+        for name in same:
+            said = html.escape(self.frame[name][0] or "none")
+            note += f"<p><small>{html.escape(words(name))}: {said} (in all {self.frame.height:,} rows)</small></p>"
         kind = ' class="short"' if self.letters else ""
         return f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
+
+    def _said_once(self) -> list[str]:
+        """The columns of notes that are the same in all rows: of long texts, or empty ones."""
+        texts = [name for name, dtype in self.frame.schema.items() if dtype in (pl.String, pl.Null)]
+        if self.frame.height < 2:
+            return []
+        firsts = ((name, self.frame[name][0] or "") for name in texts if self.frame[name].n_unique() == 1)
+        same = [name for name, first in firsts if not first or len(first) > NOTE]
+        return same if len(same) < self.frame.width else []
 
     def _cut(self, text: str) -> str:
         return html.escape(text if not self.letters or len(text) <= self.letters else text[: self.letters] + "…")

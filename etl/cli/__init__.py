@@ -36,6 +36,7 @@ def make(timetable: Timetable, help_text: str) -> typer.Typer:
     releases.register(app)
     trying.register(app)
     debugging.register(app)
+    runs.register(app)
     app.add_typer(new.app, name="new")
     app.add_typer(runs.app, name="runs")
     app.add_typer(models.app, name="models")

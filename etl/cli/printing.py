@@ -1,7 +1,10 @@
 """How runs, records and differences look on a terminal."""
 
+import collections
 import json
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -82,17 +85,46 @@ def report_of(record: "RunRecord") -> str:
     return report if "://" in report else min(report, os.path.relpath(report), key=len)
 
 
-def records_table(records: "Sequence[RunRecord]") -> Table:
-    """One pass of all stages."""
-    table = Table("stage", "state", title="One pass of all stages", title_justify="left")
-    table.add_column("seconds", justify="right")
-    table.add_column("rows", justify="right")
-    table.add_column("report", overflow="fold")
-    for record in records:
-        rows = record.metrics.get("rows") if record.ok else None
-        what = f"{rows:,}" if isinstance(rows, int) else escape(record.reason) if record.ok else ""
-        table.add_row(record.stage, styled(record.state), f"{record.seconds:.1f}", what, escape(report_of(record)))
-    return table
+class Minutes:
+    """What `up` says of its runs: those that ended in a minute on one line, one that went wrong at once and in full."""
+
+    def __init__(self, url_of: Callable[[str], str]):
+        """`url_of`: where the report of a run_id is."""
+        self._url_of = url_of
+        self._lock = threading.Lock()
+        self._records: list[RunRecord] = []
+
+    def __call__(self, record: "RunRecord") -> None:
+        with self._lock:
+            if not record.ok:
+                print_record(record, self._url_of(record.run_id))
+            self._records.append(record)
+            if len(self._records) == 1:
+                timer = threading.Timer(60 - time.time() % 60, self.tell)
+                timer.daemon = True
+                timer.start()
+
+    def tell(self) -> None:
+        """Say what has ended since the last line, where something has."""
+        with self._lock:
+            records, self._records = self._records, []
+            if records:
+                line = Table.grid(padding=(0, 2, 0, 0))
+                line.add_row(f"[dim]{datetime.now():%H:%M:%S}[/]", summed_up(records))
+                out.print(line, highlight=False)
+
+
+def summed_up(records: "Sequence[RunRecord]") -> str:
+    """As in "generate 2 ok, 12,000 rows · query failed": how the runs of each stage ended."""
+    parts = []
+    for stage in dict.fromkeys(record.stage for record in records):
+        own = [record for record in records if record.stage == stage]
+        counts = collections.Counter(record.state for record in own)
+        states = [f"{f'{n} ' if len(own) > 1 else ''}{styled(state)}" for state, n in counts.items()]
+        rows = [record.metrics.get("rows") for record in own if record.state == "ok"]
+        total = sum(count for count in rows if isinstance(count, int))
+        parts.append(f"{escape(stage)} {' '.join(states)}{f', {total:,} rows' if total else ''}")
+    return " [dim]·[/] ".join(parts)
 
 
 def print_differences(differences: Sequence[Any], title: str) -> None:

@@ -30,7 +30,7 @@ from etl.cli.common import (
     refuse,
     root_at,
 )
-from etl.cli.printing import print_differences, print_record, progress, records_table
+from etl.cli.printing import print_differences, print_record, progress
 from etl.params import Environment, Stage
 from etl.storage import PROJECT
 
@@ -93,13 +93,9 @@ def run(
     records = [_run_one(stage_, environment, scheduled_for, quiet=as_json, parent=parent) for stage_ in stages]
     if as_json:
         print_json([asdict(record) for record in records])
-    elif len(records) > 1:
-        out.print(records_table(records))
-        for record in records:
-            if not record.ok:
-                print_record(record)
     else:
-        print_record(records[0])
+        for record in records:
+            print_record(record)
     if not all(record.ok for record in records):
         raise typer.Exit(1)
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich import box
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from etl.cli.common import (
@@ -30,8 +31,13 @@ from etl.cli.common import (
 from etl.cli.printing import print_differences, readable, styled, text_of
 
 REASON_LINES, REASON_WIDTH = 2, 20  # of a reason in the list: about, and at least
-GAPS = 8  # characters between the columns
 app = typer.Typer(no_args_is_help=True, help="The index of runs.")
+
+
+def register(top: typer.Typer) -> None:
+    top.command()(report)
+
+
 State = Literal["running", "ok", "noop", "check_failed", "failed", "timed_out", "killed", "cancelled"]
 
 
@@ -50,7 +56,6 @@ def list_runs(
     as_json: AsJson = False,
 ) -> None:
     """The last runs, newest first, with those under way on this machine; a long reason is whole in `runs show`."""
-    from etl.figures import shortened
     from etl.runs import delivery, index
 
     asked = existing_root(env, root, may_be_empty=True)
@@ -72,21 +77,35 @@ def list_runs(
         for hint in [] if has_others else roots_with_runs(asked):
             say(hint)
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("run", "state", "seconds"):  # the id is there to be copied
-        table.add_column(column, no_wrap=True, justify="right" if column == "seconds" else "left")
-    if metric:
-        table.add_column(escape(metric), no_wrap=True, justify="right")
-    table.add_column("reason", overflow="fold")
+    _print_runs(rows, metric)
+
+
+def _print_runs(rows: Sequence[dict[str, Any]], metric: str | None) -> None:
+    """A line each, and below it the reason; the id is the last, whole, to be copied."""
+    from etl.figures import shortened, span
+
+    stages = max(5, *(len(row["stage"]) for row in rows))
     values = [f"{row['value']:.6g}" if metric else "" for row in rows]
-    beside = max(len(row["run_id"]) + len(row["state"]) + len(f"{row['seconds']:.1f}") for row in rows)
-    beside += max(len(text) for text in (metric or "", *values))
-    most = REASON_LINES * max(out.width - beside - GAPS, REASON_WIDTH)
+    width = max(map(len, (metric or "", *values)))
+    head = f"{'stage':{stages}}  {'state':12}  {'age':>7}  {'took':>7}  {f'{metric:>{width}}  ' if metric else ''}run"
+    out.print(f"[bold]{escape(head)}", highlight=False, soft_wrap=True)
+    now = datetime.now(UTC)
     for row, value in zip(rows, values, strict=True):
-        reason = shortened(row["reason"] or "", most)
-        cells = [row["run_id"], styled(row["state"]), f"{row['seconds']:.1f}", *([value] if metric else [])]
-        table.add_row(*cells, escape(reason))
-    out.print(table)
+        age = span(max((now - _ended(row)).total_seconds(), 0))
+        state = styled(row["state"].ljust(12))
+        line = f"{row['stage']:{stages}}  {state}  {age:>7}  {span(row['seconds']):>7}  "
+        line += f"{value:>{width}}  " if metric else ""
+        out.print(f"{line}[dim]{row['run_id']}[/]", highlight=False, soft_wrap=True)
+        if row["reason"]:
+            room = max(out.width - stages - 2, REASON_WIDTH)
+            reason = escape(shortened(row["reason"], REASON_LINES * room))
+            out.print(Padding(reason, (0, 0, 0, stages + 2)), highlight=False)
+
+
+def _ended(row: dict[str, Any]) -> datetime:
+    """When a run ended; of one that is under way, when it began."""
+    parsed = datetime.fromisoformat(row["ended_at"] or row["started_at"])
+    return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
 
 
 @app.command("show")
@@ -142,13 +161,15 @@ def tail_run(
 
 @app.command("diff")
 def diff_runs(a: RunId, b: RunId, env: Env = "local", root: RootOption = None, as_json: AsJson = False) -> None:
-    """What differs between two runs: parameters, code, inputs, seconds, metrics, and how they ended."""
+    """What differs between two runs: first in a sentence what may be why, then all: how they ended, what they had."""
     from etl.runs import replay
 
-    differences = replay.diff(*(get_run(run_id, env, root) for run_id in (a, b)))
+    before, after = (get_run(run_id, env, root) for run_id in (a, b))
+    differences = replay.diff(before, after)
     if as_json:
         print_json([asdict(difference) for difference in differences])
     elif differences:
+        out.print(escape(replay.cause(before, after, differences)), highlight=False)
         print_differences(differences, f"{a} and {b}")
     else:
         out.print("nothing that is recorded differs")
@@ -169,6 +190,40 @@ def sweep_reports(
         print_json(counts)
     else:
         out.print(", ".join(f"{count:,} {what}" for what, count in counts.items()))
+
+
+def report(
+    run_id: RunId,
+    env: Env = "local",
+    root: RootOption = None,
+    pdf: Annotated[Path | None, typer.Option(metavar="FILE", help="Print it into this PDF; needs Chromium.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Copy its page into this file.")] = None,
+    no_code: Annotated[bool, typer.Option("--no-code", help="For readers who do not code.")] = False,
+) -> None:
+    """A run's report as a file to hand on: a PDF, or a page that needs no other file."""
+    from etl.reports import page
+    from etl.reports import pdf as printer
+    from etl.runs import index
+
+    if not (pdf or html):
+        refuse("name a file to write: --pdf FILE or --html FILE; `runs open` shows a report in the browser", 2)
+    asked, record = existing_root(env, root), get_run(run_id, env, root)
+    try:
+        content = page.page_of(asked, record, lambda: index.before(asked, record))
+    except FileNotFoundError:
+        refuse(f"the report of {record['run_id']} was swept; `runs show` has its row")
+    content = page.served(content, [])  # what it led to is not beside it
+    if no_code:
+        content = page.without_code(content)
+    try:
+        if html:
+            html.write_bytes(content)
+            say(f"{html}")
+        if pdf:
+            printer.write(content, pdf)
+            say(f"{pdf}")
+    except (printer.NotPrinted, OSError) as error:
+        refuse(str(error))
 
 
 @app.command("open")

@@ -30,12 +30,11 @@ from etl.cli.common import (
     services_folder,
 )
 from etl.cli.ports import with_ports
-from etl.cli.printing import print_record
+from etl.cli.printing import Minutes
 from etl.storage import PROJECT, Root
 
 if TYPE_CHECKING:
     from etl.params import Environment
-    from etl.runs.record import RunRecord
     from etl.runs.releases import Tree
     from etl.serve.heartbeat import Heart
 
@@ -91,6 +90,7 @@ def up(
     # explicitly: a shell that starts it in the background has it ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    minutes: Minutes | None = None
     status, code = 1, Code(Root.at(url), children, logs, heartbeat.Heart(Root.at(url), pages, api_url))
     try:
         if is_new:
@@ -112,12 +112,11 @@ def up(
         code.begin(tree)
         from etl.serve import flows
 
-        def on_record(record: "RunRecord") -> None:
-            print_record(record, report=f"{api_url}/reports/{record.run_id}")
-
+        out.print(f"{'reports':15} {api_url}/reports", highlight=False)
+        minutes = Minutes(lambda run_id: f"{api_url}/reports/{run_id}")
         asyncio.run(
             flows.serve(
-                *(tree.project, api_url, children, on_record, _print_status),
+                *(tree.project, api_url, children, minutes, _print_status),
                 trees=trees,
                 on_tree=code.follow,
                 kept=logs / "timetable.json",
@@ -140,6 +139,8 @@ def up(
     services.stop(children)
     delivery.settle(5)
     held.release()
+    if minutes:
+        minutes.tell()
     out.print("nothing is left running")
     sys.stdout.flush()
     # a thread that still wants to tell the server something would hold the process, as the server is gone

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from etl import delta, params
+from etl.figures import shortened, words
 from etl.params import Environment, Stage
 from etl.params.cell import SUPPLIED
 from etl.runs.record import RunRecord
@@ -28,6 +29,8 @@ KEPT = 20  # of them
 PINNED = "lake/pinned.json"  # has the lake's readers see another root's versions
 TIME_LIKE = re.compile(r"(.*_)?(s|ms|seconds|at)")  # metrics of how long or when: never twice the same
 TOLERANCE = 1e-9  # of floats, relative: threads add in any order
+NAMED = 3  # differences of a part that a sentence has
+CODE = {"code_sha256": "the code", "notebook_sha256": "the notebook", "lock_sha256": "the packages"}
 NOTABLE_S = 0.1  # cells that differ by less took the same time
 
 
@@ -280,6 +283,29 @@ def diff(before: dict[str, Any], after: dict[str, Any]) -> list[Difference]:
         *unlike("seconds", {"whole run": before["seconds"]}, {"whole run": after["seconds"]}, NOTABLE_S),
         *unlike("seconds", _cell_seconds(before), _cell_seconds(after), NOTABLE_S),
     ]
+
+
+def cause(before: dict[str, Any], after: dict[str, Any], differences: Iterable[Difference]) -> str:
+    """One sentence: how two runs ended, and what they had that differs and so may be why."""
+    ends = [f"{run['run_id']} {run['state'].replace('_', ' ')}" for run in (before, after)]
+    given: dict[str, list[str]] = {"parameters": [], "code": [], "inputs": []}
+    for one in differences:
+        if one.part in given and one.name not in SUPPLIED:
+            old, new = (shortened(json.dumps(value, default=str), 12) for value in (one.before, one.after))
+            what = CODE.get(one.name, words(one.name)) if one.part == "code" else f"{one.name} {old} → {new}"
+            given[one.part].append(what)
+    limits = [
+        f"{what} {before[name] or 0:,g} → {after[name] or 0:,g} {unit}"
+        for name, what, unit in (("deadline_s", "deadline", "s"), ("memory_mb", "memory limit", "MB"))
+        if name in before and name in after and before[name] != after[name]
+    ]
+    told = [*limits]
+    for part, names in given.items():
+        if names:
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            told.append(f"{'read ' * (part == 'inputs')}{', '.join(names[:NAMED])}{more}")
+    why = "; ".join(told) or "nothing that they were given: neither parameters nor code nor inputs"
+    return f"{', '.join(ends)}. What differs before: {why}."
 
 
 def _cell_seconds(record: dict[str, Any]) -> dict[str, float | None]:

@@ -13,17 +13,22 @@ for a few turns of what it is about.
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from etl import secrets
 from etl.kernels.children import Deaths
 from etl.params.alerts import Alerts
+from etl.reports import page
+from etl.runs import index
 from etl.serve import health
 from etl.serve.health import Finding, Seen
 from etl.storage import Root
@@ -38,6 +43,7 @@ AGAIN_S, HELD_S = 6 * 3600, 3600  # at most
 COMMAND_S = 30  # that a command may take
 KEPT = 100  # messages that nobody takes
 COMMAND = "the command"
+RUN_ID = re.compile(r"[A-Za-z][\w-]*-\d{8}T\d{6}-[0-9a-f]{6}", re.A)
 Send = Callable[["Message", str], None]  # to one of `receivers`
 
 
@@ -254,8 +260,27 @@ def _notify(url: str, name: str, message: Message) -> None:
     kind = apprise.NotifyType.WARNING if message.what == "opened" else apprise.NotifyType.SUCCESS
     receiver = apprise.Apprise()
     receiver.add(url)
-    if not receiver.notify(body=message.body, title=message.title, notify_type=kind):
-        raise RuntimeError(f"{name} did not take it")
+    with tempfile.TemporaryDirectory(prefix="alert-") as folder:
+        attached = _report_in(Path(folder), message) if receiver[0].attachment_support else None
+        if not receiver.notify(body=message.body, title=message.title, notify_type=kind, attach=attached):
+            raise RuntimeError(f"{name} did not take it")
+
+
+def _report_in(folder: Path, message: Message) -> str | None:
+    """The report that a message leads to, without code, as a file: who gets mail may not reach the service. None when
+    there is none, or it cannot be read now."""
+    run_id = RUN_ID.search(message.finding.get("link") or "")
+    if not run_id or message.what != "opened":
+        return None
+    try:
+        root = Root.at(message.finding["root"])
+        record = index.get(root, run_id[0])
+        content = page.without_code(page.served(page.page_of(root, record), []))
+    except Exception as error:  # a message without it is still a message
+        log.info("the report of %s is not attached: %s", run_id[0], error)
+        return None
+    (folder / f"{run_id[0]}.html").write_bytes(content)
+    return str(folder / f"{run_id[0]}.html")
 
 
 def _call(command: Sequence[str], message: Message) -> None:

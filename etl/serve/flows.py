@@ -31,7 +31,7 @@ from prefect import Flow, flow, get_client
 from prefect import tags as tag
 from prefect.artifacts import create_link_artifact
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import LogCreate, WorkPoolCreate
 from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterTags,
@@ -97,13 +97,7 @@ def stage_flow(
     def run(parameters: dict[str, Any] | None = None) -> State[Any]:
         turn = current_turn()
         record = turn.run(lambda: run_once(stage, environment, on_record, trees, turn, parameters))
-        link = f"{api_url}/reports/{record.run_id}" if api_url else Root.at(record.root).url_of(record.report)
-        try:
-            create_link_artifact(
-                link, link_text=f"{record.run_id}: {record.state}", key=f"report-{stage.name}".replace("_", "-")
-            )
-        except Exception as error:  # the server is away, or not well: what the run is does not depend on that
-            log.warning("Prefect has no link to the report of %s: %s", record.run_id, error)
+        _tell(record, f"{api_url}/reports/{record.run_id}" if api_url else None)
         return state_of(record)
 
     return run
@@ -146,6 +140,22 @@ def run_once(
     return record
 
 
+def _tell(record: RunRecord, link: str | None = None) -> None:
+    """Have the page of the flow run say what came of it: in its log, and as an artifact that leads to the report."""
+    link = link or Root.at(record.root).url_of(f"{record.report}/report.html")
+    told = f"{record.run_id}: {record.state}{f': {record.reason}' if record.reason else ''}"
+    try:
+        if record.reason:  # not by a logger, which would have the terminal of `up` say it once more
+            line = {"name": "etl", "level": logging.INFO if record.ok else logging.ERROR, "message": told}
+            line |= {"timestamp": _now(), "flow_run_id": this_run.id}
+            with get_client(sync_client=True) as client:
+                client.create_logs([LogCreate.model_validate(line)])
+        text, key = f"{record.run_id}: {record.state}", f"report-{record.stage}".replace("_", "-").lower()
+        create_link_artifact(link, link_text=text, description=told, key=key)
+    except Exception as error:  # the server is away, or not well: what the run is does not depend on that
+        log.warning("Prefect has no link to the report of %s: %s", record.run_id, error)
+
+
 def state_of(record: RunRecord) -> State[Any]:
     """A run's state as Prefect says it. Nothing but ok and noop is Completed."""
     message = f"{record.run_id}: {record.reason or record.state}"
@@ -178,6 +188,7 @@ def run_recorded(
     )
     def by_hand() -> State[Any]:
         records.append(run_now())
+        _tell(records[0])
         return state_of(records[0])
 
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):

@@ -162,6 +162,16 @@ def test_a_notebook_gets_one_png_and_nothing_else_or_one_live_plot_when_asked_fo
     assert [set(output.data) for output in live] == [{"application/vnd.plotly.v1+json", "text/plain"}]
 
 
+def test_a_note_that_is_the_same_in_all_rows_is_one_sentence():
+    note = "nothing removed: the clock went back <b>"
+    frame = pl.DataFrame({"table": ["a", "b"], "note": [note, note], "failed": [None, None], "kind": ["x", "x"]})
+    text = charts.table(frame, rows=1)._repr_html_()
+    assert "<th>note</th>" not in text and "<th>failed</th>" not in text and "<th>kind</th>" in text
+    assert "note: nothing removed: the clock went back &lt;b&gt; (in all 2 rows)<" in text
+    assert "failed: none (in all 2 rows)<" in text
+    assert "<th>note</th>" in charts.table(frame.head(1))._repr_html_()  # of one row
+
+
 def test_a_table_reads_as_people_write_and_holds_no_markup():
     frame = pl.DataFrame(
         {

@@ -1,5 +1,6 @@
 """The command line: what it prints and how it exits, in a copy of the project."""
 
+import io
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ from deltalake import write_deltalake
 from support import AT, copy_project, environment, free_port, ingest_all, orchestrate, write_stage
 from typer.testing import CliRunner
 
+from etl.cli import printing
 from etl.runs import index
 from etl.runs.record import RunRecord
 from etl.storage import Root
@@ -226,9 +228,10 @@ def test_a_run_again_takes_what_was_recorded_and_then_what_is_given(greeting):
     found = {(one["part"], one["name"]): (one["before"], one["after"]) for one in differences}
     assert found["parameters", "loud"] == (2, 5) and found["metrics", "rows"] == (6, 15)
     assert not {part for part, _ in found} - {"parameters", "metrics", "seconds"}
-    assert (
-        "parameters" in orchestrate(project, "runs", "diff", first["run_id"], second["run_id"], "--root", root).stdout
-    )
+    told = orchestrate(project, "runs", "diff", first["run_id"], second["run_id"], "--root", root).stdout
+    cause = told.partition(".")[0]  # comes first
+    assert cause == f"{first['run_id']} ok, {second['run_id']} ok" and "What differs before: loud 2 → 5." in told
+    assert "parameters" in told
 
 
 def test_a_run_again_that_cannot_be_is_refused(greeting):
@@ -377,9 +380,17 @@ def test_runs_can_be_read_on_a_narrow_terminal(greeting):
         return subprocess.run([sys.executable, "-c", code, *arguments, "--root", root], **options)
 
     words = " ".join(f"word-{n}" for n in range(150))
-    long = {"run_id": "long-20260301T000000-abcdef", "state": "failed", "reason": words, "report": "reports/long"}
+    long = {
+        "run_id": "long-20260301T000000-abcdef",
+        "stage": "long",
+        "state": "failed",
+        "reason": words,
+        "report": "reports/long",
+    }
     index.append(Root.at(root), RunRecord(**first | long))
     listed = narrowly("runs", "list").stdout
+    assert re.search(rf"^greet +ok +[\d.]+ \w+ +[\d.]+ s  {first['run_id']}$", listed, re.M), listed
+    assert re.search(r"^long +failed .*\n +word-0", listed, re.M)
     assert first["run_id"] in listed
     assert re.search(r"word-\d+…", listed) and "word-20" not in listed
     assert "word-149" in narrowly("runs", "show", "long").stdout
@@ -595,3 +606,25 @@ def test_refused_lines_are_written_as_they_came(filled):
     )
     assert done.stdout_bytes == b"".join(line + b"\n" for line in lines[:2])
     assert done.exit_code == 1 and "1 of its lines are not kept as they came" in done.stderr
+
+
+def test_up_says_a_line_a_minute_and_what_went_wrong_at_once(monkeypatch, capsys):
+    def ended(stage, state="ok", reason="", rows=None):
+        about = {"run_id": f"{stage}-1", "root": "/r", "scheduled_for": AT, "attempt": 1, "parameters": {}}
+        about |= {"origins": {}, "report": "reports/x", "host": "here", "started_at": AT, "metrics": {"rows": rows}}
+        return RunRecord(stage=stage, state=state, reason=reason, **about)
+
+    monkeypatch.setattr(printing.out, "width", 80)
+    monkeypatch.setattr(printing.out, "file", io.StringIO())
+    minutes = printing.Minutes(lambda run_id: f"http://here/reports/{run_id}")
+    for record in (ended("generate", rows=1500), ended("generate", rows=500), ended("preprocess", "noop", "no files")):
+        minutes(record)
+    assert printing.out.file.getvalue() == ""
+    minutes(ended("query", "failed", "ValueError: no such column"))
+    at_once = printing.out.file.getvalue()
+    assert "ValueError: no such column" in at_once and "http://here/reports/query-1" in at_once
+    minutes.tell()
+    line = " ".join(printing.out.file.getvalue().removeprefix(at_once).split())
+    assert line[9:] == "generate 2 ok, 2,000 rows · preprocess noop · query failed"
+    minutes.tell()  # a minute without any says nothing
+    assert " ".join(printing.out.file.getvalue().removeprefix(at_once).split()) == line

@@ -1,5 +1,6 @@
 """Alerts: who is told, what a message says, and a receiver that is not there. The campaign has the incidents."""
 
+import base64
 import json
 import logging
 import sys
@@ -7,6 +8,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
+from published import add_run
 from receiver import receiver
 from support import orchestrate, write_stage
 from test_health import NOW, SEEN, ago, run
@@ -108,3 +110,18 @@ def test_commands_check_and_watch_and_status(project, received, tmp_path):
     document = json.loads(status.stdout)
     assert status.returncode == 1 and not document["healthy"]
     assert document["sentence"].startswith("Not healthy: `up` is dead: it was last seen at 2026-03-01 12:00 UTC")
+
+
+def test_who_gets_mail_gets_the_report_without_code(tmp_path, received):
+    url, run_id = str(tmp_path / "root"), "query-20261122T120000-abc123"
+    add_run(url, run_id, "failed", "ValueError: no such column")
+    link = f"http://127.0.0.1:8000/reports/{run_id}"
+    message = alerts.Message("1", "opened", "failed: stage query", "b", {"link": link, "root": url}, [])
+    send = alerts.Sender(Alerts(to=[received.url]))
+    send(message, received.url)
+    send(replace(message, finding={"link": f"{link[:-1]}4", "root": url}), received.url)  # none is there
+    send(replace(message, what="ended"), received.url)
+    (attached,), *others = [post["attachments"] for post in received.posts]
+    page = base64.b64decode(attached["base64"]).decode()
+    assert attached["filename"] == f"{run_id}.html" and "What query did" in page and "1 + 1" not in page
+    assert others == [[], []]
