@@ -110,7 +110,7 @@ def test_the_questions_are_answered_on_a_cluster_of_coileds(filled):
     """By its own client; the cluster's key gets to the kernel, and nowhere else."""
     pytest.importorskip("coiled")
     script = PROJECT / "tests" / "coiled_machines.py"
-    done = subprocess.run([sys.executable, script, filled], capture_output=True, text=True, timeout=180)
+    done = subprocess.run([sys.executable, script, "questions", filled], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["state"] == "ok", told["reason"]
