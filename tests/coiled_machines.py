@@ -322,6 +322,7 @@ def machines(root: str, n: str, seed: str) -> dict:
             machine = {key: record.machine.get(key) for key in ("name", "type", "region", "spot")}
             ended = [record.state, record.reason, len(campaign.attempts), one_each, round(campaign.took_s, 1), machine]
             told.setdefault(name, []).append(ended)
+            print(name, *ended, file=sys.stderr, flush=True)
 
         for _ in range(int(n)):
             take("ok", campaign.run())
