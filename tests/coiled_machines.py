@@ -1,8 +1,8 @@
 """Coiled, on loopback: its own client, a control plane of ours, and a Dask cluster with a certificate of its own for
 the machines of each of its clusters. No other host is asked.
 
-    python tests/coiled_machines.py questions ROOT        one run of query on a cluster, as `run_stage` makes it
-    python tests/coiled_machines.py machines ROOT N SEED  runs on machines that are lost, hang, ...
+    python tests/coiled_machines.py questions ROOT                one run of query on a cluster, as `run_stage` makes it
+    python tests/coiled_machines.py machines ROOT N SEED [NAMES]  runs on machines that are lost, hang, ...
 
 Both print what came of it as JSON.
 """
@@ -219,7 +219,7 @@ BLOCK = {
     "vm_type": "m7i.large",
     "region": "us-east-2",
     "software": "etl",
-    "keepalive": "3 seconds",
+    "keepalive": "20 seconds",
     "silence": "6 seconds",
     "dollars_an_hour": 0.1,
     "extra_kwargs": {"show_widget": False, "credentials": None},
@@ -287,14 +287,19 @@ class Campaign:
 
         return live.claimed(Root.at(self.root), run_id)["pid"]
 
-    def newest(self) -> Machines:
-        return self.plane.clusters[max(self.plane.open())]
+    def machines_of(self, run_id: str) -> Machines:
+        from etl.runs import journal
+
+        events = journal.read(journal.spool() / run_id / "journal.jsonl", "machine")
+        name = next(event["machine"]["name"] for event in events)
+        clusters = [self.plane.clusters[number] for number in self.plane.open()]
+        return next(cluster for cluster in clusters if cluster.wanted["name"] == name)
 
     def lose(self, run_id: str) -> None:
-        self.newest().end()
+        self.machines_of(run_id).end()
 
     def lose_worker(self, run_id: str) -> None:
-        for process in self.newest().processes()[:1]:
+        for process in self.machines_of(run_id).processes()[:1]:
             process.kill()
 
     def hang(self, run_id: str) -> None:
@@ -306,7 +311,7 @@ class Campaign:
         return {run_id: Root.at(self.root).files(f"begun/{run_id}").__len__() for run_id in self.attempts}
 
 
-def machines(root: str, n: str, seed: str) -> dict:
+def machines(root: str, n: str, seed: str, only: str = "") -> dict:
     """Each fault `n` times: what each came to, as (state, the beginning of its reason, attempts, kernels a run id)."""
     from etl.storage import Root
 
@@ -324,19 +329,23 @@ def machines(root: str, n: str, seed: str) -> dict:
             told.setdefault(name, []).append(ended)
             print(name, *ended, file=sys.stderr, flush=True)
 
+        other, refused = {"vm_type": "m7i.xlarge"}, {"vm_type": "m7i.2xlarge"}
+        faults: dict[str, Callable[[], Any]] = {
+            "ok": campaign.run,
+            "again": campaign.run,  # on the machine that is kept
+            "changed": lambda: campaign.run(**other),
+            "lost": lambda: campaign.run(campaign.lose, LONG),
+            "worker": lambda: campaign.run(campaign.lose_worker, LONG),
+            "hung": lambda: campaign.run(campaign.hang, LONG),
+            "cancelled": lambda: campaign.run(lambda _: campaign.cancel.set(), LONG),
+            "refused": lambda: campaign.run(**refused),
+            "retried": lambda: campaign.run(retries=1, **refused),
+        }
         for _ in range(int(n)):
-            take("ok", campaign.run())
-            take("again", campaign.run())  # on the machine that is kept
-            take("changed", campaign.run(vm_type="m7i.xlarge"))
-            take("lost", campaign.run(campaign.lose, LONG))
-            take("worker", campaign.run(campaign.lose_worker, LONG))
-            take("hung", campaign.run(campaign.hang, LONG))
-            take("cancelled", campaign.run(lambda _: campaign.cancel.set(), LONG))
-            campaign.plane.refusals = 1
-            take("refused", campaign.run(vm_type="m7i.2xlarge"))
-            campaign.plane.refusals = 1
-            take("retried", campaign.run(retries=1, vm_type="m7i.2xlarge"))
-        until = time.monotonic() + 30
+            for name in only.split(",") if only else faults:
+                campaign.plane.refusals = int(name in ("refused", "retried"))
+                take(name, faults[name]())
+        until = time.monotonic() + 120
         while campaign.plane.open() and time.monotonic() < until:
             time.sleep(0.2)
         asked = len(campaign.plane.clusters)

@@ -88,8 +88,8 @@ def run(
         named = None if stage == "all" else stage
         project = load(env, root=root, overrides=p, stage=named, may_be_unreadable=True)  # that is a failed run
         stages, environment, scheduled_for = list(project.stages.values()), project.environment, moment(at)
+        _refuse_wrong_machines(stages, environment.root)
         announce_new(environment.root, err if as_json else out)
-    _refuse_wrong_machines(stages, environment.root)
     close_lost_runs()
     records = [_run_one(stage_, environment, scheduled_for, quiet=as_json, parent=parent) for stage_ in stages]
     if as_json:

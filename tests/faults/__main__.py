@@ -28,6 +28,7 @@ from faults import (
     lake_s3,
     lake_schema,
     loads,
+    machines,
     month,
     power_cuts,
     readers,
@@ -102,6 +103,7 @@ SCENARIOS = [
     ("cancelled", under_prefect.cancelled, 20, 2, "runs, cancelled in Prefect"),
     ("interrupted", under_prefect.interrupted, 20, 1, "times a process of up stopped or killed, or a database damaged"),
     ("workers", workers.same_states, 1, 1, "time all flows by both workers"),
+    ("machines", machines.machines, 20, 1, "times machines lost, hung, refused, cancelled, asked otherwise"),
     ("up", under_prefect.whence_after_up, 10, 1, "minutes, then whence"),
 ]
 

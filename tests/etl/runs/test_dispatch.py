@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import yaml
+from faults import machines as machine_faults
 
 from etl import params
 from etl.runs import dispatch, index, machines
@@ -126,6 +127,12 @@ def test_the_questions_are_answered_on_a_cluster_of_coileds(filled):
     written = [path for path in Path(filled).rglob("*") if path.is_file()]
     assert Path(filled, told["report"], "report.html") in written
     assert not [path for path in written if a_line in path.read_bytes()]
+
+
+def test_machines_of_coileds_are_lost_and_refused_with_a_true_record():
+    """A lost worker's run, which Dask would run again, has one kernel; the campaign has the other faults."""
+    pytest.importorskip("coiled")
+    assert machine_faults.machines(1, 1, "worker,refused")
 
 
 def test_a_run_whose_cluster_cannot_be_had_fails_and_says_so(tmp_path):
