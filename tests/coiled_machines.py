@@ -1,48 +1,116 @@
-"""One run of query on a cluster of Coiled's, as `run_stage` makes it; prints what came of it as JSON.
+"""Coiled, on loopback: its own client, a control plane of ours, and a Dask cluster with a certificate of its own for
+the machines of each of its clusters. No other host is asked.
 
-The client is Coiled's own. What answers it is a control plane on loopback, and a Dask cluster with a certificate of its
-own stands for the machines: no other host is asked.
+    python tests/coiled_machines.py questions ROOT                one run of query on a cluster, as `run_stage` makes it
+    python tests/coiled_machines.py machines ROOT N SEED [NAMES]  runs on machines that are lost, hang, ...
 
-    python tests/coiled_machines.py ROOT
+Both print what came of it as JSON.
 """
 
+import contextlib
 import gzip
 import json
 import os
+import random
+import signal
 import sys
+import tempfile
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
 
 ASKED = {"name": "questions", "n_workers": 1, "region": "us-east-2", "software": "etl", "show_widget": False}
-OF_COILED = ("coiled_set_keepalive", "coiled_update_env_vars", "coiled_unset_env_vars")  # handlers of its scheduler
+os.environ["DASK_COILED__CLIENT_PUBLIC_IP"] = "127.0.0.1"  # or the client asks another host for it
+AT = "/api/v2/clusters/account/here/"
+
+
+class Machines:
+    """One cluster of Coiled's: a scheduler with its own handlers, and a worker in a process of its own."""
+
+    def __init__(self, wanted: dict, is_apart: bool):
+        from distributed import LocalCluster
+        from distributed.security import Security
+
+        self.wanted, self.security, self.keepalive_s = wanted, Security.temporary(), None
+        self.dask = LocalCluster(
+            n_workers=1,
+            threads_per_worker=1,
+            processes=is_apart,
+            protocol="tls://",
+            security=self.security,
+            host="127.0.0.1",
+            dashboard_address=None,
+        )
+        for name in ("coiled_update_env_vars", "coiled_unset_env_vars"):
+            self.dask.scheduler.handlers[name] = lambda **_: None
+        self.dask.scheduler.handlers["coiled_set_keepalive"] = self.keep_alive
+        self.left_at: float | None = None
+        self.is_gone = False
+
+    def keep_alive(self, keepalive: Any = None, **_: Any) -> None:
+        from dask.utils import parse_timedelta
+
+        self.keepalive_s = parse_timedelta(keepalive)
+
+    def look(self) -> None:
+        """End it when its clients have been gone for `keepalive`, as Coiled's scheduler does."""
+        clients = [name for name in self.dask.scheduler.clients if name != "fire-and-forget"]
+        self.left_at = None if clients else self.left_at or time.monotonic()
+        if self.left_at and self.keepalive_s is not None and time.monotonic() - self.left_at > self.keepalive_s:
+            self.end()
+
+    def processes(self) -> list[psutil.Process]:
+        """The worker's, and what it has started."""
+        pids = [worker.pid for worker in self.dask.workers.values() if getattr(worker, "pid", None)]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return [of for pid in pids for of in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True))]
+        return []
+
+    def end(self) -> None:
+        if not self.is_gone:
+            self.is_gone = True
+            for process in self.processes():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self.dask.close(timeout=5)
 
 
 @dataclass
 class ControlPlane:
-    """What Coiled's service knows of the one cluster of its one workspace, `here`."""
+    """What Coiled's service knows of the clusters of its one workspace, `here`."""
 
-    certificate: str
-    key: str
-    port: int
-    wanted: dict = field(default_factory=dict)  # what the client asked for
-    deleted: bool = False
+    boot: Callable[[dict], Machines]
+    clusters: dict[int, Machines] = field(default_factory=dict)
+    refusals: int = 0  # of the next clusters that are asked for
 
     def answer(self, method: str, path: str, body: dict) -> tuple[int, object]:
         """The status and the JSON for a request."""
-        at = "/api/v2/clusters/account/here/"
-        match method, path.removeprefix(at):
-            case "POST", "":
-                self.wanted = body
-                return 200, {"id": 1, "existing": False}
-            case "DELETE", "id/1":
-                self.deleted = True
+        rest = path.removeprefix(AT)
+        if (method, rest) == ("POST", ""):
+            if self.refusals:
+                self.refusals -= 1
+                return 400, {"detail": "no m7i.large is to be had in us-east-2"}
+            number = len(self.clusters) + 1
+            self.clusters[number] = self.boot(body)
+            return 200, {"id": number, "existing": False}
+        if rest.startswith("name/"):
+            named = [number for number in self.open() if self.clusters[number].wanted["name"] == rest[5:]]
+            return (200, {"id": named[-1]}) if named else (404, {"detail": f"no cluster {rest[5:]}"})
+        if rest.startswith("id/"):
+            number = int(rest.split("/")[1])
+            if method == "DELETE":
+                threading.Thread(target=self.clusters[number].end).start()
+                self.clusters[number].wanted["deleted"] = True
                 return 200, {}
-            case _, "id/1":
-                return 200, self.cluster()
-            case _, name if path.startswith(f"{at}name/"):
-                return 404, {"detail": f"no cluster {name}"}
+            told = self.cluster(number)
+            return 200, {f"id/{number}": told, f"id/{number}/state": told["current_state"]}.get(rest, {})
         account = {"slug": "here", "name": "here", "id": 1, "active": True}
         known = {
             "/api/v2/user/me": {"username": "tester", "id": 1},
@@ -52,11 +120,22 @@ class ControlPlane:
         }
         return 200, known.get(path, {})
 
-    def cluster(self) -> dict:
-        now = datetime.now(UTC).isoformat()
-        ready = {"state": "stopped" if self.deleted else "ready", "reason": "", "updated": now}
+    def open(self) -> list[int]:
+        return [number for number, cluster in self.clusters.items() if not cluster.is_gone]
+
+    def look(self) -> None:
+        """For ever: who has been left for `keepalive`?"""
+        while True:
+            for number in self.open():
+                with contextlib.suppress(Exception):  # it is ending
+                    self.clusters[number].look()
+            time.sleep(0.2)
+
+    def cluster(self, number: int) -> dict:
+        cluster, now = self.clusters[number], datetime.now(UTC).isoformat()
+        ready = {"state": "stopped" if cluster.is_gone else "ready", "reason": "", "updated": now}
         machine = {
-            "id": 1,
+            "id": number,
             "created": now,
             "current_state": ready,
             "public_ip_address": "127.0.0.1",
@@ -65,15 +144,18 @@ class ControlPlane:
         }
         node = {"name": "node", "created": now, "current_state": ready | {"state": "started"}, "instance": machine}
         return {
-            "id": 1,
-            "name": self.wanted.get("name"),
+            "id": number,
+            "name": cluster.wanted.get("name"),
             "created": now,
             "current_state": ready,
             "desired_workers": 1,
             "scheduler": node | {"dashboard_address": "http://127.0.0.1:1"},
             "workers": [node],
-            "cluster_options": {"tls_cert": self.certificate, "tls_key": self.key},
-            "scheduler_port": self.port,
+            "cluster_options": {
+                "tls_cert": cluster.security.tls_client_cert,
+                "tls_key": cluster.security.tls_client_key,
+            },
+            "scheduler_port": int(cluster.dask.scheduler_address.rpartition(":")[2]),
             "cluster_infra": {"give_scheduler_public_ip": True, "current_state": ready | {"state": "created"}},
         }
 
@@ -105,40 +187,179 @@ class ControlPlane:
         return f"http://127.0.0.1:{server.server_address[1]}"
 
 
-def main(root: str) -> None:
+def begin(is_apart: bool) -> ControlPlane:
+    """At work, and what Coiled's client asks."""
     import dask.config
-    from distributed import LocalCluster
-    from distributed.security import Security
 
+    plane = ControlPlane(lambda wanted: Machines(wanted, is_apart))
+    threading.Thread(target=plane.look, daemon=True).start()
+    dask.config.set({"coiled.server": plane.serve(), "coiled.token": "none", "coiled.workspace": "here"})
+    return plane
+
+
+def questions(root: str) -> dict:
     from etl import params
     from etl.runs import dispatch
     from etl.storage import PROJECT
 
-    os.environ["DASK_COILED__CLIENT_PUBLIC_IP"] = "127.0.0.1"  # or the client asks another host for it
-    security = Security.temporary()
-    machines = LocalCluster(
-        n_workers=1,
-        threads_per_worker=1,
-        processes=False,
-        protocol="tls://",
-        security=security,
-        host="127.0.0.1",
-        dashboard_address=None,
-    )
-    for name in OF_COILED:
-        machines.scheduler.handlers[name] = lambda **_: None
-    port = int(machines.scheduler_address.rpartition(":")[2])
-    plane = ControlPlane(security.tls_client_cert, security.tls_client_key, port)
-    dask.config.set({"coiled.server": plane.serve(), "coiled.token": "none", "coiled.workspace": "here"})
-
+    plane = begin(is_apart=False)
     project = params.load(PROJECT, "local", ["query.questions=[q01, q05, top_customers]"])
     stage = replace(project.stages["query"], dask={"coiled": ASKED | {"credentials": None}}, retries=0)
     record = dispatch.run_stage(stage, replace(project.environment, root=root))
     told = {name: getattr(record, name) for name in ("run_id", "state", "reason", "parameters", "report")}
-    print(json.dumps(told | {"wanted": plane.wanted, "deleted": plane.deleted, "key": plane.key}))
-    sys.stdout.flush()
-    os._exit(0)  # the client's threads would be waited for
+    [cluster] = plane.clusters.values()
+    return told | {
+        "wanted": cluster.wanted,
+        "deleted": "deleted" in cluster.wanted,
+        "key": cluster.security.tls_client_key,
+    }
+
+
+BLOCK = {
+    "vm_type": "m7i.large",
+    "region": "us-east-2",
+    "software": "etl",
+    "keepalive": "20 seconds",
+    "silence": "6 seconds",
+    "dollars_an_hour": 0.1,
+    "extra_kwargs": {"show_widget": False, "credentials": None},
+}
+WORK = """import pathlib, time, uuid
+from etl.storage import Root
+Root.at(root).write(f"begun/{run_id}/{uuid.uuid4().hex}", b"")  # each kernel that ran it
+for i in range(steps):
+    print('step', i, flush=True)
+    time.sleep(0.1)"""
+ROWS = 'Root.at(root).create(f"rows/{scheduled_for}", b"1")'
+DECLARED = 'scheduled_for: str = "2026-01-01T00:00:00+00:00"  # its time\nsteps: int = 1  # tenths of a second\n'
+LONG = 600
+
+
+class Campaign:
+    """Runs of one stage on machines, one after the other, each with a fault of its own."""
+
+    def __init__(self, root: str, folder: Path, seed: int):
+        from faults import toy
+        from support import write_stage
+
+        from etl import params
+
+        self.plane, self.rng, self.root = begin(is_apart=True), random.Random(seed), root
+        project = toy.project(folder / "project")
+        write_stage(project, "work", WORK, ROWS, parameters=DECLARED)
+        self.project = params.load(project, "local")
+        self.hour = 0
+
+    def run(self, fault: Callable[[str], Any] | None = None, steps: int = 1, retries: int = 0, **machine: Any) -> Any:
+        """The record of a run's last attempt; the fault meets the first, once home has seen it print."""
+        from etl.runs import dispatch, journal
+
+        self.hour += 1
+        stage = self.project.stages["work"]
+        stage = replace(stage, machine=BLOCK | machine, retries=retries, values=stage.values | {"steps": steps})
+        ids: list[str] = []
+        self.cancel = threading.Event()
+
+        def meet() -> None:
+            until = time.monotonic() + 120
+            while time.monotonic() < until and not ended.is_set():
+                path = journal.spool() / ids[0] / "journal.jsonl" if ids else Path("none")
+                if path.exists() and any(journal.read(path, "output")):
+                    time.sleep(self.rng.uniform(0, 1))
+                    fault(ids[0])
+                    return
+                time.sleep(0.05)
+
+        ended = threading.Event()
+        thread = threading.Thread(target=meet)
+        if fault:
+            thread.start()
+        at = datetime(2026, 3, 1, tzinfo=UTC).replace(hour=self.hour % 24, minute=self.hour // 24)
+        began, environment = time.monotonic(), replace(self.project.environment, root=self.root)
+        record = dispatch.run_stage(stage, environment, scheduled_for=at, on_begin=ids.append, cancel=self.cancel)
+        ended.set()
+        self.took_s, self.attempts = time.monotonic() - began, ids
+        return record
+
+    def pid(self, run_id: str) -> int:
+        from etl.runs import live
+        from etl.storage import Root
+
+        return live.claimed(Root.at(self.root), run_id)["pid"]
+
+    def machines_of(self, run_id: str) -> Machines:
+        from etl.runs import journal
+
+        events = journal.read(journal.spool() / run_id / "journal.jsonl", "machine")
+        name = next(event["machine"]["name"] for event in events)
+        clusters = [self.plane.clusters[number] for number in self.plane.open()]
+        return next(cluster for cluster in clusters if cluster.wanted["name"] == name)
+
+    def lose(self, run_id: str) -> None:
+        self.machines_of(run_id).end()
+
+    def lose_worker(self, run_id: str) -> None:
+        for process in self.machines_of(run_id).processes()[:1]:
+            process.kill()
+
+    def hang(self, run_id: str) -> None:
+        os.kill(self.pid(run_id), signal.SIGSTOP)
+
+    def kernels(self) -> dict[str, int]:
+        from etl.storage import Root
+
+        return {run_id: Root.at(self.root).files(f"begun/{run_id}").__len__() for run_id in self.attempts}
+
+
+def machines(root: str, n: str, seed: str, only: str = "") -> dict:
+    """Each fault `n` times: what each came to, as (state, the beginning of its reason, attempts, kernels a run id)."""
+    from etl.storage import Root
+
+    told: dict[str, list] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        campaign = Campaign(root, Path(folder), int(seed))
+        rows = 0
+
+        def take(name: str, record: Any) -> None:
+            nonlocal rows
+            rows += record.state == "ok"
+            one_each = set(campaign.kernels().values()) <= {0, 1}
+            machine = {key: record.machine.get(key) for key in ("name", "type", "region", "spot")}
+            ended = [record.state, record.reason, len(campaign.attempts), one_each, round(campaign.took_s, 1), machine]
+            told.setdefault(name, []).append(ended)
+            print(name, *ended, file=sys.stderr, flush=True)
+
+        other, refused = {"vm_type": "m7i.xlarge"}, {"vm_type": "m7i.2xlarge"}
+        faults: dict[str, Callable[[], Any]] = {
+            "ok": campaign.run,
+            "again": campaign.run,  # on the machine that is kept
+            "changed": lambda: campaign.run(**other),
+            "lost": lambda: campaign.run(campaign.lose, LONG),
+            "worker": lambda: campaign.run(campaign.lose_worker, LONG),
+            "hung": lambda: campaign.run(campaign.hang, LONG),
+            "cancelled": lambda: campaign.run(lambda _: campaign.cancel.set(), LONG),
+            "refused": lambda: campaign.run(**refused),
+            "retried": lambda: campaign.run(retries=1, **refused),
+        }
+        for _ in range(int(n)):
+            for name in only.split(",") if only else faults:
+                campaign.plane.refusals = int(name in ("refused", "retried"))
+                take(name, faults[name]())
+        until = time.monotonic() + 120
+        while campaign.plane.open() and time.monotonic() < until:
+            time.sleep(0.2)
+        asked = len(campaign.plane.clusters)
+        left = Root.at(root).files("live")
+        return {
+            "ended": told,
+            "open": len(campaign.plane.open()),
+            "asked": asked,
+            "left": left,
+            "rows": [rows, len(Root.at(root).files("rows"))],
+        }
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    print(json.dumps({"questions": questions, "machines": machines}[sys.argv[1]](*sys.argv[2:]), default=str))
+    sys.stdout.flush()
+    os._exit(0)  # the client's threads would be waited for

@@ -25,6 +25,7 @@ ELSEWHERE = {
     "foreign",
     "pointers",
     "pairs",
+    "machines",  # in test_dispatch
 }
 
 

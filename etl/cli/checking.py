@@ -89,11 +89,20 @@ def problems_of(
 
 
 def _of_machines(project: params.Project, root: str) -> Iterator[params.Problem]:
-    """The stages that are to run on a machine which cannot reach the root."""
-    away = [name for name, stage in project.stages.items() if stage.machine]
+    """Machines that are asked for wrongly, and the stages that are to run on one which cannot reach the root."""
+    path, away = f"params/env/{project.environment.name}.yml", []
+    for name, stage in project.stages.items():
+        if not stage.machine:
+            continue
+        from etl.runs import machines
+
+        try:
+            away += [name] if "ssh" not in machines.read(name, stage.machine).arguments else []
+        except ValueError as error:
+            yield params.Problem(path, None, f"{name}: {error}")
     if away and "://" not in root:
         why = f"the root {root} is on this machine, and {', '.join(away)} on another; use an s3:// root"
-        yield params.Problem(f"params/env/{project.environment.name}.yml", None, why)
+        yield params.Problem(path, None, why)
 
 
 def _notes(env: str, overrides: Sequence[str]) -> list[str]:

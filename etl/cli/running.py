@@ -88,6 +88,7 @@ def run(
         named = None if stage == "all" else stage
         project = load(env, root=root, overrides=p, stage=named, may_be_unreadable=True)  # that is a failed run
         stages, environment, scheduled_for = list(project.stages.values()), project.environment, moment(at)
+        _refuse_wrong_machines(stages, environment.root)
         announce_new(environment.root, err if as_json else out)
     close_lost_runs()
     records = [_run_one(stage_, environment, scheduled_for, quiet=as_json, parent=parent) for stage_ in stages]
@@ -98,6 +99,15 @@ def run(
             print_record(record)
     if not all(record.ok for record in records):
         raise typer.Exit(1)
+
+
+def _refuse_wrong_machines(stages: Sequence[Stage], root: str) -> None:
+    """What can be known of a machine before it is asked for, or made anew, is a refusal."""
+    if away := [stage for stage in stages if stage.machine]:
+        from etl.runs import machines
+
+        if wrong := [f"{stage.name}: {why}" for stage in away for why in machines.stage_problems(stage, root)]:
+            refuse("\n".join(dict.fromkeys(wrong)), status=2)
 
 
 def replay_run(

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from etl import secrets
 from etl.kernels.children import die_with_parent
-from etl.params.stages import seconds
+from etl.params.stages import Stage, seconds
 from etl.params.yaml import nearest
 from etl.runs import live
 from etl.runs.endings import one_line
@@ -249,7 +249,8 @@ class Coiled:
             if function is None:
                 import coiled
 
-                coiled.delete_cluster(self.name)
+                with contextlib.suppress(coiled.errors.DoesNotExist):
+                    coiled.delete_cluster(self.name)
                 return
             cluster = function.cluster
             if is_sound and self._keepalive:
@@ -261,7 +262,7 @@ class Coiled:
                 self._in_use.discard(self.name)
 
 
-def stage_problems(stage: Any, root: str) -> list[str]:
+def stage_problems(stage: Stage, root: str) -> list[str]:
     """What is wrong with a stage's machine and the way to the root, before anything is asked for: a sentence each."""
     if not stage.machine:
         return []

@@ -18,7 +18,7 @@ from typing import Any
 from etl.params.retention import Rules
 from etl.reports import page as report_page
 from etl.runs import index as run_index
-from etl.runs import tries, upkeep
+from etl.runs import live, tries, upkeep
 from etl.storage import LOST_AND_FOUND, Root, no_panic
 
 log = logging.getLogger(__name__)
@@ -123,6 +123,7 @@ def sweep(
             root.remove(page)
         upkeep.tidy(root)
         tries.sweep(root)
+        live.sweep(root)
     return {
         "runs": len(index),
         "kept": len(stored & keep),

@@ -28,6 +28,7 @@ from faults import (
     lake_s3,
     lake_schema,
     loads,
+    machines,
     month,
     power_cuts,
     readers,
@@ -109,6 +110,7 @@ SCENARIOS = [
     ("two", up_scenarios.two, 60, 5, "seconds of two up on one server of Prefect's"),
     ("drafts", up_scenarios.drafts, 600, 20, "seconds of half edits while up runs a release"),
     ("workers", workers.same_states, 1, 1, "time all flows by both workers"),
+    ("machines", machines.machines, 20, 1, "times machines lost, hung, refused, cancelled, asked otherwise"),
     ("up", under_prefect.whence_after_up, 10, 1, "minutes, then whence"),
 ]
 

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import yaml
+from faults import machines as machine_faults
 
 from etl import params
 from etl.runs import dispatch, index, machines
@@ -110,7 +111,7 @@ def test_the_questions_are_answered_on_a_cluster_of_coileds(filled):
     """By its own client; the cluster's key gets to the kernel, and nowhere else."""
     pytest.importorskip("coiled")
     script = PROJECT / "tests" / "coiled_machines.py"
-    done = subprocess.run([sys.executable, script, filled], capture_output=True, text=True, timeout=180)
+    done = subprocess.run([sys.executable, script, "questions", filled], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["state"] == "ok", told["reason"]
@@ -126,6 +127,12 @@ def test_the_questions_are_answered_on_a_cluster_of_coileds(filled):
     written = [path for path in Path(filled).rglob("*") if path.is_file()]
     assert Path(filled, told["report"], "report.html") in written
     assert not [path for path in written if a_line in path.read_bytes()]
+
+
+def test_machines_of_coileds_are_lost_and_refused_with_a_true_record():
+    """A lost worker's run, which Dask would run again, has one kernel; the campaign has the other faults."""
+    pytest.importorskip("coiled")
+    assert machine_faults.machines(1, 1, "worker,refused")
 
 
 def test_a_run_whose_cluster_cannot_be_had_fails_and_says_so(tmp_path):
