@@ -40,6 +40,17 @@ def _journals(tmp_path_factory):
     os.environ["ETL_SPOOL"] = str(tmp_path_factory.mktemp("spool"))
 
 
+@pytest.fixture(scope="module")
+def cluster():
+    """A Dask cluster of two processes."""
+    import distributed
+
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address="127.0.0.1:0"
+    ) as started:
+        yield started
+
+
 @pytest.fixture(scope="session")
 def stream() -> source.Stream:
     """A small stream: 15,000 orders in 40 slices."""

@@ -35,16 +35,6 @@ def asked(tmp_path_factory):
     return replace(snapshot, as_of=AS_OF), connection
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    import distributed
-
-    with distributed.LocalCluster(
-        n_workers=1, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address="127.0.0.1:0"
-    ) as started:
-        yield started
-
-
 def named(name):
     return next(question for question in questions() if question.name == name)
 
