@@ -31,7 +31,7 @@ def clustered(n: int, seed: int) -> str:
                 stage = pick.choice(["preprocess", "preprocess", "compact"])
                 child = world.process(stage)
                 time.sleep(pick.uniform(0.2 * longest, longest))
-                if (workers + 1) * 2 > drivers:
+                if 2 * workers > drivers:
                     child.kill()
                     child.join()
                     drivers += was_killed(child.exitcode)
