@@ -117,9 +117,10 @@ def test_workers_compact_to_the_same_files(tmp_path, client, monkeypatch):
     assert made["failed"].null_count() == made.height and sum(made["files_before"]) > sum(made["files_after"])
 
 
-def test_a_batch_that_workers_read_is_finished_without_them(tmp_path, client, monkeypatch):
+def test_a_batch_that_workers_read_is_finished_without_them(tmp_path, bare_cluster, monkeypatch):
+    """They do not have the project: its code comes with what they are asked."""
     fill(lake := Lake(tmp_path))
-    parsed = lake.read(batch_of(lake), dask=client)
+    parsed = lake.read(batch_of(lake), dask=bare_cluster)
 
     def die(name: str) -> None:
         if name == "after the commit: event":
@@ -131,7 +132,7 @@ def test_a_batch_that_workers_read_is_finished_without_them(tmp_path, client, mo
     monkeypatch.undo()
     assert commits.last_batch(lake, "event") == 1
     lake.commit(lake.read(batch_of(lake)), run_id="again")
-    lake.commit(lake.read(batch_of(lake), dask=client), run_id="next")  # what was refused and not moved
+    lake.commit(lake.read(batch_of(lake), dask=bare_cluster), run_id="next")  # what was refused and not moved
     assert lake.snapshot().frame("event").collect().height == 540
     assert batch_of(lake) is None
 
