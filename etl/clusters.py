@@ -54,7 +54,8 @@ def submit(client: "distributed.Client", function: Callable[..., Any], *argument
 
     A worker that is lost has it called a second time, by another one, and of what the first has written nobody learns.
     """
-    sent = Sent(_called, (function.__module__.partition(".")[0],))
+    called = [function, *filter(callable, arguments)]
+    sent = Sent(_called, tuple(each.__module__.partition(".")[0] for each in called))
     return client.submit(sent, pickle.dumps((function, arguments)), pure=False)
 
 

@@ -18,13 +18,17 @@ from etl.lake.table import TEXT, Column
 from etl.models import registry, scores
 from etl.models.card import Card
 from etl.models.registry import Model, ModelDamaged, NoModel
+from etl.questions import engines
 from etl.storage import Root
 from pipeline.source import SHIP_STEP
 from pipeline.tables import TABLES
 
 if TYPE_CHECKING:
+    import distributed
     import numpy as np
-    import xgboost
+    import xgboost.dask
+
+    Labelled = tuple[np.ndarray, np.ndarray]  # features, label
 
     from etl.findings import Finding
     from etl.lake import Lake
@@ -99,15 +103,44 @@ class Parts(NamedTuple):
     def heights(self) -> tuple[int, int, int]:
         return self.training.num_row(), self.validation.num_row(), self.held_out.height
 
+    @property
+    def late(self) -> tuple[int, int, int]:
+        """How many of each part are."""
+        labels = self.training.get_label(), self.validation.get_label(), self.held_out.late
+        training, validation, held_out = (int(late.sum()) for late in labels)
+        return training, validation, held_out
 
-def split(snapshot: "Snapshot", days: int | None = None) -> Parts:
+
+@dataclass
+class Spread:
+    """The same, on the workers of a Dask cluster, but for the rows to judge by. `heights`: as of `Parts`; `late`: how
+    many of each part are."""
+
+    client: "distributed.Client"
+    training: "xgboost.dask.DaskQuantileDMatrix"
+    validation: "xgboost.dask.DaskQuantileDMatrix"
+    held_out: Rows
+    heights: tuple[int, int, int]
+    late: tuple[int, int, int]
+
+
+def split(
+    snapshot: "Snapshot", days: int | None = None, dask: str | None = None, dask_above_rows: int = 0
+) -> Parts | Spread:
     """The line items of a snapshot, divided by what is in a row: see `_content`. `days`: of those that shipped so long
     before its newest time, or later; None: of all.
 
     Equal rows are always in the same part, so that no model is judged by what it, or the champion before it, has seen;
     of equal ones a model is judged by one. Of each row 29 bytes are held, 37 where it is judged by, until XGBoost has
     its own copy of those to train on, which takes a third of that.
+
+    More than `dask_above_rows` are held by the workers of the Dask cluster at `dask`, if there is one, each its share.
+    Raises OSError when nobody answers there.
     """
+    if dask is not None and snapshot.row_count("lineitem") > dask_above_rows:
+        import distributed
+
+        return spread(distributed.Client(dask, set_as_default=False), snapshot, days)
     where = None if days is None else pl.col("l_ship_time") > snapshot.as_of - timedelta(days=days)
     return parted(snapshot.pieces("lineitem", COLUMNS, where=where), snapshot.row_count("lineitem"))
 
@@ -120,25 +153,105 @@ def parted(pieces: Iterable[pl.DataFrame], most: int) -> Parts:
     training, validation, held_out = (_Filled(most) for _ in range(3))
     contents, golden, count = np.empty(most, np.uint64), list[pl.DataFrame](), 0
     for piece in pieces:
-        matrix, late = SPEC.matrix(piece), _late(piece).to_numpy()
-        content = _content(matrix, piece["l_shipdate"])
-        percent = content % 100
-        training.add(matrix, late, percent >= 30)
-        validation.add(matrix, late, (percent >= 20) & (percent < 30))
-        judged_by = np.flatnonzero(percent < 20)
-        held_out.add(matrix, late, judged_by)
-        contents[count : held_out.count] = content[judged_by]
+        to_learn, to_stop_by, (matrix, late, content), few = divided(piece)
+        training.add(*to_learn)
+        validation.add(*to_stop_by)
+        held_out.add(matrix, late)
+        contents[count : held_out.count] = content
         count = held_out.count
-        few = piece.select(SHIPPED)[judged_by].with_columns(pl.Series("_content", content[judged_by]))
-        golden = [pl.concat([*golden, few]).unique("_content", keep="any").sort("_content").head(GOLDEN_ROWS)]
+        golden = [_first_rows(pl.concat([*golden, few]))]
     how: Any = {"feature_names": [*FEATURES], "nthread": 1}
     seen = xgboost.QuantileDMatrix(*training.taken(), **how)
     stop_by = xgboost.QuantileDMatrix(*validation.taken(), ref=seen, **how)
-    matrix, late = held_out.taken()
+    rows = pl.concat(golden) if golden else pl.DataFrame()
+    return Parts(seen, stop_by, _judged_by(*held_out.taken(), contents[:count], rows))
+
+
+def spread(client: "distributed.Client", snapshot: "Snapshot", days: int | None = None) -> Spread:
+    """As `split`, of line items that the workers of a cluster read, and hold until the client has gone."""
+    import numpy as np
+    import xgboost.dask  # noqa: F401  (it is no part of what xgboost itself imports)
+
+    since = None if days is None else ("l_ship_time", snapshot.as_of - timedelta(days=days))
+    futures = engines.each_piece(client, divided, snapshot, "lineitem", COLUMNS, since)
+    parts = [[client.submit(itemgetter(n), future) for future in futures] for n in range(3)]
+    counts = client.gather([client.submit(_counted, part) for of in parts for part in of])
+    known = [counts[n * len(futures) : (n + 1) * len(futures)] for n in range(3)]
+    made = [_arrays(client, part, [rows for rows, _ in count]) for part, count in zip(parts[:2], known, strict=False)]
+    with client.as_current():  # what is given it asks for all the same
+        seen = xgboost.dask.DaskQuantileDMatrix(client, *made[0], feature_names=[*FEATURES])
+        stop_by = xgboost.dask.DaskQuantileDMatrix(client, *made[1], feature_names=[*FEATURES], ref=seen)
+    matrix, late, contents = (np.concatenate(of) for of in zip(*client.gather(parts[2]), strict=True))
+    golden = pl.concat(client.gather([client.submit(itemgetter(3), future) for future in futures]))
+    heights, of_them = ([sum(each[n] for each in count) for count in known] for n in range(2))
+    held_out = _judged_by(matrix, late, contents, _first_rows(golden))
+    return Spread(
+        client,
+        seen,
+        stop_by,
+        held_out,
+        (heights[0], heights[1], held_out.height),
+        (*of_them[:2], int(held_out.late.sum())),
+    )
+
+
+def _counted(part: "tuple[np.ndarray, ...]") -> tuple[int, int]:
+    """How many rows, and how many of them are late."""
+    return len(part[1]), int(part[1].sum())
+
+
+def _arrays(client: "distributed.Client", parts: "list[distributed.Future]", heights: list[int]) -> "tuple[Any, Any]":
+    """Features and label of the parts that have rows, as arrays of Dask."""
+    import dask.array
+    import numpy as np
+    from dask import delayed
+
+    def array(n: int, shape: tuple[int, ...], dtype: Any) -> Any:
+        pieces = [client.submit(itemgetter(n), part) for part, rows in zip(parts, heights, strict=True) if rows]
+        tall = [rows for rows in heights if rows]
+        return dask.array.concatenate(
+            [
+                dask.array.from_delayed(delayed(piece), (rows, *shape), dtype)
+                for piece, rows in zip(pieces, tall, strict=True)
+            ]
+        )
+
+    return array(0, (len(FEATURES),), np.float32), array(1, (), bool)
+
+
+def divided(
+    piece: pl.DataFrame,
+) -> "tuple[Labelled, Labelled, tuple[np.ndarray, np.ndarray, np.ndarray], pl.DataFrame]":
+    """Line items by their part: those to train on and to stop by; of those to judge by also what is in each, and some
+    of them as they are."""
+    import numpy as np
+
+    matrix, late = SPEC.matrix(piece), _late(piece).to_numpy()
+    content = _content(matrix, piece["l_shipdate"])
+    percent = content % 100
+    training, validation = percent >= 30, (percent >= 20) & (percent < 30)
+    judged_by = np.flatnonzero(percent < 20)
+    few = piece.select(SHIPPED)[judged_by].with_columns(pl.Series("_content", content[judged_by]))
+    return (
+        (matrix[training], late[training]),
+        (matrix[validation], late[validation]),
+        (matrix[judged_by], late[judged_by], content[judged_by]),
+        _first_rows(few),
+    )
+
+
+def _first_rows(rows: pl.DataFrame) -> pl.DataFrame:
+    """Some of the rows, the same whatever order they come in."""
+    return rows.unique("_content", keep="any").sort("_content").head(GOLDEN_ROWS)
+
+
+def _judged_by(matrix: "np.ndarray", late: "np.ndarray", contents: "np.ndarray", golden: pl.DataFrame) -> Rows:
+    """Of equal rows one."""
+    import numpy as np
+
     # with the label in its lowest bit: of equal rows that ended otherwise there is one of each
-    _, first = np.unique(contents[:count] & ~np.uint64(1) | late, return_index=True)
-    rows = pl.concat(golden).drop("_content") if golden else pl.DataFrame()
-    return Parts(seen, stop_by, Rows(matrix[first], late[first], contents[first], rows))
+    _, first = np.unique(contents & ~np.uint64(1) | late, return_index=True)
+    return Rows(matrix[first], late[first], contents[first], golden.drop("_content", strict=False))
 
 
 class _Filled:
@@ -150,9 +263,7 @@ class _Filled:
         self._matrix, self._late = np.empty((most, len(FEATURES)), np.float32), np.empty(most, bool)
         self.count = 0
 
-    def add(self, matrix: "np.ndarray", late: "np.ndarray", of_it: "np.ndarray") -> None:
-        """`of_it`: which rows are of the part."""
-        matrix, late = matrix[of_it], late[of_it]
+    def add(self, matrix: "np.ndarray", late: "np.ndarray") -> None:
         until = self.count + len(late)
         self._matrix[self.count : until], self._late[self.count : until] = matrix, late
         self.count = until
@@ -187,23 +298,29 @@ def _content(matrix: "np.ndarray", ship_date: pl.Series) -> "np.ndarray":
     return mixed
 
 
-def too_little(parts: Parts, minimum_rows: int) -> str | None:
+def too_little(parts: Parts | Spread, minimum_rows: int) -> str | None:
     """Why there is too little to learn from; None when there is enough."""
-    import numpy as np
-
     if sum(parts.heights) < minimum_rows:
         return f"{sum(parts.heights):,} line items, fewer than the {minimum_rows:,} that training needs"
-    labels = parts.training.get_label(), parts.validation.get_label(), parts.held_out.late
-    for part, late in zip(("training", "validation", "held-out"), labels, strict=True):
-        if len(np.unique(late)) < 2:
-            return f"the {len(late):,} {part} line items are all late or all in time"
+    for part, rows, late in zip(("training", "validation", "held-out"), parts.heights, parts.late, strict=True):
+        if late in (0, rows):
+            return f"the {rows:,} {part} line items are all late or all in time"
     return None
 
 
+def fit(parts: Parts | Spread, **settings: Any) -> "xgboost.Booster":
+    """As `train`, of parts wherever they are; a cluster's workers are let go of then."""
+    if isinstance(parts, Parts):
+        return train(parts.training, parts.validation, threads=idle_cores(), **settings)
+    with parts.client:
+        return train(parts.training, parts.validation, client=parts.client, **settings)
+
+
 def train(
-    training: "xgboost.QuantileDMatrix",
-    validation: "xgboost.QuantileDMatrix",
+    training: "xgboost.QuantileDMatrix | xgboost.dask.DaskQuantileDMatrix",
+    validation: "xgboost.QuantileDMatrix | xgboost.dask.DaskQuantileDMatrix",
     *,
+    client: "distributed.Client | None" = None,
     learning_rate: float = 0.2,
     max_depth: int = 3,
     max_trees: int = 500,
@@ -214,26 +331,30 @@ def train(
 
     The same rows give the same one, in any order and by any number of threads: no feature has so many values that
     XGBoost would have to estimate where to cut them. One thread by default: where other work has the cores, two wait
-    for each other (420,000 rows: 1.5 s became 35 s).
+    for each other (420,000 rows: 1.5 s became 35 s). `client`: of the Dask cluster whose workers have the rows, and
+    threads of their own.
     """
     import xgboost
 
-    booster = xgboost.train(
-        {
-            "objective": "binary:logistic",
-            "eval_metric": "logloss",
-            "tree_method": "hist",
-            "learning_rate": learning_rate,
-            "max_depth": max_depth,
-            "monotone_constraints": {"days_to_commit": -1},  # more days left, never more likely late
-            "nthread": threads,
-        },
-        training,
-        num_boost_round=max_trees,
-        evals=[(validation, "validation")],
-        early_stopping_rounds=patience,
-        verbose_eval=False,
-    )
+    parameters = {
+        "objective": "binary:logistic",
+        "eval_metric": "logloss",
+        "tree_method": "hist",
+        "learning_rate": learning_rate,
+        "max_depth": max_depth,
+        "monotone_constraints": {"days_to_commit": -1},  # more days left, never more likely late
+    }
+    how: dict[str, Any] = {
+        "num_boost_round": max_trees,
+        "evals": [(validation, "validation")],
+        "early_stopping_rounds": patience,
+        "verbose_eval": False,
+    }
+    if client is None:
+        booster = xgboost.train(parameters | {"nthread": threads}, training, **how)
+    else:
+        with client.as_current():
+            booster = xgboost.dask.train(client, parameters, training, **how)["booster"]
     return booster[: booster.best_iteration + 1]
 
 

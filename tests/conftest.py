@@ -3,6 +3,8 @@
 import functools
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +40,26 @@ def pytest_collection_modifyitems(items):
 def _journals(tmp_path_factory):
     """Journals go to a folder of the tests' own, also those of the processes they start."""
     os.environ["ETL_SPOOL"] = str(tmp_path_factory.mktemp("spool"))
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Dask cluster of two processes."""
+    import distributed
+
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address="127.0.0.1:0"
+    ) as started:
+        yield started
+
+
+@pytest.fixture
+def bare_cluster():
+    """The address of a scheduler in another process whose worker cannot import the project."""
+    script = Path(__file__).with_name("bare_cluster.py")
+    cluster = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    yield cluster.stdout.readline().strip()
+    cluster.communicate(timeout=60)
 
 
 @pytest.fixture(scope="session")

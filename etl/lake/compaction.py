@@ -10,7 +10,8 @@ import json
 import math
 import traceback
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -24,11 +25,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from etl import delta
+from etl.clusters import connected, submit
 from etl.lake import commit, ledger, retention, schemas, sorting, switch, upsert
 from etl.leases import LeaseHeld
 from etl.storage import crash_point, temporary_folder
 
 if TYPE_CHECKING:
+    import distributed
     from deltalake import DeltaTable
 
     from etl.lake.lake import Lake
@@ -95,6 +98,8 @@ def compact(
     vacuum_hours: int,
     run_id: str,
     now: datetime | None = None,
+    dask: "str | distributed.Client | None" = None,
+    dask_above_mb: float = 0,
 ) -> pl.DataFrame:
     """Compact every table with at least `min_small_files` files below half of `target_mb`, publish, and sweep.
 
@@ -103,7 +108,9 @@ def compact(
     was left out), failed (what went wrong with it, null when nothing did). Of a table in which the newest row of a key
     counts all files are made new as soon as there is something newer. The snapshot moves to the compacted versions; its
     batch stays. A table that another compaction is at work on is left to it, and one that fails, RowsDiffer above all,
-    stays as it was and keeps no other from its turn. Raises ValueError when `vacuum_hours` is under 24.
+    stays as it was and keeps no other from its turn. What is rewritten of a table, if it is more than `dask_above_mb`
+    megabytes, the workers of the Dask cluster at `dask` rewrite, if there is one, and it is committed here. Raises
+    OSError when nobody answers there, and ValueError when `vacuum_hours` is under 24.
     """
     if vacuum_hours < retention.VACUUM_HOURS:
         raise ValueError(
@@ -116,11 +123,13 @@ def compact(
     lines: dict[str, dict[str, Any]] = {table: {"table": table, "note": ""} for table in tables(lake)}
     began: dict[str, set[str]] = {}
     handles: dict[str, DeltaTable] = {}
-    for table, line in lines.items():
-        with _told(line), root.lease(f"leases/tables/{table}", run_id, wait_s=0):
-            crash_point(f"compaction holds: {table}")
-            handle, began[table] = _readable(lake, table, published)
-            line |= _compact_table(lake, table, handle, target_mb, min_small_files, run_id)
+    with connected(dask) as client:
+        rewritten = partial(_rewritten, client, dask_above_mb)
+        for table, line in lines.items():
+            with _told(line), root.lease(f"leases/tables/{table}", run_id, wait_s=0):
+                crash_point(f"compaction holds: {table}")
+                handle, began[table] = _readable(lake, table, published)
+                line |= _compact_table(lake, table, handle, target_mb, min_small_files, run_id, rewritten)
     if published and "files" in published["tables"]:
         ledger.prune(root, published["batch"])
     if published:
@@ -182,7 +191,13 @@ def _readable(lake: "Lake", table: str, published: dict[str, Any] | None) -> tup
 
 
 def _compact_table(
-    lake: "Lake", table: str, handle: "DeltaTable", target_mb: int, min_small_files: int, run_id: str
+    lake: "Lake",
+    table: str,
+    handle: "DeltaTable",
+    target_mb: int,
+    min_small_files: int,
+    run_id: str,
+    rewritten: Callable[..., Iterator[list[Rewrite]]],
 ) -> dict[str, Any]:
     """Rewrite what is small among the files of a version, and commit it each time that there is about `target_mb` of
     it: a run that is killed has lost no more, and the next one goes on from there."""
@@ -195,8 +210,8 @@ def _compact_table(
     declared = pa.schema(handle.schema().to_arrow())
     rewrite = _newest if upserts else _rewrite
     done, waiting = list[Rewrite](), list[Rewrite]()
-    for number, files in enumerate(groups, 1):
-        waiting += rewrite(lake, table, files, declared, target)
+    for number, made in enumerate(rewritten(rewrite, lake, table, groups, declared, target), 1):
+        waiting += made
         if number == len(groups) or sum(file.bytes for made in waiting for file in made.removed) >= target:
             _replace(lake, table, waiting, run_id)
             done, waiting = [*done, *waiting], []
@@ -210,6 +225,25 @@ def _compact_table(
         "mb_before": sum(sizes) / 1e6,
         "mb_after": (sum(sizes) - sum(file.bytes for file in moved) + sum(made_bytes)) / 1e6,
     }
+
+
+def _rewritten(
+    client: "distributed.Client | None",
+    above_mb: float,
+    rewrite: Callable[..., list[Rewrite]],
+    lake: "Lake",
+    table: str,
+    groups: list[list[delta.File]],
+    *how: Any,
+) -> Iterator[list[Rewrite]]:
+    """What was written in the place of each group, in their order: one after the other here, or several at once by a
+    cluster's workers, where it is more than `above_mb` megabytes."""
+    if client is None or sum(file.bytes for group in groups for file in group) <= above_mb * 1e6:
+        yield from (rewrite(lake, table, files, *how) for files in groups)
+        return
+    futures = deque(submit(client, rewrite, lake.plain(), table, files, *how) for files in groups)
+    while futures:
+        yield futures.popleft().result()
 
 
 def _replace(lake: "Lake", table: str, rewrites: list[Rewrite], run_id: str) -> None:

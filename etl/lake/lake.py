@@ -49,6 +49,12 @@ class Lake:
         """A lake of the same tables under another root."""
         return type(self)(root)
 
+    def plain(self) -> "Lake":
+        """The same tables under the same root, for a process that does not have the project."""
+        plain = Lake(self.root)
+        vars(plain).update(tables=self.tables, ingested_by=self.ingested_by, compacted_by=self.compacted_by)
+        return plain
+
     @cached_property
     def columns(self) -> dict[str, dict[str, DataType]]:
         """Table -> its columns as they are stored; `quarantine` and the ledger, `files`, are among the tables."""

@@ -115,9 +115,7 @@ def _dask_frame(
     empty = _pandas(_rows(typed.lazy(), columns, since))
     parts, over = pieces(snapshot, table, since), snapshot.overlay(table)
     if parts:
-        named = {*columns} | ({since[0]} if since else set())
-        defaults = snapshot.lake.defaults[table]
-        wanted = [(name, dtype, defaults.get(name)) for name, dtype in typed.schema.items() if name in named]
+        wanted = _wanted(snapshot, table, {*columns} | ({since[0]} if since else set()))
         frame = dd.from_map(
             clusters.Sent(_read),
             *zip(*parts, strict=True),
@@ -165,24 +163,65 @@ def _read(
     wanted: Sequence[tuple[str, pl.DataType, Any]] = (),
     without: pl.DataFrame | None = None,
 ) -> "pd.DataFrame":
+    """A piece, on a worker."""
+    return _pandas(_rows(_piece(Piece(url, first, rows, values), wanted, without), columns, since))
+
+
+def _piece(
+    piece: Piece, wanted: Sequence[tuple[str, pl.DataType, Any]], without: pl.DataFrame | None = None
+) -> pl.LazyFrame:
     """A piece, on a worker: credentials are those of its own environment.
 
     `wanted`: name, type and default of the columns; a file from before one was added does not have it. `without`: keys
     of which the rows do not count.
     """
-    options = object_store_options() if "://" in url else None
-    file = pl.scan_parquet(url, glob=False, storage_options=options)
+    options = object_store_options() if "://" in piece.url else None
+    file = pl.scan_parquet(piece.url, glob=False, storage_options=options)
     has = file.collect_schema()
     otherwise = [
         pl.col(name).cast(dtype) if name in has else pl.lit(pl.Series([default], dtype=dtype)).first().alias(name)
         for name, dtype, default in wanted
-        if has.get(name) != dtype and name not in values
+        if has.get(name) != dtype and name not in piece.values
     ]
-    given = [pl.lit(pl.Series([value])).first().alias(name) for name, value in values.items()]
-    piece = file.slice(first, rows).with_columns(given)
+    given = [pl.lit(pl.Series([value])).first().alias(name) for name, value in piece.values.items()]
+    rows = file.slice(piece.first, piece.rows).with_columns(given)
     if without is not None:
-        piece = piece.join(without.lazy(), on=without.columns, how="anti")
-    return _pandas(_rows(piece.with_columns(otherwise), columns, since))
+        rows = rows.join(without.lazy(), on=without.columns, how="anti")
+    return rows.with_columns(otherwise)
+
+
+def each_piece(
+    client: "distributed.Client",
+    work: Callable[[pl.DataFrame], Any],
+    snapshot: "Snapshot",
+    table: str,
+    columns: list[str],
+    since: tuple[str, datetime] | None = None,
+) -> "list[distributed.Future[Any]]":
+    """What a function of a module makes of the rows of each piece of a table, on the workers. Of a table in which the
+    newest row of a key counts, of its compacted rows alone. `since`: the time column, and since when its rows count."""
+    wanted = _wanted(snapshot, table, {*columns} | ({since[0]} if since else set()))
+    return [
+        clusters.submit(client, _work, work, piece, wanted, columns, since) for piece in pieces(snapshot, table, since)
+    ]
+
+
+def _work(
+    work: Callable[[pl.DataFrame], Any],
+    piece: Piece,
+    wanted: Sequence[tuple[str, pl.DataType, Any]],
+    columns: list[str],
+    since: tuple[str, datetime] | None,
+) -> Any:
+    rows = _piece(piece, wanted)
+    recent = rows if since is None else rows.filter(pl.col(since[0]) > since[1])
+    return work(recent.select(columns).collect())
+
+
+def _wanted(snapshot: "Snapshot", table: str, names: set[str]) -> list[tuple[str, pl.DataType, Any]]:
+    """Name, type and default of some columns."""
+    defaults, schema = snapshot.lake.defaults[table], snapshot.frame(table).collect_schema()
+    return [(name, dtype, defaults.get(name)) for name, dtype in schema.items() if name in names]
 
 
 def _rows(frame: pl.LazyFrame, columns: list[str], since: tuple[str, datetime] | None) -> pl.LazyFrame:

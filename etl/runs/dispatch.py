@@ -5,6 +5,8 @@ it on either side.
 """
 
 import contextlib
+import hashlib
+import json
 import logging
 import secrets
 import threading
@@ -151,7 +153,7 @@ def cluster(dask: dict[str, Any] | None) -> Iterator[tuple[str | None, dict[str,
     The address of its scheduler, None without a block, and the variables that a process needs to speak to it.
     `{n_workers: N}`: processes on this machine, gone with the block. `{address: URL}`: one that is there already, whose
     certificates, if it has any, are in Dask's own variables. `{coiled: {...}}`: machines, with the arguments of
-    coiled.Cluster.
+    coiled.Cluster; gone with the block, too, but for those with an `idle_timeout`, which the next run finds again.
     """
     if not dask:
         yield None, {}
@@ -160,7 +162,7 @@ def cluster(dask: dict[str, Any] | None) -> Iterator[tuple[str | None, dict[str,
     elif "coiled" in dask:
         import coiled
 
-        with coiled.Cluster(**dask["coiled"]) as machines:
+        with coiled.Cluster(**_kept(dask["coiled"])) as machines:
             yield machines.scheduler_address, _certificates(machines.security)
     else:
         from distributed import LocalCluster
@@ -172,6 +174,15 @@ def cluster(dask: dict[str, Any] | None) -> Iterator[tuple[str | None, dict[str,
             n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
         ) as processes:
             yield processes.scheduler_address, {}
+
+
+def _kept(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What coiled.Cluster is asked for. A cluster is found by its name, whatever machines it has: so that it is called
+    by them."""
+    if "idle_timeout" not in arguments:
+        return arguments
+    machines = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:8]
+    return {"name": f"etl-{machines}", "shutdown_on_close": False} | arguments
 
 
 def _certificates(security: Any) -> dict[str, str]:

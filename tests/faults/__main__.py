@@ -12,6 +12,7 @@ import typer  # noqa: E402
 from faults import (
     alert_scenarios,
     answers,
+    clustered,
     endings,
     kinds,
     lake_backups,
@@ -80,6 +81,7 @@ SCENARIOS = [
     ("random", lake_crashes.at_random, 300, 3, "SIGKILLs of preprocess under load"),
     ("random compact", lake_crashes.at_random_compact, 100, 2, "SIGKILLs of compact under load"),
     ("overlapping", lake_crashes.overlapping, 40, 2, "times two of preprocess and two of compact at once"),
+    ("clustered", clustered.clustered, 60, 1, "drivers and workers killed, where a cluster does the work"),
     ("disk full", lake_damage.disk_full, 30, 2, "full disks"),
     ("failing writes", lake_damage.failing_writes, 120, 2, "writes, syncs, renames and links that fail"),
     ("power cuts", power_cuts.power_cuts, 1000, 6, "losses of power"),

@@ -21,7 +21,7 @@ import duckdb
 import polars as pl
 from faults import readers
 
-from etl.lake import Snapshot, ingest
+from etl.lake import Snapshot, ingest, workers
 from etl.leases import LeaseHeld
 from etl.storage import Root
 from pipeline import Lake, source
@@ -30,6 +30,7 @@ from pipeline.tables import TABLES
 AT = "2026-03-01T12:00:10+00:00"
 LIMITS = {"max_files": 500, "max_bytes": 50_000_000, "max_bad_share": 0.5, "for_s": 60.0}
 ORDERS = 6  # in a tick
+DASK, CUT_BYTES = "ETL_FAULTS_DASK", 2_000  # the address of a cluster that does the work, and how large its pieces are
 MONEY = {"orders": ["o_totalprice"], "lineitem": ["l_quantity", "l_extendedprice", "l_discount", "l_tax"]}
 KEYS = {"orders": "o_orderkey, 0", "lineitem": "l_orderkey, l_linenumber"}
 
@@ -213,11 +214,14 @@ def mixed(root: str) -> str | None:
 
 def stage(name: str, root: str) -> None:
     """What the notebook does, without the notebook."""
+    dask = os.environ.get(DASK)
+    if dask:
+        workers.TASK_BYTES = CUT_BYTES
     if name == "preprocess":
-        Lake(root).drain(**LIMITS, scheduled_for=AT, run_id=f"preprocess-{os.getpid()}")
+        Lake(root).drain(**LIMITS, scheduled_for=AT, run_id=f"preprocess-{os.getpid()}", dask=dask)
     elif name == "compact":
         ask = {"target_mb": 64, "min_small_files": 2, "vacuum_hours": 24, "run_id": f"compact-{os.getpid()}"}
-        failed = Lake(root).compact(**ask).drop_nulls("failed")
+        failed = Lake(root).compact(**ask, dask=dask).drop_nulls("failed")
         if failed.height:
             raise NotHeld(f"{failed['table'][0]} could not be compacted: {failed['failed'][0]}")
     elif name == "rebuild":

@@ -145,6 +145,20 @@ def test_a_window_has_the_rows_that_shipped_in_it(filled):
     assert sum(model.split(snapshot).heights) == len(shipped)
 
 
+def test_the_workers_of_a_cluster_train_the_same_model(filled, cluster):
+    snapshot, address = Lake(filled).snapshot(), cluster.scheduler_address
+    for days in (None, -2):
+        here, there = model.split(snapshot, days), model.split(snapshot, days, address)
+        assert isinstance(model.split(snapshot, days, address, snapshot.row_count("lineitem")), model.Parts)
+        assert (there.heights, there.late) == (here.heights, here.late)
+        assert_frame_equal(there.held_out.golden, here.held_out.golden)
+        assert sorted(there.held_out.content) == sorted(here.held_out.content)
+        assert model.too_little(there, 10) == model.too_little(here, 10)
+    boosters = [model.fit(parts, max_trees=30) for parts in (here, there)]
+    losses = [model.judge(booster, here.held_out)["log_loss"] for booster in boosters]
+    assert losses[1] == pytest.approx(losses[0], rel=0.001)
+
+
 def test_the_same_rows_give_the_same_bytes_in_any_order_and_by_any_number_of_threads(lineitem, booster):
     shuffled = lineitem.sample(fraction=1, shuffle=True, seed=5)
     parts = model.parted(shuffled.iter_slices(10_000), lineitem.height)

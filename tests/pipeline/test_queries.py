@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -33,16 +31,6 @@ def asked(tmp_path_factory):
     """TPC-H at scale 0.01 in a lake, as of a later time, and DuckDB over tpchgen's own files of it."""
     snapshot, connection = one_tick(tmp_path_factory.mktemp("tpch"), 0.01)
     return replace(snapshot, as_of=AS_OF), connection
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    import distributed
-
-    with distributed.LocalCluster(
-        n_workers=1, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address="127.0.0.1:0"
-    ) as started:
-        yield started
 
 
 def named(name):
@@ -233,15 +221,6 @@ def test_many_pieces_are_joined_grouped_and_renamed_on_dask(asked, cluster, monk
     answer = ask(named(name), asked[0], dask=cluster.scheduler_address, **parameters)
     assert answer.equals(ask(named(name), asked[0], **parameters))
     assert answer.height and answer.row(0) != (None,)
-
-
-@pytest.fixture
-def bare_cluster():
-    """The address of a scheduler in another process whose worker cannot import the project."""
-    script = Path(__file__).parents[1] / "bare_cluster.py"
-    cluster = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    yield cluster.stdout.readline().strip()
-    cluster.communicate(timeout=60)
 
 
 def test_workers_need_the_packages_and_not_the_project(asked, bare_cluster, monkeypatch):

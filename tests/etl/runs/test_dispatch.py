@@ -104,7 +104,14 @@ def test_a_coiled_cluster_takes_the_blocks_arguments():
         cluster.return_value.__enter__.return_value.scheduler_address = "tls://1.2.3.4:8786"
         with dispatch.cluster({"coiled": {"n_workers": 4, "region": "us-east-2"}}) as (address, _):
             assert address == "tls://1.2.3.4:8786"
-    cluster.assert_called_once_with(n_workers=4, region="us-east-2")
+        cluster.assert_called_once_with(n_workers=4, region="us-east-2")
+        names = []
+        for most in (8, 8, 16):  # adaptive, and found again while it is the same
+            with dispatch.cluster({"coiled": {"n_workers": [0, most], "idle_timeout": "10 minutes"}}):
+                asked = cluster.call_args.kwargs
+            assert (asked["n_workers"], asked["shutdown_on_close"]) == ([0, most], False)
+            names.append(asked["name"])
+        assert names[0] == names[1] != names[2]
 
 
 def test_the_questions_are_answered_on_a_cluster_of_coileds(filled):
