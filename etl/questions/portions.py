@@ -77,9 +77,7 @@ def news(snapshot: Snapshot, question: "Question", before: Portion) -> News | No
     """What came since; None when it cannot be told, or when to read everything costs no more."""
     if _upserts(snapshot, question.grows) or not question.tables.keys() <= before.versions.keys():
         return None
-    if any(
-        snapshot.added(table, before.versions[table]) != [] for table in question.tables if table != question.grows
-    ):
+    if any(snapshot.added(table, before.versions[table]) != [] for table in question.tables if table != question.grows):
         return None
     files = snapshot.added(question.grows, before.versions[question.grows])
     if files is None or not all("numRecords" in file.get("stats", "") for file in files):

@@ -73,12 +73,15 @@ def save(
     root.write(f"{folder}/history.json", json.dumps(lines[-keep:], indent=1).encode())
     root.write(f"{folder}/current.json", json.dumps(pointer, default=str, indent=1).encode())
     listed = [f"{line['run_id']}.parquet" for line in lines]
-    kept, dropped, yesterday = set(listed[-keep:]), set(listed[:-keep]), datetime.now(UTC) - timedelta(days=1)
-    for entry in root.entries(folder):
-        # one that is not listed and fresh is another run's, which is about to list it
-        gone = entry.name not in kept and (entry.name in dropped or bool(entry.modified and entry.modified < yesterday))
-        if gone and entry.name.endswith(".parquet") and not entry.problem:
-            root.remove(f"{folder}/{entry.name}")
+    kept, yesterday = set(listed[-keep:]), datetime.now(UTC) - timedelta(days=1)
+    root.remove_all(f"{folder}/{name}" for name in sorted({*listed[:-keep]} - kept))
+    is_first_of_day = not before or before[-1]["as_of"][:10] != pointer["as_of"][:10]
+    if root.may_tear or is_first_of_day:  # a store's listing costs as much as all else of an answer
+        for entry in root.entries(folder):
+            # one that is not listed and fresh is another run's, which is about to list it
+            is_old = bool(entry.modified and entry.modified < yesterday) and entry.name not in kept
+            if is_old and entry.name.endswith(".parquet") and not entry.problem:
+                root.remove(f"{folder}/{entry.name}")
     return pointer
 
 
