@@ -75,7 +75,7 @@ def save(
     listed = [f"{line['run_id']}.parquet" for line in lines]
     kept, yesterday = set(listed[-keep:]), datetime.now(UTC) - timedelta(days=1)
     root.remove_all(f"{folder}/{name}" for name in sorted({*listed[:-keep]} - kept))
-    is_first_of_day = not before or before[-1]["as_of"][:10] != pointer["as_of"][:10]
+    is_first_of_day = not before or before[-1]["as_of"][:10] != f"{snapshot.as_of:%Y-%m-%d}"
     if root.may_tear or is_first_of_day:  # a store's listing costs as much as all else of an answer
         for entry in root.entries(folder):
             # one that is not listed and fresh is another run's, which is about to list it
