@@ -11,15 +11,12 @@ as notebooks, too, one after the other, and what a month at the default cadence 
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import measure
 

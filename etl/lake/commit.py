@@ -167,8 +167,8 @@ def append(
     seen: schemas.Look | None = None,
     require: Callable[[], None] = lambda: None,
 ) -> int:
-    """Append a batch's rows exactly once; returns the version that holds them. `after`: the version that is published; `seen`:
-    what had come to the table since, if somebody has looked under the lease.
+    """Append a batch's rows exactly once; returns the version that holds them. `after`: the version that is published;
+    `seen`: what had come to the table since, if somebody has looked under the lease.
 
     The commits since then are looked through for this batch, and the commit is the version after them or none: of two
     writers with the same batch the second finds that version taken, looks again, and finds the batch done. All of it is

@@ -84,9 +84,9 @@ class Batch:
     be read, each with its reason. `growing` and `unmatched`: files that are still written, and that are no table's:
     they are left alone. `grown`: what was written to files after they were ingested, which is refused. `known`: what
     is in the lake; `again`: also what has the content of another file of its table, whatever is declared. `held`: files
-    of tables that cannot become what they are declared to be; they wait. `blocked`: which tables these are, and why, for
-    people; empty for none. `pointer` and `looks`: what was published when the batch was taken, and what had come to each
-    table since."""
+    of tables that cannot become what they are declared to be; they wait. `blocked`: which tables these are, and why,
+    for people; empty for none. `pointer` and `looks`: what was published when the batch was taken, and what had come
+    to each table since."""
 
     lake: "Lake"
     number: int

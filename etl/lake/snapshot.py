@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 POINTER = "lake/published.json"
 IN_POINTER = {"batch", "as_of", "tables", "run_id", "published_at"}
 PIECE_ROWS = 150_000
+HELD_BYTES = 256_000_000  # of files that a snapshot of an object store reads once, and keeps: the smallest
 PINNED = "lake/pinned.json"  # a root that reads a snapshot of another one, as a replay does
 
 
@@ -49,6 +50,8 @@ class Snapshot:
     _handles: "dict[str, DeltaTable]" = field(default_factory=dict, repr=False, compare=False)
     _overlays: dict[str, upsert.Overlay | None] = field(default_factory=dict, repr=False, compare=False)
     _stored: dict[str, dict[str, str | delta.Action]] = field(default_factory=dict, repr=False, compare=False)
+    _held: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)  # path in the root -> the file
+    _added: dict[tuple[str, int], list[delta.Action] | None] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def root(self) -> Root:
@@ -69,7 +72,7 @@ class Snapshot:
         """All that counts, in the columns of the version."""
         handle, over = self.table(table), self.overlay(table)
         if over is None:
-            return pl.scan_delta(handle)
+            return pl.scan_delta(handle) if self.root.may_tear else self._of_store(table)
         if not over.kept:
             return over.rows.lazy()
         schema = over.rows.schema
@@ -77,17 +80,46 @@ class Snapshot:
         others = kept.join(over.keys.lazy(), on=over.keys.columns, how="anti")
         return pl.concat([others, over.rows.lazy()])
 
+    def _of_store(self, table: str) -> pl.LazyFrame:
+        """As `pl.scan_delta`, of a table whose files are each some requests away."""
+        handle = self.table(table)
+        rows, files = pl.scan_delta(handle), delta.files(handle)
+        if not files:
+            return rows
+        schema = rows.collect_schema()
+        sources = self._sources(table, [(file.rel, file.bytes, file.values) for file in files])
+        return upsert.scan(sources, schema, self.root.storage_options).select(schema.names())
+
+    def _sources(self, table: str, files: list[tuple[str, int, dict[str, Any]]]) -> list[upsert.File]:
+        """Files of the table (path in its folder, bytes, values of its partition) to be scanned. In an object store the
+        small ones are read now, once for all who ask this snapshot, as long as there is room."""
+        folder, room = f"lake/{table}", HELD_BYTES - sum(map(len, self._held.values()))
+        wanted: list[str] = []
+        for rel, size, _ in sorted(files, key=lambda file: file[1]) if not self.root.may_tear else ():
+            if (path := f"{folder}/{rel}") not in self._held and (room := room - size) >= 0:
+                wanted.append(path)
+        self._held.update(zip(wanted, self.root.each(self.root.read, wanted), strict=True))
+        paths = ((f"{folder}/{rel}", values) for rel, _, values in files)
+        return [upsert.File(self._held.get(path) or self.root.url_of(path), values) for path, values in paths]
+
+    def added(self, table: str, after: int) -> list[delta.Action] | None:
+        """As `delta.added`, up to this version; looked up once."""
+        if (table, after) not in self._added:
+            until = self.versions[table]
+            known = delta.added(self.root, f"lake/{table}", after, until) if after <= until else None
+            self._added[table, after] = known
+        return self._added[table, after]
+
     def frame_of(self, table: str, files: list[delta.Action]) -> pl.LazyFrame:
         """The rows of some files of the table, as its log adds them, in the declared columns: as `frame`, where the
         table's columns are those of when the files came."""
         schema = self._rows(table).collect_schema()
-        return self._of_files(table, [(unquote(file["path"]), delta.values_of(file, schema)) for file in files])
+        named = [(unquote(file["path"]), file["size"], delta.values_of(file, schema)) for file in files]
+        return self._of_files(table, self._sources(table, named))
 
-    def _of_files(self, table: str, files: list[tuple[str, dict[str, Any]]]) -> pl.LazyFrame:
-        """The rows of files of the table, each with its path in the table's folder and the values of its partition."""
-        folder, schema = self.root.url_of(f"lake/{table}"), self._rows(table).collect_schema()
-        named = [upsert.File(f"{folder}/{path}", values) for path, values in files]
-        rows = upsert.scan(named, schema, self.root.storage_options)
+    def _of_files(self, table: str, sources: list[upsert.File]) -> pl.LazyFrame:
+        """The rows of files of the table."""
+        rows = upsert.scan(sources, self._rows(table).collect_schema(), self.root.storage_options)
         return rows.with_columns(self.otherwise(table)).select(name for name in self.lake.columns[table])
 
     def pieces(
@@ -103,7 +135,7 @@ class Snapshot:
             yield from self.frame(table).filter(every).select(columns).collect().iter_slices(most)
             return
         for file in delta.files(self.table(table)):
-            rows = self._of_files(table, [(file.rel, file.values)])
+            rows = self._of_files(table, [upsert.File(self.root.url_of(f"lake/{table}/{file.rel}"), file.values)])
             if where is not None and not rows.filter(every).select(pl.len()).collect().item():
                 continue
             for start in range(0, file.rows, most):
@@ -153,6 +185,7 @@ class Snapshot:
     def rows(self) -> pl.DataFrame:
         """One row a table: table, version, rows, files, mb (from the log: also rows that newer ones have replaced)."""
         lines = []
+        self.root.each(self.table, self.versions)
         for name, version in self.versions.items():
             sizes, rows = delta.file_stats(self.table(name))
             lines.append((name, version, rows, len(sizes), sum(sizes) / 1e6))

@@ -22,9 +22,10 @@ NEWEST = "newest-"  # begins the name of a file that has the only row of each of
 
 
 class File(NamedTuple):
-    """A file of a table, to be read. `values`: of its partition, which it does not have itself."""
+    """A file of a table, to be read. `url`: or the file itself. `values`: of its partition, which it does not have
+    itself."""
 
-    url: str
+    url: str | bytes
     values: dict[str, Any]
 
 
@@ -60,8 +61,11 @@ def of_batch(rows: pl.DataFrame, table: Table, number: int) -> pl.DataFrame:
 def files(handle: "DeltaTable") -> tuple[list[File], list[File]]:
     """A version's files that have one row a key, and those that came after them."""
     folder = unquote(handle.table_uri.removeprefix("file://").rstrip("/"))
-    every = [File(f"{folder}/{file.rel}", file.values) for file in delta.files(handle)]
-    kept, later = ([file for file in every if is_newest(file.url) is first] for first in (True, False))
+    every = delta.files(handle)
+    kept, later = (
+        [File(f"{folder}/{file.rel}", file.values) for file in every if is_newest(file.rel) is first]
+        for first in (True, False)
+    )
     return kept, later
 
 
@@ -89,13 +93,15 @@ def overlay(handle: "DeltaTable", table: Table, storage_options: dict[str, str])
 
 def scan(files: list[File], schema: pl.Schema, storage_options: dict[str, str]) -> pl.LazyFrame:
     """The rows of some files of a table, and of each the batch; what a file does not have is null."""
-    urls: dict[tuple[tuple[str, Any], ...], list[str]] = {}
+    urls: dict[tuple[type, tuple[tuple[str, Any], ...]], list[Any]] = {}  # a scan has either URLs or files
     for file in files:
-        urls.setdefault((*file.values.items(),), []).append(file.url)
-    return pl.concat(_scan(of, dict(values), schema, storage_options) for values, of in urls.items())
+        urls.setdefault((type(file.url), (*file.values.items(),)), []).append(file.url)
+    return pl.concat(_scan(of, dict(values), schema, storage_options) for (_, values), of in urls.items())
 
 
-def _scan(urls: list[str], values: dict[str, Any], schema: pl.Schema, storage_options: dict[str, str]) -> pl.LazyFrame:
+def _scan(
+    urls: list[str] | list[bytes], values: dict[str, Any], schema: pl.Schema, storage_options: dict[str, str]
+) -> pl.LazyFrame:
     """As `scan`, of one partition."""
     rows = pl.scan_parquet(
         urls,

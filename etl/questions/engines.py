@@ -85,7 +85,7 @@ def pieces(snapshot: "Snapshot", table: str, since: tuple[str, datetime] | None 
     """A table in pieces of PIECE_ROWS rows, without the files whose newest row is older than `since`; at least one."""
     files = pl.DataFrame(snapshot.table(table).get_add_actions(flatten=True))
     if over := snapshot.overlay(table):
-        names = [file.url.rpartition("/")[2] for file in over.kept]
+        names = [str(file.url).rpartition("/")[2] for file in over.kept]
         files = files.filter(pl.col("path").str.split("/").list.last().is_in(names))
     if since is not None:
         column, oldest = since

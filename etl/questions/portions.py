@@ -77,11 +77,9 @@ def news(snapshot: Snapshot, question: "Question", before: Portion) -> News | No
     """What came since; None when it cannot be told, or when to read everything costs no more."""
     if _upserts(snapshot, question.grows) or not question.tables.keys() <= before.versions.keys():
         return None
-    if any(
-        _added(snapshot, table, before.versions[table]) != [] for table in question.tables if table != question.grows
-    ):
+    if any(snapshot.added(table, before.versions[table]) != [] for table in question.tables if table != question.grows):
         return None
-    files = _added(snapshot, question.grows, before.versions[question.grows])
+    files = snapshot.added(question.grows, before.versions[question.grows])
     if files is None or not all("numRecords" in file.get("stats", "") for file in files):
         return None
     rows, every = sum(json.loads(file["stats"])["numRecords"] for file in files), snapshot.row_count(question.grows)
@@ -93,11 +91,6 @@ def news(snapshot: Snapshot, question: "Question", before: Portion) -> News | No
 def _upserts(snapshot: Snapshot, table: str) -> bool:
     declared = snapshot.lake.tables.get(table)
     return declared is not None and declared.upserts
-
-
-def _added(snapshot: Snapshot, table: str, after: int) -> list[delta.Action] | None:
-    until = snapshot.versions[table]
-    return delta.added(snapshot.root, f"lake/{table}", after, until) if after <= until else None
 
 
 def merged(question: "Question", frames: list[pl.DataFrame]) -> pl.DataFrame:

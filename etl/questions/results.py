@@ -79,13 +79,17 @@ def save(
     root.write(f"{folder}/history.json", json.dumps(lines[-keep:], indent=1).encode())
     root.write(f"{folder}/current.json", json.dumps(pointer, default=str, indent=1).encode())
     listed = [f"{line['run_id']}.parquet" for line in lines]
-    kept, dropped, yesterday = set(listed[-keep:]), set(listed[:-keep]), datetime.now(UTC) - timedelta(days=1)
-    for entry in root.entries(folder):
-        # one that is not listed and fresh is another run's, which is about to list it
-        answer = entry.name.removesuffix(CHART) + ".parquet" if entry.name.endswith(CHART) else entry.name
-        gone = answer not in kept and (answer in dropped or bool(entry.modified and entry.modified < yesterday))
-        if gone and answer.endswith(".parquet") and not entry.problem:
-            root.remove(f"{folder}/{entry.name}")
+    kept, yesterday = set(listed[-keep:]), datetime.now(UTC) - timedelta(days=1)
+    dropped = [answer.removesuffix(".parquet") for answer in sorted({*listed[:-keep]} - kept)]
+    root.remove_all(f"{folder}/{run}{suffix}" for run in dropped for suffix in (".parquet", CHART))
+    is_first_of_day = not before or before[-1]["as_of"][:10] != f"{snapshot.as_of:%Y-%m-%d}"
+    if root.may_tear or is_first_of_day:  # a store's listing costs as much as all else of an answer
+        for entry in root.entries(folder):
+            # one that is not listed and fresh is another run's, which is about to list it
+            answer = entry.name.removesuffix(CHART) + ".parquet" if entry.name.endswith(CHART) else entry.name
+            is_old = bool(entry.modified and entry.modified < yesterday) and answer not in kept
+            if is_old and answer.endswith(".parquet") and not entry.problem:
+                root.remove(f"{folder}/{entry.name}")
     return pointer
 
 

@@ -104,11 +104,9 @@ def sweep(
     kept, ends = wanted(index, rules, now), dict(index.select("report", "ended_at").iter_rows())
     known, keep = set(index["report"]), set(kept["report"])
     expected = set(kept.filter(kept["state"] != "noop")["report"])
-    stages = [stage for stage in root.names(PLACE) if stage != LOST_AND_FOUND]
-    days = [
-        f"{PLACE}/{stage}/{day}" for stage in stages for day in root.names(f"{PLACE}/{stage}") if DAY.fullmatch(day)
-    ]
-    stored = {f"{day}/{run_id}" for day in days for run_id in root.names(day)}
+    # a store lists a thousand files at a time, whatever their folders: as many requests as a few folders would take
+    files = None if root.may_tear else root.files(PLACE)
+    stored = _on_disk(root) if files is None else {report for rel in files if (report := _report_of(rel))}
     unwanted = stored & known - keep
     until = min((ends[report] for report in unwanted), default=now) + datetime.timedelta(days=1)
     doomed = sorted(report for report in unwanted if ends[report] < until)
@@ -116,7 +114,8 @@ def sweep(
         root.remove_trees(doomed, first=run_index.COMPLETE)
     # by when a run ended: its report's day is the one it was scheduled for, which may be any
     old = set(kept.filter(kept["age"] > datetime.timedelta(days=rules.page_days))["report"])
-    held = [name for day in sorted({report.rpartition("/")[0] for report in old & stored}) for name in root.files(day)]
+    old_days = sorted({report.rpartition("/")[0] for report in old & stored})
+    held = files if files is not None else [name for day in old_days for name in root.files(day)]
     pages = [name for name in held if name.endswith(f"/{report_page.PAGE}") and name.rpartition("/")[0] in old]
     if not dry_run:
         for page in pages:
@@ -133,6 +132,21 @@ def sweep(
         "unknown": len(stored - known),
         "pages": len(pages),
     }
+
+
+def _on_disk(root: Root) -> set[str]:
+    """The folders of reports, also those that a sweep which was killed has left empty."""
+    stages = [stage for stage in root.names(PLACE) if stage != LOST_AND_FOUND]
+    days = [
+        f"{PLACE}/{stage}/{day}" for stage in stages for day in root.names(f"{PLACE}/{stage}") if DAY.fullmatch(day)
+    ]
+    return {f"{day}/{run_id}" for day in days for run_id in root.names(day)}
+
+
+def _report_of(rel: str) -> str | None:
+    """The folder of the report that a file is of; None where it is of none."""
+    parts = rel.split("/")
+    return "/".join(parts[:4]) if len(parts) > 4 and DAY.fullmatch(parts[2]) else None
 
 
 def sweep_regularly(root: Root, rules: Rules, every_s: float = EVERY_S) -> threading.Event:
