@@ -17,11 +17,12 @@ from etl import params
 from etl.kernels import imports, sources
 from etl.params import Stage
 from etl.params.cell import SUPPLIED
-from etl.runs import index, replay
+from etl.runs import index, provenance, replay
 from etl.runs.releases import Tree
 from etl.runs.replay import Difference, NotRepeatable, as_json, unlike
 from etl.storage import Root
 
+LOCKED = re.compile(r"^([\w.-]+)(?:\[[^]]*\])?==([^\s;\\]+)", re.M)  # a package of the lock, and its version
 GIVEN = re.compile(r"command line|Prefect|run \S+")  # origins of values that were one run's alone
 TIMES = ("every_s", "cron", "timezone", "until", "enabled", "missed", "overlap")
 WHEN = (*TIMES, "deadline_s", "retries", "memory_mb", "machine", "dask")
@@ -65,6 +66,20 @@ def look(root: Root, current: Tree | None, candidate: Tree, runs: int, progress:
     return verdicts
 
 
+def packages(current: Tree | None, candidate: Tree) -> list[Difference]:
+    """The packages that the lock names in another version than that of the release in use; each changes every stage."""
+    if current is None:
+        return []
+    locks = [tree.folder / provenance.LOCK for tree in (current, candidate)]
+    versions: list[dict[str, str]] = []
+    for lock in locks:
+        named: dict[str, str] = {}
+        for name, version in LOCKED.findall(lock.read_text() if lock.exists() else ""):
+            named[name] = f"{named[name]}, {version}" if name in named else version  # by machine and Python
+        versions.append(named)
+    return unlike("packages", versions[0], versions[1])
+
+
 def _changed(name: str, current: Tree | None, candidate: Tree) -> list[str]:
     """The files of a stage that differ: its notebook, its YAML, the env file, the lock, and all code it imports."""
     files = [_files(name, tree) if tree else {} for tree in (current, candidate)]
@@ -77,7 +92,7 @@ def _files(name: str, tree: Tree) -> dict[str, str]:
     own = sources.packages_of(tree.folder, [tree.folder / notebook]).values()
     held = [path for path in own if path.is_relative_to(tree.folder)]  # others came after it
     code = tuple(f"{path.relative_to(tree.folder)}{'/' if path.is_dir() else ''}" for path in held)
-    exact = (notebook, f"params/{name}.yml", f"params/env/{tree.project.environment.name}.yml", "requirements.lock")
+    exact = (notebook, f"params/{name}.yml", f"params/env/{tree.project.environment.name}.yml", provenance.LOCK)
     return {
         path: sha256
         for path, sha256 in tree.release.files.items()

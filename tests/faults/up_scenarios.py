@@ -22,7 +22,7 @@ import psutil
 from faults import toy
 from faults.workers import prefect_server
 from receiver import receiver
-from support import write_stage
+from support import copy_project, orchestrate, write_stage
 from test_up import Up, get
 
 from etl.runs import index, releases
