@@ -16,7 +16,7 @@ from typing import Any
 from etl import params
 from etl.kernels import imports, sources
 from etl.params import Stage
-from etl.params.cell import SUPPLIED
+from etl.params.cell import SUPPLIED, read_cell
 from etl.runs import index, provenance, replay
 from etl.runs.releases import Tree
 from etl.runs.replay import Difference, NotRepeatable, as_json, unlike
@@ -107,8 +107,17 @@ def _compare(before: Stage, after: Stage, verdict: Verdict) -> None:
     for difference in values + checks:
         is_new = difference.name not in (before.values if difference.part == "parameters" else _checks(before))
         (verdict.settings if is_new else verdict.differences).append(difference)
+    named = {difference.name for difference in values}
+    defaults = unlike("defaults", _defaults(before), _defaults(after))
+    verdict.settings += [difference for difference in defaults if difference.name not in named]  # the YAML's are used
     when = [as_json({name: getattr(stage, name) for name in WHEN}) for stage in (before, after)]
     verdict.settings += unlike("when", when[0], when[1])
+
+
+def _defaults(stage: Stage) -> dict[str, Any]:
+    """Of the parameters in its notebook."""
+    notebook = stage.notebook_path
+    return as_json(read_cell(notebook.parent, notebook.name, [])[1].value)
 
 
 def _checks(stage: Stage) -> dict[str, str]:
@@ -138,7 +147,8 @@ def _replay(root: Root, current: Tree | None, candidate: Tree, runs: int, progre
                 anyway = {_key(difference) for difference in _replayed(run, current, progress)}
                 differences = [difference for difference in differences if _key(difference) not in anyway]
         except (NotRepeatable, params.ParamsError) as error:
-            verdict.unseen.append(f"{run['run_id']}: {str(error).removeprefix(run['run_id']).strip()}")
+            why = str(error).removeprefix(run["run_id"]).strip()
+            verdict.unseen.append(f"{run['run_id']}: {why}; `try {verdict.stage}` shows what it does now")
             continue
         verdict.replayed.append(run["run_id"])
         verdict.differences += differences
