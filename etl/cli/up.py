@@ -246,5 +246,6 @@ def _log_to_terminal() -> None:
 def _log_to_file(path: Path) -> None:
     """The same with every traceback, and Prefect's client."""
     handler = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=1)
+    handler.namer = lambda name: f"{name.removesuffix('.1')}.before"  # as the services' logs
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)

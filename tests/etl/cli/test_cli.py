@@ -1,6 +1,8 @@
 """The command line: what it prints and how it exits, in a copy of the project."""
 
+import io
 import json
+import logging
 import re
 import shutil
 import socket
@@ -13,9 +15,11 @@ from datetime import UTC, datetime
 import polars as pl
 import pytest
 from deltalake import write_deltalake
+from rich.console import Console
 from support import AT, copy_project, environment, free_port, ingest_all, orchestrate, write_stage
 from typer.testing import CliRunner
 
+from etl.cli import up
 from etl.runs import index
 from etl.runs.record import RunRecord
 from etl.storage import Root
@@ -595,3 +599,23 @@ def test_refused_lines_are_written_as_they_came(filled):
     )
     assert done.stdout_bytes == b"".join(line + b"\n" for line in lines[:2])
     assert done.exit_code == 1 and "1 of its lines are not kept as they came" in done.stderr
+
+
+def test_what_up_warns_of_is_one_line_and_its_log_has_the_traceback(tmp_path, monkeypatch):
+    root, told = logging.getLogger(), io.StringIO()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr("etl.cli.up.err", Console(file=told, width=200))
+    up._log_to_terminal()
+    up._log_to_file(tmp_path / "up.log")
+    try:
+        raise ConnectionError("nobody\nlistens")
+    except ConnectionError:
+        for name in ("etl.serve", "deltalake", "websockets.client", "prefect.events"):
+            logging.getLogger(name).error("it failed", exc_info=True)
+    root.handlers[1].close()
+    shown = [line.split(maxsplit=1)[-1].strip() for line in told.getvalue().splitlines()]
+    assert [line.removeprefix("ERROR").strip() for line in shown] == [
+        "etl.serve: it failed: ConnectionError: nobody",
+        "deltalake: it failed: ConnectionError: nobody",
+    ]
+    assert (tmp_path / "up.log").read_text().count("Traceback") == 4
