@@ -197,6 +197,7 @@ class Code:
             command = [sys.executable, str(PROJECT / "orchestrate.py"), "watch", "--env", environment.name]
             command += ["--root", self._root.url]
             watcher = services.Service(name, command, 0, "", "", log_path=self._logs / "alerts.log")
+            watcher.beat = self._logs / "alerts.beat"
             watcher.start()
             self._children.append(watcher)
         elif watchers and not wanted:
