@@ -1,5 +1,6 @@
 """`status` and `watch`: whether a root is healthy, said once, all the time, or to whoever is to be told."""
 
+import contextlib
 import logging
 import os
 import socket
@@ -7,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -94,6 +96,7 @@ def watch(
     who = f"{socket.gethostname()} {os.getpid()} {time.time()}"
     reader, wanted, send, warned = _reader(context.obj, env, root, may_be_empty=True), None, None, ""
     while True:
+        _beat()
         try:
             if reader.project is None:
                 reader.seen()
@@ -122,6 +125,15 @@ def watch(
             time.sleep(alerts.LOOK_S)
         except KeyboardInterrupt:
             return
+
+
+def _beat() -> None:
+    """Tell `up`, if it has started this process, that it goes round."""
+    from etl.serve.services import BEAT
+
+    if BEAT in os.environ:
+        with contextlib.suppress(OSError):  # no room
+            Path(os.environ[BEAT]).touch()
 
 
 def _reader(timetable: Timetable, env: str, root: str | None, may_be_empty: bool = False) -> "Reader":

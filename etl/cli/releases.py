@@ -66,14 +66,17 @@ def release(
     candidate = _read(lambda: releases.load(asked, releases.freeze(PROJECT, asked, message).id, env))
     if candidate.release.id == at:
         if as_json:
-            print_json({"release": at, "released": False, "refused": [], "changes": [], "stages": []})
+            print_json({"release": at, "released": False, "refused": [], "packages": [], "changes": [], "stages": []})
         else:
             say(f"release {at} is what the working tree is: nothing to do")
         return
     changes = releases.diff(asked, in_use.release if in_use else None, candidate.release)
+    packages = gate.packages(in_use, candidate)
     if not as_json:
         what = f"beside {at}" if at else "the first of this root"
         say(f"release {candidate.release.id}, {what}: {_summary(changes, bool(at))}")
+        if packages:
+            print_differences(packages, "the lock has other packages, for every stage")
     verdicts = gate.look(asked, in_use, candidate, runs, lambda stage: progress(stage, quiet=as_json))
     refused = [verdict.stage for verdict in verdicts if verdict.differences and verdict.stage not in accept]
     if not refused:
@@ -85,7 +88,8 @@ def release(
     elif candidate.release.id not in {move.id for move in made}:
         releases.discard(asked, candidate.release.id)
     if as_json:
-        told = {"release": candidate.release.id, "released": not refused, "refused": refused}
+        told: dict[str, Any] = {"release": candidate.release.id, "released": not refused, "refused": refused}
+        told["packages"] = [asdict(difference) for difference in packages]
         print_json(told | {"changes": [change.path for change in changes], "stages": [asdict(v) for v in verdicts]})
     else:
         for verdict in verdicts:

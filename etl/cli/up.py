@@ -198,6 +198,7 @@ class Code:
             command = [sys.executable, str(PROJECT / "orchestrate.py"), "watch", "--env", environment.name]
             command += ["--root", self._root.url]
             watcher = services.Service(name, command, 0, "", "", log_path=self._logs / "alerts.log")
+            watcher.beat = self._logs / "alerts.beat"
             watcher.start()
             self._children.append(watcher)
         elif watchers and not wanted:
@@ -247,5 +248,6 @@ def _log_to_terminal() -> None:
 def _log_to_file(path: Path) -> None:
     """The same with every traceback, and Prefect's client."""
     handler = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=1)
+    handler.namer = lambda name: f"{name.removesuffix('.1')}.before"  # as the services' logs
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)

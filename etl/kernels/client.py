@@ -31,6 +31,7 @@ from etl.storage import PROJECT
 
 log = logging.getLogger(__name__)
 ANSWER_S = 2  # a fork server answers in a millisecond; one that takes longer is no help
+HUNG = 6  # times, one after the other, at which one has not answered: it is started again
 THREADS = "threads"  # in `server_folder`: which modules start threads, as JSON
 IMPORTED = "imported"  # in `server_folder`: the own files that kernels have imported, as JSON
 FOLLOW_S = 60  # a kernel that was forked but now may still be coming up
@@ -190,9 +191,12 @@ def take(env: dict[str, str], project: Path = PROJECT) -> Forked | None:
                 raise NotOurFolder(f"the fork server belongs to user {uid}")
             server.sendall(json.dumps(asked).encode() + b"\n")
             answer, fds, _, _ = socket.recv_fds(server, 65536, 2)
+        _silent.pop(project, None)
     except (FileNotFoundError, ConnectionRefusedError):  # nobody keeps one
         return None
     except (OSError, NotOurFolder) as error:
+        if isinstance(error, TimeoutError):
+            _silent[project] = _silent.get(project, 0) + 1
         _warn_once(f"kernels start cold: {error}")
         return None
     if len(fds) != 2:
@@ -200,6 +204,9 @@ def take(env: dict[str, str], project: Path = PROJECT) -> Forked | None:
         return None
     lifeline, commands = (socket.socket(fileno=fd) for fd in fds)
     return Forked(Path(json.loads(answer)["folder"]), lifeline, commands)
+
+
+_silent: dict[Path, int] = {}  # a project's folder -> how often its fork server has not answered this process, in a row
 
 
 @functools.cache
@@ -237,7 +244,11 @@ class Keeper:
             )
 
     def ensure(self) -> None:
-        """Start it again when it has ended. Never raises."""
+        """Start it again when it has ended, or hangs. Never raises."""
+        if self.process and _silent.get(self.project, 0) >= HUNG:
+            log.warning("the fork server did not answer %s times", _silent.pop(self.project))
+            self.signal(signal.SIGKILL)
+            self.process.wait()
         if self.process is None or self.process.poll() is None:
             return
         if self.process is not self._ended:

@@ -16,12 +16,13 @@ from typing import Any
 from etl import params
 from etl.kernels import imports, sources
 from etl.params import Stage
-from etl.params.cell import SUPPLIED
-from etl.runs import index, replay
+from etl.params.cell import SUPPLIED, read_cell
+from etl.runs import index, provenance, replay
 from etl.runs.releases import Tree
 from etl.runs.replay import Difference, NotRepeatable, as_json, unlike
 from etl.storage import Root
 
+LOCKED = re.compile(r"^([\w.-]+)(?:\[[^]]*\])?==([^\s;\\]+)", re.M)  # a package of the lock, and its version
 GIVEN = re.compile(r"command line|Prefect|run \S+")  # origins of values that were one run's alone
 TIMES = ("every_s", "cron", "timezone", "until", "enabled", "missed", "overlap")
 WHEN = (*TIMES, "deadline_s", "retries", "memory_mb", "machine", "dask")
@@ -65,6 +66,20 @@ def look(root: Root, current: Tree | None, candidate: Tree, runs: int, progress:
     return verdicts
 
 
+def packages(current: Tree | None, candidate: Tree) -> list[Difference]:
+    """The packages that the lock names in another version than that of the release in use; each changes every stage."""
+    if current is None:
+        return []
+    locks = [tree.folder / provenance.LOCK for tree in (current, candidate)]
+    versions: list[dict[str, str]] = []
+    for lock in locks:
+        named: dict[str, str] = {}
+        for name, version in LOCKED.findall(lock.read_text() if lock.exists() else ""):
+            named[name] = f"{named[name]}, {version}" if name in named else version  # by machine and Python
+        versions.append(named)
+    return unlike("packages", versions[0], versions[1])
+
+
 def _changed(name: str, current: Tree | None, candidate: Tree) -> list[str]:
     """The files of a stage that differ: its notebook, its YAML, the env file, the lock, and all code it imports."""
     files = [_files(name, tree) if tree else {} for tree in (current, candidate)]
@@ -77,7 +92,7 @@ def _files(name: str, tree: Tree) -> dict[str, str]:
     own = sources.packages_of(tree.folder, [tree.folder / notebook]).values()
     held = [path for path in own if path.is_relative_to(tree.folder)]  # others came after it
     code = tuple(f"{path.relative_to(tree.folder)}{'/' if path.is_dir() else ''}" for path in held)
-    exact = (notebook, f"params/{name}.yml", f"params/env/{tree.project.environment.name}.yml", "requirements.lock")
+    exact = (notebook, f"params/{name}.yml", f"params/env/{tree.project.environment.name}.yml", provenance.LOCK)
     return {
         path: sha256
         for path, sha256 in tree.release.files.items()
@@ -92,8 +107,17 @@ def _compare(before: Stage, after: Stage, verdict: Verdict) -> None:
     for difference in values + checks:
         is_new = difference.name not in (before.values if difference.part == "parameters" else _checks(before))
         (verdict.settings if is_new else verdict.differences).append(difference)
+    named = {difference.name for difference in values}
+    defaults = unlike("defaults", _defaults(before), _defaults(after))
+    verdict.settings += [difference for difference in defaults if difference.name not in named]  # the YAML's are used
     when = [as_json({name: getattr(stage, name) for name in WHEN}) for stage in (before, after)]
     verdict.settings += unlike("when", when[0], when[1])
+
+
+def _defaults(stage: Stage) -> dict[str, Any]:
+    """Of the parameters in its notebook."""
+    notebook = stage.notebook_path
+    return as_json(read_cell(notebook.parent, notebook.name, [])[1].value)
 
 
 def _checks(stage: Stage) -> dict[str, str]:
@@ -123,7 +147,8 @@ def _replay(root: Root, current: Tree | None, candidate: Tree, runs: int, progre
                 anyway = {_key(difference) for difference in _replayed(run, current, progress)}
                 differences = [difference for difference in differences if _key(difference) not in anyway]
         except (NotRepeatable, params.ParamsError) as error:
-            verdict.unseen.append(f"{run['run_id']}: {str(error).removeprefix(run['run_id']).strip()}")
+            why = str(error).removeprefix(run["run_id"]).strip()
+            verdict.unseen.append(f"{run['run_id']}: {why}; `try {verdict.stage}` shows what it does now")
             continue
         verdict.replayed.append(run["run_id"])
         verdict.differences += differences

@@ -91,11 +91,11 @@ class ScheduledRuns:
 
     async def announce(self) -> None:
         """Have Prefect's page show the next run of each stage, and how runs ended that began without it."""
-        while self._untold:
-            flow_run_id, state = self._untold[0]
+        for flow_run_id, state in self._untold[:AT_ONCE]:  # more of them later: what comes is announced meanwhile
             with contextlib.suppress(ObjectNotFound):
                 await self.client.set_flow_run_state(flow_run_id, state, force=True)
             self._untold = self._untold[1:]
+            self._answered()
         coming = self.timetable.coming()
         for name, (time, flow_run) in list(self._ahead.items()):
             if coming.get(name) != time and name in self._ahead:
@@ -109,6 +109,10 @@ class ScheduledRuns:
                     self._ahead[name] = time, flow_run
                 else:  # it has come meanwhile
                     await self.client.delete_flow_run(flow_run.id)
+        self._answered()
+
+    def _answered(self) -> None:
+        """As soon as it does, and not when it knows all that it missed: meanwhile runs hardly wait for it."""
         if self._is_away:
             self._is_away = False
             self._tell("Prefect's server answers again")

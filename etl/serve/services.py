@@ -31,6 +31,8 @@ PREFECT = "Prefect server"
 PORTS = {"prefect": 4200, "api": 8000, "dashboard": 8501}  # all on 127.0.0.1
 LOOK_S = 10  # between two looks whether a service answers
 HUNG = 6  # looks one after the other, at which one that had answered does not: it is started again
+BEAT_S = 120  # at most between two beats of a service without a page
+BEAT = "ETL_BEAT"  # a variable: the file that a service without a page touches
 LOG_BYTES = 16_000_000  # of a service's log, and as many of the one before
 END_S = 15  # until the children of an `up` that was killed have ended
 
@@ -60,7 +62,7 @@ class PortTaken(RuntimeError):
 
 
 class Health:
-    """Looks at a page now and then, in a thread of its own, and counts how often it failed since it answered.
+    """Looks now and then, in a thread of its own, whether a service is well, and counts how often not since it was.
 
     Looks and not seconds: while this process was stopped, or the machine slept, nobody looked.
     """
@@ -70,16 +72,16 @@ class Health:
         self._look: threading.Thread | None = None
         self._has_answered = False
 
-    def failed(self, url: str) -> int:
-        """How often, one after the other; 0 for one that has not answered yet, and for one without a page."""
-        if url and time.monotonic() - self._looked >= LOOK_S and not (self._look and self._look.is_alive()):
+    def failed(self, is_well: Callable[[], bool]) -> int:
+        """How often, one after the other; 0 for one that was not well yet."""
+        if time.monotonic() - self._looked >= LOOK_S and not (self._look and self._look.is_alive()):
             self._looked = time.monotonic()
-            self._look = threading.Thread(target=self._answers, args=(url,), name="health", daemon=True)
+            self._look = threading.Thread(target=self._see, args=(is_well,), name="health", daemon=True)
             self._look.start()
         return self._count
 
-    def _answers(self, url: str) -> None:
-        if answers(url, timeout_s=LOOK_S):
+    def _see(self, is_well: Callable[[], bool]) -> None:
+        if is_well():
             self._count, self._has_answered = 0, True
         elif self._has_answered:
             self._count += 1
@@ -87,7 +89,8 @@ class Health:
 
 @dataclass
 class Service:
-    """One child process. `health_url` answers 200 once it works; `page` is what people open.
+    """One child process. `health_url` answers 200 once it works; `page` is what people open. One without a page touches
+    the file `beat`, whose path the variable BEAT gives it.
 
     Without one that is `essential` `up` does not begin. Later any may die as often as it will: it is started again, at
     once, or later when it does so again and again. `mend` is called before each start, and says what it did, or "".
@@ -102,6 +105,7 @@ class Service:
     log_path: Path = Path(os.devnull)
     essential: bool = False
     mend: Callable[[], str] = str
+    beat: Path | None = None
     process: subprocess.Popen[bytes] | None = None
     deaths: Deaths = field(default_factory=Deaths)
     health: Health = field(default_factory=Health)
@@ -109,7 +113,17 @@ class Service:
     @property
     def variables(self) -> dict[str, str]:
         """Its own variables, and where the project's modules are: only `etl` is installed."""
-        return {"PYTHONPATH": client.python_path()} | self.environment
+        beat = {BEAT: str(self.beat)} if self.beat else {}
+        return {"PYTHONPATH": client.python_path()} | beat | self.environment
+
+    def is_well(self) -> bool:
+        """Whether it answers, or beats."""
+        if self.beat is None:
+            return not self.health_url or answers(self.health_url, timeout_s=LOOK_S)
+        try:
+            return abs(time.time() - self.beat.stat().st_mtime) < BEAT_S
+        except OSError:
+            return False
 
     def start(self) -> None:
         """Start it in a group of its own: Ctrl-C reaches `up` alone, which ends its children in order."""
@@ -143,9 +157,9 @@ class Service:
         """Start it again when it has died, or hangs, if it is time, and keep its log short. Never raises."""
         shorten(self.log_path)
         if self.process and self.process.poll() is None:
-            if self.health.failed(self.health_url) < HUNG:
+            if self.health.failed(self.is_well) < HUNG:
                 return
-            self._died(f"did not answer for {HUNG * LOOK_S} s")
+            self._died(f"did not answer for {HUNG * LOOK_S} s" if self.health_url else "hangs")
         elif self.process:
             self._died(f"ended with status {self.process.returncode}")
         if self.process:
@@ -256,7 +270,7 @@ def prefect_server(port: int, home: Path, logs: Path) -> Service:
         {k: v for k, v in environment.items() if k == "PREFECT_HOME" or k not in os.environ},
         logs / "prefect.log",
         essential=True,
-        mend=lambda: set_aside_damaged(home / "prefect.db"),
+        mend=lambda: set_aside_damaged(home / "prefect.db") or who_locks(home / "prefect.db"),
     )
 
 
@@ -287,6 +301,28 @@ def set_aside_damaged(database: Path) -> str:
         f"its database {database} is damaged ({short}); it is {aside.name} now, and Prefect begins with a new one. "
         "Runs, reports and schedules are not in it and go on; automations and variables that were made on its page are "
         "to be made again"
+    )
+
+
+def who_locks(database: Path) -> str:
+    """Which processes keep a database of SQLite's from being written, and what to do; "" when none does."""
+    url = f"file:{quote(str(database))}?mode=rw"
+    try:
+        with contextlib.closing(sqlite3.connect(url, uri=True, timeout=1, isolation_level=None)) as opened:
+            opened.execute("BEGIN IMMEDIATE")
+        return ""
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return ""
+    pids, path = set(), os.path.realpath(database)
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(link) == path:
+                pids.add(int(link.parts[2]))
+    who = f" (it is open in process {', '.join(map(str, sorted(pids)))})" if pids else ""
+    return (
+        f"its database {database} is locked by another process{who}: end that, or what it does there. Until then runs "
+        "begin on schedule without Prefect"
     )
 
 

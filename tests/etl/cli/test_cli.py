@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import re
 import shutil
 import socket
@@ -14,10 +15,11 @@ from datetime import UTC, datetime
 import polars as pl
 import pytest
 from deltalake import write_deltalake
+from rich.console import Console
 from support import AT, copy_project, environment, free_port, ingest_all, orchestrate, write_stage
 from typer.testing import CliRunner
 
-from etl.cli import printing
+from etl.cli import printing, up
 from etl.runs import index
 from etl.runs.record import RunRecord
 from etl.storage import Root
@@ -628,3 +630,23 @@ def test_up_says_a_line_a_minute_and_what_went_wrong_at_once(monkeypatch, capsys
     assert line[9:] == "generate 2 ok, 2,000 rows · preprocess noop · query failed"
     minutes.tell()  # a minute without any says nothing
     assert " ".join(printing.out.file.getvalue().removeprefix(at_once).split()) == line
+
+
+def test_what_up_warns_of_is_one_line_and_its_log_has_the_traceback(tmp_path, monkeypatch):
+    root, told = logging.getLogger(), io.StringIO()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr("etl.cli.up.err", Console(file=told, width=200))
+    up._log_to_terminal()
+    up._log_to_file(tmp_path / "up.log")
+    try:
+        raise ConnectionError("nobody\nlistens")
+    except ConnectionError:
+        for name in ("etl.serve", "deltalake", "websockets.client", "prefect.events"):
+            logging.getLogger(name).error("it failed", exc_info=True)
+    root.handlers[1].close()
+    shown = [line.split(maxsplit=1)[-1].strip() for line in told.getvalue().splitlines()]
+    assert [line.removeprefix("ERROR").strip() for line in shown] == [
+        "etl.serve: it failed: ConnectionError: nobody",
+        "deltalake: it failed: ConnectionError: nobody",
+    ]
+    assert (tmp_path / "up.log").read_text().count("Traceback") == 4

@@ -78,8 +78,15 @@ def test_what_check_refuses_is_not_released(told, tmp_path):
     assert not (tmp_path / "root").exists()
 
 
-def test_a_stage_that_went_has_to_be_accepted_too(told):
+def test_a_stage_that_went_has_to_be_accepted_too_and_packages_are_named(told):
+    lock = told.project / "requirements.lock"
+    lock.write_text("narwhals==2.1.0 \\\n    --hash=sha256:0a\nprefect[aws]==3.8.8 ; sys_platform == 'linux' \\\n")
     told("release", as_json=True)
+    edit(lock, "2.1.0", "2.2.0")
+    lock.write_text(lock.read_text() + "tomli==2.0\n")
+    moved = told("release", "--runs", "0", as_json=True)
+    named = [(package["name"], package["before"], package["after"]) for package in moved["packages"]]
+    assert moved["released"] and named == [("narwhals", "2.1.0", "2.2.0"), ("tomli", None, "2.0")]
     for path in ("notebooks/other.ipynb", "params/other.yml"):
         (told.project / path).unlink()
     assert "--accept other" in told("release", status=1)

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -254,6 +255,26 @@ def test_a_folder_that_others_may_enter_is_not_trusted(monkeypatch, tmp_path, ca
     with caplog.at_level(logging.WARNING):
         assert kernel_client.take({}) is None and kernel_client.take({}) is None
     assert [r.message for r in caplog.records] == [f"kernels start cold: {folder} is not a folder of this user alone"]
+
+
+def test_a_server_that_does_not_answer_is_started_again(monkeypatch, tmp_path):
+    folder = tmp_path / "k"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setenv("ETL_KERNELS", str(folder))
+    monkeypatch.setattr(kernel_client, "ANSWER_S", 0.05)
+    keeper = kernel_client.Keeper(1, tmp_path / "log")
+    with subprocess.Popen(["sleep", "1000"], start_new_session=True) as hung, socket.socket(socket.AF_UNIX) as silent:
+        keeper.process = hung
+        silent.bind(str(folder / "socket"))
+        silent.listen()
+        monkeypatch.setattr(keeper, "start", lambda: None)
+        for turn in range(kernel_client.HUNG):
+            keeper.ensure()
+            assert hung.poll() is None, turn
+            assert kernel_client.take({}) is None
+        keeper.ensure()
+        assert hung.poll() == -signal.SIGKILL
+    assert not kernel_client._silent
 
 
 def test_a_preload_that_fails_is_one_warning_and_started_again_later(monkeypatch, tmp_path, caplog):

@@ -307,7 +307,8 @@ def test_the_gate_names_what_would_be_otherwise(small, place, tmp_path, monkeypa
     monkeypatch.setattr(replays, "REPLAYS", str(tmp_path / "replay"))
     monkeypatch.setenv("ETL_KERNELS", str(tmp_path / "none"))
     (small / "mine/figures.py").write_text("def total(n):\n    return sum(range(n))\n")
-    write_stage(small, "asks", ASKS, parameters="n: int = 4  # a\nlimit: int = 5  # a\n")
+    write_stage(small, "asks", ASKS, parameters="n: int = 4  # a\nlimit: int = 5  # a\nk: int = 1  # a\n")
+    (small / "params/asks.yml").write_text("every: 5 seconds\ndeadline: 1 minute\nparameters: {k: 3}\n")
     write_stage(small, "says", "record(said=1)")
     first = released_now(small, place)
     tree = releases.load(place, first.id, "local")
@@ -316,6 +317,7 @@ def test_the_gate_names_what_would_be_otherwise(small, place, tmp_path, monkeypa
 
     edit(small / "mine/figures.py", "sum(range(n))", "sum(range(n)) + 1")
     edit(small / "notebooks/asks.ipynb", "limit: int = 5", "limit: int = 6")
+    edit(small / "notebooks/asks.ipynb", "k: int = 1", "k: int = 2")
     edit(small / "notebooks/asks.ipynb", "n / 100 < limit", "n / 200 < limit")
     edit(small / "params/asks.yml", "5 seconds", "7 seconds")
     write_stage(small, "new", "1")
@@ -339,7 +341,7 @@ def test_the_gate_names_what_would_be_otherwise(small, place, tmp_path, monkeypa
         ("parameters", "limit", 5, 6),
         ("checks", "few are late", "n / 100 < limit / 100", "n / 200 < limit / 100"),
     }
-    assert {(d.name, d.before, d.after) for d in asks.settings} == {("every_s", 5, 7)}
+    assert {(d.name, d.before, d.after) for d in asks.settings} == {("every_s", 5, 7), ("k", 1, 2)}
     assert asks.replayed == [record.run_id] and asks.unseen == []
     assert asks.changed == ["mine/figures.py", "notebooks/asks.ipynb", "params/asks.yml"]
     assert verdicts["new"].unseen == ["it is new"] and not verdicts["new"].differences

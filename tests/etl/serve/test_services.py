@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sqlite3
@@ -78,15 +79,24 @@ def test_what_is_essential_ends_up_never_either_and_each_death_is_a_warning(dyin
     assert "dashboard ended with status 1, 20 times within an hour" in caplog.text and len(caplog.records) == 20
 
 
+BEATS = "import os, pathlib, time\nwhile True: pathlib.Path(os.environ['ETL_BEAT']).touch(), time.sleep(0.1)"
+
+
+@pytest.mark.parametrize("has_page", [False, True])
 @pytest.mark.parametrize("stopped", [False, True])
-def test_what_hangs_is_found_by_its_page_and_started_again(tmp_path, monkeypatch, caplog, stopped):
+def test_what_hangs_is_found_by_its_page_or_beat_and_started_again(tmp_path, monkeypatch, caplog, stopped, has_page):
     monkeypatch.setattr(services, "LOOK_S", 0.3)
+    monkeypatch.setattr(services, "BEAT_S", 1)
     port = free_port()
     command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
     service = services.Service("page", command, port, f"http://127.0.0.1:{port}/", "", log_path=tmp_path / "log")
+    if not has_page:
+        service = services.Service("beats", [sys.executable, "-c", BEATS], 0, "", "", log_path=tmp_path / "log")
+        service.beat = tmp_path / "beat"
     service.start()
+    ready = service.wait_ready if has_page else list
     try:
-        service.wait_ready()
+        ready()
         first, until = service.process, time.monotonic() + 60
         while not service.health._has_answered and time.monotonic() < until:
             service.ensure()
@@ -98,8 +108,8 @@ def test_what_hangs_is_found_by_its_page_and_started_again(tmp_path, monkeypatch
             time.sleep(0.05)
             if service.process is not first:
                 break
-        assert (service.process is not first) == stopped == ("did not answer" in caplog.text)
-        service.wait_ready()
+        assert (service.process is not first) == stopped == ("starting it again" in caplog.text)
+        ready()
     finally:
         services.stop([service])
 
@@ -113,8 +123,9 @@ def test_a_damaged_database_of_prefects_is_set_aside_and_one_that_is_locked_is_n
         database.commit()
         database.execute("BEGIN EXCLUSIVE")
         assert services.set_aside_damaged(path) == ""
+        assert f"is locked by another process (it is open in process {os.getpid()})" in services.who_locks(path)
         database.rollback()
-        assert services.set_aside_damaged(path) == ""
+        assert services.set_aside_damaged(path) == services.who_locks(path) == ""
     whole = path.read_bytes()
     for damaged in (b"x" * len(whole), whole[:8192] + bytes(8192) + whole[16384:], whole[: len(whole) // 2]):
         path.write_bytes(damaged)

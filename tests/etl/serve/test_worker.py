@@ -1,10 +1,22 @@
 """Flows run by our worker, on a real server, and who else may ask that server for anything."""
 
+import asyncio
 import json
+from uuid import uuid4
 
 import pytest
 from faults.workers import EXPECTED, ended, failing, prefect_server
+from prefect import get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Completed
 from support import WEBSOCKET, asked
+from test_up import get
+
+from etl import params
+from etl.serve import flows
+from etl.serve.scheduled import ScheduledRuns
+from etl.serve.worker import AT_ONCE, POOL
+from etl.storage import Root
 
 ELSEWHERE = "http://evil.example"
 
@@ -50,3 +62,37 @@ def test_no_page_of_the_web_can_use_prefects_server(server):
 
     page = asked(port, "/dashboard", accept="text/html")
     assert page[0] in (200, 307) and asked(port, "/ui-settings")[0] == 200
+
+
+def test_a_server_that_answers_again_is_not_away_until_it_knows_all_that_it_missed(server):
+    told = []
+
+    async def announced() -> None:
+        with temporary_settings({PREFECT_API_URL: server["PREFECT_API_URL"]}):
+            async with get_client() as client:
+                runs = ScheduledRuns(client, print, print, print, lambda text: told.append((text, len(runs._untold))))
+                runs._is_away, runs._untold = True, [(uuid4(), Completed())] * (AT_ONCE + 1)
+                await runs.announce()
+                told.append(("", len(runs._untold)))
+
+    asyncio.run(announced())
+    assert told == [("Prefect's server answers again", AT_ONCE), ("", 1)]
+
+
+def test_deployments_of_earlier_versions_are_removed_unless_they_may_be_of_another_root(server, project):
+    there, environment = server["PREFECT_API_URL"], params.load(project, "local").environment
+    get(f"{there}/work_pools/", {"name": POOL, "type": POOL})
+    every = {"schedule": {"interval": 10, "anchor_date": "2026-01-01T00:00:00Z"}, "active": True}
+    for name, tags in [("oldest", ["etl", "local"]), ("older", ["etl", Root.at(environment.root).url, "local"])]:
+        flow = json.loads(get(f"{there}/flows/", {"name": name}))["id"]
+        made = {"name": name, "flow_id": flow, "work_pool_name": POOL, "tags": tags, "concurrency_limit": 1}
+        get(f"{there}/deployments/", made | {"schedules": [every]})
+
+    async def removed(shared: bool) -> set[str]:
+        with temporary_settings({PREFECT_API_URL: there}):
+            async with get_client() as client:
+                assert await flows._deployments(client, environment, POOL, shared) == {}
+        return {told["name"] for told in json.loads(get(f"{there}/deployments/filter", {}))} & {"oldest", "older"}
+
+    assert asyncio.run(removed(shared=True)) == {"oldest"}
+    assert asyncio.run(removed(shared=False)) == set()
