@@ -15,13 +15,11 @@ from etl.params.cell import DEFAULT, SUPPLIED, declared_in
 if TYPE_CHECKING:
     from etl.runs.record import RunRecord
 
-PHRASES = {
+PHRASES = {  # of the other states the reason says it all
     "ok": "Done",
     "noop": "Nothing to do",
     "failed": "It failed",
     "timed_out": "It was stopped",
-    "killed": "It was killed",
-    "cancelled": "It was cancelled",
 }
 RAN_S = 0.5  # a run that began so much later than it was due has waited
 FROM = 6  # headings, that a report has a list of its contents
@@ -93,7 +91,7 @@ def _outcome(record: Any, before: Before) -> str:
     usual = f", usually {span(before.usual_s)}" if before.usual_s is not None else ""
     ran = f"{span(record.seconds)}{usual}"
     said = ": ".join(filter(None, [PHRASES.get(record.state), told])) or record.state.replace("_", " ")
-    return f"{said} ({ran})."
+    return f"{said[:1].upper()}{said[1:]} ({ran})."
 
 
 def _times(record: Any, before: Before) -> Iterator[tuple[str, str]]:

@@ -146,7 +146,11 @@ def _tell(record: RunRecord, link: str | None = None) -> None:
     told = f"{record.run_id}: {record.state}{f': {record.reason}' if record.reason else ''}"
     try:
         if record.reason:  # not by a logger, which would have the terminal of `up` say it once more
-            line = {"name": "etl", "level": logging.INFO if record.ok else logging.ERROR, "message": told}
+            line: dict[str, Any] = {
+                "name": "etl",
+                "level": logging.INFO if record.ok else logging.ERROR,
+                "message": told,
+            }
             line |= {"timestamp": _now(), "flow_run_id": this_run.id}
             with get_client(sync_client=True) as client:
                 client.create_logs([LogCreate.model_validate(line)])
