@@ -222,4 +222,4 @@ def test_a_run_whose_home_died_is_finished_at_the_next_start(tmp_path):
     assert delivery.reconcile() == [run_id]
     record = index.get(root, run_id)
     assert (record["state"], record["reason"]) == ("killed", "the runner was killed in 'Work'")
-    assert record["machine"]["name"] == "etl-toy-1" and live.is_cancelled(root, run_id)
+    assert record["machine"]["name"] == "etl-toy-1" and left(root) == [f"cancel/{run_id}"]
