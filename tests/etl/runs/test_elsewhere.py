@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import threading
 import time
@@ -106,7 +105,7 @@ def test_a_machine_that_is_lost_leaves_what_it_told(host, tmp_path):
     record = begun.record()
     assert (record.state, record.reason) == ("killed", "the machine was lost in 'Work': not a word for 6 s")
     nb, run_json = saved(record)
-    [work] = [cell for cell in nb.cells if cell.metadata.get("runner", {}).get("state") == "killed"]
+    [work] = [cell for cell in nb.cells if cell.cell_type == "code" and cell.metadata.runner["state"] == "killed"]
     assert "line 0\n" in work.outputs[0].text and run_json["error"]["heading"] == "Work"
     assert left(tmp_path) == [f"cancel/{record.run_id}"]  # for the machine, should it come back
 
@@ -127,8 +126,7 @@ def test_a_machine_that_hangs_is_ended_and_does_not_go_on(host, tmp_path):
 def test_home_keeps_the_deadline(host, tmp_path, monkeypatch):
     monkeypatch.setattr(elsewhere, "HELD_S", -4)  # it is before the machine, which knows it, too
     record = run(host, request(tmp_path, "# Work", "rows: int = 1", SLEEP, deadline_s=busy_s(8)))
-    assert record.state == "timed_out"
-    assert re.fullmatch(r"deadline of [0-9.]+ s passed in 'Work'; the machine did not answer", record.reason)
+    assert (record.state, record.reason[:12]) == ("timed_out", "deadline of ")
 
 
 def test_a_run_elsewhere_is_followed_and_cancelled_as_one_here(host, tmp_path):
