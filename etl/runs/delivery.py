@@ -135,24 +135,32 @@ def reconcile() -> list[str]:
                 continue
             for kernel in journal.read(folder / journal.JOURNAL, "kernel"):
                 launch.end_all_of(kernel["folder"])
-            _take_what_came(folder)
+            root, is_elsewhere = Root.at(_root_of(folder)), _take_what_came(folder)
             had_ended = _has_ended(folder)
-            _hand_in_from_journal(folder, Root.at(_root_of(folder)))
+            _hand_in_from_journal(folder, root)
+            if is_elsewhere:
+                live.forget(root, folder.name, is_over=had_ended)
             if not had_ended:
                 closed.append(folder.name)
     return closed
 
 
-def _take_what_came(folder: Path) -> None:
-    """Of a run elsewhere whose home died: what its machine told since then. If it still runs, it has to end."""
-    if _has_ended(folder) or not any(journal.read(folder / journal.JOURNAL, "machine")):
-        return
+def _take_what_came(folder: Path) -> bool:
+    """Of a run elsewhere whose home died: what its machine told since then. If it still runs, it has to end.
+
+    Whether it is one.
+    """
+    if not any(journal.read(folder / journal.JOURNAL, "machine")):
+        return False
+    if _has_ended(folder):
+        return True
     root, run_id = Root.at(_root_of(folder)), folder.name
     has = len(list(journal.read(folder / journal.JOURNAL))) - OF_HOME
     with (folder / journal.JOURNAL).open("ab") as file:
         file.writelines(list(live.rest(root, run_id, 1))[max(has, 0) :])
     if not _has_ended(folder):
         live.cancel(root, run_id, "its home is gone")
+    return True
 
 
 @contextlib.contextmanager

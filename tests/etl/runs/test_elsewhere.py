@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import threading
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from ssh_host import SSHD, ssh_host
-from support import busy_s, s3_variables
+from support import s3_variables
 from test_engine import RUN_ID, cell_states, notebook, saved
 
 from etl.runs import delivery, elsewhere, index, journal, live, machines
@@ -19,7 +18,7 @@ from etl.runs.record import RunRecord, RunRequest
 from etl.storage import Root
 
 pytestmark = pytest.mark.skipif(SSHD is None, reason="no sshd: Debian's package openssh-server has it")
-SLEEP = "import time\nfor i in range(600):\n    print('line', i, flush=True)\n    time.sleep(0.1)"
+SLEEP = "import time\nfor i in range(6000):\n    print('line', i, flush=True)\n    time.sleep(0.1)"
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +105,7 @@ def test_a_machine_that_is_lost_leaves_what_it_told(host, tmp_path):
     record = begun.record()
     assert (record.state, record.reason) == ("killed", "the machine was lost in 'Work': not a word for 6 s")
     nb, run_json = saved(record)
-    [work] = [cell for cell in nb.cells if cell.metadata.get("runner", {}).get("state") == "killed"]
+    [work] = [cell for cell in nb.cells if cell.cell_type == "code" and cell.metadata.runner["state"] == "killed"]
     assert "line 0\n" in work.outputs[0].text and run_json["error"]["heading"] == "Work"
     assert left(tmp_path) == [f"cancel/{record.run_id}"]  # for the machine, should it come back
 
@@ -126,9 +125,8 @@ def test_a_machine_that_hangs_is_ended_and_does_not_go_on(host, tmp_path):
 
 def test_home_keeps_the_deadline(host, tmp_path, monkeypatch):
     monkeypatch.setattr(elsewhere, "HELD_S", -4)  # it is before the machine, which knows it, too
-    record = run(host, request(tmp_path, "# Work", "rows: int = 1", SLEEP, deadline_s=busy_s(8)))
-    assert record.state == "timed_out"
-    assert re.fullmatch(r"deadline of [0-9.]+ s passed in 'Work'; the machine did not answer", record.reason)
+    record = run(host, request(tmp_path, "# Work", "rows: int = 1", SLEEP, deadline_s=8))
+    assert (record.state, record.reason[:12]) == ("timed_out", "deadline of ")
 
 
 def test_a_run_elsewhere_is_followed_and_cancelled_as_one_here(host, tmp_path):
@@ -222,4 +220,4 @@ def test_a_run_whose_home_died_is_finished_at_the_next_start(tmp_path):
     assert delivery.reconcile() == [run_id]
     record = index.get(root, run_id)
     assert (record["state"], record["reason"]) == ("killed", "the runner was killed in 'Work'")
-    assert record["machine"]["name"] == "etl-toy-1" and live.is_cancelled(root, run_id)
+    assert record["machine"]["name"] == "etl-toy-1" and left(root) == [f"cancel/{run_id}"]
