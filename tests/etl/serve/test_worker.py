@@ -11,6 +11,7 @@ from faults.workers import EXPECTED, ended, failing, prefect_server
 from prefect import get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.client.schemas.sorting import DeploymentSort
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed
@@ -99,7 +100,8 @@ def test_deployments_of_earlier_versions_are_removed_unless_they_may_be_of_anoth
                     await client.create_deployment(flow, name, **made)
                 for shared in (True, False):
                     assert await flows._deployments(client, environment, POOL, shared) == {}
-                    left.append({told.name for told in await client.read_deployments()} & {"oldest", "older"})
+                    told = await client.read_deployments(sort=DeploymentSort.NAME_ASC, limit=200)
+                    left.append({deployment.name for deployment in told} & {"oldest", "older"})
         return left
 
     assert asyncio.run(removed()) == [{"oldest"}, set()]
