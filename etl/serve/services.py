@@ -94,6 +94,7 @@ class Service:
 
     Without one that is `essential` `up` does not begin. Later any may die as often as it will: it is started again, at
     once, or later when it does so again and again. `mend` is called before each start, and says what it did, or "".
+    `why_ill` is asked with its process when it does not work, and says what another start would not help, or "".
     """
 
     name: str
@@ -105,6 +106,7 @@ class Service:
     log_path: Path = Path(os.devnull)
     essential: bool = False
     mend: Callable[[], str] = str
+    why_ill: Callable[[int], str] = lambda pid: ""
     beat: Path | None = None
     process: subprocess.Popen[bytes] | None = None
     deaths: Deaths = field(default_factory=Deaths)
@@ -271,6 +273,7 @@ def prefect_server(port: int, home: Path, logs: Path) -> Service:
         logs / "prefect.log",
         essential=True,
         mend=lambda: set_aside_damaged(home / "prefect.db") or who_locks(home / "prefect.db"),
+        why_ill=lambda pid: who_locks(home / "prefect.db", pid),
     )
 
 
@@ -304,8 +307,8 @@ def set_aside_damaged(database: Path) -> str:
     )
 
 
-def who_locks(database: Path) -> str:
-    """Which processes keep a database of SQLite's from being written, and what to do; "" when none does."""
+def who_locks(database: Path, own: int | None = None) -> str:
+    """Which processes keep a database of SQLite's from being written, and what to do; "" when only `own` may."""
     url = f"file:{quote(str(database))}?mode=rw"
     try:
         with contextlib.closing(sqlite3.connect(url, uri=True, timeout=1, isolation_level=None)) as opened:
@@ -314,11 +317,14 @@ def who_locks(database: Path) -> str:
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return ""
-    pids, path = set(), os.path.realpath(database)
+    path, pids = os.path.realpath(database), set[int]()
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
             if os.readlink(link) == path:
                 pids.add(int(link.parts[2]))
+    if own and pids <= {own}:
+        return ""
+    pids.discard(own or 0)
     who = f" (it is open in process {', '.join(map(str, sorted(pids)))})" if pids else ""
     return (
         f"its database {database} is locked by another process{who}: end that, or what it does there. Until then runs "

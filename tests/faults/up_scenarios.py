@@ -249,7 +249,7 @@ def database(n: int, seed: int) -> str:
             here.goes_on()
             _in_prefect(here)
         rows, log = {stage: here.rows(stage) for stage in STAGES}, here.log()
-    assert n < 90 or "is locked by another process (it is open in process" in log, log
+    assert "Prefect's server does not answer: runs go on without it" in log, log
     assert "is damaged" in log and "Prefect begins with a new one" in log, log
     return checked(rows, "database")
 

@@ -124,6 +124,7 @@ def test_a_damaged_database_of_prefects_is_set_aside_and_one_that_is_locked_is_n
         database.execute("BEGIN EXCLUSIVE")
         assert services.set_aside_damaged(path) == ""
         assert f"is locked by another process (it is open in process {os.getpid()})" in services.who_locks(path)
+        assert services.who_locks(path, os.getpid()) == "", "its own server's"
         database.rollback()
         assert services.set_aside_damaged(path) == services.who_locks(path) == ""
     whole = path.read_bytes()

@@ -1,16 +1,21 @@
 """Flows run by our worker, on a real server, and who else may ask that server for anything."""
 
 import asyncio
+import contextlib
 import json
+from datetime import timedelta
 from uuid import uuid4
 
 import pytest
 from faults.workers import EXPECTED, ended, failing, prefect_server
 from prefect import get_client
+from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.client.schemas.sorting import DeploymentSort
+from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed
 from support import WEBSOCKET, asked
-from test_up import get
 
 from etl import params
 from etl.serve import flows
@@ -80,19 +85,23 @@ def test_a_server_that_answers_again_is_not_away_until_it_knows_all_that_it_miss
 
 
 def test_deployments_of_earlier_versions_are_removed_unless_they_may_be_of_another_root(server, project):
-    there, environment = server["PREFECT_API_URL"], params.load(project, "local").environment
-    get(f"{there}/work_pools/", {"name": POOL, "type": POOL})
-    every = {"schedule": {"interval": 10, "anchor_date": "2026-01-01T00:00:00Z"}, "active": True}
-    for name, tags in [("oldest", ["etl", "local"]), ("older", ["etl", Root.at(environment.root).url, "local"])]:
-        flow = json.loads(get(f"{there}/flows/", {"name": name}))["id"]
-        made = {"name": name, "flow_id": flow, "work_pool_name": POOL, "tags": tags, "concurrency_limit": 1}
-        get(f"{there}/deployments/", made | {"schedules": [every]})
+    environment = params.load(project, "local").environment
+    every = DeploymentScheduleCreate(schedule=IntervalSchedule(interval=timedelta(seconds=10)), active=True)
 
-    async def removed(shared: bool) -> set[str]:
-        with temporary_settings({PREFECT_API_URL: there}):
+    async def removed() -> list[set[str]]:
+        left = []
+        with temporary_settings({PREFECT_API_URL: server["PREFECT_API_URL"]}):
             async with get_client() as client:
-                assert await flows._deployments(client, environment, POOL, shared) == {}
-        return {told["name"] for told in json.loads(get(f"{there}/deployments/filter", {}))} & {"oldest", "older"}
+                with contextlib.suppress(ObjectAlreadyExists):
+                    await client.create_work_pool(WorkPoolCreate(name=POOL, type=POOL))
+                for name, tags in [("oldest", ["etl", "local"]), ("older", ["etl", Root.at(environment.root).url])]:
+                    flow = await client.create_flow_from_name(name)
+                    made = {"work_pool_name": POOL, "tags": tags, "concurrency_limit": 1, "schedules": [every]}
+                    await client.create_deployment(flow, name, **made)
+                for shared in (True, False):
+                    assert await flows._deployments(client, environment, POOL, shared) == {}
+                    told = await client.read_deployments(sort=DeploymentSort.NAME_ASC, limit=200)
+                    left.append({deployment.name for deployment in told} & {"oldest", "older"})
+        return left
 
-    assert asyncio.run(removed(shared=True)) == {"oldest"}
-    assert asyncio.run(removed(shared=False)) == set()
+    assert asyncio.run(removed()) == [{"oldest"}, set()]
