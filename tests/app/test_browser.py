@@ -25,7 +25,7 @@ def test_every_choice_of_a_question_is_kept_and_the_address_follows(dashboard):
     dashboard.open("runs")
     dashboard.menu("Questions")
     expect(dashboard.selected).to_have_value(f"{LIVE[0].title}  ·  {LIVE[0].name}")
-    chosen = ["q02", "q15", "q02", "q20"]
+    chosen = ["q02", "q15", "q02", "q07", "q20"]
     for name in chosen:
         dashboard.select(name)
         expect_answer(dashboard, name)
@@ -58,3 +58,19 @@ def test_the_live_page_has_every_chart(dashboard):
     for title in [question.title for question in LIVE]:
         expect(dashboard.tab.get_by_role("heading", name=title, exact=True)).to_be_visible()
     expect(dashboard.charts()).to_have_count(len(LIVE) + 1)
+
+
+def test_a_map_is_drawn_without_a_network(dashboard, filled):
+    """A request that leaves this machine fails the test."""
+    dashboard.open("questions", question="recommended_suppliers")
+    chart = dashboard.charts().first
+    nations = queries.current(Root.at(filled), "recommended_suppliers")[1]["nation"].n_unique()
+    expect(chart.locator(".scatterlayer .trace .fills path, .fills path.js-fill")).to_have_count(nations + 1)
+
+
+def test_the_first_change_of_the_day_and_of_the_group_are_kept(dashboard):
+    dashboard.open("digest", day="2026-11-22")
+    expect(dashboard.tab.get_by_role("heading", name="3 runs of 2 stages")).to_be_visible()
+    dashboard.open("questions", question="q01")
+    dashboard.tab.get_by_role("button", name="Of the moment").click()
+    expect_answer(dashboard, "q01")
