@@ -39,7 +39,7 @@ class Line:
 
 def lines(view: View) -> list[Line]:
     """The stages in pipeline order; those of earlier releases that still have runs come last."""
-    names = dict.fromkeys([*view.seen.stages, *(run["stage"] for run in view.seen.runs)])
+    names = dict.fromkeys([*view.seen.stages, *(run["stage"] for run in [*view.seen.runs, *view.under_way])])
     following = dict(next_runs(view, each=1))
     made = []
     for name in names:

@@ -19,6 +19,31 @@ KNOWN = {
 }
 
 
+# The texts that are too faint to read: their contrast with what is behind them, below 4.5.
+FAINT = """() => {
+  const parsed = said => { const [r, g, b, a = 1] = said.match(/[\\d.]+/g).map(Number); return [r, g, b, a] };
+  const over = (front, back) => [0, 1, 2].map(i => front[i] * front[3] + back[i] * (1 - front[3])).concat(1);
+  const light = colour => [.2126, .7152, .0722].reduce((sum, share, i) => {
+    const part = colour[i] / 255;
+    return sum + share * (part <= .03928 ? part / 12.92 : ((part + .055) / 1.055) ** 2.4);
+  }, 0);
+  const faint = {}, texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const text = texts.currentNode.textContent.trim(), inside = texts.currentNode.parentElement;
+    if (!text || inside.closest("style,script,noscript,svg,canvas") || !inside.checkVisibility()) continue;
+    const around = [];
+    for (let part = inside; part; part = part.parentElement) around.unshift(getComputedStyle(part));
+    const behind = around.reduce((colour, style) => over(parsed(style.backgroundColor), colour), [255, 255, 255, 1]);
+    const ink = parsed(getComputedStyle(inside).color);
+    ink[3] *= around.reduce((share, style) => share * style.opacity, 1);
+    const [dark, bright] = [light(over(ink, behind)), light(behind)].sort((a, b) => a - b);
+    const contrast = (bright + .05) / (dark + .05);
+    if (contrast < 4.5) faint[text.slice(0, 60)] = contrast.toFixed(2);
+  }
+  return faint;
+}"""
+
+
 class Tab:
     """A tab of the browser. `problems`: errors and warnings of its console, requests that failed or left this machine,
     but for those that are KNOWN."""
@@ -45,6 +70,22 @@ class Tab:
     def charts(self) -> Locator:
         """All that Plotly has drawn, from top to bottom."""
         return self.tab.locator(".js-plotly-plot:has(.main-svg)")
+
+    def faint(self) -> dict[str, str]:
+        """The texts that are too faint to read, each with its contrast."""
+        return self.tab.evaluate(FAINT)
+
+    def headings(self) -> list[int]:
+        """The levels of the headings, from top to bottom."""
+        return [
+            int(tag[1]) for tag in self.tab.locator("h1, h2, h3, h4").evaluate_all("all => all.map(h => h.tagName)")
+        ]
+
+    def too_wide_px(self) -> int:
+        """How far the page reaches beyond the window's right side."""
+        return self.tab.evaluate(
+            "() => document.querySelector('.stMain').scrollWidth - document.querySelector('.stMain').clientWidth"
+        )
 
     def _on_console(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning"):

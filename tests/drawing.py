@@ -39,8 +39,7 @@ def markup(shown: AppTest) -> str:
 
 def said(shown: AppTest) -> str:
     """What the HTML on a page says."""
-    plain = re.sub("<style>.*?</style>|<[^>]+>", "", re.sub("</(p|small|li|td|th|h.)>", " ", markup(shown)), flags=re.S)
-    return re.sub(r"\s+", " ", html.unescape(plain))
+    return " ".join(html.unescape(re.sub("<style>.*?</style>|<[^>]+>", " ", markup(shown), flags=re.S)).split())
 
 
 def broken(shown: AppTest) -> list[str]:

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from contextlib import contextmanager
 
 import pytest
 from published import QUERY_RUN, TRAIN_RUN, add_run, fill
@@ -52,16 +53,28 @@ def empty(tmp_path, monkeypatch) -> str:
 
 
 @pytest.fixture(scope="session")
-def dashboard_url(filled, tmp_path_factory) -> str:
-    """The dashboard, served over `filled` as `up` serves it. Its first answer takes seconds, for its imports."""
-    ports = orchestrate.PORTS | {"dashboard": free_port()}
-    service = orchestrate.services(filled, ports, tmp_path_factory.mktemp("dashboard"))[-1]
-    service.start()
-    try:
-        service.wait_ready()
-        yield service.page
-    finally:
-        services.stop([service])
+def served(tmp_path_factory):
+    """`with served(root) as url`: the dashboard, as `up` serves it. Its first answer takes seconds, for its imports."""
+
+    @contextmanager
+    def serving(root: str):
+        ports = orchestrate.PORTS | {"dashboard": free_port()}
+        service = orchestrate.services(root, ports, tmp_path_factory.mktemp("dashboard"))[-1]
+        service.start()
+        try:
+            service.wait_ready()
+            yield service.page
+        finally:
+            services.stop([service])
+
+    return serving
+
+
+@pytest.fixture(scope="session")
+def dashboard_url(filled, served) -> str:
+    """The dashboard over `filled`."""
+    with served(filled) as url:
+        yield url
 
 
 @pytest.fixture

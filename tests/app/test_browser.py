@@ -1,15 +1,19 @@
 """The dashboard in a real browser, over a real server: what only a person before the page would notice."""
 
+import itertools
 import re
 
+import incidents
 from browser import Dashboard
 from playwright.sync_api import expect
+from published import DAY
 
 from etl.storage import Root
 from pipeline import queries
 
 ASKED = {question.name: question for question in queries.questions()}
 LIVE = [question for question in ASKED.values() if question.live]
+SLOWLY_MS = 60_000  # until what is looked at less often has been looked at
 WORD_JOINER = "\u2060"  # is not seen
 
 
@@ -53,11 +57,62 @@ def test_a_chart_shows_the_names_of_the_answer(dashboard, filled):
     expect(chart.locator(".hoverlayer")).to_contain_text(labels[coloured[0]].replace("#", f"#{WORD_JOINER}"))
 
 
-def test_the_live_page_has_every_chart(dashboard):
-    dashboard.open()
-    for title in [question.title for question in LIVE]:
-        expect(dashboard.tab.get_by_role("heading", name=title, exact=True)).to_be_visible()
-    expect(dashboard.charts()).to_have_count(len(LIVE) + 1)
+def test_the_overview_says_what_is_wrong_as_it_happens(browser_window, served, root):
+    """Six incidents, one after the other, on a page that nobody loads again."""
+    incidents.beat(root)
+    incidents.dead_generate(root)
+    for stage in incidents.STAGES[1:]:
+        incidents.ended(root, stage)
+    with served(root) as url, Dashboard.opened(browser_window, url) as dashboard:
+        banner, told = dashboard.tab.locator(".banner"), dashboard.tab.locator(".incident")
+        dashboard.open()
+        expect(banner).to_have_text(re.compile(r"Not healthy: generate is 5\d min late: an ok run was due at "))
+        assert re.search(r"none since .* UTC$", banner.inner_text())
+        expect(told).to_contain_text("Since ")
+        expect(told).to_contain_text("What to do: see whether up is at work, and its last runs")
+        incidents.ended(root, "generate")
+        expect(banner).to_have_text("Healthy: nothing failed last, and nothing is late")
+
+        incidents.failed_train(root)
+        expect(banner).to_have_text("Not healthy: train: failed: ValueError: no such column: l_shipdate")
+        expect(told).to_contain_text("runs it again")
+        incidents.ended(root, "train", ago_s=0)
+        expect(banner).to_contain_text("Healthy: nothing failed")
+
+        incidents.stale_answers(root)
+        expect(banner).to_have_text(
+            re.compile(r"Healthy: \d+ answers are stale: \w+ is of .*, 1 batches ago"), timeout=SLOWLY_MS
+        )
+        incidents.growing_quarantine(root)
+        expect(banner).to_contain_text("quarantine grows: a run of the last hour refused lines; it has 0 rows")
+        incidents.damaged_table(root, "orders")
+        expect(banner).to_contain_text(
+            re.compile("Not healthy: table orders: lake/orders/.* its rows are lost"), timeout=SLOWLY_MS
+        )
+        incidents.dead_up(root)
+        expect(banner).to_contain_text(re.compile(r"Not healthy: up is dead: it was last seen at .* UTC"))
+        expect(told.first).to_contain_text("start it: orchestrate.py up")
+        expect(dashboard.tab.locator(".st-key-footer")).to_contain_text("up was last seen at")
+
+        run = dashboard.tab.locator("a.bar.red").first
+        assert run.get_attribute("aria-label").startswith("train failed, 2.0 s")
+        for scheme in ("dark", "light"):
+            dashboard.tab.emulate_media(color_scheme=scheme)
+            for width in (1440, 768, 390):
+                dashboard.tab.set_viewport_size({"width": width, "height": 900})
+                dashboard.settle()
+                assert dashboard.too_wide_px() <= 0, (scheme, width)
+            assert dashboard.faint() == {}, scheme
+        levels = dashboard.headings()
+        assert levels[0] == 1 and all(after - before <= 1 for before, after in itertools.pairwise(levels))
+        dashboard.tab.set_viewport_size({"width": 1440, "height": 900})
+        run.focus()
+        dashboard.tab.keyboard.press("Enter")
+        expect(dashboard.tab.get_by_role("heading", level=1)).to_have_text("train: failed")
+        assert dashboard.faint() == {}
+        dashboard.menu("Runs")
+        expect(dashboard.tab.get_by_role("heading", name="Failures, by what they say")).to_be_visible()
+        assert dashboard.address == ("runs", {})
 
 
 def test_a_map_is_drawn_without_a_network(dashboard, filled):
@@ -68,9 +123,20 @@ def test_a_map_is_drawn_without_a_network(dashboard, filled):
     expect(chart.locator(".scatterlayer .trace .fills path, .fills path.js-fill")).to_have_count(nations + 1)
 
 
-def test_the_first_change_of_the_day_and_of_the_group_are_kept(dashboard):
-    dashboard.open("digest", day="2026-11-22")
+def test_the_pages_can_be_read_in_light_and_dark_and_on_a_phone(dashboard):
+    for page, parameters in {"questions": {"question": "q01"}, "lake": {}, "model": {}, "digest": {"day": DAY}}.items():
+        dashboard.open(page, **parameters)
+        levels = dashboard.headings()
+        assert levels[0] == 1 and all(after - before <= 1 for before, after in itertools.pairwise(levels)), page
+        for scheme in ("dark", "light"):
+            dashboard.tab.emulate_media(color_scheme=scheme)
+            dashboard.settle()
+            assert dashboard.faint() == {}, (page, scheme)
+        for width in (390, 768, 1440):
+            dashboard.tab.set_viewport_size({"width": width, "height": 900})
+            dashboard.settle()
+            assert dashboard.too_wide_px() <= 0, (page, width)
     expect(dashboard.tab.get_by_role("heading", name="3 runs of 2 stages")).to_be_visible()
     dashboard.open("questions", question="q01")
-    dashboard.tab.get_by_role("button", name="Of the moment").click()
+    dashboard.tab.get_by_role("radio", name="Of the moment").click()
     expect_answer(dashboard, "q01")

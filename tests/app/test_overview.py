@@ -11,8 +11,7 @@ import pytest
 from drawing import broken, markup, opened, said, texts
 from published import QUERY_RUN, TRAIN_RUN, add_run
 
-from app import failures
-from etl.runs import engine
+from etl.runs import engine, failures
 from etl.runs.record import RunRequest
 from etl.storage import Root
 from pipeline import Lake, queries
@@ -48,10 +47,10 @@ def test_it_says_how_old_the_data_is_at_each_step_and_the_figures_of_the_lake(ro
     told, snapshot = said(opened("overview")), Lake(root).snapshot()
     rows = dict(snapshot.rows().select("table", "rows").iter_rows())
     assert rows["lineitem"] > 5000
-    assert f"Line items {rows['lineitem']:,}+{rows['lineitem']:,} in the last batch that has any" in told
+    assert f"Line items {rows['lineitem']:,} +{rows['lineitem']:,} in the last batch that has any" in told
     assert f"Orders {rows['orders']:,}" in told and "Refused rows 0" in told
     days = (datetime.now(UTC) - snapshot.as_of).days
-    assert f"Bornold {days} days" in told and "should be at most 3 min" in told
+    assert f"Born old {days} days" in told and "should be at most 3 min" in told
     assert [told.index(step) for step in ("Born", "Landed", "Ingested", "Published", "Answered")] == sorted(
         told.index(step) for step in ("Born", "Landed", "Ingested", "Published", "Answered")
     )
@@ -66,7 +65,7 @@ def test_each_stage_has_its_runs_in_pipeline_order_and_the_next_ones_are_told(ro
     shown = opened("overview")
     told = said(shown)
     assert "Healthy: nothing failed last, and nothing is late" in told
-    names = [told.index(f" {stage}ok ok") for stage in incidents.STAGES]
+    names = [told.index(f" {stage} ok ok ") for stage in incidents.STAGES]
     assert names == sorted(names)
     assert "took 2.0 s, usually 2.0 s" in told
     assert f'href="runs?run={QUERY_RUN}"' in markup(shown) and f'href="runs?run={TRAIN_RUN}"' in markup(shown)
@@ -87,7 +86,7 @@ def test_runs_are_found_by_stage_state_day_and_text_and_the_address_says_so(root
     assert ids(text="NO SUCH") == [FAILED_RUN] and ids(text=QUERY_RUN[-6:]) == [QUERY_RUN]
     assert ids(day="2026-11-22", stage="query") == [QUERY_RUN]
     assert "There is no such run" in said(opened("runs", day="2026-11-23"))
-    assert "There is no such run" in said(opened("runs", state="timed_out"))
+    assert "There is no such run" in said(opened("runs", state="timed out"))
     add_run(root, "train-20261122T140000-eeeeee", "failed", "ValueError: no such column", minute=5)
     assert "2nd time, first at 2026-11-22 12:03 UTC" in said(opened("runs", stage="train"))
 
@@ -124,13 +123,13 @@ def test_a_run_under_way_is_followed(empty, tmp_path):
             if shown and shown.code and "half way" in shown.code[0].value:
                 break
         assert texts(shown.title) == ["toy: running"]
-        assert "toyrunning never ok yet" in said(opened("overview"))
+        assert "toy running never ok yet" in said(opened("overview"))
         assert "now in “Work”" in said(opened("runs"))
     finally:
         (tmp_path / "go").touch()
         run.join()
     assert texts(opened("runs", run=request.run_id).title) == ["toy: ok"]
-    assert "Cells Cell When Seconds Work" in said(opened("runs", run=request.run_id))
+    assert "Work" in said(opened("runs", run=request.run_id)).partition("Cells Cell When Seconds")[2]
 
 
 def of_run(reason: str, at: int, state: str = "failed") -> dict:
@@ -159,7 +158,7 @@ def test_only_what_is_an_address_becomes_a_link(address):
     from app import markup
 
     made = markup.link(address, "<b>")
-    assert "&lt;b&gt;" in made and " onclick=" not in made.replace("&quot;", "")
+    assert "&lt;b&gt;" in made and made.count('"') in (0, 4)
     assert ("<a " in made) == address.startswith("https://")
 
 
