@@ -30,7 +30,8 @@ FAINT = """() => {
   const faint = {}, texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (texts.nextNode()) {
     const text = texts.currentNode.textContent.trim(), inside = texts.currentNode.parentElement;
-    if (!text || inside.closest("style,script,noscript,svg,canvas") || !inside.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
+    if (!text || inside.closest("style,script,noscript,svg,canvas")) continue;
+    if (!inside.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
     const around = [];
     for (let part = inside; part; part = part.parentElement) around.unshift(getComputedStyle(part));
     const behind = around.reduce((colour, style) => over(parsed(style.backgroundColor), colour), [255, 255, 255, 1]);
