@@ -132,7 +132,7 @@ class Dashboard(Tab):
     @property
     def selected(self) -> Locator:
         """The field that shows what is selected."""
-        return self.tab.get_by_test_id("stSelectbox").get_by_role("combobox")
+        return self.tab.get_by_test_id("stSelectbox").get_by_role("combobox").first
 
     def select(self, text: str) -> None:
         """Type into the field, and take the first that fits."""
