@@ -182,7 +182,7 @@ for name in ("questions", "lake", "model", "digest"):
     drawn = AppTest.from_string(f"from app.views import {name}; {name}.page()", default_timeout=60).run()
     told[name] = {
         "problems": [element.value for element in [*drawn.exception, *drawn.warning, *drawn.error]],
-        "said": " ".join(part.value for part in [*drawn.title, *drawn.subheader, *drawn.caption, *drawn.markdown]),
+        "said": " ".join(part.value for part in [*drawn.title, *drawn.header, *drawn.caption, *drawn.markdown]),
         "fields": [field.label for field in drawn.text_input],
         "tables": [element.value.to_csv(index=False) for element in drawn.dataframe],
     }
