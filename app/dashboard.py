@@ -6,7 +6,7 @@ It reads, and never starts a stage. What it draws is cached by the pointer it wa
 import streamlit as st
 
 from app import frame, markup
-from app.views import digest, lake, model, overview, questions, runs
+from app.views import digest, lake, model, overview, questions, run, runs
 from pipeline import TITLE
 
 PAGES = (  # title -> what draws it; in the page's address it is the title in small letters
@@ -23,6 +23,7 @@ def main() -> None:
     st.set_page_config(TITLE, layout="wide")
     st.html(frame.STYLE + markup.STYLE)
     pages = [st.Page(draw, title=title, url_path=title.lower(), default=title == "Overview") for title, draw in PAGES]
+    pages.append(st.Page(run.page, title="Run", url_path="run", visibility="hidden"))  # linked from where runs are
     page = st.navigation(pages, position="top")
     frame.follow()
     page.run()

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-import pandas as pd
 import polars as pl
 import streamlit as st
 
@@ -27,20 +26,12 @@ from etl.storage import Root
 from pipeline import Lake, queries
 
 log = logging.getLogger(__name__)
-LOOK_S = 15  # between two looks at the root
 TABLE_PX, WHOLE_PX = 213, 738  # a head and five rows, and twenty; the others are scrolled to
 SECONDS = "YYYY-MM-DD HH:mm:ss"
 DOCTOR = "see what `python orchestrate.py doctor` says"
 PALE, DIM = "#d7d9dd", "#3a3f47"  # of a chart's text and grid, where it is dark
 EXCERPT = "excerpt"  # how the keys of containers begin that hold a part of something
-LINE = 500  # characters of a line that a run prints
 ZONE = "zone"  # the key of the field in which the reader chooses one
-STATES = {  # of a run: colour of the badge and, dark enough to read, of the text; the others are bad
-    "ok": ("green", "#2e7d4f"),
-    "noop": ("gray", "#6b6b6b"),
-    "cancelled": ("orange", "#b3640f"),
-}
-BAD = ("red", "#b3352c")
 EXAMINE = {  # what is not of the lake
     **({"the model": model.examine} if model else {}),
     "the answers": results.examine,
@@ -205,48 +196,6 @@ def _names_kept(part: Any, name: str = "") -> Any:
     if isinstance(part, list):
         return [_names_kept(value, name) for value in part]
     return part.replace("#", "#\u2060") if isinstance(part, str) and "color" not in name else part
-
-
-def stages(root: Root) -> list[str]:
-    """The stages that have a report."""
-    return [name for name in root.names("reports") if re.fullmatch(r"[\w-]+", name)]
-
-
-@st.cache_data(ttl=LOOK_S - 5, max_entries=8, show_spinner=False)
-def latest_runs(root_url: str) -> list[dict[str, Any]]:
-    """The last runs of all, newest first, and at least one of every stage that has a report."""
-    root = Root.at(root_url)
-    latest = index.newest(root, limit=200)
-    for stage in set(stages(root)) - {run["stage"] for run in latest}:
-        latest += index.newest(root, stage=stage, limit=1)
-    return latest
-
-
-def runs_table(shown: list[dict[str, Any]]) -> None:
-    """Runs, each with a link to its report while that is kept."""
-    table = pd.DataFrame(
-        {
-            "Stage": [run["stage"] for run in shown],
-            "State": [words(run["state"]) for run in shown],
-            "Started (UTC)": [datetime.fromisoformat(run["started_at"]) for run in shown],
-            "Seconds": [run["seconds"] for run in shown],
-            "Why": [run["reason"] or "" for run in shown],
-            "Report": [report_url(run["run_id"]) if run["kept"] else None for run in shown],
-        }
-    )
-    colours = {words(state): colour for state, (_, colour) in STATES.items()}
-    st.dataframe(
-        table.style.map(lambda state: f"color: {colours.get(state, BAD[1])}", subset=["State"]),
-        height="content",
-        hide_index=True,
-        column_config={
-            "Started (UTC)": st.column_config.DatetimeColumn(format=SECONDS),
-            "Seconds": st.column_config.NumberColumn(format="%,.1f", width="small"),
-            "Why": st.column_config.TextColumn(width="large"),
-            "Report": st.column_config.LinkColumn(display_text=r"([^/]+)$"),
-        },
-        key="runs",
-    )
 
 
 def answer_card(root: Root, question: queries.Question, rows_px: int | None = TABLE_PX) -> None:

@@ -30,7 +30,8 @@ FAINT = """() => {
   const faint = {}, texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (texts.nextNode()) {
     const text = texts.currentNode.textContent.trim(), inside = texts.currentNode.parentElement;
-    if (!text || inside.closest("style,script,noscript,svg,canvas") || !inside.checkVisibility()) continue;
+    if (!text || inside.closest("style,script,noscript,svg,canvas")) continue;
+    if (!inside.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
     const around = [];
     for (let part = inside; part; part = part.parentElement) around.unshift(getComputedStyle(part));
     const behind = around.reduce((colour, style) => over(parsed(style.backgroundColor), colour), [255, 255, 255, 1]);
@@ -132,7 +133,7 @@ class Dashboard(Tab):
     @property
     def selected(self) -> Locator:
         """The field that shows what is selected."""
-        return self.tab.get_by_test_id("stSelectbox").get_by_role("combobox")
+        return self.tab.get_by_role("combobox", name="Question")
 
     def select(self, text: str) -> None:
         """Type into the field, and take the first that fits."""

@@ -22,7 +22,7 @@ def page() -> None:
     with shown.panel("The digest", ["the index of runs"]):
         root = shown.published_root()
         told = of_day(root.url, shown.view().token, day)
-        st.subheader(told.sentence, anchor=False)
+        st.header(told.sentence, anchor=False)
         if told.stages:
             stages(told)
             failures(told)
@@ -83,7 +83,7 @@ def failures(told: digest.Digest) -> None:
     """What failed alike, once with how often."""
     if not told.failures:
         return
-    st.subheader("What failed", anchor=False)
+    st.header("What failed", anchor=False)
     frame = pl.DataFrame(
         {
             "times": [each.count for each in told.failures],
@@ -111,7 +111,7 @@ def outliers(told: digest.Digest) -> None:
     """The runs that took far longer than their stage's median."""
     if not told.outliers:
         return
-    st.subheader("Far longer than usual", anchor=False)
+    st.header("Far longer than usual", anchor=False)
     frame = pl.DataFrame(
         {
             "at": [run.started_at for run in told.outliers],

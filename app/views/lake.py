@@ -26,14 +26,14 @@ def page() -> None:
         tables(root, token)
     left, right = st.columns(2)
     with left.container(border=True, height="stretch"):
-        st.subheader("Compaction", anchor=False)
+        st.header("Compaction", anchor=False)
         with shown.panel("The last compaction", ["the index of runs"]):
             compaction(root, token)
     with right.container(border=True, height="stretch"):
-        st.subheader("Backup", anchor=False)
+        st.header("Backup", anchor=False)
         with shown.panel("The backup"):
             backed_up(root)
-    st.subheader("What did not fit", anchor=False)
+    st.header("What did not fit", anchor=False)
     with shown.panel("Quarantine", ["the published snapshot", "table quarantine"]):
         quarantined(root, token)
     with shown.panel("The refused files"):
@@ -161,13 +161,13 @@ def backed_up(root: Root) -> None:
     made = backup.newest(root)
     if made is None:
         st.caption("No backup was ever made of this root.")
-        st.code("python orchestrate.py backup URL", language="bash")
+        st.code("python orchestrate.py backup URL", language=None)
         return
     url, at = made
     is_old = datetime.now(UTC) - at > doctor.BACKUP_AGE
     colour = "orange" if is_old else "green"
     st.metric("The newest", shown.ago(at), shown.at(at, both=True), delta_color=colour, delta_arrow="off")
-    st.code(f"python orchestrate.py backup {url}" if is_old else url, language="bash" if is_old else None)
+    st.code(f"python orchestrate.py backup {url}" if is_old else url, language=None)
 
 
 # --- what did not fit ---

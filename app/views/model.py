@@ -53,7 +53,7 @@ def champion(published: dict[str, Any]) -> None:
         title = f"Log loss on {CARD.rows} it has not seen"
         shown.draw(charts.bars(CARD.losses(metrics), unit="log loss", title=title, strong=strong), "losses")
     with figures.container(border=True, height="stretch"):
-        st.subheader(CARD.title, anchor=False)
+        st.header(CARD.title, anchor=False)
         said = {label: text.format(**metrics) for label, text in CARD.figures.items()}
         table = pl.DataFrame({"figure": list(said), "value": list(said.values())})
         labels = {
@@ -74,7 +74,7 @@ def over_time(stored: list[dict[str, Any]]) -> None:
     """Every model's loss beside what it is compared with, by when it was trained; and all of them in a table."""
     if not stored:
         return
-    st.subheader("The models so far", anchor=False)
+    st.header("The models so far", anchor=False)
     frame = pl.DataFrame([{"trained": _trained(each["run_id"]), **_compared(each["metrics"])} for each in stored])
     frame = frame.drop_nulls("trained").sort("trained")
     if frame.height > 1:
@@ -116,7 +116,7 @@ def since(root: Root) -> None:
     if not told:
         return
     hours = pl.DataFrame(told["drift"], infer_schema_length=None)
-    st.subheader("On what came since", anchor=False)
+    st.header("On what came since", anchor=False)
     if hours.is_empty():
         st.caption("Nothing was scored yet.")
         return
@@ -142,7 +142,7 @@ def since(root: Root) -> None:
 
 def predicted() -> None:
     """A row to fill in, and what the API says of it."""
-    st.subheader("Try a prediction", anchor=False)
+    st.header("Try a prediction", anchor=False)
     st.caption(CARD.about)
     with st.form("predict", enter_to_submit=True):
         row = {}
@@ -152,7 +152,7 @@ def predicted() -> None:
                 example = CARD.example.get(name)
                 text = column.text_input(name, f"{example}", key=f"row-{name}", help=CARD.described.get(name))
                 row[name] = _typed(text, example)
-        is_asked = st.form_submit_button("Predict", type="primary")
+        is_asked = st.form_submit_button("Predict")
     if is_asked:
         status, said = ask(row)
         if status == 200:
@@ -171,7 +171,7 @@ def predicted() -> None:
         else:
             st.error(shown.plain(str(said)))
     url, body = f"{Settings().api_url.rstrip('/')}/v1/predict", json.dumps([CARD.example])
-    st.code(f"curl {url} -H 'Content-Type: application/json' -d '{body}'", language="bash", wrap_lines=True)
+    st.code(f"curl {url} -H 'Content-Type: application/json' -d '{body}'", language=None, wrap_lines=True)
 
 
 def _typed(text: str, example: Any) -> Any:

@@ -56,7 +56,7 @@ def is_it_well(view: View) -> None:
         last = bad[-1]
         why = markup.text(shortened(last["reason"] or "no reason is known", SAID))
         state = words(last["state"])
-        named = markup.link(f"runs?run={last['run_id']}", f"{last['stage']} {state}")
+        named = markup.link(f"run?id={last['run_id']}", f"{last['stage']} {state}")
         markup.show(f"<p>The last that went wrong: {named} at {shown.at(last['ended_at'])}, {why}; ok again since.</p>")
 
 
@@ -113,7 +113,7 @@ def _run_bars(line: stages.Line) -> str:
         name = f"{line.name} {words(run['state'])}, {_seconds(run['seconds'])}, {shown.at(run['ended_at'])}"
         keys = ' tabindex="-1"' if colour != "red" else ""
         made.append(
-            f'<a class="bar {colour}" href="runs?run={run["run_id"]}" target="_self" title="{name}" aria-label="{name}"'
+            f'<a class="bar {colour}" href="run?id={run["run_id"]}" target="_self" title="{name}" aria-label="{name}"'
             f'{keys} style="height:{min(max(run["seconds"] / most, 0.07), 1):.0%}"></a>'
         )
     return f'<div class="bars" role="group" aria-label="the last {len(made)} runs of {line.name}">{"".join(made)}</div>'
@@ -301,7 +301,7 @@ def following(view: View) -> None:
     at_work = [
         (
             markup.badge("running", "blue"),
-            markup.link(f"runs?run={run['run_id']}", run["stage"]),
+            markup.link(f"run?id={run['run_id']}", run["stage"]),
             f"since {shown.at(datetime.fromisoformat(run['started_at']))}",
         )
         for run in view.under_way

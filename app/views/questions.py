@@ -58,7 +58,7 @@ def answered(question: queries.Question) -> None:
             shown.answer_card(root, question, rows_px=None)
         with past.container(border=True):
             label = shown.heading(question.figure or "rows")
-            st.subheader(f"{label}, run by run", anchor=False)
+            st.header(f"{label}, run by run", anchor=False)
             with shown.panel("The history", ["the answers"], f"results/{question.name}/history.json"):
                 over_time(root, question, label)
             read_from(question)
@@ -89,7 +89,7 @@ def over_time(root: Root, question: queries.Question, label: str) -> None:
 
 def read_from(question: queries.Question) -> None:
     """Which tables and columns the answer comes from."""
-    st.subheader("Read from", anchor=False)
+    st.header("Read from", anchor=False)
     st.markdown("\n".join(f"- **{table}**: {', '.join(columns)}" for table, columns in question.tables.items()))
 
 

@@ -1,27 +1,23 @@
-"""The runs: those that the reader asks for, failures that say the same as one, and a page for each run."""
+"""The runs: those that the reader asks for, and failures that say the same as one."""
 
 from datetime import date, datetime, time, timedelta
 from typing import Any
 
 import streamlit as st
 
-from app import markup, run_page, shown
+from app import markup, shown
 from etl.figures import shortened, words
 from etl.runs import failures, index
 from etl.runs.record import STATES
 from etl.storage import Root
 
-RUN = "run"  # in the page's address: the run that is shown
 BAD = "not ok"
 RUNS, GROUPS = 100, 8  # that are listed, the newest
 SAID = 200  # characters of a reason
 
 
 def page() -> None:
-    """A run, where the page's address names one; else the newest runs that the reader asks for."""
-    if run_id := st.query_params.get(RUN):
-        run_page.page(run_id)
-        return
+    """The newest runs that the reader asks for."""
     st.title("Runs", anchor=False)
     with shown.panel("The list of runs", ["the index of runs"]):
         listed()
@@ -92,7 +88,7 @@ def grouped(known: list[failures.Group]) -> None:
             markup.badge(words(group.state), "red"),
             markup.text(shortened(group.reason, SAID)),
             f"{failures.ordinal(group.count)} time, first at {shown.at(group.first_at)}" if group.count > 1 else "once",
-            markup.link(f"runs?run={group.run_id}", shown.at(group.last_at)),
+            markup.link(f"run?id={group.run_id}", shown.at(group.last_at)),
         )
         for group in known[:GROUPS]
     ]
@@ -104,7 +100,7 @@ def grouped(known: list[failures.Group]) -> None:
 def _ended(run: dict[str, Any]) -> tuple[str, ...]:
     report = markup.link(shown.report_url(run["run_id"]), "report") if run["kept"] else ""
     return (
-        markup.link(f"runs?run={run['run_id']}", shown.at(datetime.fromisoformat(run["started_at"]))),
+        markup.link(f"run?id={run['run_id']}", shown.at(datetime.fromisoformat(run["started_at"]))),
         markup.text(run["stage"]),
         markup.badge(words(run["state"]), markup.STATES.get(run["state"], "red")),
         f"{run['seconds']:,.1f}",
@@ -115,7 +111,7 @@ def _ended(run: dict[str, Any]) -> tuple[str, ...]:
 
 def _at_work(run: dict[str, Any]) -> tuple[str, ...]:
     return (
-        markup.link(f"runs?run={run['run_id']}", shown.at(datetime.fromisoformat(run["started_at"]))),
+        markup.link(f"run?id={run['run_id']}", shown.at(datetime.fromisoformat(run["started_at"]))),
         markup.text(run["stage"]),
         markup.badge("running", markup.STATES["running"]),
         "",

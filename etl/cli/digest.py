@@ -50,9 +50,9 @@ def digest(
             table.add_row(escape(stage.stage), f"{stage.runs:,}", bad, *times, rows, digests.spark(hours))
         out.print(table)
     for failure in told.failures:
-        times = f"{failure.count:,} times" if failure.count > 1 else "once"
+        often = f"{failure.count:,} times" if failure.count > 1 else "once"
         reason = escape(failure.reason or digests.NO_REASON)
-        told_at = f"{times}, last at {failure.last_at:%H:%M}"
+        told_at = f"{often}, last at {failure.last_at:%H:%M}"
         out.print(f"[red]{escape(failure.stage)}[/] {told_at}: {reason}", highlight=False)
         say(f"    {failure.run_id}", "dim")
     for run in told.outliers:

@@ -105,7 +105,7 @@ def of_day(root: Root, day: date | None = None) -> Digest:
     usual = {stage.stage: stage.p50_s for stage in stages}
     ok = [run for run in runs.to_dicts() if run["state"] == "ok"]
     far = [(run, median) for run in ok if (median := usual[run["stage"]]) is not None and _is_far(run, median)]
-    named = [Outlier(*(run[n] for n in ("run_id", "stage", "started_at", "seconds")), median) for run, median in far]
+    named = [Outlier(run["run_id"], run["stage"], run["started_at"], run["seconds"], median) for run, median in far]
     named.sort(key=lambda run: run.seconds / max(run.usual_s, 0.01), reverse=True)
     failed = sorted(groups(runs.to_dicts()), key=lambda group: -group.count)
     return Digest(start.date(), stages, named[:OUTLIERS], failed)
@@ -120,7 +120,7 @@ def _stage_day(stage: str, runs: "pl.DataFrame") -> StageDay:
 
     ok = runs.filter(state="ok")["seconds"]
     means = dict(runs.group_by("slice").agg(pl.col("seconds").mean()).iter_rows())
-    sums = {name: runs[name].sum() if runs[name].count() else None for name in ("rows", "cpu_s", COST)}
+    sums = {name: float(runs[name].sum()) if runs[name].count() else None for name in ("rows", "cpu_s", COST)}
     return StageDay(
         stage,
         runs.height,
@@ -129,7 +129,7 @@ def _stage_day(stage: str, runs: "pl.DataFrame") -> StageDay:
         ok.quantile(0.5, "linear"),
         ok.quantile(0.99, "linear"),
         [means.get(at) for at in range(SLICES)],
-        None if sums["rows"] is None else int(sums["rows"]),
+        None if (rows := sums["rows"]) is None else int(rows),
         sums["cpu_s"],
         sums[COST],
     )

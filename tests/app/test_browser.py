@@ -6,6 +6,7 @@ import re
 import incidents
 from browser import Dashboard
 from playwright.sync_api import expect
+from published import DAY
 
 from etl.storage import Root
 from pipeline import queries
@@ -28,7 +29,7 @@ def test_every_choice_of_a_question_is_kept_and_the_address_follows(dashboard):
     dashboard.open("runs")
     dashboard.menu("Questions")
     expect(dashboard.selected).to_have_value(f"{LIVE[0].title}  ·  {LIVE[0].name}")
-    chosen = ["q02", "q15", "q02", "q20"]
+    chosen = ["q02", "q15", "q02", "q07", "q20"]
     for name in chosen:
         dashboard.select(name)
         expect_answer(dashboard, name)
@@ -112,3 +113,30 @@ def test_the_overview_says_what_is_wrong_as_it_happens(browser_window, served, r
         dashboard.menu("Runs")
         expect(dashboard.tab.get_by_role("heading", name="Failures, by what they say")).to_be_visible()
         assert dashboard.address == ("runs", {})
+
+
+def test_a_map_is_drawn_without_a_network(dashboard, filled):
+    """A request that leaves this machine fails the test."""
+    dashboard.open("questions", question="recommended_suppliers")
+    chart = dashboard.charts().first
+    nations = queries.current(Root.at(filled), "recommended_suppliers")[1]["nation"].n_unique()
+    expect(chart.locator(".scatterlayer .trace .fills path, .fills path.js-fill")).to_have_count(nations + 1)
+
+
+def test_the_pages_can_be_read_in_light_and_dark_and_on_a_phone(dashboard):
+    for page, parameters in {"questions": {"question": "q01"}, "lake": {}, "model": {}, "digest": {"day": DAY}}.items():
+        dashboard.open(page, **parameters)
+        levels = dashboard.headings()
+        assert levels[0] == 1 and all(after - before <= 1 for before, after in itertools.pairwise(levels)), page
+        for scheme in ("dark", "light"):
+            dashboard.tab.emulate_media(color_scheme=scheme)
+            dashboard.settle()
+            assert dashboard.faint() == {}, (page, scheme)
+        for width in (390, 768, 1440):
+            dashboard.tab.set_viewport_size({"width": width, "height": 900})
+            dashboard.settle()
+            assert dashboard.too_wide_px() <= 0, (page, width)
+    expect(dashboard.tab.get_by_role("heading", name="3 runs of 2 stages")).to_be_visible()
+    dashboard.open("questions", question="q01")
+    dashboard.tab.get_by_role("radio", name="Of the moment").click()
+    expect_answer(dashboard, "q01")

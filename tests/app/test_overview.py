@@ -68,7 +68,7 @@ def test_each_stage_has_its_runs_in_pipeline_order_and_the_next_ones_are_told(ro
     names = [told.index(f" {stage} ok ok ") for stage in incidents.STAGES]
     assert names == sorted(names)
     assert "took 2.0 s, usually 2.0 s" in told
-    assert f'href="runs?run={QUERY_RUN}"' in markup(shown) and f'href="runs?run={TRAIN_RUN}"' in markup(shown)
+    assert f'href="run?id={QUERY_RUN}"' in markup(shown) and f'href="run?id={TRAIN_RUN}"' in markup(shown)
     assert told.count("due") == 5
     assert "The last that went wrong: train failed at 2026-11-22 12:03 UTC, ValueError: no such column" in told
 
@@ -77,7 +77,7 @@ def test_runs_are_found_by_stage_state_day_and_text_and_the_address_says_so(root
     def ids(**address: str) -> list[str]:
         return [
             part.partition('"')[0]
-            for part in markup(opened("runs", **address)).split("The newest")[1].split("?run=")[1:]
+            for part in markup(opened("runs", **address)).split("The newest")[1].split("?id=")[1:]
         ]
 
     assert ids() == [FAILED_RUN, TRAIN_RUN, QUERY_RUN]
@@ -92,7 +92,7 @@ def test_runs_are_found_by_stage_state_day_and_text_and_the_address_says_so(root
 
 
 def test_a_run_has_a_page(root):
-    shown = opened("runs", run=FAILED_RUN)
+    shown = opened("run", id=FAILED_RUN)
     assert texts(shown.title) == ["train: failed"]
     told = said(shown)
     assert "ValueError: no such column" in told and "due 2026-11-22 12:00 UTC" in told
@@ -100,7 +100,7 @@ def test_a_run_has_a_page(root):
     typed = [code.value for code in shown.code]
     assert typed[0] == f"python orchestrate.py run --from {FAILED_RUN} --root {root}"
     assert [line.split()[2] for line in typed] == ["run", "replay", "debug"]
-    assert "no such run under this root" in opened("runs", run="query-20261122T120000-000000").info[0].value
+    assert "no such run under this root" in opened("run", id="query-20261122T120000-000000").info[0].value
 
 
 def test_a_run_under_way_is_followed(empty, tmp_path):
@@ -119,7 +119,7 @@ def test_a_run_under_way_is_followed(empty, tmp_path):
     run.start()
     try:
         for _ in range(60):  # the kernel starts, prints, and waits for us
-            shown = opened("runs", run=request.run_id) if "toy" in said(opened("overview")) else None
+            shown = opened("run", id=request.run_id) if "toy" in said(opened("overview")) else None
             if shown and shown.code and "half way" in shown.code[0].value:
                 break
         assert texts(shown.title) == ["toy: running"]
@@ -128,8 +128,8 @@ def test_a_run_under_way_is_followed(empty, tmp_path):
     finally:
         (tmp_path / "go").touch()
         run.join()
-    assert texts(opened("runs", run=request.run_id).title) == ["toy: ok"]
-    assert "Work" in said(opened("runs", run=request.run_id)).partition("Cells Cell When Seconds")[2]
+    assert texts(opened("run", id=request.run_id).title) == ["toy: ok"]
+    assert "Work" in said(opened("run", id=request.run_id)).partition("Cells Cell When Seconds")[2]
 
 
 def of_run(reason: str, at: int, state: str = "failed") -> dict:

@@ -75,7 +75,7 @@ def tables(page: AppTest) -> list:
 def test_every_page_says_what_is_missing_before_the_first_run(empty):
     assert "There is no table yet" in drawn(lake).info[0].value
     assert "There is no model yet" in drawn(model).info[0].value
-    assert drawn(digest).subheader[0].value == "No stage ran."
+    assert drawn(digest).header[0].value == "No stage ran."
     assert not Path(empty).exists()
 
 
@@ -135,7 +135,7 @@ def test_the_model_is_shown_beside_the_best_possible_over_time_and_on_what_came_
     ]
     Root.at(root).write(model_page.SCORES, json.dumps({"drift": hours, "calibration": []}).encode())
     both = drawn(model)
-    assert "On what came since" in [heading.value for heading in both.subheader]
+    assert "On what came since" in [heading.value for heading in both.header]
     realized, drift = (json.loads(chart.proto.spec) for chart in both.get("plotly_chart")[2:])
     assert [trace["name"] for trace in drift["data"]] == ["champion", "shadow"]
     assert [trace["name"] for trace in realized["data"]] == ["predicted", "observed"]
@@ -173,12 +173,12 @@ def test_a_prediction_is_the_apis_and_so_is_what_is_wrong_with_the_row(root, mon
 
 def test_the_digest_is_of_the_day_in_the_address(root):
     page = drawn(digest, day=DAY)
-    assert page.subheader[0].value == "3 runs of 2 stages, 1 run failed."
+    assert page.header[0].value == "3 runs of 2 stages, 1 run failed."
     stages, failures = tables(page)
     assert stages["stage"].tolist() == ["query", "train"] and stages["bad"].tolist() == [0, 1]
     assert failures["reason"].tolist() == ["ValueError: no such column"]
     for odd in ("<script>", "2026-99-99"):
-        assert drawn(digest, day=odd).subheader[0].value == "No stage ran."
+        assert drawn(digest, day=odd).header[0].value == "No stage ran."
 
 
 def test_an_answer_says_of_when_it_is_and_is_amber_when_it_should_have_been_followed(root):

@@ -178,6 +178,14 @@ told = {
     "charts": len(page.get("plotly_chart")),
     "tables": [element.value.to_csv(index=False) for element in page.dataframe],
 }
+for name in ("questions", "lake", "model", "digest"):
+    drawn = AppTest.from_string(f"from app.views import {name}; {name}.page()", default_timeout=60).run()
+    told[name] = {
+        "problems": [element.value for element in [*drawn.exception, *drawn.warning, *drawn.error]],
+        "said": " ".join(part.value for part in [*drawn.title, *drawn.header, *drawn.caption, *drawn.markdown]),
+        "fields": [field.label for field in drawn.text_input],
+        "tables": [element.value.to_csv(index=False) for element in drawn.dataframe],
+    }
 print(json.dumps(told))
 """
 SESSIONS = [{"views": 8, "pages": 4, "known": 1, "phone": 0}, {"views": 1, "pages": 1, "known": 0, "phone": 1}]
@@ -222,6 +230,17 @@ def test_the_dashboard_shows_the_domain_that_is_there(shown, lake):
     assert shown["charts"] == 3
     pages = [",".join(map(str, row)) for row in lake["answers"]["top_pages"]]
     assert any(table.splitlines()[1:] == pages for table in shown["tables"]), shown["tables"]
+
+
+def test_the_other_pages_show_it_too(shown, lake):
+    pages = {name: shown[name] for name in ("questions", "lake", "model", "digest")}
+    assert {name: page["problems"] for name, page in pages.items()} == dict.fromkeys(pages, [])
+    assert "Read from" in pages["questions"]["said"] and "**events**" in pages["questions"]["said"]
+    rows = {line.split(",")[0]: line.split(",")[2] for line in pages["lake"]["tables"][0].splitlines()}
+    assert rows["events"] == f"{lake['events'][0]}"
+    assert "Will a session end in a purchase?" in pages["model"]["said"]
+    assert pages["model"]["fields"] == ["views", "pages", "known", "phone"]
+    assert not re.search("line.?item|tpc", json.dumps(pages), re.IGNORECASE)
 
 
 def test_api_and_dashboard_find_this_project_and_the_app():

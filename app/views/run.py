@@ -13,6 +13,7 @@ from etl.figures import figure, shortened, words
 from etl.runs import delivery, failures, index, journal
 from etl.storage import Root
 
+RUN = "id"  # in the page's address
 LINES, LETTERS = 40, 500  # of a run's output, the last, and characters of a line
 VALUE = 200  # characters
 TAIL = 30  # lines of a traceback
@@ -24,14 +25,14 @@ COMMANDS = {
 LIMITS = {"deadline_s": "deadline {:,g} s", "memory_mb": "at most {:,g} MB"}
 
 
-def page(run_id: str) -> None:
-    """All of it."""
-    root, view = shown.published_root(), shown.view()
+def page() -> None:
+    """The run that the page's address names."""
+    root, view, run_id = shown.published_root(), shown.view(), st.query_params.get(RUN, "")
     markup.show(f"<p>{markup.link('runs', 'All runs')}</p>")
     with shown.panel("The run", ["the index of runs"]):
         try:
             run = delivery.get(root, run_id)
-        except KeyError:
+        except KeyError:  # also without an id
             st.title("No such run", anchor=False)
             st.info("There is no such run under this root. An earlier one may be in the archive of the index.")
             return
@@ -56,7 +57,7 @@ def card(run: Mapping[str, Any]) -> None:
     reason = markup.text(shortened(run.get("reason") or "", 1000))
     links = [markup.link(shown.report_url(run["run_id"]), "Its report")] if run.get("kept") else []
     if parent := run.get("parent"):
-        links.append(f"again after {markup.link(f'runs?run={parent}', parent)}")
+        links.append(f"again after {markup.link(f'run?id={parent}', parent)}")
     banner = f'<div class="banner {colour}" role="status">{reason}</div>' if reason else ""
     markup.show(
         banner,
@@ -165,7 +166,7 @@ def differences(root: Root, view: poller.View, run: Mapping[str, Any]) -> None:
         return
     from etl.runs import replay
 
-    named = markup.link(f"runs?run={last['run_id']}", last["run_id"])
+    named = markup.link(f"run?id={last['run_id']}", last["run_id"])
     rows = [
         (
             markup.text(f"{words(part.part)}: {words(part.name)}" if part.part != part.name else part.part),
