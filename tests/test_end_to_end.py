@@ -228,7 +228,14 @@ def test_names_that_are_nobodys_break_nothing(full, tmp_path):
     found = [*lake.examine(), *index.examine(place), *results.examine(place), *model.examine(place)]
     assert [finding for finding in found if finding.problem and finding.what != "landing"] == []
     assert lake.refused() == [] and lake.refused_lines().height == 0
-    assert {run["stage"] for run in index.newest(place)} == {"generate", "preprocess", "compact", "query", "score", "train"}
+    assert {run["stage"] for run in index.newest(place)} == {
+        "generate",
+        "preprocess",
+        "compact",
+        "query",
+        "score",
+        "train",
+    }
     assert shown.stages(place) == ["2020", "2020-01-01", "compact", "generate", "preprocess", "query", "score", "train"]
     assert shown.latest_runs(place.url) and all(queries.current(place, name)[1].width for name in QUESTIONS)
     lake.backup(Root.at(tmp_path / "backup"))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from etl.models.registry import Model, Spec
 
 log = logging.getLogger(__name__)
-TABLE, TOLD = "scores", "scores/drift.json"
+TABLE, TOLD = "scores", "models/drift.json"
 APP_ID = "scores"
 TIME = pl.Datetime("us", "UTC")
 PROPERTIES = {
@@ -125,7 +125,9 @@ def score(
     lines = [info, {"txn": done}, *files, *_old(root, until - timedelta(days=days_kept))]
     if not delta.commit(root, TABLE, version + 1, lines):
         raise LeaseLost("another run scored the same rows meanwhile: run this one again")
-    root.table(TABLE).vacuum(UNNEEDED_HOURS, dry_run=False, full=True)
+    handle = root.table(TABLE)
+    handle.vacuum(UNNEEDED_HOURS, dry_run=False, full=True)
+    handle.cleanup_metadata()
     return Done(rows // len(by), since, until, version + 1)
 
 

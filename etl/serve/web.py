@@ -205,6 +205,11 @@ class Server(uvicorn.Server):
     libuv takes up one each time the loop comes round: behind two hundred others, each with a thousand rows to predict,
     the two hundred and first waited for all of their predictions before anybody knew what it asks for."""
 
+    def __init__(self, config: uvicorn.Config):
+        super().__init__(config)
+        self._accepting = set[asyncio.Task[Any]]()
+        self._listening = list[socket.socket]()
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if not self.started:
@@ -212,8 +217,14 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for server in self.servers:
             for listening in server.sockets:
-                mine = socket.socket(fileno=os.dup(listening.fileno()))
+                self._listening.append(mine := socket.socket(fileno=os.dup(listening.fileno())))
                 loop.add_reader(mine, self._accept, loop, mine)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for mine in self._listening:
+            asyncio.get_running_loop().remove_reader(mine)
+            mine.close()
+        await super().shutdown(sockets)
 
     def _accept(self, loop: asyncio.AbstractEventLoop, listening: socket.socket) -> None:
         for _ in range(AT_ONCE):
@@ -223,11 +234,11 @@ class Server(uvicorn.Server):
                 return
             accepted.setblocking(False)
             task = loop.create_task(loop.connect_accepted_socket(self._protocol, accepted))
-            self.server_state.tasks.add(task)
+            self._accepting.add(task)
             task.add_done_callback(self._accepted)
 
     def _accepted(self, task: asyncio.Task[Any]) -> None:
-        self.server_state.tasks.discard(task)
+        self._accepting.discard(task)
         if not task.cancelled():
             task.exception()  # its client is gone already
 

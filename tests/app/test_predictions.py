@@ -14,6 +14,7 @@ from published import publish_model
 from pydantic import ValidationError
 
 from app import api, predictions
+from app.front import Pace
 from etl.models import rows
 from etl.models.rows import Decoder
 from etl.storage import Root
@@ -136,6 +137,27 @@ def asked_of_the_layer(parts, path="/predict", kind=b"application/json"):
     scope = {"type": "http", "path": path, "method": "POST", "query_string": b"", "headers": [(b"content-type", kind)]}
     asyncio.run(layer(scope, receive, None))
     return got
+
+
+def test_those_who_wait_go_on_as_they_came_a_few_each_time_the_loop_comes_round():
+    seen = []
+
+    async def wait(pace, number, weight, rounds):
+        await pace.come(weight)
+        seen.append((number, rounds[0]))
+
+    async def run():
+        pace, rounds = Pace(3), [0]
+        waiting = [asyncio.create_task(wait(pace, *each, rounds)) for each in enumerate([1, 1, 1, 1, 9, 1, 1])]
+        waiting[5].cancel()
+        while not all(each.done() for each in waiting):
+            rounds[0] += 1
+            await asyncio.sleep(0)
+
+    asyncio.run(run())
+    assert [number for number, _ in seen] == [0, 1, 2, 3, 4, 6]
+    at = dict(seen)
+    assert at[0] == at[2] < at[3] == at[4] < at[6]  # what is too much for a round goes with what is left of it
 
 
 def test_the_watch_takes_up_what_is_published_and_keeps_what_serves(root, monkeypatch):

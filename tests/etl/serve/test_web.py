@@ -1,5 +1,6 @@
 """A server that no client keeps from the others, on a small application."""
 
+import asyncio
 import json
 import resource
 import socket
@@ -10,7 +11,6 @@ import time
 from contextlib import contextmanager
 
 import pytest
-import uvicorn
 from support import environment, free_port
 
 from etl.serve import web
@@ -34,9 +34,9 @@ async def application(scope, receive, send):
 
 
 @contextmanager
-def served(monkeypatch, most=1000):
+def served(monkeypatch, most=1000, application=application):
     monkeypatch.setattr(web, "MOST", most)
-    server = uvicorn.Server(web.config(application, RECEIVE_S, log_level="critical", lifespan="off"))
+    server = web.Server(web.config(application, RECEIVE_S, log_level="critical", lifespan="off"))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
@@ -169,3 +169,34 @@ def test_without_a_token_it_listens_to_this_machine_alone():
 def test_connections_leave_room_for_files(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
     assert web.most_connections() == 768
+
+
+def test_who_comes_behind_many_is_known_after_a_few_rounds_of_the_loop(monkeypatch):
+    """One connection was taken up a round, however many waited, and each round had its share of all other work."""
+    began, go_on, rounds = threading.Event(), threading.Event(), [0]
+
+    async def counting(scope, receive, send):
+        if scope["path"] == "/begin":
+            began.set()
+            go_on.wait(30)  # the loop sees to nobody
+            asyncio.get_running_loop().call_soon(another)
+        body = b"%d" % rounds[0]
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+        await send({"type": "http.response.body", "body": body})
+
+    def another():
+        rounds[0] += 1
+        asyncio.get_running_loop().call_soon(another)
+
+    with served(monkeypatch, application=counting) as port:
+        first = connect(port)
+        first.sendall(GET.replace(b"/ ", b"/begin "))
+        assert began.wait(30)
+        others = [connect(port) for _ in range(100)]
+        last = connect(port)
+        last.sendall(GET)
+        go_on.set()
+        said = int(last.recv(1000).rpartition(b"\r\n")[2])
+        assert said < 50
+        for each in (first, last, *others):
+            each.close()
