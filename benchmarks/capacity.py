@@ -22,9 +22,9 @@ import measure
 
 # --- measured ---
 JSON_MB_A_SCALE = 2_960  # of TPC-H's orders and line items at scale 1, 7.5 million rows: ingest.py
-INGEST_CPU_S_A_MB = 0.0083  # 296 MB in 1.23 s on 2 cores: ingest.py
+INGEST_CPU_S_A_MB = 0.0101  # capacity.py --measure; ingest.py, on quiet cores: at most 0.0083
 PARQUET_SHARE = 0.11  # of the JSON's bytes: capacity.py --measure
-COMPACT_CPU_S_A_MB = 0.0040  # of JSON that came: capacity.py --measure
+COMPACT_CPU_S_A_MB = 0.0080  # of JSON that came: capacity.py --measure
 QUESTIONS_CPU_S_A_SCALE = 4.74  # the 22 over all rows, 2.37 s on 2 cores: queries.py
 QUESTIONS_MB = (351, 118)  # of memory at scale 1, and for each further one: queries.py
 BATCH_MEMORY = 4  # bytes for each of a batch's: ingest.py
