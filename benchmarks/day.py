@@ -33,6 +33,7 @@ from pipeline.source import TICK_S, Stream
 
 STAGES = ("generate", "preprocess", "compact", "query", "train")
 KEYS = {"orders": ["o_orderkey"], "lineitem": ["l_orderkey", "l_linenumber"]}
+DRAINED = {"max_files": 500, "max_bytes": 256_000_000, "max_bad_share": 0.01, "for_s": 3600}
 POINTS = 30  # births of a tick's rows that are looked at, evenly spread
 
 
@@ -59,8 +60,7 @@ def main(minutes: float, env: str) -> None:
         finally:
             up.send_signal(signal.SIGINT)
             up.wait(120)
-        while root.files("landing/orders") or root.files("landing/lineitem"):
-            run("preprocess", env, root)
+        Lake(root).drain(**DRAINED, scheduled_for=None, run_id="day")
         result = {"minutes": minutes, "ticks": last - first, "by_hand": by_hand, "footprint": used}
         result["generate_cpu_s"] = sum(run["receipt"].get("cpu_s") or 0 for run in told(root, "generate", since))
         result |= {"rows": rows(root), "freshness_s": freshness(root, range(first, last)), "stages": stages(root)}
@@ -81,9 +81,9 @@ def _waits(root: Root, tick: int) -> list[str]:
 
 
 def run(stage: str, env: str, root: Root) -> None:
+    """A run by hand; how it ended is in its record."""
     command = [sys.executable, "orchestrate.py", "run", stage, "--env", env, "--root", root.url]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    subprocess.run(command, cwd=PROJECT, capture_output=True, check=False)
 
 
 def told(root: Root, stage: str, since: datetime | None = None) -> Iterator[dict[str, Any]]:
