@@ -79,14 +79,13 @@ class Measured:
 @contextlib.contextmanager
 def bucket(name: str) -> Iterator[Measured]:
     """A server, a proxy before it and a bucket; the variables of this process lead there."""
-    import boto3
     import s3fs
 
     before = dict(os.environ)
     with s3() as server, faulty_s3(server) as proxy:
         try:
             os.environ |= s3_variables(server)
-            boto3.client("s3").create_bucket(Bucket=name)
+            s3fs.S3FileSystem().mkdir(name)
             os.environ |= s3_variables(proxy.url)
             s3fs.S3FileSystem.clear_instance_cache()  # one knows its endpoint for good
             yield Measured(proxy, Root.at(f"s3://{name}/etl"))
