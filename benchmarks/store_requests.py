@@ -6,7 +6,7 @@ history of batches. Parts are `data`, by the calls that the notebooks make, `ind
 of the five stages as notebooks, and `tab`, an open page of the dashboard; from the last two follows what a month at
 the default cadence costs.
 
-    python benchmarks/requests.py [--part data] [--batches 30] [--files 500] [--error-share 0] [--trace batch]
+    python benchmarks/store_requests.py [--part data] [--batches 30] [--files 500] [--error-share 0] [--trace batch]
 """
 
 import argparse
@@ -308,7 +308,7 @@ def main(parts: list[str], batches: int, files: int, error_share: float, trace: 
         result = {name: dataclasses.asdict(it) | {"keys": None} for name, it in at.taken.items()}
         month = a_month(at.taken) if runs else {}
         title = "Requests to the object store, and seconds"
-        measure.publish("requests", title, columns, rows(at.taken), {"taken": result, "month": month}, began)
+        measure.publish("store_requests", title, columns, rows(at.taken), {"taken": result, "month": month}, began)
         for name, dollars in month.items():
             print(f"{name:24} {dollars:6.2f} dollars a month")
         if month:
