@@ -22,17 +22,17 @@ import measure
 
 # --- measured ---
 JSON_MB_A_SCALE = 2_960  # of TPC-H's orders and line items at scale 1, 7.5 million rows: ingest.py
-INGEST_CPU_S_A_MB = 0.0083  # 296 MB in 1.23 s on 2 cores: ingest.py
+INGEST_CPU_S_A_MB = 0.0101  # capacity.py --measure; ingest.py, on quiet cores: at most 0.0083
 PARQUET_SHARE = 0.11  # of the JSON's bytes: capacity.py --measure
-COMPACT_CPU_S_A_MB = 0.0040  # of JSON that came: capacity.py --measure
+COMPACT_CPU_S_A_MB = 0.0080  # of JSON that came: capacity.py --measure
 QUESTIONS_CPU_S_A_SCALE = 4.74  # the 22 over all rows, 2.37 s on 2 cores: queries.py
 QUESTIONS_MB = (351, 118)  # of memory at scale 1, and for each further one: queries.py
 BATCH_MEMORY = 4  # bytes for each of a batch's: ingest.py
 TRAIN_BYTES_A_ROW = 29  # of a line item, in memory: training.py
-REQUESTS_A_BATCH = 44  # with two files: requests.py
-SERIAL_A_BATCH = 24  # of those one after the other: requests.py --trace batch
-REQUESTS_AN_HOUR = 1_900  # the questions and two compactions: requests.py
-REQUESTS_A_RUN = 20  # its report, row and page: requests.py --runs
+REQUESTS_A_BATCH = 44  # with two files: store_requests.py
+SERIAL_A_BATCH = 24  # of those one after the other: store_requests.py --trace batch
+REQUESTS_AN_HOUR = 2_400  # the questions and two compactions: store_requests.py --batches 8
+REQUESTS_A_RUN = 20  # its report, row and page: given
 RUN_S = 0.6  # CPU of a run besides its work, its kernel, report and row: notebook_overhead.py, scheduled_run.py
 UP_MB = 1_000  # of memory, `up` with its kernels: footprint.py
 LATENCY_S = 0.025  # of a request, given

@@ -2,10 +2,11 @@
 
 moto's S3 server on loopback stands behind a proxy that counts, and that makes each request take as long as S3 does:
 15 ms for a GET or HEAD, 30 ms for a PUT, 25 ms for a listing. The lake is the default stream's in small, with a
-history of batches. Each piece of work is done by the calls that its notebook makes; with --runs the five stages run
-as notebooks, too, one after the other, and what a month at the default cadence costs is calculated from those.
+history of batches. Parts are `data`, by the calls that the notebooks make, `index`, of runs and their reports, `runs`
+of the five stages as notebooks, and `tab`, an open page of the dashboard; from the last two follows what a month at
+the default cadence costs.
 
-    python benchmarks/requests.py [--batches 12] [--files 500] [--error-share 0] [--runs] [--trace batch]
+    python benchmarks/store_requests.py [--part data] [--batches 30] [--files 500] [--error-share 0] [--trace batch]
 """
 
 import argparse
@@ -30,6 +31,7 @@ LATENCY_S = {"GET": 0.015, "HEAD": 0.015, "PUT": 0.030, "COPY": 0.030, "POST": 0
 # dollars for 1,000 requests and a GB and month, S3 Standard in us-east-2: https://aws.amazon.com/s3/pricing/
 PRICES = {"PUT": 0.005, "COPY": 0.005, "POST": 0.005, "LIST": 0.005, "GET": 0.0004, "HEAD": 0.0004, "DELETE": 0.0}
 PRICES_OF = "2025"  # they have been the same for years
+PARTS = ("data", "runs", "index", "tab")
 LOOKS_AN_HOUR = 240  # of an open tab: one every 15 s
 A_MONTH = {"generate": 86_400, "preprocess": 43_200, "compact": 1_440, "query": 720, "train": 120}  # runs, 30 days
 AT = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -77,14 +79,13 @@ class Measured:
 @contextlib.contextmanager
 def bucket(name: str) -> Iterator[Measured]:
     """A server, a proxy before it and a bucket; the variables of this process lead there."""
-    import boto3
     import s3fs
 
     before = dict(os.environ)
     with s3() as server, faulty_s3(server) as proxy:
         try:
             os.environ |= s3_variables(server)
-            boto3.client("s3").create_bucket(Bucket=name)
+            s3fs.S3FileSystem().mkdir(name)
             os.environ |= s3_variables(proxy.url)
             s3fs.S3FileSystem.clear_instance_cache()  # one knows its endpoint for good
             yield Measured(proxy, Root.at(f"s3://{name}/etl"))
@@ -187,7 +188,7 @@ def measure_archive(at: Measured, stages: Stages, files: int) -> None:
     line += b'"o_orderpriority":"5-LOW","o_clerk":"c","o_shippriority":0,"o_comment":"c",'
     line += b'"o_order_time":"2026-03-01T12:00:00Z"}\n'
     at.root.each(lambda n: at.root.write(f"landing/orders/many-{n:05d}.json", line % (10**9 + n)), range(files))
-    moving, spans = landing.archive, []
+    moving = landing.archive
 
     def archive(*arguments, **named):
         with at.work(f"archiving {files} files"):
@@ -195,12 +196,9 @@ def measure_archive(at: Measured, stages: Stages, files: int) -> None:
 
     landing.archive = archive
     try:
-        began = len(at.proxy.asked), time.perf_counter()
-        at.proxy.latency_s = LATENCY_S
         assert stages.preprocess() == files
     finally:
         landing.archive = moving
-    del began, spans
 
 
 def record(root: Root, number: int, started: datetime):
@@ -261,12 +259,10 @@ def measure_tab(at: Measured) -> None:
 def measure_runs(at: Measured) -> None:
     """A run of each stage as a notebook, its report, row and page, after others of it."""
     variables = s3_variables(at.proxy.url)
-    for number in range(3):
+    for number in range(2):
         for stage in A_MONTH:
-            if stage == "train" and number == 1:
-                continue
             arguments = ["run", stage, "--env", "dev", "--root", at.root.url, *_small(stage)]
-            with at.work(f"run of {stage}") if number == 2 else contextlib.nullcontext():
+            with at.work(f"run of {stage}") if number else contextlib.nullcontext():
                 done = orchestrate(PROJECT, *arguments, env=variables)
             assert done.returncode == 0, done.stdout + done.stderr
 
@@ -294,19 +290,25 @@ def a_month(taken: dict[str, Taken]) -> dict[str, float]:
     return cost
 
 
-def main(batches: int, files: int, error_share: float, runs: bool, trace: str | None) -> None:
+def main(parts: list[str], batches: int, files: int, error_share: float, trace: str | None) -> None:
     began = measure.machine()
     with measure.own_state(), bucket("requests") as at:
         at.proxy.busy_share = error_share
-        parts: list[Callable[[], None]] = [lambda: measure_data(at, batches, files), lambda: measure_index(at)]
-        parts += [lambda: measure_tab(at), lambda: measure_runs(at)] if runs else []
-        for part in parts:
-            part()
+        works: dict[str, Callable[[], None]] = {
+            "data": lambda: measure_data(at, batches, files),
+            "index": lambda: measure_index(at),
+            "runs": lambda: measure_runs(at),
+            "tab": lambda: measure_tab(at),
+        }
+        for part in PARTS:
+            if part in parts:
+                works[part]()
+        runs = {"index", "runs", "tab"} <= {*parts}
         columns = ["", "requests", "GET", "HEAD", "PUT", "COPY", "DELETE", "LIST", "POST", "seconds"]
         result = {name: dataclasses.asdict(it) | {"keys": None} for name, it in at.taken.items()}
         month = a_month(at.taken) if runs else {}
         title = "Requests to the object store, and seconds"
-        measure.publish("requests", title, columns, rows(at.taken), {"taken": result, "month": month}, began)
+        measure.publish("store_requests", title, columns, rows(at.taken), {"taken": result, "month": month}, began)
         for name, dollars in month.items():
             print(f"{name:24} {dollars:6.2f} dollars a month")
         if month:
@@ -320,10 +322,10 @@ def main(batches: int, files: int, error_share: float, runs: bool, trace: str | 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--batches", type=int, default=12)
+    parser.add_argument("--part", action="append", choices=PARTS)
+    parser.add_argument("--batches", type=int, default=30)
     parser.add_argument("--files", type=int, default=500)
     parser.add_argument("--error-share", type=float, default=0.0)
-    parser.add_argument("--runs", action="store_true", help="also run the stages as notebooks, and open a tab")
     parser.add_argument("--trace", help="print every request of the works whose name has this in it")
     asked = parser.parse_args()
-    main(asked.batches, asked.files, asked.error_share, asked.runs, asked.trace)
+    main(asked.part or [*PARTS], asked.batches, asked.files, asked.error_share, asked.trace)
