@@ -20,7 +20,7 @@ from etl.serve.services import answers
 
 START_S = 60  # for it to answer
 END_S = 10  # for its kernels to end
-UNASKED = ("panel.io.jupyter_server_extension", "jupyter_lsp", "notebook_shim")  # of its server; Panel's takes a second
+UNASKED = ("panel.io.jupyter_server_extension", "notebook_shim")  # of its server; Panel's takes a second
 OPTIONS = (
     "--ip=127.0.0.1",
     "--port=8888",  # or the next that is free
