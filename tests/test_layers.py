@@ -7,7 +7,7 @@ from graphlib import CycleError, TopologicalSorter
 from etl.storage import PROJECT
 
 LAYERS = (  # each may import those before it, and of its own layer only itself
-    ("storage", "leases", "secrets", "figures", "notebook", "charts", "delta", "findings", "interpreter"),
+    ("storage", "leases", "secrets", "figures", "notebook", "charts", "maps", "delta", "findings", "interpreter"),
     ("params", "kernels", "lake"),
     ("questions", "models", "reports", "scaffold"),
     ("runs",),
