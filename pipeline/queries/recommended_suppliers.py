@@ -65,13 +65,13 @@ def chart(result):
 
     import polars as pl
 
-    from etl.maps import areas
+    from etl.charts import maps
 
     outlines = json.loads((Path(__file__).parent.parent / "world.json").read_text("utf-8"))
     counted = result.group_by("region", "nation").agg(types=pl.len()).sort("nation")
     said = pl.format("{} ({}) · {} part types", pl.col("nation").str.to_titlecase(), pl.col("region"), "types")
     title = "Where the recommended suppliers are"
-    return areas(
+    return maps.areas(
         counted.with_columns(said=said),
         outlines,
         name="nation",
