@@ -70,7 +70,7 @@ def show(*parts: str) -> None:
 
 
 def text(said: str) -> str:
-    """Any text, what is in backticks as code."""
+    """Any text; what stands between `` is code."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(said))
 
 

@@ -7,7 +7,6 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from app.poller import View
-from etl.params import Stage
 from etl.serve import health
 
 BARS = 50  # runs of a stage, the newest
@@ -69,7 +68,7 @@ def budget(view: View, stage: str) -> timedelta | None:
     return MISSED * (times[1] - times[0]) if len(times) == 2 else None
 
 
-def _times(stage: Stage, after: datetime, count: int) -> list[datetime]:
+def _times(stage: Any, after: datetime, count: int) -> list[datetime]:
     times: list[datetime] = []
     while len(times) < count and (at := stage.next_run(times[-1] if times else after)):
         times.append(at)

@@ -16,12 +16,25 @@ from etl.storage import PROJECT
 EXAMPLES = sorted(path.parent for path in PROJECT.glob("examples/*/orchestrate.py"))
 PACKAGES = {"app", "etl", "orchestrate", "pipeline"}
 MAY_IMPORT = {  # of the project's own modules
-    "pipeline": {"pipeline", "etl.charts", "etl.findings", "etl.lake", "etl.models", "etl.questions", "etl.storage"},
+    "pipeline": {
+        "pipeline",
+        "etl.charts",
+        "etl.findings",
+        "etl.lake",
+        "etl.maps",
+        "etl.models",
+        "etl.questions",
+        "etl.storage",
+    },
     "etl": {"etl"},
     "app": {
         "app",
         "pipeline",
+        "etl.runs.delivery",
+        "etl.runs.digest",
+        "etl.runs.failures",
         "etl.runs.journal",
+        "etl.runs.replay",
         "etl.reports.page",
         "etl.runs.index",
         "etl.runs.record",
