@@ -183,9 +183,6 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path, tol
         run_id = failed[0]["state"]["message"].split(":")[0]
         assert any(f"/reports/{run_id}" in artifact["data"] for artifact in artifacts)
         assert any("planted" in (artifact["description"] or "") for artifact in artifacts)
-        asked_of = {"logs": {"flow_run_id": {"any_": [failed[0]["id"]]}}}
-        logs = json.loads(get(f"http://127.0.0.1:{up.prefect}/api/logs/filter", asked_of))
-        assert any(line["message"].startswith(f"{run_id}: failed: ") for line in logs), logs
         assert b"planted" in get(f"http://127.0.0.1:{up.api}/reports/{run_id}")
         assert json.loads(get(f"http://127.0.0.1:{up.api}/health"))
         assert b"<!DOCTYPE html>" in get(f"http://127.0.0.1:{up.dashboard}/").replace(b"doctype", b"DOCTYPE")

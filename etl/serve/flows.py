@@ -31,7 +31,7 @@ from prefect import Flow, flow, get_client
 from prefect import tags as tag
 from prefect.artifacts import create_link_artifact
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.actions import LogCreate, WorkPoolCreate
+from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterTags,
@@ -141,19 +141,10 @@ def run_once(
 
 
 def _tell(record: RunRecord, link: str | None = None) -> None:
-    """Have the page of the flow run say what came of it: in its log, and as an artifact that leads to the report."""
+    """Have the page of the flow run say what came of it, in an artifact that leads to the report."""
     link = link or Root.at(record.root).url_of(f"{record.report}/report.html")
     told = f"{record.run_id}: {record.state}{f': {record.reason}' if record.reason else ''}"
     try:
-        if record.reason:  # not by a logger, which would have the terminal of `up` say it once more
-            line: dict[str, Any] = {
-                "name": "etl",
-                "level": logging.INFO if record.ok else logging.ERROR,
-                "message": told,
-            }
-            line |= {"timestamp": _now(), "flow_run_id": this_run.id}
-            with get_client(sync_client=True) as client:
-                client.create_logs([LogCreate.model_validate(line)])
         text, key = f"{record.run_id}: {record.state}", f"report-{record.stage}".replace("_", "-").lower()
         create_link_artifact(link, link_text=text, description=told, key=key)
     except Exception as error:  # the server is away, or not well: what the run is does not depend on that
