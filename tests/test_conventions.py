@@ -37,6 +37,7 @@ MAY_IMPORT = {  # of the project's own modules
         "etl.runs.replay",
         "etl.reports.page",
         "etl.runs.index",
+        "etl.runs.provenance",
         "etl.runs.record",
         "etl.runs.releases",
         "etl.serve.health",

@@ -7,7 +7,6 @@ import polars as pl
 import streamlit as st
 
 from app import shown
-from etl import delta
 from etl.lake import NothingPublished, backup, doctor
 from etl.runs import index, provenance
 from etl.storage import Root
@@ -112,16 +111,8 @@ def versions(root: Root, token: str, table: str) -> None:
 @st.cache_data(max_entries=32, show_spinner=False)
 def written(root_url: str, token: str, table: str) -> pl.DataFrame:
     """Who wrote the newest versions of a table, as `whence` says: version, operation, at, stage, report."""
-    root = Root.at(root_url)
-    newest = delta.newest_version(root, f"lake/{table}")
-    lines = []
-    for version in range(newest, max(newest - VERSIONS, -1), -1) if newest is not None else ():
-        try:
-            lines.append(provenance.whence(root, table, version))
-        except LookupError:  # its commit was cleaned up
-            break
     said = pl.DataFrame(
-        lines,
+        provenance.last_versions(Root.at(root_url), table, VERSIONS),
         schema={"version": pl.Int64, "operation": pl.String, "at": pl.String, "stage": pl.String, "run_id": pl.String},
     )
     return said.with_columns(

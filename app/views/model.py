@@ -14,10 +14,9 @@ from app.domain import CARD, NO_MODEL, model
 from app.settings import Settings
 from etl import charts
 from etl.figures import figure
-from etl.models import registry
+from etl.models import registry, scores
 from etl.storage import Root
 
-SCORES = "scores/drift.json"  # what a run that scores tells of its rows, by the hour
 ASK_S = 10  # for an answer of the API
 MODELS = 30  # in the table
 ACROSS = 4  # fields in a row
@@ -112,15 +111,11 @@ def _trained(run_id: str) -> datetime | None:
 
 def since(root: Root) -> None:
     """Drift, what was predicted and what came true, by the hour; nothing where no run scores."""
-    told = root.read_json(SCORES)
-    if not told:
-        return
-    hours = pl.DataFrame(told["drift"], infer_schema_length=None)
-    st.header("On what came since", anchor=False)
+    hours = scores.drift(root)
     if hours.is_empty():
-        st.caption("Nothing was scored yet.")
         return
-    hours = hours.with_columns(pl.col("hour").str.to_datetime("%+").dt.replace_time_zone(None)).sort("hour")
+    st.header("On what came since", anchor=False)
+    hours = hours.with_columns(pl.col("hour").dt.replace_time_zone(None))
     main = hours.filter(alias="champion") if "champion" in hours["alias"] else hours
     left, right = st.columns(2)
     with left.container(border=True):
@@ -130,8 +125,8 @@ def since(root: Root) -> None:
         wide = hours.pivot("alias", index="hour", values="psi", aggregate_function="last").sort("hour")
         title = "Drift of its predictions (PSI; above 0.2 is much)"
         shown.draw(charts.line(wide, *wide.columns[1:], unit="PSI", title=title), "drift")
-    if calibrated := told.get("calibration"):
-        frame = pl.DataFrame(calibrated, infer_schema_length=None)
+    frame = scores.calibration(root)
+    if frame.height:
         columns = {name: shown.column(name, dtype) for name, dtype in frame.schema.items()}
         st.markdown("**Calibration**: of what was predicted about alike, the share that came true")
         shown.table(frame, columns, "calibration")

@@ -1,5 +1,6 @@
 """Where a figure comes from: the code and the machine of a run, and the run of a table's version."""
 
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -115,6 +116,16 @@ def whence(root: Root, table: str, version: int | None = None) -> dict[str, Any]
         "run_id": info.get("run_id"),
         "stage": info.get("stage"),
     }
+
+
+def last_versions(root: Root, table: str, limit: int) -> list[dict[str, Any]]:
+    """Who wrote the newest versions of a table of the lake, the newest first, as far as `whence` knows."""
+    newest = delta.newest_version(root, f"lake/{table}")
+    told: list[dict[str, Any]] = []
+    with contextlib.suppress(LookupError):  # its commit was cleaned up
+        for version in range(newest, max(newest - limit, -1), -1) if newest is not None else ():
+            told.append(whence(root, table, version))
+    return told
 
 
 def _whence_by_index(root: Root, table: str, version: int) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def test_the_model_is_shown_beside_the_best_possible_over_time_and_on_what_came_
         for hour in range(3)
         for alias in ("champion", "shadow")
     ]
-    Root.at(root).write(model_page.SCORES, json.dumps({"drift": hours, "calibration": []}).encode())
+    Root.at(root).write(scores.TOLD, json.dumps({"drift": hours, "calibration": []}).encode())
     both = drawn(model)
     assert "On what came since" in [heading.value for heading in both.header]
     realized, drift = (json.loads(chart.proto.spec) for chart in both.get("plotly_chart")[2:])
@@ -218,7 +218,7 @@ DAMAGES = {  # page, pattern of the files that are damaged, panels that cannot b
     "a table's log": (lake, "lake/orders/_delta_log/0*1.json", [], 1),
     "the index of runs": (lake, "runs/_delta_log/*1.json", ["The last compaction"], 1),
     "the model's pointer": (model, "models/aliases.json", ["The model"], 1),
-    "the scores": (model, "scores/drift.json", ["How it does on what came since"], 2),
+    "the scores": (model, "models/drift.json", ["How it does on what came since"], 2),
     "the runs of a day": (digest, "runs/*.parquet", ["The digest"], 0),
 }
 
@@ -226,7 +226,7 @@ DAMAGES = {  # page, pattern of the files that are damaged, panels that cannot b
 @pytest.mark.parametrize("what", DAMAGES)
 def test_what_is_damaged_takes_no_more_down_than_its_own_panel(root, what):
     page, files, panels, left = DAMAGES[what]
-    Root.at(root).write(model_page.SCORES, b'{"drift": [], "calibration": []}')
+    Root.at(root).write(scores.TOLD, b'{"drift": [], "calibration": []}')
     damaged = list(Path(root).glob(files))
     assert damaged
     for path in damaged:
