@@ -30,10 +30,12 @@ MAY_IMPORT = {  # of the project's own modules
     "app": {
         "app",
         "pipeline",
+        "etl.delta",
         "etl.runs.delivery",
         "etl.runs.digest",
         "etl.runs.failures",
         "etl.runs.journal",
+        "etl.runs.provenance",
         "etl.runs.replay",
         "etl.reports.page",
         "etl.runs.index",
