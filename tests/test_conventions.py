@@ -30,7 +30,6 @@ MAY_IMPORT = {  # of the project's own modules
     "app": {
         "app",
         "pipeline",
-        "etl.delta",
         "etl.runs.delivery",
         "etl.runs.digest",
         "etl.runs.failures",
@@ -39,7 +38,6 @@ MAY_IMPORT = {  # of the project's own modules
         "etl.runs.replay",
         "etl.reports.page",
         "etl.runs.index",
-        "etl.runs.provenance",
         "etl.runs.record",
         "etl.runs.releases",
         "etl.serve.health",

@@ -18,9 +18,8 @@ from support import free_port
 
 from app import shown
 from app.views import lake as lake_page
-from app.views import model as model_page
 from etl.lake import backup, ingest
-from etl.models import registry
+from etl.models import registry, scores
 from etl.storage import PROJECT, Root
 from pipeline import Lake, queries
 
@@ -129,7 +128,8 @@ def test_the_model_is_shown_beside_the_best_possible_over_time_and_on_what_came_
     assert models["aliases"].tolist() == ["champion", ""]
     assert len(alone.get("plotly_chart")) == 2, "the champion's losses, and those of both"
     hours = [
-        {"hour": f"{DAY}T{hour:02}:00:00+00:00", "alias": alias, "predicted": 0.5, "observed": None, "psi": 0.1 * hour}
+        dict.fromkeys(scores.DRIFT)
+        | {"hour": f"{DAY}T{hour:02}:00:00+00:00", "alias": alias, "predicted": 0.5, "psi": 0.1 * hour}
         for hour in range(3)
         for alias in ("champion", "shadow")
     ]
