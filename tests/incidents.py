@@ -9,7 +9,7 @@ from etl.runs.record import RunRecord
 from etl.serve import heartbeat
 from etl.storage import Root
 
-STAGES = ("generate", "preprocess", "compact", "query", "train")
+STAGES = ("generate", "preprocess", "compact", "query", "score", "train")
 
 
 def ended(

@@ -13,7 +13,7 @@ from streamlit.testing.v1 import AppTest
 from app import api
 
 client = TestClient(api.app)
-shown = AppTest.from_string("from app.views import live; live.page()", default_timeout=60).run()
+shown = AppTest.from_string("from app.views import overview; overview.page()", default_timeout=60).run()
 print(json.dumps({
     "predict": [(answer := client.post("/predict", json=[{}])).status_code, answer.json()],
     "model": [(answer := client.get("/model")).status_code, answer.json()],
@@ -21,7 +21,7 @@ print(json.dumps({
     "results": client.get("/results/q01").status_code,
     "paths": [*client.get("/openapi.json").json()["paths"]],
     "exceptions": [str(error) for error in shown.exception] + [warning.value for warning in shown.warning],
-    "figures": [metric.label for metric in shown.metric],
+    "figures": " ".join(element.proto.body for element in shown.get("html")),
 }))
 """
 
@@ -41,4 +41,4 @@ def test_a_project_without_a_model_is_served(filled, project):
     assert "/v1/results" in told["paths"]
     assert not {"/v1/predict", "/v1/model", "/v1/models"} & {*told["paths"]}
     assert told["exceptions"] == []
-    assert told["figures"] == ["Data up to (UTC)", "Batch", "Orders", "Line items", "Refused rows"]
+    assert all(name in told["figures"] for name in ("Orders", "Line items", "Refused rows"))

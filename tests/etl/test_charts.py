@@ -64,7 +64,7 @@ def test_bars_that_look_alike_are_dots_around_their_mean_on_a_fitted_scale():
     [dots] = figure.data
     assert (dots.type, dots.mode, list(numbers_of(dots))) == ("scatter", "markers", [60, 62, 64])
     assert [round(end) for end in figure.layout.yaxis.range] == [59, 65]
-    assert figure.layout.annotations[0].text == "mean 62"
+    assert figure.layout.annotations[0].text.strip() == "mean 62"
     assert dots.hovertemplate == "%{x} · %{y:,.1f} %<extra></extra>"
     assert charts.plotly(chart, apart).data[0].type == "bar"
     drawn, bars = (charts._drawn("matplotlib", chart, frame) for frame in (alike, apart))

@@ -155,7 +155,7 @@ def test_what_comes_with_a_minute_is_always_the_same_bytes(passes, tmp_path):
 
 
 READERS = """
-import json, os, sys
+import json, os, re, sys
 os.environ["ETL_ROOT"], sample = sys.argv[1], json.loads(sys.argv[2])
 import importlib.util
 from fastapi.testclient import TestClient
@@ -173,14 +173,12 @@ told = {
     "documented": api.get("/openapi.json").text,
     "exceptions": [element.message for element in page.exception],
     "warnings": [element.value for element in page.warning],
-    "titles": [element.value for element in [*page.title, *page.subheader]],
-    "metrics": {metric.label: metric.value for metric in page.metric},
-    "charts": len(page.get("plotly_chart")),
-    "tables": [element.value.to_csv(index=False) for element in page.dataframe],
+    "titles": [element.value for element in page.title],
+    "told": re.sub("<[^>]+>", " ", " ".join(element.proto.body for element in page.get("html"))),
 }
 for name in ("questions", "lake", "model", "digest"):
     drawn = AppTest.from_string(f"from app.views import {name}; {name}.page()", default_timeout=60).run()
-    told[name] = {
+    told[f"page of {name}"] = {
         "problems": [element.value for element in [*drawn.exception, *drawn.warning, *drawn.error]],
         "said": " ".join(part.value for part in [*drawn.title, *drawn.header, *drawn.caption, *drawn.markdown]),
         "fields": [field.label for field in drawn.text_input],
@@ -217,23 +215,15 @@ def test_the_api_serves_the_answers_and_predicts(shown, lake):
 
 def test_the_dashboard_shows_the_domain_that_is_there(shown, lake):
     assert shown["exceptions"] == [] and shown["warnings"] == []
-    assert shown["titles"] == [
-        "Clicks, live",
-        "Active users by country",
-        "Top pages of the last day",
-        "Who buys",
-        "Last runs",
-    ]
-    assert shown["metrics"]["Events"] == f"{lake['events'][0]:,}"
-    assert shown["metrics"]["Changes of users"] == f"{lake['users'][0]:,}"
-    assert shown["metrics"]["Model's log loss"] == f"{shown['model']['metrics']['log_loss']:.4f}"
-    assert shown["charts"] == 3
-    pages = [",".join(map(str, row)) for row in lake["answers"]["top_pages"]]
-    assert any(table.splitlines()[1:] == pages for table in shown["tables"]), shown["tables"]
+    assert shown["titles"] == ["Clicks, live"]
+    told = " ".join(shown["told"].split())
+    assert f"Events {lake['events'][0]:,} " in told and f"Changes of users {lake['users'][0]:,} " in told
+    assert f"{shown['model']['metrics']['log_loss']:.4f}" in told
+    assert all(stage in told for stage in ("generate", "preprocess", "compact", "query", "train"))
 
 
 def test_the_other_pages_show_it_too(shown, lake):
-    pages = {name: shown[name] for name in ("questions", "lake", "model", "digest")}
+    pages = {name: shown[f"page of {name}"] for name in ("questions", "lake", "model", "digest")}
     assert {name: page["problems"] for name, page in pages.items()} == dict.fromkeys(pages, [])
     assert "Read from" in pages["questions"]["said"] and "**events**" in pages["questions"]["said"]
     rows = {line.split(",")[0]: line.split(",")[2] for line in pages["lake"]["tables"][0].splitlines()}

@@ -140,7 +140,7 @@ KINDS: dict[str, Kind] = {
     "format 3": unreadable(FORMAT_3, "its format is 3, not 4"),
     "R": Kind(metadata=kernel("ir", "R"), state="failed", reason="it is in 'R'", check="it is in 'R'"),
     "no secret": Kind(stage={"secrets": ("NO_SUCH_SECRET",)}, state="failed", reason="no secret NO_SUCH_SECRET"),
-    "no machine": Kind(stage={"machine": {"n": 1}}, state="failed", reason="no machine: ValueError: the root"),
+    "no machine": Kind(stage={"machine": {"n": 1}}, state="failed", reason="no machine: the root"),
     "no cluster": Kind(
         stage={"dask": NO_CLUSTER, "supplied": {"dask"}}, state="failed", reason="no Dask cluster: TypeError"
     ),

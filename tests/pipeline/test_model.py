@@ -228,7 +228,7 @@ def test_a_leak_is_named(memory, booster, held_out):
 def test_a_leak_fails_the_run_by_name_and_the_champion_stays(project, filled):
     """In a copy of the project whose split leaves the held-out rows in training."""
     code = project / "pipeline" / "model.py"
-    code.write_text(code.read_text().replace("late, percent >= 30)", "late, percent >= 0)"))
+    code.write_text(code.read_text().replace("= percent >= 30,", "= percent >= 0,"))
     done = orchestrate(project, "run", "train", "--root", filled, "-p", "min_rows=500", "-p", "max_depth=8")
     assert done.returncode == 1
     (record,) = (json.loads(path.read_text()) for path in Path(filled).glob("reports/train/*/*/run.json"))

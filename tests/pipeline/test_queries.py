@@ -308,6 +308,7 @@ def test_a_saved_answer_is_current_and_says_where_it_came_from(asked, root, tmp_
         "as_of": AS_OF.isoformat(),
         "run_id": "query-2",
         "parameters": {"region_name": "EUROPE", "first_day": "1994-01-01"},
+        "chart": "results/q05/query-2.plotly.json",
     }
     metadata = pl.read_parquet_metadata(tmp_path / "root/results/q05/query-1.parquet")
     assert metadata["run_id"] == "query-1"
@@ -334,7 +335,8 @@ def test_only_the_newest_answers_are_kept(asked, root, tmp_path):
         if run_id == "query-3":
             assert {path.name for path in folder.glob("*.parquet")} == {f"query-{n}.parquet" for n in (2, 2100, 3)}
     files = sorted(path.name for path in folder.iterdir())
-    assert files == ["current.json", "history.json", "query-2.parquet", "query-3.parquet", "query-4.parquet"]
+    kept = [f"query-{n}.{kind}" for n in (3, 4) for kind in ("parquet", "plotly.json")]
+    assert files == ["current.json", "history.json", "query-2.parquet", *kept]
     assert queries.history(Root.at(root), "q04")["run_id"].to_list() == ["query-3", "query-4"]
     queries.save(Root.at(root), answer, question, snapshot, "query-4", keep=2)  # a run by hand, again under its name
     assert queries.history(Root.at(root), "q04")["run_id"].to_list() == ["query-3", "query-4"]

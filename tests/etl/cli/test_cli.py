@@ -28,7 +28,10 @@ from orchestrate import app as orchestrate_app
 
 def test_check_names_the_stages_in_their_order(project):
     done = orchestrate(project, "check")
-    assert (done.returncode, done.stdout.strip()) == (0, "ok  5 stages: generate, preprocess, compact, query, train")
+    assert (done.returncode, done.stdout.strip()) == (
+        0,
+        "ok  6 stages: generate, preprocess, compact, query, score, train",
+    )
 
 
 def test_wrong_yaml_is_refused_before_anything_starts(project, root):

@@ -40,7 +40,7 @@ def test_a_new_project_takes_rows_once_it_has_a_table(tmp_path):
     Root.at(folder / "outputs").write("landing/sales/1.csv", sample.read_bytes())
     (record,) = json.loads(etl(folder, "run", "preprocess", "--json").stdout)
     assert (record["state"], record["metrics"]["rows"]) == ("ok", 2)
-    code = "from app import api, shown; from app.views import live; print(api.queries.questions()[0].name)"
+    code = "from app import api, shown; from app.views import overview; print(api.queries.questions()[0].name)"
     python = f"import sys; sys.path += ['.', {str(PROJECT)!r}]; {code}"
     asked = subprocess.run([sys.executable, "-c", python], cwd=folder, capture_output=True, text=True)
     assert asked.stdout == "sales_by_hour\n", asked.stderr
