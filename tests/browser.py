@@ -83,10 +83,13 @@ class Tab:
         ]
 
     def too_wide_px(self) -> int:
-        """How far the page reaches beyond the window's right side."""
-        return self.tab.evaluate(
-            "() => document.querySelector('.stMain').scrollWidth - document.querySelector('.stMain').clientWidth"
-        )
+        """How far the page reaches beyond the window's right side, once tables have followed a change of its size."""
+        script = "() => document.querySelector('.stMain').scrollWidth - document.querySelector('.stMain').clientWidth"
+        for _ in range(30):
+            if (px := self.tab.evaluate(script)) <= 0:
+                break
+            self.tab.wait_for_timeout(100)
+        return px
 
     def _on_console(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning"):
