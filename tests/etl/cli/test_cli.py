@@ -620,7 +620,7 @@ def test_up_says_a_line_a_minute_and_what_went_wrong_at_once(monkeypatch, capsys
         return RunRecord(stage=stage, state=state, reason=reason, **about)
 
     monkeypatch.setattr(printing.out, "width", 80)
-    monkeypatch.setattr(printing.out, "file", io.StringIO())
+    monkeypatch.setattr(printing.out, "_file", io.StringIO())
     minutes = printing.Minutes(lambda run_id: f"http://here/reports/{run_id}")
     for record in (ended("generate", rows=1500), ended("generate", rows=500), ended("preprocess", "noop", "no files")):
         minutes(record)
