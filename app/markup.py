@@ -38,7 +38,9 @@ STYLE = f"""<style>
 .etl small, .etl .faint {{ color: var(--faint); font-size: .875rem; }}
 .etl code {{ font-size: .85em; overflow-wrap: anywhere; white-space: pre-wrap; }}
 .etl .cards {{ display: grid; gap: .75rem; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); }}
+@media (min-width: 48rem) {{ .etl .six {{ grid-template-columns: repeat(3, 1fr); }} }}
 @media (min-width: 75rem) {{ .etl .five {{ grid-template-columns: repeat(5, 1fr); }} }}
+@media (min-width: 85rem) {{ .etl .six {{ grid-template-columns: repeat(6, 1fr); }} }}
 .etl .card {{ border: 1px solid var(--line); border-radius: 6px; padding: .75rem .9rem; min-width: 0;
     display: flex; flex-direction: column; gap: .3rem; }}
 .etl .head {{ display: flex; justify-content: space-between; align-items: center; gap: .5rem; }}
@@ -97,7 +99,8 @@ def card(*parts: str) -> str:
 
 
 def cards(made: Iterable[str], *kinds: str) -> str:
-    """Boxes in rows, as many in each as there is room for; `kinds`: "five" in a row of a wide page, "narrow" ones."""
+    """Boxes in rows, as many in each as there is room for; `kinds`: "five" or "six" in a row of a wide
+    page, "narrow" ones."""
     return f'<div class="{" ".join(["cards", *kinds])}">{"".join(made)}</div>'
 
 

@@ -19,6 +19,7 @@ SAID = 300  # characters of a sentence
 BATCHES = 40  # of a table's bars, the newest
 NEXT = 5  # runs
 TALLEST = 3  # times the usual seconds: one run that hung does not make all others flat
+IN_A_ROW = {5: ("five",), 6: ("six",)}  # stages
 HEALTHY = {True: "green", False: "red"}
 QUARANTINE = {"quarantine": "Refused rows"}
 
@@ -80,7 +81,7 @@ def strip(view: View) -> None:
     if lines:
         markup.show(
             "<h2>Stages</h2>",
-            markup.cards((stage_card(line) for line in lines), *(["five"] if len(lines) == 5 else [])),
+            markup.cards((stage_card(line) for line in lines), *(IN_A_ROW.get(len(lines), ()))),
         )
 
 

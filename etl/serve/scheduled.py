@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from time import monotonic
 from typing import Any
 from uuid import UUID
 
@@ -25,6 +26,7 @@ from etl.serve.worker import AT_ONCE, SCHEDULED, InPlaceWorker, Turn
 
 log = logging.getLogger(__name__)
 PATIENCE_S = 5  # with Prefect's server, when a run is due
+START_S = 30  # in which nobody wonders that it does not answer yet
 FREE_S = 0.2  # between two looks whether a stage is free, for a run that somebody asked for
 
 
@@ -56,6 +58,8 @@ class ScheduledRuns:
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="scheduled")
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_away = False
+        self._has_warned = False  # that it is
+        self._warns_from = monotonic() + START_S
 
     def busy(self, name: str) -> str:
         """Why the stage cannot begin a run now; "" when it can."""
@@ -113,8 +117,9 @@ class ScheduledRuns:
 
     def _answered(self) -> None:
         """As soon as it does, and not when it knows all that it missed: meanwhile runs hardly wait for it."""
-        if self._is_away:
-            self._is_away = False
+        self._is_away, self._warns_from = False, 0
+        if self._has_warned:
+            self._has_warned = False
             self._tell("Prefect's server answers again")
 
     def forget(self) -> None:
@@ -157,8 +162,9 @@ class ScheduledRuns:
                 return
             is_without = not begun.done()
             if is_without:
-                if not self._is_away:
+                if not self._has_warned and monotonic() >= self._warns_from:
                     log.warning("Prefect's server does not answer: runs go on without it")
+                    self._has_warned = True
                 self._is_away = True
                 self._threads.submit(self._without, stage, turn)
             result = asyncio.wrap_future(turn.result)

@@ -76,7 +76,7 @@ def test_a_server_that_answers_again_is_not_away_until_it_knows_all_that_it_miss
         with temporary_settings({PREFECT_API_URL: server["PREFECT_API_URL"]}):
             async with get_client() as client:
                 runs = ScheduledRuns(client, print, print, print, lambda text: told.append((text, len(runs._untold))))
-                runs._is_away, runs._untold = True, [(uuid4(), Completed())] * (AT_ONCE + 1)
+                runs._has_warned, runs._untold = True, [(uuid4(), Completed())] * (AT_ONCE + 1)
                 await runs.announce()
                 told.append(("", len(runs._untold)))
 
