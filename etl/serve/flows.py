@@ -375,7 +375,7 @@ class _Link:
         self._client, self._runs, self._flows, self._flow_of = client, runs, flows, flow_of
         self._shared, self._tell = shared, tell
         self._deployed: dict[str, tuple[Any, ...]] = {}
-        self._is_first = True
+        self._is_reconciled = self._is_told = False
 
     async def look(self) -> None:
         """Deploy what is not as it is wanted. Raises what a server that is away, or not well, does."""
@@ -384,6 +384,11 @@ class _Link:
             return
         environment, pool = project.environment, pool_of(project.environment, self._shared)
         found = await _deployments(self._client, environment, pool, self._shared)
+        if not self._is_reconciled:  # before any run of ours can begin: it would be taken for one that was left
+            lost, overdue = await reconcile(self._client, list(found)) if found else (0, 0)
+            self._is_reconciled = True
+            if lost or overdue:
+                self._tell(f"closed {lost} runs that an earlier process left, and {overdue} that were missed")
         if self._flows and not any(id in found for id in self._flows):
             self._tell("Prefect has another database: the stages are deployed again")
             self._deployed.clear()
@@ -410,12 +415,9 @@ class _Link:
             if flow_of_gone and self._runs.ids.get(flow_of_gone.name) == deployment_id:
                 del self._runs.ids[flow_of_gone.name]
                 self._deployed.pop(flow_of_gone.name, None)
-        if self._is_first:
-            lost, overdue = await reconcile(self._client, list(self._flows))
-            if lost or overdue:
-                self._tell(f"closed {lost} runs that an earlier process left, and {overdue} that were missed")
+        if not self._is_told:
             self._tell(f"{len(self._flows)} deployments")
-            self._is_first = False
+            self._is_told = True
         self._runs.paused = {self._flows[id].name for id, is_paused in found.items() if is_paused and id in self._flows}
 
 

@@ -14,7 +14,7 @@ from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.client.schemas.sorting import DeploymentSort
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Completed
+from prefect.states import Completed, Running
 from support import WEBSOCKET, asked
 
 from etl import params
@@ -105,3 +105,37 @@ def test_deployments_of_earlier_versions_are_removed_unless_they_may_be_of_anoth
         return left
 
     assert asyncio.run(removed()) == [{"oldest"}, set()]
+
+
+def test_a_run_that_begins_while_stages_are_deployed_is_not_taken_for_one_that_was_left(server, project, monkeypatch):
+    """It was closed as if its process were gone; where one run came after the other, that did not end."""
+    whole, made, told = flows._apply, [], []
+
+    async def applied_and_begun(*about):
+        deployment_id = await whole(*about)
+        made.append((await client.create_flow_run_from_deployment(deployment_id, state=Running())).id)
+        return deployment_id
+
+    async def states() -> set[str]:
+        return {(await client.read_flow_run(run_id)).state.name for run_id in made}
+
+    async def looked() -> list[set[str]]:
+        nonlocal client
+        seen = []
+        with temporary_settings({PREFECT_API_URL: server["PREFECT_API_URL"]}):
+            async with get_client() as client:
+                for _ in range(2):  # by one process, then by the next
+                    runs = ScheduledRuns(client, print, print, print, print)
+                    link = flows._Link(client, runs, {}, flows.stage_flow, False, told.append)
+                    link.wanted = params.load(project, "local")
+                    await link.look()
+                    seen.append(await states())
+                    monkeypatch.setattr(flows, "_apply", whole)
+        return seen
+
+    client = None
+    monkeypatch.setattr(flows, "_apply", applied_and_begun)
+    assert asyncio.run(looked()) == [{"Running"}, {"Crashed"}]
+    stages = len(params.load(project, "local").stages)
+    deployed = f"{stages} deployments"
+    assert told == [deployed, f"closed {stages} runs that an earlier process left, and 0 that were missed", deployed]
