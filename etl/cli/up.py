@@ -238,10 +238,11 @@ class OneLine(logging.Formatter):
 
 def _log_to_terminal() -> None:
     """Warnings of every library, a line each. What Prefect's client says of a server that is away is not among them:
-    the schedules say what that means."""
+    the schedules say what that means; nor how a run ended, whose card comes next."""
     handler = RichHandler(console=err, show_path=False, markup=False, log_time_format="%H:%M:%S")
     handler.setFormatter(OneLine("%(name)s: %(message)s"))
     handler.addFilter(lambda record: record.name.partition(".")[0] not in ("prefect", "websockets"))
+    handler.addFilter(lambda record: record.name != "etl.runs.engine")
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
