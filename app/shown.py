@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -18,7 +18,7 @@ from app.domain import model
 from app.settings import Settings
 from etl import charts, findings
 from etl.figures import figure as written
-from etl.figures import is_name, is_share, shortened, words
+from etl.figures import is_name, is_share, shortened, span, words
 from etl.questions import results
 from etl.runs import index
 from etl.serve import health
@@ -297,15 +297,12 @@ def heading(name: str) -> str:
 
 def ago(moment: datetime) -> str:
     """ "12 s ago", "3 min ago", "5 h ago", "2 days ago"."""
-    return f"{span((datetime.now(UTC) - moment).total_seconds())} ago"
+    return f"{how_long(datetime.now(UTC) - moment)} ago"
 
 
-def span(seconds: float) -> str:
-    """ "12 s", "3 min", "5 h", "2 days"; less than nothing is nothing."""
-    for unit, length_s in (("days", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length_s:
-            return f"{seconds // length_s:,.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
+def how_long(passed: timedelta) -> str:
+    """ "12 s", "3 min", "5 h", "2 days"; less than nothing, by a clock that is behind, is nothing."""
+    return span(max(passed.total_seconds(), 0), tenths=False)
 
 
 def short(value: float, name: str) -> str:

@@ -55,12 +55,12 @@ def moment(iso: str) -> str:
     return f"{datetime.fromisoformat(iso).astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
-def span(seconds: float) -> str:
-    """A time that passed, as in "54 min"; of less than ten seconds with a tenth."""
+def span(seconds: float, tenths: bool = True) -> str:
+    """A time that passed, as in "54 min"; of less than ten seconds with a tenth, unless `tenths` is False."""
     for unit, length_s in (("days", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length_s:
             return f"{math.floor(seconds / length_s)} {unit}"
-    return f"{seconds:.{1 if seconds < 9.95 else 0}f} s"
+    return f"{seconds:.{1 if tenths and seconds < 9.95 else 0}f} s"
 
 
 def change(before: Any, now: Any, name: str = "") -> str:

@@ -12,30 +12,34 @@ from etl.storage import Root
 STAGES = ("generate", "preprocess", "compact", "query", "score", "train")
 
 
+def record(url: str, run_id: str, started: datetime, seconds: float, **more) -> RunRecord:
+    """Of a run that was due when it began."""
+    stage = run_id.split("-")[0]
+    return RunRecord(
+        stage=stage,
+        run_id=run_id,
+        root=url,
+        scheduled_for=started.isoformat(),
+        attempt=1,
+        parameters={},
+        origins={},
+        report=f"reports/{stage}/{started:%Y-%m-%d}/{run_id}",
+        host="here",
+        started_at=started.isoformat(),
+        ended_at=(started + timedelta(seconds=seconds)).isoformat(),
+        seconds=seconds,
+        **more,
+    )
+
+
 def ended(
     url: str, stage: str, state: str = "ok", reason: str = "", *, ago_s: float = 5, tables: dict | None = None
 ) -> str:
     """A run that ended so long ago has its row; returns its id."""
     at = datetime.now(UTC) - timedelta(seconds=ago_s)
     run_id = f"{stage}-{at:%Y%m%dT%H%M%S}-{at.microsecond:06x}"
-    record = RunRecord(
-        stage=stage,
-        run_id=run_id,
-        root=url,
-        scheduled_for=at.isoformat(),
-        attempt=1,
-        parameters={},
-        origins={},
-        report=f"reports/{stage}/{at:%Y-%m-%d}/{run_id}",
-        host="here",
-        started_at=(at - timedelta(seconds=2)).isoformat(),
-        ended_at=at.isoformat(),
-        seconds=2.0,
-        state=state,
-        reason=reason,
-        versions_written=tables or {},
-    )
-    index.append(Root.at(url), record)
+    about = {"state": state, "reason": reason, "versions_written": tables or {}}
+    index.append(Root.at(url), record(url, run_id, at - timedelta(seconds=2), 2.0, **about))
     return run_id
 
 

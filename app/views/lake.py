@@ -179,10 +179,7 @@ def quarantined(root: Root, token: str) -> None:
         "batch": st.column_config.NumberColumn("Last batch", format="%,d"),
         "samples": st.column_config.ListColumn("Samples", width="large"),
     }
-    # a list of samples, which shown.table would make a text
-    st.container(key=f"{shown.EXCERPT}-quarantine").dataframe(
-        reasons, hide_index=True, column_config=columns, key="quarantine", height="content"
-    )
+    sampled(reasons, columns, "quarantine")
     st.caption("`python orchestrate.py quarantine show FILE` has them whole, `quarantine retry FILE` tries them again.")
 
 
@@ -225,8 +222,13 @@ def refused(root: Root, token: str) -> None:
         "date": st.column_config.TextColumn("Last day"),
         "samples": st.column_config.ListColumn("Such as", width="large"),
     }
-    st.container(key=f"{shown.EXCERPT}-refused").dataframe(
-        files, hide_index=True, column_config=columns, key="refused", height="content"
+    sampled(files, columns, "refused")
+
+
+def sampled(frame: pl.DataFrame, columns: dict[str, Any], key: str) -> None:
+    """A table with lists of samples, which shown.table would make texts."""
+    st.container(key=f"{shown.EXCERPT}-{key}").dataframe(
+        frame, hide_index=True, column_config=columns, key=key, height="content"
     )
 
 

@@ -169,11 +169,11 @@ def age_card(view: View, step: str, at: datetime | None, what: str, within: time
         return markup.card(f"<h3>{step}</h3>", '<span class="big">–</span>', markup.small("not yet"))
     age = view.at - at
     is_old = within is not None and age > within
-    limit = f"should be at most {shown.span(within.total_seconds())}" if within else "no limit is declared"
+    limit = f"should be at most {shown.how_long(within)}" if within else "no limit is declared"
     old = markup.badge("old", "orange") if is_old else ""
     return markup.card(
         f'<div class="head"><h3>{step}</h3>{old}</div>',
-        f'<span class="big">{shown.span(max(age.total_seconds(), 0))}</span>',
+        f'<span class="big">{shown.how_long(age)}</span>',
         markup.small(f"{what}, {shown.at(at)}"),
         markup.small(limit),
     )

@@ -43,6 +43,10 @@ def test_a_span_is_as_exact_as_people_ask(seconds, text):
     assert span(seconds) == text
 
 
+def test_an_age_has_no_tenths():
+    assert [span(seconds, tenths=False) for seconds in (0.26, 9.6, 37.4, 3300)] == ["0 s", "10 s", "37 s", "55 min"]
+
+
 @pytest.mark.parametrize(
     "before, now, name, text",
     [

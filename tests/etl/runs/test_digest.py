@@ -3,6 +3,7 @@
 import json
 from datetime import UTC, date, datetime, timedelta
 
+import incidents
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -21,23 +22,7 @@ def record(
     url: str, stage: str, at: datetime, seconds: float, state: str = "ok", reason: str = "", **more
 ) -> RunRecord:
     run_id = f"{stage}-{at:%Y%m%dT%H%M%S}-aaaaaa"
-    return RunRecord(
-        stage=stage,
-        run_id=run_id,
-        root=url,
-        scheduled_for=at.isoformat(),
-        attempt=1,
-        parameters={},
-        origins={},
-        report=f"reports/{stage}/{at:%Y-%m-%d}/{run_id}",
-        host="here",
-        started_at=at.isoformat(),
-        ended_at=(at + timedelta(seconds=seconds)).isoformat(),
-        seconds=seconds,
-        state=state,
-        reason=reason,
-        **more,
-    )
+    return incidents.record(url, run_id, at, seconds, state=state, reason=reason, **more)
 
 
 @pytest.fixture(scope="module")
