@@ -173,7 +173,7 @@ def _by_up(root: Root, project: Path, n: int, rng: random.Random, readers: Reade
     (project / "params/env/fast.yml").write_text(FAST)
     (project / "params/env/local.yml").write_text(FAST)
     _declare(project, "begins")
-    up = Up(project, Path(root.url))
+    up = Up(project, Path(root.url), "--live")  # a declaration is followed from the next run on
     try:
         toy.until(lambda: b"stages are on" in up.log.read_bytes(), 300, "the schedules")
         _land(root, 0)
@@ -201,7 +201,7 @@ def _by_up(root: Root, project: Path, n: int, rng: random.Random, readers: Reade
     states = Counter((run["stage"], run["state"]) for run in runs)
     wrong = [run["reason"] for run in runs if run["state"] in ("failed", "killed")]
     assert not wrong, wrong[:3]
-    assert states["preprocess", "check_failed"] and not any(run["attempt"] > 1 for run in runs)
+    assert states["preprocess", "check_failed"] and not any(run["attempt"] > 1 for run in runs), states
     return "; " + ", ".join(f"{stage} {state} {count}" for (stage, state), count in sorted(states.items()))
 
 
