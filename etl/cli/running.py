@@ -91,12 +91,13 @@ def run(
         _refuse_wrong_machines(stages, environment.root)
         announce_new(environment.root, err if as_json else out)
     close_lost_runs()
-    records = [_run_one(stage_, environment, scheduled_for, quiet=as_json, parent=parent) for stage_ in stages]
+    records = []
+    for stage_ in stages:
+        records.append(_run_one(stage_, environment, scheduled_for, quiet=as_json, parent=parent))
+        if not as_json:
+            print_record(records[-1])
     if as_json:
         print_json([asdict(record) for record in records])
-    else:
-        for record in records:
-            print_record(record)
     if not all(record.ok for record in records):
         raise typer.Exit(1)
 
