@@ -6,6 +6,7 @@ all the rest of a batch. The lines are those of the protocol:
 https://github.com/delta-io/delta/blob/master/PROTOCOL.md
 """
 
+import io
 import itertools
 import json
 import re
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 
 Action: TypeAlias = dict[str, Any]  # a line of a commit
 CHECKPOINT_INTERVAL = 20  # commits
+PROPERTIES = {  # of a table of ours
+    "delta.checkpointInterval": str(CHECKPOINT_INTERVAL),
+    "delta.logRetentionDuration": "interval 24 hours",  # listing it is the greater part of what opening a table costs
+    "delta.deletedFileRetentionDuration": "interval 24 hours",
+}
 TYPES = {
     **{"Int64": "long", "Int32": "integer", "Int16": "short", "Int8": "byte"},
     **{"Float64": "double", "Float32": "float", "Boolean": "boolean", "String": "string", "Date": "date"},
@@ -414,23 +420,30 @@ def bounds(handle: "DeltaTable", column: str) -> list[tuple[str, Any, Any]]:
     return [*zip(*found, strict=True)]
 
 
-def statistics(frame: "pl.DataFrame", *, texts: bool = False) -> Action:
-    """What a file's rows have, as the Delta log says it; lists and structs have no bounds, `texts` where they are short
-    and asked for."""
+def put(
+    root: Root, table: str, path: str, frame: "pl.DataFrame", *, changes: bool, columns: Sequence[str] | None = None
+) -> Action:
+    """Write rows into a file of a table's folder; the line of a commit that adds it. `changes`: as of `add`; `columns`:
+    as of `statistics`."""
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer)
+    root.write(f"{table}/{path}", buffer.getvalue())
+    return add(path, buffer.tell(), json.dumps(statistics(frame, columns)), changes=changes)
+
+
+def statistics(frame: "pl.DataFrame", columns: Sequence[str] | None = None) -> Action:
+    """What a file's rows have, as the Delta log says it; texts, lists and structs have no bounds. `columns`: of these
+    alone, whose texts are short and have bounds, too."""
     import polars as pl
 
-    bounded = (
-        name
-        for name, dtype in frame.schema.items()
-        if _has_bounds(frame, name, dtype) or (texts and dtype == pl.String)
-    )
-    ranged = frame.select(bounded)
+    told = frame if columns is None else frame.select(columns)
+    ranged = told.select(n for n, dtype in told.schema.items() if columns is not None or _has_bounds(frame, n, dtype))
     lowest, highest = (side.row(0, named=True) if ranged.width else {} for side in (ranged.min(), ranged.max()))
     return {
         "numRecords": frame.height,
         "minValues": {name: _plain(value) for name, value in lowest.items() if value is not None},
         "maxValues": {name: _plain(value) for name, value in highest.items() if value is not None},
-        "nullCount": frame.select(~pl.selectors.nested()).null_count().row(0, named=True),
+        "nullCount": told.select(~pl.selectors.nested()).null_count().row(0, named=True),
     }
 
 

@@ -22,11 +22,6 @@ if TYPE_CHECKING:
 WRITER = "leases/writer.lease"  # not in the lake, so that it stays when that goes
 WRITERS = 8  # files of a batch that are written at once
 APP_ID = schemas.APP_ID
-PROPERTIES = {
-    "delta.checkpointInterval": str(delta.CHECKPOINT_INTERVAL),
-    "delta.logRetentionDuration": "interval 24 hours",  # listing it is the greater part of what opening a table costs
-    "delta.deletedFileRetentionDuration": "interval 24 hours",
-}
 
 
 @dataclass(frozen=True)
@@ -104,8 +99,8 @@ def create_tables(lake: "Lake", run_id: str, known: Container[str] = ()) -> None
     about = {"run_id": run_id, "stage": lake.ingested_by}
     for name, columns in lake.columns.items():
         if name not in known:
-            how: Any = {"keys": lake.required[name], "properties": PROPERTIES, "partitions": lake.partitions[name]}
-            delta.create_table(lake.root, f"lake/{name}", columns, **how, about=about)
+            how: Any = {"keys": lake.required[name], "partitions": lake.partitions[name], "about": about}
+            delta.create_table(lake.root, f"lake/{name}", columns, properties=delta.PROPERTIES, **how)
 
 
 @dataclass(frozen=True)

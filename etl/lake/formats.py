@@ -81,8 +81,8 @@ def _inflated(data: bytes, most: int) -> bytes:
     kind = "gzip" if data.startswith(GZIP) else "zstd"
     parts, size = [], 0
     try:
-        zipped = kind == "gzip"
-        with gzip.GzipFile(fileobj=io.BytesIO(data)) if zipped else pa.input_stream(data, compression=kind) as stream:
+        plain = io.BytesIO(data)
+        with gzip.GzipFile(fileobj=plain) if kind == "gzip" else pa.CompressedInputStream(plain, kind) as stream:
             while part := stream.read(CHUNK_BYTES):
                 parts.append(part)
                 size += len(part)

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 
 from etl import delta
-from etl.runs.index import TABLE, move_from_lake, statistics
+from etl.runs.index import INDEXED, TABLE, move_from_lake
 from etl.storage import Damaged, Root, crash_point
 
 KEPT_HOURS = 24  # from when a file is not needed any more, or was left by somebody who was killed
@@ -41,15 +41,14 @@ def compact(root: Root) -> None:
     parts = root.each(lambda name: pl.read_parquet(io.BytesIO(root.read(f"{TABLE}/{name}"))), small)
     # an older release's files lack the newer columns
     rows = pl.concat(parts, how="diagonal").sort("started_at", "run_id")
-    buffer, path = io.BytesIO(), f"compacted-{uuid.uuid4()}.parquet"
-    rows.write_parquet(buffer)
-    root.write(f"{TABLE}/{path}", buffer.getvalue())
+    path = f"compacted-{uuid.uuid4()}.parquet"
+    added = delta.put(root, TABLE, path, rows, changes=False, columns=INDEXED)
     if not pl.read_parquet(io.BytesIO(root.read(f"{TABLE}/{path}"))).equals(rows):
         raise Damaged(f"{TABLE}/{path} does not have the rows that were written: the index stays as it was")
     crash_point("index compacted, not swapped")
     info = delta.commit_info("OPTIMIZE", {"operationParameters": {"predicate": "[]"}, "stage": "sweep"})
     gone = [delta.remove(name, sizes[name]) for name in small]
-    lines = [info, *gone, delta.add(path, len(buffer.getvalue()), statistics(rows), changes=False)]
+    lines = [info, *gone, added]
     while {*small} <= delta.sizes(table := root.table(TABLE)).keys():
         if delta.commit(root, TABLE, table.version() + 1, lines):
             return
