@@ -6,6 +6,7 @@ all the rest of a batch. The lines are those of the protocol:
 https://github.com/delta-io/delta/blob/master/PROTOCOL.md
 """
 
+import io
 import itertools
 import json
 import re
@@ -22,10 +23,16 @@ from etl.storage import Damaged, Root, crash_point, temporary_folder
 
 if TYPE_CHECKING:
     import polars as pl
+    import pyarrow as pa
     from deltalake import DeltaTable
 
 Action: TypeAlias = dict[str, Any]  # a line of a commit
 CHECKPOINT_INTERVAL = 20  # commits
+PROPERTIES = {  # of a table of ours
+    "delta.checkpointInterval": str(CHECKPOINT_INTERVAL),
+    "delta.logRetentionDuration": "interval 24 hours",  # listing it is the greater part of what opening a table costs
+    "delta.deletedFileRetentionDuration": "interval 24 hours",
+}
 TYPES = {
     **{"Int64": "long", "Int32": "integer", "Int16": "short", "Int8": "byte"},
     **{"Float64": "double", "Float32": "float", "Boolean": "boolean", "String": "string", "Date": "date"},
@@ -289,15 +296,15 @@ def _checkpoint(root: Root, table: str, version: int) -> None:
     with temporary_folder("checkpoint-") as folder:
         copy = Path(log_of(folder))
         copy.mkdir()
-        for name in _end_of_log(root, table, version):
+        for name in end_of_log(root, table, version):
             (copy / name).write_bytes(root.read(f"{log}/{name}"))
         Root.at(folder).table("").create_checkpoint()
         for name in (f"{version:020d}.checkpoint.parquet", LAST):
             root.write(f"{log}/{name}", (copy / name).read_bytes())
 
 
-def _end_of_log(root: Root, table: str, version: int) -> list[str]:
-    """The names in a table's log that make a version: its last checkpoint and what came after that."""
+def end_of_log(root: Root, table: str, version: int) -> list[str]:
+    """The names in a table's log that make a version: its last checkpoint and what came from that on. In order."""
     names = [name for name in root.names(log_of(table)) if NUMBERED.match(name) and int(name[:20]) <= version]
     start = max((name[:20] for name in names if ".checkpoint." in name), default="")
     return [name for name in names if name[:20] >= start]
@@ -310,7 +317,7 @@ def share(root: Root, table: str, version: int, folder: str) -> None:
     there. A file that is removed from one is still in the other.
     """
     live = [f"{table}/{file.rel}" for file in files(root.table(table, version))]
-    log = [f"{log_of(table)}/{name}" for name in _end_of_log(root, table, version)]
+    log = [f"{log_of(table)}/{name}" for name in end_of_log(root, table, version)]
     root.copy([*live, *log], "", f"{folder}/")
 
 
@@ -329,11 +336,22 @@ def sync(root: Root, table: str, after: int, until: int) -> None:
     root.sync([*filter(root.exists, rels), *sorted(folders - {log}, reverse=True), table, log])
 
 
-def files(handle: "DeltaTable") -> list[File]:
-    """The live files of a table."""
+def live(handle: "DeltaTable") -> "pa.Table":
+    """What the log says of each live file of a table: path, size_bytes, num_records, min.<column> and the like."""
     import pyarrow as pa
 
-    actions = pa.table(handle.get_add_actions(flatten=True))
+    return pa.table(handle.get_add_actions(flatten=True))
+
+
+def sizes(handle: "DeltaTable") -> dict[str, int]:
+    """The path of each live file of a table, as the log has it -> its bytes."""
+    actions = live(handle)
+    return dict(zip(actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True))
+
+
+def files(handle: "DeltaTable") -> list[File]:
+    """The live files of a table."""
+    actions = live(handle)
     values = {name: f"partition.{name}" for name in handle.metadata().partition_columns}
     return [
         File(line["path"], line["size_bytes"], line["num_records"], {name: line[at] for name, at in values.items()})
@@ -391,32 +409,41 @@ def renumber(root: Root, table: str, version: int, about: Action) -> None:
 
 def file_stats(handle: "DeltaTable") -> tuple[list[int], int]:
     """The size in bytes of each live file of a table, and the number of rows in all of them."""
-    import pyarrow as pa
-
-    actions = pa.table(handle.get_add_actions(flatten=True))
+    actions = live(handle)
     return actions["size_bytes"].to_pylist(), sum(actions["num_records"].to_pylist())
 
 
 def bounds(handle: "DeltaTable", column: str) -> list[tuple[str, Any, Any]]:
     """Of each live file of a table its path, and the lowest and highest value of a column of whole numbers."""
-    import pyarrow as pa
-
-    actions = pa.table(handle.get_add_actions(flatten=True))
+    actions = live(handle)
     found = [actions[name].to_pylist() for name in ("path", f"min.{column}", f"max.{column}")] if len(actions) else []
     return [*zip(*found, strict=True)]
 
 
-def statistics(frame: "pl.DataFrame") -> Action:
-    """What a file's rows have, as the Delta log says it; texts, lists and structs have no bounds."""
+def put(
+    root: Root, table: str, path: str, frame: "pl.DataFrame", *, changes: bool, columns: Sequence[str] | None = None
+) -> Action:
+    """Write rows into a file of a table's folder; the line of a commit that adds it. `changes`: as of `add`; `columns`:
+    as of `statistics`."""
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer)
+    root.write(f"{table}/{path}", buffer.getvalue())
+    return add(path, buffer.tell(), json.dumps(statistics(frame, columns)), changes=changes)
+
+
+def statistics(frame: "pl.DataFrame", columns: Sequence[str] | None = None) -> Action:
+    """What a file's rows have, as the Delta log says it; texts, lists and structs have no bounds. `columns`: of these
+    alone, whose texts are short and have bounds, too."""
     import polars as pl
 
-    ranged = frame.select(name for name, dtype in frame.schema.items() if _has_bounds(frame, name, dtype))
+    told = frame if columns is None else frame.select(columns)
+    ranged = told.select(n for n, dtype in told.schema.items() if columns is not None or _has_bounds(frame, n, dtype))
     lowest, highest = (side.row(0, named=True) if ranged.width else {} for side in (ranged.min(), ranged.max()))
     return {
         "numRecords": frame.height,
         "minValues": {name: _plain(value) for name, value in lowest.items() if value is not None},
         "maxValues": {name: _plain(value) for name, value in highest.items() if value is not None},
-        "nullCount": frame.select(~pl.selectors.nested()).null_count().row(0, named=True),
+        "nullCount": told.select(~pl.selectors.nested()).null_count().row(0, named=True),
     }
 
 
@@ -445,7 +472,7 @@ def _has_bounds(frame: "pl.DataFrame", name: str, dtype: "pl.DataType") -> bool:
     return dtype.is_numeric() or dtype.is_temporal()
 
 
-def _plain(value: int | float | Decimal | date | datetime) -> Any:
+def _plain(value: int | float | Decimal | date | datetime | str) -> Any:
     if isinstance(value, datetime):
         return value.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-    return value.isoformat() if isinstance(value, date) else value if isinstance(value, int) else float(value)
+    return value.isoformat() if isinstance(value, date) else value if isinstance(value, int | str) else float(value)

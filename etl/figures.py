@@ -55,6 +55,12 @@ def moment(iso: str) -> str:
     return f"{datetime.fromisoformat(iso).astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
+def utc(time: datetime | str) -> datetime:
+    """A time, or its ISO text, in UTC, which it is in where it names no zone. Raises ValueError."""
+    parsed = datetime.fromisoformat(time) if isinstance(time, str) else time
+    return parsed.astimezone(UTC) if parsed.tzinfo else parsed.replace(tzinfo=UTC)
+
+
 def span(seconds: float, tenths: bool = True) -> str:
     """A time that passed, as in "54 min"; of less than ten seconds with a tenth, unless `tenths` is False."""
     for unit, length_s in (("days", 86_400), ("h", 3600), ("min", 60)):

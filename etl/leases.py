@@ -23,7 +23,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -38,7 +38,9 @@ LOOK_S = 0.5  # between two looks whether it is free
 
 
 class LeaseHeld(RuntimeError):
-    """Somebody else holds the lease and did not let go of it in time."""
+    """Somebody else holds the lease and did not let go of it in time. `document`: the lease's, where it is known."""
+
+    document: Mapping[str, Any] = {}
 
 
 class LeaseLost(LeaseHeld):
@@ -46,9 +48,11 @@ class LeaseLost(LeaseHeld):
 
 
 class Lease(abc.ABC):
-    """A lease that is held. `fence`: its number. `about`: what the holder leaves for the next one, and what it got."""
+    """A lease that is held. `fence`: its number. `about`: what the holder leaves for the next one, and what it got.
+    `after_death`: whether the one before did not let go of it."""
 
     def __init__(self, url: str, holder: str, before: dict[str, Any]):
+        self.after_death = bool(before.get("holder"))
         self._url, self._holder, self._token, self._beat = url, holder, os.urandom(16).hex(), 0
         self.fence, self.about = int(before.get("fence", 0)) + 1, dict(before.get("about", {}))
         self._who = {"pid": os.getpid(), "started": started(os.getpid()), "machine": machine()}
@@ -63,6 +67,11 @@ class Lease(abc.ABC):
         if self.fence <= fence:
             self.fence = fence + 1
             self._say(self._holder)
+
+    def tell(self, **about: Any) -> None:
+        """Have this in the document, too, for whoever asks who holds it."""
+        self.about |= about
+        self._say(self._holder)
 
     @abc.abstractmethod
     def _say(self, holder: str | None) -> None:
@@ -93,6 +102,17 @@ def _status(pid: int) -> list[str]:
         return ["X"]
 
 
+def is_alive(document: Mapping[str, Any]) -> bool:
+    """Whether who wrote a document is a process of this machine, at work or stopped."""
+    pid = document.get("pid")
+    return bool(pid and document.get("machine") == machine() and started(pid) == document.get("started"))
+
+
+def is_gone(document: Mapping[str, Any]) -> bool:
+    """Whether who wrote a document was a process of this machine, and is no more: nobody has to wait for it."""
+    return bool(document.get("machine") == machine()) and not is_alive(document)
+
+
 def who(document: dict[str, Any]) -> str:
     """Who holds a lease by its document, since when; of a process that is stopped also what ends that."""
     holder, pid = document.get("holder") or "another process", document.get("pid")
@@ -104,10 +124,7 @@ def who(document: dict[str, Any]) -> str:
 
 def stopped(document: dict[str, Any]) -> str:
     """What to do about a holder that is a process of this machine and stopped; empty where it is none."""
-    pid = document.get("pid")
-    if not document.get("holder") or not pid or document.get("machine") != machine():
-        return ""
-    if started(pid) != document.get("started") or _status(pid)[0] not in "Tt":
+    if not document.get("holder") or not is_alive(document) or _status(pid := document["pid"])[0] not in "Tt":
         return ""
     return f"it is stopped: `kill -CONT {pid}` lets it go on, `kill -9 {pid}` ends it, and the next run does its work"
 
@@ -144,7 +161,7 @@ def of_file(path: str, holder: str, wait_s: float) -> Iterator[FileLease]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise LeaseHeld(f"{path} is held by {who(_read(file))}") from None
+                    raise _held(path, _read(file)) from None
             else:
                 if os.fstat(file.fileno()).st_nlink:  # else it was removed before it was locked
                     lease = FileLease(path, holder, file)
@@ -154,6 +171,12 @@ def of_file(path: str, holder: str, wait_s: float) -> Iterator[FileLease]:
                         lease.release()
                     return
         time.sleep(0.05)
+
+
+def _held(url: str, document: dict[str, Any]) -> LeaseHeld:
+    error = LeaseHeld(f"{url} is held by {who(document)}")
+    error.document = document
+    return error
 
 
 def _read(file: IO[bytes]) -> dict[str, Any]:
@@ -171,10 +194,12 @@ def _parsed(data: bytes) -> dict[str, Any]:
 
 
 class StoreLease(Lease):
-    """Held by renewing the document in an object store."""
+    """Held by renewing the document in an object store. `on_lost` is called, in a thread, once it is seen that another
+    one has taken it over."""
 
     def __init__(self, root: "Root", rel: str, holder: str, before: dict[str, Any]):
         super().__init__(root.url_of(rel), holder, before)
+        self.on_lost: Callable[[], None] = lambda: None
         self._root, self._rel, self._mark, self._renewed = root, rel, "", 0.0
         self._lock, self._ended, self._lost = threading.Lock(), threading.Event(), False
 
@@ -217,14 +242,16 @@ class StoreLease(Lease):
             self._mark, self._renewed = renewed, began
 
     def _renewing(self) -> None:
-        while not self._ended.wait(RENEW_S):
+        while not self._lost and not self._ended.wait(RENEW_S):
             with self._lock:
                 if self._lost or self._ended.is_set():
-                    return
+                    break
                 try:
                     self._renew(self._holder)
                 except Exception as error:  # if the store is down for others too, nobody takes the lease
                     log.warning("%s cannot be renewed now: %s", self._url, error)
+        if self._lost:
+            self.on_lost()
 
 
 @contextlib.contextmanager
@@ -232,7 +259,8 @@ def in_store(root: "Root", rel: str, holder: str, wait_s: float) -> Iterator[Sto
     """Hold the lease whose document is at `rel`. Raises LeaseHeld.
 
     It is not given up at the end of `wait_s` before the holder was seen to be alive: a holder that died is taken over
-    DEAD_S after it is looked at for the first time, or after its last renewal since.
+    DEAD_S after it is looked at for the first time, or after its last renewal since; at once, if it was a process of
+    this machine.
     """
     lease = _taken(root, rel, holder, wait_s)
     try:
@@ -245,13 +273,13 @@ def _taken(root: "Root", rel: str, holder: str, wait_s: float) -> StoreLease:
     deadline = time.monotonic() + wait_s
     (document, seen), since, alive = _looked(root, rel), time.monotonic(), False
     while True:
-        now = time.monotonic()
-        if not document.get("holder") or now - since > DEAD_S:
+        now, alive = time.monotonic(), alive or (is_alive(document) and not stopped(document))
+        if not document.get("holder") or is_gone(document) or now - since > DEAD_S:
             lease = StoreLease(root, rel, holder, document)
             if lease.take(seen):
                 return lease
         elif now > deadline and alive and now - since < 2 * RENEW_S:
-            raise LeaseHeld(f"{root.url_of(rel)} is held by {who(document)}")
+            raise _held(root.url_of(rel), document)
         time.sleep(LOOK_S)
         document, mark = _looked(root, rel)
         if mark != seen:

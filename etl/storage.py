@@ -299,11 +299,6 @@ class Root:
         data: bytes = self._fs.cat_file(self._path(rel), **({"max_concurrency": 1} if self._is_s3 else {}))
         return data  # with one at a time s3fs does not ask for the size first
 
-    def read_range(self, rel: str, start: int, stop: int) -> bytes:
-        """The bytes of a file from `start` to `stop`, that one not included. Raises FileNotFoundError."""
-        data: bytes = self._fs.cat_file(self._path(rel), start=start, end=stop)
-        return data
-
     def read_marked(self, rel: str) -> tuple[bytes, str]:
         """The bytes of a file, and the mark that it has with them. Raises FileNotFoundError."""
         if self._is_s3:
@@ -377,7 +372,7 @@ class Root:
         raise AssertionError("the last attempt returns or raises")
 
     def read_part(self, rel: str, start: int, stop: int) -> bytes:
-        """The bytes of a file between two of them, as far as it has any. Raises FileNotFoundError."""
+        """The bytes of a file from `start` to before `stop`, as far as it has any. Raises FileNotFoundError."""
         if start >= stop:
             return b""
         data: bytes = self._fs.cat_file(self._path(rel), start=start, end=stop)
@@ -630,6 +625,8 @@ class Root:
         try:
             return self._put_if(rel, data, {"mode": "create"} if mark is None else {"IfMatch": mark})
         except FileNotFoundError:
+            if mark is None:  # no file was asked for: the bucket is not there
+                raise
             return None
 
     def which(self, rels: "list[str]") -> set[str]:
@@ -688,11 +685,6 @@ class LocalRoot(Root):
 
     def open(self, rel: str) -> BinaryIO:
         return open(self._path(rel), "rb")
-
-    def read_range(self, rel: str, start: int, stop: int) -> bytes:
-        with open(self._path(rel), "rb") as file:
-            file.seek(start)
-            return file.read(stop - start)
 
     def read_marked(self, rel: str) -> tuple[bytes, str]:
         mark = self.mark(rel)

@@ -6,7 +6,7 @@ from pathlib import Path
 from prefect import flow, get_run_logger, runtime
 from prefect.states import Cancelled, Failed
 
-from etl.serve.worker import cancel_event
+from etl.serve.worker import current_turn
 
 
 @flow
@@ -39,7 +39,7 @@ def crashes(marks: str) -> None:
 def waits(marks: str):
     """Until it is cancelled: by its event in our worker, by a signal where it has a process of its own."""
     Path(marks, str(runtime.flow_run.id)).touch()
-    cancel_event().wait(60)
+    current_turn().cancel.wait(60)
     return Cancelled(message="heeded")
 
 

@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from etl import params
+from etl.figures import utc
 from etl.serve.services import PORTS, Service, api_url, usual
 from etl.storage import PROJECT, BadRoot, Root, root_url
 
@@ -92,11 +93,8 @@ def load(
     may_be_unreadable: bool = False,
 ) -> params.Project:
     """The stages as they would run; a wrong file is printed with everything that is wrong, exit status 2."""
-    try:
+    with refusing():
         project = params.load(PROJECT, env, overrides, stage=stage, may_be_unreadable=may_be_unreadable)
-    except params.ParamsError as error:
-        print_problems(error.problems)
-        raise typer.Exit(2) from None
     url = root_at(root or project.environment.root).url
     return replace(project, environment=replace(project.environment, root=url))
 
@@ -106,13 +104,17 @@ def environment(env: str) -> params.Environment:
     try:
         return params.environment(PROJECT, env)
     except params.ParamsError as error:
-        print_problems(error.problems)
-        raise typer.Exit(2) from None
+        refuse_files(error)
+
+
+def asked_root(env: str, root: str | None) -> Root:
+    """The root that a command is about, whether it exists or not: `root`, or the env file's."""
+    return root_at(root or environment(env).root)
 
 
 def existing_root(env: str, root: str | None, may_be_empty: bool = False) -> Root:
     """The root that a command reads. One that does not exist, or where nothing is yet, is refused: exit status 1."""
-    asked = root_at(root or environment(env).root)
+    asked = asked_root(env, root)
     missing = what_is_missing(asked)
     if missing and not (may_be_empty and asked.is_there()):
         refuse("\n".join([f"root {asked.url}: {missing}", *roots_with_runs(asked), RUN_ALL]))
@@ -171,10 +173,9 @@ def moment(text: str | None) -> datetime:
     if text is None:
         return datetime.now(UTC)
     try:
-        parsed = datetime.fromisoformat(text)
-    except ValueError:
+        return utc(text)
+    except (ValueError, OverflowError):
         raise typer.BadParameter(f"{text!r} is not a time such as 2026-01-31T12:00:00+00:00") from None
-    return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
 
 
 def get_run(run_id: str, env: str, root: str | None, may_be_under_way: bool = False) -> dict[str, Any]:
@@ -208,6 +209,22 @@ def say(text: str, style: str | None = None) -> None:
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, default=str))
+
+
+@contextlib.contextmanager
+def refusing(*errors: type[Exception], status: int = 1) -> Iterator[None]:
+    """What the block raises of these is refused, in its own words; files that are wrong are, with exit status 2."""
+    try:
+        yield
+    except params.ParamsError as error:
+        refuse_files(error)
+    except errors as error:
+        refuse(str(error), status)
+
+
+def refuse_files(error: params.ParamsError) -> NoReturn:
+    print_problems(error.problems)
+    raise typer.Exit(2) from None
 
 
 def refuse(why: str, status: int = 1) -> NoReturn:

@@ -6,7 +6,7 @@ import webbrowser
 
 import typer
 
-from etl.cli.common import Env, RootOption, RunId, Timetable, existing_root, get_run, refuse, say
+from etl.cli.common import Env, RootOption, RunId, Timetable, existing_root, get_run, refuse, refusing, say
 from etl.storage import Damaged
 
 
@@ -24,10 +24,8 @@ def debug(context: typer.Context, run_id: RunId, env: Env = "local", root: RootO
 
     timetable: Timetable = context.obj
     run, asked = get_run(run_id, env, root), existing_root(env, root)
-    try:
+    with refusing(debugging.NotThere, replay.NotRepeatable, Damaged):
         bench = debugging.prepare(asked, run, lambda folder: timetable.lake_at(asked).branch(folder))
-    except (debugging.NotThere, replay.NotRepeatable, Damaged) as error:
-        refuse(str(error))
     lab = Lab(bench.notebook, bench.code)
     try:
         lab.start()

@@ -20,13 +20,12 @@ from etl.cli.common import (
     Env,
     RootOption,
     Timetable,
-    environment,
+    asked_root,
     err,
     existing_root,
     out,
     print_json,
     refuse,
-    root_at,
 )
 
 if TYPE_CHECKING:
@@ -142,7 +141,7 @@ def _reader(timetable: Timetable, env: str, root: str | None, may_be_empty: bool
     from etl.findings import sentence
     from etl.serve import health
 
-    asked = root_at(root or environment(env).root) if may_be_empty else existing_root(env, root)
+    asked = asked_root(env, root) if may_be_empty else existing_root(env, root)
     lake, questions = None, list["Question"]()
     try:
         lake, questions = timetable.lake_at(asked), [*timetable.questions()]

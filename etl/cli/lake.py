@@ -17,12 +17,13 @@ from etl.cli.common import (
     Env,
     RootOption,
     Timetable,
-    environment,
+    asked_root,
     existing_root,
     moment,
     out,
     print_json,
     refuse,
+    refusing,
     root_at,
     roots_with_runs,
     say,
@@ -66,10 +67,8 @@ def whence(
     if number and not number.isdecimal():
         raise typer.BadParameter(f"{number!r} is not a version; as in {table}@12")
     asked = existing_root(env, root)
-    try:
+    with refusing(LookupError):
         origin = provenance.whence(asked, table, int(number) if number else None)
-    except LookupError as error:
-        refuse(str(error))
     origin |= {"state": None, "report": None}
     if origin["run_id"]:
         with contextlib.suppress(KeyError):  # a run in JupyterLab is in no index
@@ -98,7 +97,7 @@ def doctor(
     from etl.serve import machine
 
     timetable: Timetable = context.obj
-    asked = root_at(root or environment(env).root)
+    asked = asked_root(env, root)
     services = timetable.services(asked.url, ports, services_folder(asked.url))
     missing = what_is_missing(asked)
     remedy = "; ".join([*roots_with_runs(asked), RUN_ALL]) if missing else None
@@ -208,7 +207,7 @@ def promote(
     column = promotion.column_for(lake.tables[table], field)
     if column and dtype is not None and lake.tables[table].types[column] != dtype:
         raise typer.BadParameter(f"{table}.{column} is declared as {lake.tables[table].types[column]}, not {as_type}")
-    try:
+    with refusing(LookupError, ValueError, SchemasDiffer, LeaseHeld, promotion.NotFinished):
         if column is None:
             proposal = lake.propose(table, field, dtype)
             fit = "all of them fit" if not proposal.left else f"{proposal.left:,} would not fit, and stay in _rescued"
@@ -217,8 +216,6 @@ def promote(
                 f"again:\n    {proposal.line}"
             )
         done = lake.promote(table, field, f"promote-{datetime.now(UTC):%Y%m%dT%H%M%S}")
-    except (LookupError, ValueError, SchemasDiffer, LeaseHeld, promotion.NotFinished) as error:
-        refuse(str(error.args[0]))
     if as_json:
         print_json(asdict(done))
         return
@@ -261,7 +258,7 @@ def make_backup(
         made = lake.backup(target, archive=archive, reports=reports, keep=keep, verify=verify)
     except LeaseHeld as error:
         refuse(f"another backup is under way: {error}")
-    except (NothingPublished, Damaged, ValueError, LookupError) as error:
+    except (NothingPublished, Damaged, ValueError, LookupError, OSError) as error:
         refuse(str(error))
     point, megabytes = made.point, made.bytes / 1e6
     if as_json:
@@ -292,7 +289,7 @@ def restore_root(
     from etl.storage import Damaged
 
     timetable: Timetable = context.obj
-    asked, source = root_at(root or environment(env).root), root_at(url)
+    asked, source = asked_root(env, root), root_at(url)
     before = moment(as_of) if as_of else None
     try:
         if points:
@@ -358,11 +355,8 @@ def show_refused(
     as_json: AsJson = False,
 ) -> None:
     """The refused lines of a file with their reasons, or why it was refused whole."""
-    lake = _lake(context, env, root)
-    try:
-        whole, found = lake.find_refused(file)
-    except LookupError as error:
-        refuse(str(error.args[0]))
+    with refusing(LookupError):
+        whole, found = _lake(context, env, root).find_refused(file)
     lines = found.to_dicts()
     if raw:
         _write_raw(lines)
@@ -391,9 +385,6 @@ def _write_raw(lines: list[dict[str, Any]]) -> None:
 @refused.command("retry")
 def retry_refused(context: typer.Context, file: FileName, env: Env = "local", root: RootOption = None) -> None:
     """Put a refused file, or those of its refused lines that fit by now, into landing again."""
-    try:
+    with refusing(LookupError, FileExistsError):
         made = _lake(context, env, root).retry(file)
-    except (LookupError, FileExistsError) as error:
-        refuse(str(error.args[0]))
-    told = f"waits for the next run of preprocess: {', '.join(made)}"
-    say(told)
+    say(f"waits for the next run of preprocess: {', '.join(made)}")

@@ -1,6 +1,7 @@
 """`models`: what has been trained, which of it is published, and the way back."""
 
 import importlib
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -8,8 +9,20 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from etl.cli.common import AsJson, Env, RootOption, Timetable, err, existing_root, out, print_json, refuse, say
-from etl.cli.printing import readable
+from etl.cli.common import (
+    AsJson,
+    Env,
+    RootOption,
+    Timetable,
+    err,
+    existing_root,
+    out,
+    print_json,
+    refuse,
+    refusing,
+    say,
+)
+from etl.cli.printing import print_fields
 from etl.storage import Root
 
 if TYPE_CHECKING:
@@ -59,7 +72,8 @@ def show_model(
     from etl.models import registry
 
     asked, spec = existing_root(env, root), _module(context).SPEC
-    pointer = _asked(lambda: registry.find(asked, name))
+    with _known():
+        pointer = registry.find(asked, name)
     named = [row for row in registry.listed(asked) if row["model_id"] == pointer["model_id"]]
     told = pointer | (named[0] if named else {"aliases": [name]}) | {"problem": None}
     try:
@@ -69,13 +83,8 @@ def show_model(
     if as_json:
         print_json(told)
     else:
-        table = Table(box=None, show_header=False, pad_edge=False)
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column(overflow="fold")
-        for key in ("model_id", "aliases", "run_id", "sha256", "problem", "features", "metrics"):
-            if told.get(key):
-                table.add_row(key, escape(readable(told[key])))
-        out.print(table)
+        shown = ("model_id", "aliases", "run_id", "sha256", "problem", "features", "metrics")
+        print_fields({key: told.get(key) for key in shown})
     if told["problem"]:
         raise typer.Exit(1)
 
@@ -95,7 +104,8 @@ def promote_model(
     from etl.models import registry
 
     asked, spec = existing_root(env, root), _module(context).SPEC
-    model = _asked(lambda: registry.promote(asked, name, spec, alias))
+    with _known():
+        model = registry.promote(asked, name, spec, alias)
     _print_moved(asked, model, f"{alias} now", as_json)
 
 
@@ -107,7 +117,8 @@ def roll_back_model(
     from etl.models import registry
 
     asked, spec = existing_root(env, root), _module(context).SPEC
-    model = _asked(lambda: registry.rollback(asked, spec))
+    with _known():
+        model = registry.rollback(asked, spec)
     _print_moved(asked, model, "champion again", as_json)
 
 
@@ -119,7 +130,8 @@ def compare_models(
     from etl.models import registry
 
     asked, module = existing_root(env, root), _module(context)
-    models = {name: _asked(lambda name=name: registry.verify(asked, name, module.SPEC)) for name in (a, b)}
+    with _known():
+        models = {name: registry.verify(asked, name, module.SPEC) for name in (a, b)}
     stored = {name: model.metrics for name, model in models.items()}
     judged = _judged(context.obj, module, asked, models)
     if as_json:
@@ -156,15 +168,12 @@ def _module(context: typer.Context) -> Any:
     return importlib.import_module(timetable.model)
 
 
-def _asked(what: Any) -> Any:
-    """What a function of the registry gives; what is not there or damaged is refused, and nothing has moved."""
+def _known() -> AbstractContextManager[None]:
+    """What is not there or damaged is refused, and nothing has moved."""
     from etl.leases import LeaseHeld
     from etl.models import registry
 
-    try:
-        return what()
-    except (registry.NoModel, registry.ModelDamaged, LeaseHeld) as error:
-        refuse(str(error), status=2)
+    return refusing(registry.NoModel, registry.ModelDamaged, LeaseHeld, status=2)
 
 
 def _print_moved(root: Root, model: "Model", how: str, as_json: bool) -> None:

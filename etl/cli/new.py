@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from etl import params
-from etl.cli.common import AsJson, Timetable, out, print_json, print_problems, refuse, say
+from etl.cli.common import AsJson, Timetable, out, print_json, refuse, refusing, say
 from etl.storage import PROJECT
 
 if TYPE_CHECKING:
@@ -30,10 +29,8 @@ def project(
     from etl.scaffold import projects
     from etl.scaffold.files import Refused
 
-    try:
+    with refusing(Refused, status=2):
         paths = projects.add(PROJECT, folder)
-    except Refused as error:
-        refuse(str(error), status=2)
     if as_json:
         print_json({"project": str(folder.resolve()), "paths": paths})
         return
@@ -93,11 +90,9 @@ def question(
     from etl.scaffold.files import Refused
 
     timetable: Timetable = context.obj
-    try:
+    with refusing(Refused, status=2):
         asked = _chosen(timetable, table)
         path = questions.add(PROJECT, name, asked, folder=f"{timetable.domain}/queries")
-    except Refused as error:
-        refuse(str(error), status=2)
     if as_json:
         print_json({"question": name, "path": path, "table": asked.name})
         return
@@ -117,13 +112,8 @@ def stage(
     from etl.scaffold.files import Refused
 
     timetable: Timetable = context.obj
-    try:
+    with refusing(Refused, status=2):
         paths = list(stages.add(PROJECT, name, every=every, domain=timetable.domain))
-    except params.ParamsError as error:
-        print_problems(error.problems)
-        raise typer.Exit(2) from None
-    except Refused as error:
-        refuse(str(error), status=2)
     if as_json:
         print_json({"stage": name, "paths": paths})
         return

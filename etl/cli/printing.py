@@ -5,7 +5,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -139,6 +139,17 @@ def print_differences(differences: Sequence[Any], title: str) -> None:
         if difference.name.endswith(("sha256", "git_commit")):
             values = [value[:12] for value in values]
         table.add_row(difference.part, *map(escape, (difference.name, *values)))
+    out.print(table)
+
+
+def print_fields(fields: Mapping[str, Any]) -> None:
+    """What is recorded under each name, a row each; what is empty is left out."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in fields.items():
+        if value not in (None, "", {}, []):
+            table.add_row(name, escape(readable(value)))
     out.print(table)
 
 

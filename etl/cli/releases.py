@@ -1,6 +1,7 @@
 """`release`, `releases` and `rollback`: which code `up` runs."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -17,13 +18,13 @@ from etl.cli.common import (
     RootOption,
     Timetable,
     announce_new,
-    environment,
+    asked_root,
     err,
     out,
     print_json,
     print_problems,
     refuse,
-    root_at,
+    refusing,
     say,
 )
 from etl.cli.printing import print_differences, progress
@@ -52,50 +53,51 @@ def release(
     from etl.runs import gate, releases
 
     timetable: Timetable = context.obj
-    asked = root_at(root or environment(env).root)
+    asked = asked_root(env, root)
     problems, stages = checking.problems_of("", (), timetable)
     if problems:
         print_problems(problems)
         raise typer.Exit(2)
-    made = _read(lambda: releases.moves(asked))
+    with _readable():
+        made = releases.moves(asked)
     at = made[-1].id if made else None
     in_use = _in_use(asked, at, env)
     if unknown := sorted(set(accept) - set(stages) - set(in_use.project.stages if in_use else ())):
         raise typer.BadParameter(f"there is no stage {', '.join(unknown)}")
     announce_new(asked.url, err if as_json else out)
-    candidate = _read(lambda: releases.load(asked, releases.freeze(PROJECT, asked, message).id, env))
-    if candidate.release.id == at:
+    with _readable():
+        frozen = releases.freeze(PROJECT, asked, message)
+        candidate = releases.load(asked, frozen.id, env)
+    if frozen.id == at:
         if as_json:
             print_json({"release": at, "released": False, "refused": [], "packages": [], "changes": [], "stages": []})
         else:
             say(f"release {at} is what the working tree is: nothing to do")
         return
-    changes = releases.diff(asked, in_use.release if in_use else None, candidate.release)
+    changes = releases.diff(asked, in_use.release if in_use else None, frozen)
     packages = gate.packages(in_use, candidate)
     if not as_json:
         what = f"beside {at}" if at else "the first of this root"
-        say(f"release {candidate.release.id}, {what}: {_summary(changes, bool(at))}")
+        say(f"release {frozen.id}, {what}: {_summary(changes, bool(at))}")
         if packages:
             print_differences(packages, "the lock has other packages, for every stage")
     verdicts = gate.look(asked, in_use, candidate, runs, lambda stage: progress(stage, quiet=as_json))
     refused = [verdict.stage for verdict in verdicts if verdict.differences and verdict.stage not in accept]
     if not refused:
-        try:
-            releases.move(asked, candidate.release.id, "release", message, after=at)
-        except RuntimeError as error:
-            refuse(str(error))
+        with refusing(RuntimeError):
+            releases.move(asked, frozen.id, "release", message, after=at)
         releases.prune(asked)
-    elif candidate.release.id not in {move.id for move in made}:
-        releases.discard(asked, candidate.release.id)
+    elif frozen.id not in {move.id for move in made}:
+        releases.discard(asked, frozen.id)
     if as_json:
-        told: dict[str, Any] = {"release": candidate.release.id, "released": not refused, "refused": refused}
+        told: dict[str, Any] = {"release": frozen.id, "released": not refused, "refused": refused}
         told["packages"] = [asdict(difference) for difference in packages]
         print_json(told | {"changes": [change.path for change in changes], "stages": [asdict(v) for v in verdicts]})
     else:
         for verdict in verdicts:
             _print_verdict(verdict, verdict.stage in accept)
         if not refused:
-            out.print(f"[green]released[/]  `up` runs {candidate.release.id} from each stage's next run on")
+            out.print(f"[green]released[/]  `up` runs {frozen.id} from each stage's next run on")
     if refused:
         options = " ".join(f"--accept {stage}" for stage in refused)
         refuse(f"not released, as {', '.join(refused)} would differ: mend it, or accept it with {options}")
@@ -114,17 +116,11 @@ def _in_use(root: Root, at: str | None, env: str) -> Any:
         return None
 
 
-def _read(what: Any) -> Any:
-    """What a function of releases gives; what cannot be read is refused."""
+def _readable(*errors: type[Exception]) -> AbstractContextManager[None]:
+    """What cannot be read of releases is refused, and these errors."""
     from etl.runs import releases
 
-    try:
-        return what()
-    except params.ParamsError as error:
-        print_problems(error.problems)
-        raise typer.Exit(2) from None
-    except (releases.NoRelease, Damaged) as error:
-        refuse(str(error))
+    return refusing(releases.NoRelease, Damaged, *errors)
 
 
 def _summary(changes: Sequence[Any], is_compared: bool) -> str:
@@ -158,11 +154,11 @@ def list_releases(env: Env = "local", root: RootOption = None, as_json: AsJson =
     """The releases that are kept, newest first; the current one is marked."""
     from etl.runs import releases
 
-    asked = root_at(root or environment(env).root)
-    moves = _read(lambda: releases.moves(asked))
+    asked = asked_root(env, root)
+    with _readable():
+        moves, rows = releases.moves(asked), releases.newest(asked)
     at = moves[-1].id if moves else None
     last = {move.id: move.at for move in moves}
-    rows = _read(lambda: releases.newest(asked))
     if as_json:
         told = [asdict(row) | {"files": len(row.files), "moved_at": last.get(row.id)} for row in rows]
         print_json([row | {"current": row["id"] == at} for row in told])
@@ -186,9 +182,10 @@ def show_release(release_id: ReleaseId, env: Env = "local", root: RootOption = N
     """What a release was made from, its files, and when it was in use."""
     from etl.runs import releases
 
-    asked = root_at(root or environment(env).root)
-    chosen = _read(lambda: releases.find(asked, release_id))
-    moves = [asdict(move) for move in _read(lambda: releases.moves(asked)) if move.id == chosen.id]
+    asked = asked_root(env, root)
+    with _readable():
+        chosen = releases.find(asked, release_id)
+        moves = [asdict(move) for move in releases.moves(asked) if move.id == chosen.id]
     if as_json:
         print_json(asdict(chosen) | {"moves": moves})
         return
@@ -212,10 +209,10 @@ def diff_releases(
     """What differs between two releases, or between one and the working tree, file by file."""
     from etl.runs import releases
 
-    asked = root_at(root or environment(env).root)
-    before = _read(lambda: releases.find(asked, a or releases.current(asked)))
-    after = _read(lambda: releases.find(asked, b)) if b else PROJECT
-    changes = _read(lambda: releases.diff(asked, before, after))
+    asked = asked_root(env, root)
+    with _readable():
+        before = releases.find(asked, a or releases.current(asked))
+        changes = releases.diff(asked, before, releases.find(asked, b) if b else PROJECT)
     if as_json:
         print_json([asdict(change) for change in changes])
         return
@@ -234,9 +231,7 @@ def rollback(
     """Have `up` run an earlier release again, whole, from each stage's next run on."""
     from etl.runs import releases
 
-    asked = root_at(root or environment(env).root)
-    try:
-        chosen = _read(lambda: releases.roll_back(asked, release_id))
-    except RuntimeError as error:
-        refuse(str(error))
+    asked = asked_root(env, root)
+    with _readable(RuntimeError):
+        chosen = releases.roll_back(asked, release_id)
     out.print(f"[green]rolled back[/]  `up` runs {chosen.id} from each stage's next run on", highlight=False)

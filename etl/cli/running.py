@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from etl import params
 from etl.cli import many
 from etl.cli.common import (
     AsJson,
@@ -18,16 +17,16 @@ from etl.cli.common import (
     RootOption,
     RunId,
     announce_new,
+    asked_root,
     close_lost_runs,
-    environment,
     err,
     get_run,
     load,
     moment,
     out,
     print_json,
-    print_problems,
     refuse,
+    refusing,
     root_at,
 )
 from etl.cli.printing import print_differences, print_record, progress
@@ -125,13 +124,10 @@ def replay_run(
     from etl.runs import releases, replay
 
     earlier = get_run(run_id, env, root)
-    of_run = None if live else releases.of_run(root_at(root or environment(env).root), earlier)
+    of_run = None if live else releases.of_run(asked_root(env, root), earlier)
     stage, chosen, _ = _recorded(earlier, env, root, project=of_run[1] if of_run else PROJECT)
-    try:
-        with progress(stage, quiet=as_json) as on_cell:
-            result = replay.replay(earlier, stage, chosen, on_cell, of_run and of_run[0])
-    except replay.NotRepeatable as error:
-        refuse(str(error))
+    with refusing(replay.NotRepeatable), progress(stage, quiet=as_json) as on_cell:
+        result = replay.replay(earlier, stage, chosen, on_cell, of_run and of_run[0])
     if as_json:
         print_json(asdict(result) | {"equal": result.equal})
     else:
@@ -160,13 +156,8 @@ def _recorded(
 
     if stage not in (None, record["stage"]):
         raise typer.BadParameter(f"{record['run_id']} is a run of {record['stage']}, not of {stage}")
-    try:
+    with refusing(replay.NotRepeatable, status=2):
         chosen, environment, differences = replay.recorded(project, env, record, overrides)
-    except params.ParamsError as error:
-        print_problems(error.problems)
-        raise typer.Exit(2) from None
-    except replay.NotRepeatable as error:
-        refuse(str(error), status=2)
     return chosen, replace(environment, root=root_at(root or environment.root).url), differences
 
 

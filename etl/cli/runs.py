@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.markup import escape
 from rich.padding import Padding
-from rich.table import Table
 
 from etl.cli.common import (
     AsJson,
     Env,
     RootOption,
     RunId,
+    asked_root,
     environment,
     existing_root,
     get_run,
@@ -24,11 +24,11 @@ from etl.cli.common import (
     out,
     print_json,
     refuse,
-    root_at,
+    refusing,
     roots_with_runs,
     say,
 )
-from etl.cli.printing import print_differences, readable, styled, text_of
+from etl.cli.printing import print_differences, print_fields, styled, text_of
 
 REASON_LINES, REASON_WIDTH = 2, 20  # of a reason in the list: about, and at least
 app = typer.Typer(no_args_is_help=True, help="The index of runs.")
@@ -82,7 +82,7 @@ def list_runs(
 
 def _print_runs(rows: Sequence[dict[str, Any]], metric: str | None) -> None:
     """A line each, and below it the reason; the id is the last, whole, to be copied."""
-    from etl.figures import shortened, span
+    from etl.figures import shortened, span, utc
 
     stages = max(5, *(len(row["stage"]) for row in rows))
     values = [f"{row['value']:.6g}" if metric else "" for row in rows]
@@ -91,7 +91,8 @@ def _print_runs(rows: Sequence[dict[str, Any]], metric: str | None) -> None:
     out.print(f"[bold]{escape(head)}", highlight=False, soft_wrap=True)
     now = datetime.now(UTC)
     for row, value in zip(rows, values, strict=True):
-        age = span(max((now - _ended(row)).total_seconds(), 0))
+        ended = utc(row["ended_at"] or row["started_at"])  # of one that is under way, when it began
+        age = span(max((now - ended).total_seconds(), 0))
         state = styled(row["state"].ljust(12))
         line = f"{row['stage']:{stages}}  {state}  {age:>7}  {span(row['seconds']):>7}  "
         line += f"{value:>{width}}  " if metric else ""
@@ -102,12 +103,6 @@ def _print_runs(rows: Sequence[dict[str, Any]], metric: str | None) -> None:
             out.print(Padding(reason, (0, 0, 0, stages + 2)), highlight=False)
 
 
-def _ended(row: dict[str, Any]) -> datetime:
-    """When a run ended; of one that is under way, when it began."""
-    parsed = datetime.fromisoformat(row["ended_at"] or row["started_at"])
-    return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
-
-
 @app.command("show")
 def show_run(run_id: RunId, env: Env = "local", root: RootOption = None, as_json: AsJson = False) -> None:
     """All that is recorded of one run; of one that is under way, what is known by now."""
@@ -115,13 +110,7 @@ def show_run(run_id: RunId, env: Env = "local", root: RootOption = None, as_json
     if as_json:
         print_json(record)
         return
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in record.items():
-        if value not in (None, "", {}, []):
-            table.add_row(name, escape(readable(value)))
-    out.print(table)
+    print_fields(record)
 
 
 @app.command("tail")
@@ -133,7 +122,7 @@ def tail_run(
     """What a run prints, as it comes; of one that has ended, all of it. Exit status 1 unless it ends ok or noop."""
     from etl.runs import delivery
 
-    state, heading, asked = None, None, root_at(root or environment(env).root)
+    state, heading, asked = None, None, asked_root(env, root)
     if run_id is None:
         newest = delivery.newest(asked, state="running", limit=1) or delivery.newest(asked, limit=1)
         if not newest:
@@ -215,15 +204,13 @@ def report(
     content = page.served(content, [])  # what it led to is not beside it
     if no_code:
         content = page.without_code(content)
-    try:
+    with refusing(printer.NotPrinted, OSError):
         if html:
             html.write_bytes(content)
             say(f"{html}")
         if pdf:
             printer.write(content, pdf)
             say(f"{pdf}")
-    except (printer.NotPrinted, OSError) as error:
-        refuse(str(error))
 
 
 @app.command("open")

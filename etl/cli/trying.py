@@ -19,7 +19,7 @@ from etl.cli.common import (
     load,
     out,
     print_json,
-    refuse,
+    refusing,
     say,
 )
 from etl.cli.printing import INDENT, print_differences, print_record, progress
@@ -56,10 +56,8 @@ def try_stage(
     began = time.monotonic()
     lake = timetable.lake_at(asked)
     folder = tries.begin(asked, stage)
-    try:
+    with refusing(Damaged):
         before = lake.branch(folder)
-    except Damaged as error:
-        refuse(str(error))
     branched_s = time.monotonic() - began
     tried = []
     for chosen in project.stages.values():

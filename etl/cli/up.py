@@ -20,13 +20,12 @@ from etl.cli.common import (
     RootOption,
     Timetable,
     announce_new,
+    asked_root,
     close_lost_runs,
-    environment,
     err,
     load,
     out,
     refuse,
-    root_at,
     services_folder,
 )
 from etl.cli.ports import with_ports
@@ -58,7 +57,7 @@ def up(
     from etl.serve.released import Released, always
 
     timetable: Timetable = context.obj
-    url = root_at(root or environment(env).root).url
+    url = asked_root(env, root).url
     try:
         is_new = not live and not releases.moves(Root.at(url))
     except Exception as error:  # what an object store raises is no OSError

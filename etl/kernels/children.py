@@ -1,10 +1,14 @@
 """Child processes: none outlives its parent, and when to start again one that has ended."""
 
 import collections
+import contextlib
 import ctypes
+import os
 import signal
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 FORGET_S = 3600  # an older death does not count
 SLOWEST_S = 60  # between two starts of what always ends
@@ -18,6 +22,30 @@ def die_with_parent() -> None:
     It does so when the *thread* that started it ends, so children are started from the main thread.
     """
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def start(command: list[str], env: Mapping[str, str], cwd: Path | None, log_path: Path) -> "subprocess.Popen[bytes]":
+    """A child of the main thread, in a group of its own, as Ctrl-C is for its parent. `env`: beside this process's own
+    variables; what it prints is added to its log."""
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with log_path.open("ab") as out:
+        return subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=os.environ | dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+
+
+def signal_group(process: "subprocess.Popen[bytes] | None", number: int) -> None:
+    """To such a child, if there is one, and to its own children."""
+    if process:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
 
 
 class Deaths:

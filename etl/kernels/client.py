@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from etl.kernels import in_kernel, sources
-from etl.kernels.children import Deaths, die_with_parent
+from etl.kernels.children import Deaths, signal_group, start
 from etl.storage import PROJECT
 
 log = logging.getLogger(__name__)
@@ -230,18 +230,9 @@ class Keeper:
 
     def start(self) -> None:
         """Start it, in a group of its own; it answers a few seconds later."""
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_path.open("ab") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "etl.kernels.forkserver", "--ready", str(self.ready)],
-                cwd=self.project,
-                env=os.environ | variables(self.project) | {"ETL_KERNELS": str(server_folder(self.project))},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-                preexec_fn=die_with_parent,
-            )
+        command = [sys.executable, "-m", "etl.kernels.forkserver", "--ready", str(self.ready)]
+        env = variables(self.project) | {"ETL_KERNELS": str(server_folder(self.project))}
+        self.process = start(command, env, self.project, self.log_path)
 
     def ensure(self) -> None:
         """Start it again when it has ended, or hangs. Never raises."""
@@ -265,9 +256,7 @@ class Keeper:
 
     def signal(self, number: int) -> None:
         """To the server alone: kernels that serve a run are not in its group."""
-        if self.process:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
+        signal_group(self.process, number)
 
     def end(self) -> None:
         """End the server and the kernels that wait; those that serve a run go on."""

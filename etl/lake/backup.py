@@ -310,23 +310,16 @@ def _if_there(root: Root, path: str) -> dict[str, bytes]:
 
 def _log(root: Root, table: str, version: int) -> list[str]:
     """The files of a table's log by which a version opens: its last checkpoint, and the commits from that on."""
-    log = delta.log_of(table)
-    numbered = {name: int(name[:20]) for name in root.names(log) if delta.NUMBERED.match(name)}
-    checkpoints = {name: number for name, number in numbered.items() if ".checkpoint." in name and number <= version}
-    start = max(checkpoints.values(), default=-1)
-    parts = [name for name, number in checkpoints.items() if number == start]
-    commits = [name for name, n in numbered.items() if name[20:] == ".json" and start <= n <= version]
-    if not {*range(start + 1, version + 1)} <= {numbered[name] for name in commits}:
+    log, names = delta.log_of(table), delta.end_of_log(root, table, version)
+    names = [name for name in names if name[20:] == ".json" or ".checkpoint." in name]
+    start = max((int(name[:20]) for name in names if ".checkpoint." in name), default=-1)
+    if not {f"{number:020d}.json" for number in range(start + 1, version + 1)} <= {*names}:
         raise FileNotFoundError(f"{log} has not all commits up to version {version}")
-    return [f"{log}/{name}" for name in sorted([*parts, *commits])]
+    return [f"{log}/{name}" for name in names]
 
 
 def _content(handle: "DeltaTable") -> Content:
-    import pyarrow as pa
-
-    actions = pa.table(handle.get_add_actions(flatten=True))
-    files = dict(zip(actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True))
-    return Content(handle.version(), sum(actions["num_records"].to_pylist()), files)
+    return Content(handle.version(), delta.file_stats(handle)[1], delta.sizes(handle))
 
 
 def _copy_lasting(

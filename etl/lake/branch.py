@@ -83,7 +83,7 @@ def _table(table: str, before: "Snapshot | None", after: "Snapshot | None") -> t
     some = next(snap for snap in sides[::-1] if snap)
     key = [*some.lake.keys[table]] or [CONTENT]
     lazily = [_rows(snap or some, table, of_snap) for snap, of_snap in zip(sides, own, strict=True)]
-    if table in some.lake.tables and some.lake.tables[table].upserts:  # another file may have the row that counts
+    if some.lake.upserts(table):  # another file may have the row that counts
         touched = pl.concat(lazily).select(key).unique().collect().lazy()
         all_of = [_content(snap, table, snap.frame(table, _columns(snap, table))) if snap else None for snap in sides]
         lazily = [rows.join(touched, on=key, how="semi") if rows is not None else lazily[0].clear() for rows in all_of]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from etl import delta
-from etl.lake import schemas, snapshot, switch
+from etl.lake import ledger, schemas, snapshot, switch
 from etl.leases import Lease, LeaseLost
 from etl.storage import Damaged, Root, crash_point
 
@@ -21,13 +21,7 @@ if TYPE_CHECKING:
 
 WRITER = "leases/writer.lease"  # not in the lake, so that it stays when that goes
 WRITERS = 8  # files of a batch that are written at once
-BATCHES = "lake/batches"
 APP_ID = schemas.APP_ID
-PROPERTIES = {
-    "delta.checkpointInterval": str(delta.CHECKPOINT_INTERVAL),
-    "delta.logRetentionDuration": "interval 24 hours",  # listing it is the greater part of what opening a table costs
-    "delta.deletedFileRetentionDuration": "interval 24 hours",
-}
 
 
 @dataclass(frozen=True)
@@ -90,7 +84,8 @@ def require_beginning(root: Root, left: Mapping[str, Any] | None = None) -> None
     traces = [f"batch {left['batch']} was published"] if left.get("batch") else []
     archived = any(root.files(f"archive/{date}") for date in root.names("archive"))
     traces += ["archive/ has what was ingested"] * archived
-    traces += ["lake/batches has batches that are done"] * any(name.endswith(".done") for name in root.names(BATCHES))
+    is_done = any(name.endswith(".done") for name in root.names(ledger.BATCHES))
+    traces += [f"{ledger.BATCHES} has batches that are done"] * is_done
     if traces:
         raise Damaged(
             f"{snapshot.POINTER} is gone, though {' and '.join(traces)}: nothing begins anew here. What to do: bring "
@@ -104,8 +99,8 @@ def create_tables(lake: "Lake", run_id: str, known: Container[str] = ()) -> None
     about = {"run_id": run_id, "stage": lake.ingested_by}
     for name, columns in lake.columns.items():
         if name not in known:
-            how: Any = {"keys": lake.required[name], "properties": PROPERTIES, "partitions": lake.partitions[name]}
-            delta.create_table(lake.root, f"lake/{name}", columns, **how, about=about)
+            how: Any = {"keys": lake.required[name], "partitions": lake.partitions[name], "about": about}
+            delta.create_table(lake.root, f"lake/{name}", columns, properties=delta.PROPERTIES, **how)
 
 
 @dataclass(frozen=True)
@@ -118,10 +113,6 @@ class Encoded:
     values: dict[str, Any] = field(default_factory=dict)
     path: str = ""
     bytes: int = 0
-
-    def at(self, path: str) -> "Encoded":
-        """The same, written there."""
-        return replace(self, data=b"", path=path, bytes=len(self.data))
 
 
 def encode(lake: "Lake", table: str, frame: pl.DataFrame) -> list[Encoded]:
@@ -151,9 +142,13 @@ def _encoded(frame: pl.DataFrame, values: dict[str, Any]) -> Encoded:
     return Encoded(buffer.getvalue(), json.dumps(delta.statistics(frame)), values)
 
 
-def name_of(values: Mapping[str, Any], batch: int) -> str:
-    """The path below a table's folder of a new file of a batch, in the partition that has these values."""
-    return f"{delta.folder_of(values)}batch-{batch:08d}-{uuid.uuid4()}.zstd.parquet"
+def stored(root: Root, table: str, file: Encoded, batch: int) -> Encoded:
+    """A batch's rows in a file of the table's folder, which no commit names yet; as they are where they are in one."""
+    if file.path:
+        return file
+    path = f"{delta.folder_of(file.values)}batch-{batch:08d}-{uuid.uuid4()}.zstd.parquet"
+    root.write(f"lake/{table}/{path}", file.data)
+    return replace(file, data=b"", path=path, bytes=len(file.data))
 
 
 def append(
@@ -187,11 +182,8 @@ def append(
             delta.sync(root, folder, after, newest)
             return newest
         if not written:
-            named = [(file, file.path or name_of(file.values, batch)) for file in rows]
             with ThreadPoolExecutor(WRITERS) as pool:
-                paths = [(path, file.data) for file, path in named if not file.path]
-                list(pool.map(lambda each: root.write(f"{folder}/{each[0]}", each[1]), paths))
-            written = [file if file.path else file.at(path) for file, path in named]
+                written = list(pool.map(lambda file: stored(root, table, file, batch), rows))
             crash_point(f"written, not committed: {table}")
         about = {"run_id": run_id, "stage": lake.ingested_by, "batch": str(batch)}
         require()
@@ -234,22 +226,16 @@ def require_same_rows(lake: "Lake", rows: Mapping[str, int], *, batch: int, publ
     would be in its table and in quarantine, or in none of them.
     """
     for table, count in rows.items():
-        for lines in _since(lake, table, published.get(table, -1)):
-            transactions = [(line["txn"]["appId"], line["txn"]["version"]) for line in lines if "txn" in line]
-            had = sum(json.loads(line["add"]["stats"])["numRecords"] for line in lines if "add" in line)
-            if (APP_ID, batch) in transactions and had != count:
-                raise schemas.SchemasDiffer(
-                    f"batch {batch} was begun by another declaration: {table} has {had:,} rows of it already, and now "
-                    f"{count:,} would fit. Nothing was written; what to do: take the change of the "
-                    f"declaration back until the next run has ended the batch"
-                )
-
-
-def _since(lake: "Lake", table: str, after: int) -> Iterator[list[dict[str, Any]]]:
-    """The lines of the commits since a version, as far as they are still there."""
-    with suppress(delta.Cleaned):
-        for _, lines in delta.since(lake.root, f"lake/{table}", after):
-            yield lines
+        with suppress(delta.Cleaned):  # as far as the commits are still there
+            for _, lines in delta.since(lake.root, f"lake/{table}", published.get(table, -1)):
+                transactions = [(line["txn"]["appId"], line["txn"]["version"]) for line in lines if "txn" in line]
+                had = sum(json.loads(line["add"]["stats"])["numRecords"] for line in lines if "add" in line)
+                if (APP_ID, batch) in transactions and had != count:
+                    raise schemas.SchemasDiffer(
+                        f"batch {batch} was begun by another declaration: {table} has {had:,} rows of it already, and "
+                        f"now {count:,} would fit. Nothing was written; what to do: take the change of the "
+                        f"declaration back until the next run has ended the batch"
+                    )
 
 
 def catch_up(lake: "Lake", run_id: str) -> dict[str, Any]:

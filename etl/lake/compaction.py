@@ -70,7 +70,7 @@ class Rewrite:
 
 def tables(lake: "Lake") -> list[str]:
     """The tables that there are, by name."""
-    return [name for name in lake.columns if lake.root.names(f"lake/{name}/_delta_log")]
+    return [name for name in lake.columns if schemas.is_there(lake, name)]
 
 
 def survey(lake: "Lake", small_mb: float) -> pl.DataFrame:
@@ -203,7 +203,7 @@ def _compact_table(
     it: a run that is killed has lost no more, and the next one goes on from there."""
     schemas.require_ours(lake, table, handle)
     sizes, rows = delta.file_stats(handle)
-    target, upserts = int(target_mb * 1_000_000), table in lake.tables and lake.tables[table].upserts
+    target, upserts = int(target_mb * 1_000_000), lake.upserts(table)
     groups = _with_later(handle) if upserts else _worth_it(lake, handle, table, target, min_small_files)
     if groups:
         _require_live(lake.table(table), table, {file.path for group in groups for file in group})
@@ -259,7 +259,7 @@ def _worth_it(
 ) -> list[list[delta.File]]:
     """The small files of a table, in order of their keys, in groups that make one file of about `target` bytes, each
     of one partition."""
-    actions = pa.table(handle.get_add_actions(flatten=True))
+    actions = delta.live(handle)
     first = f"min.{by[0]}" if (by := lake.sorted_by.get(table)) else None
     keys: dict[str, Any] = {}
     if first in actions.schema.names:
@@ -381,15 +381,11 @@ def _parts(frames: Iterator[pl.DataFrame], step: int, declared: pa.Schema) -> It
     for frame in frames:
         for first in range(0, frame.height, step):
             part, count = frame.slice(first, step), count + 1
-            yield _arrow(part, declared), sorting.checksum(part)
+            yield sorting.as_arrow(part, declared), sorting.checksum(part)
             del part
         del frame
     if not count:
         yield declared.empty_table(), 0
-
-
-def _arrow(frame: pl.DataFrame, declared: pa.Schema) -> pa.Table:
-    return frame.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(declared)
 
 
 def _read_again(source: sorting.Source, path: str, size: int, wanted: tuple[int, int]) -> Rewrite:
@@ -425,12 +421,8 @@ def _swap(lake: "Lake", table: str, rewrites: list[Rewrite], run_id: str) -> int
 
 def _require_live(handle: "DeltaTable", table: str, paths: set[str]) -> None:
     """Raises Overlapped when a version does not have all these files."""
-    if not paths <= _live(handle):
+    if not paths <= delta.sizes(handle).keys():
         raise Overlapped(f"{table}: another writer replaced files that this compaction had read: left as it is")
-
-
-def _live(handle: "DeltaTable") -> set[str]:
-    return set(pa.table(handle.get_add_actions(flatten=True))["path"].to_pylist())
 
 
 def _actions(lake: "Lake", rewrites: list[Rewrite], read_version: int, run_id: str) -> list[delta.Action]:
@@ -462,8 +454,9 @@ def _assert_same(lake: "Lake", table: str, version: int, rewrites: list[Rewrite]
     """
     before, after = (lake.table(table, number) for number in (version - 1, version))
     gone = {file.path for rewrite in rewrites for file in rewrite.removed}
-    came = {unquote(path) for path in _live(after) - (_live(before) - gone)}
-    same_files = came == {rewrite.path for rewrite in rewrites} and not _live(after) & gone
+    had, has = delta.sizes(before).keys(), delta.sizes(after).keys()
+    came = {unquote(path) for path in has - (had - gone)}
+    same_files = came == {rewrite.path for rewrite in rewrites} and not has & gone
     rows = delta.file_stats(before)[1], delta.file_stats(after)[1]
     if same_files and rows[0] == rows[1] + sum(rewrite.superseded for rewrite in rewrites):
         return

@@ -21,17 +21,17 @@ WAITS = timedelta(minutes=30)  # for a file in landing, with a schedule of a min
 
 def examine(lake: "Lake") -> list[Finding]:
     """Everything of the lake that a run relies on, one line each; what is in order too."""
-    return [finding for what in _looks(lake) for finding in look(lake, what)]
+    return [finding for what, problems in _looks(lake).items() for finding in inspect(what, partial(problems, lake))]
 
 
 def look(lake: "Lake", what: str) -> list[Finding]:
     """One thing of the lake, by its name in a Finding: all that is wrong with it, or that nothing is."""
-    return inspect(what, lambda: _looks(lake)[what](lake))
+    return inspect(what, partial(_looks(lake)[what], lake))
 
 
 def _looks(lake: "Lake") -> dict[str, Callable[["Lake"], Iterator[tuple[str, str]]]]:
     """What is looked at -> what finds its problems and their remedies."""
-    return {
+    looks: dict[str, Callable[[Lake], Iterator[tuple[str, str]]]] = {
         "the published snapshot": _pointer,
         "the writers": _writers,
         "the manifests": _manifests,
@@ -39,12 +39,10 @@ def _looks(lake: "Lake") -> dict[str, Callable[["Lake"], Iterator[tuple[str, str
         **{f"table {name}": partial(_table, table=name) for name in lake.columns},
         "landing": _landing,
         "the archive": _archive,
-        **(
-            {f"the newest backup, of {made[1]:%Y-%m-%d %H:%M} UTC": _backup}
-            if (made := backup.newest(lake.root))
-            else {}
-        ),
     }
+    if made := backup.newest(lake.root):
+        looks[f"the newest backup, of {made[1]:%Y-%m-%d %H:%M} UTC"] = partial(_backup, made=made)
+    return looks
 
 
 def _pointer(lake: "Lake") -> Iterator[tuple[str, str]]:
@@ -159,12 +157,11 @@ def _landing(lake: "Lake") -> Iterator[tuple[str, str]]:
         )
 
 
-def _backup(lake: "Lake") -> Iterator[tuple[str, str]]:
+def _backup(_: "Lake", made: tuple[str, datetime]) -> Iterator[tuple[str, str]]:
     """Whether it is older than a day; a root that never had a backup is asked for none."""
-    if made := backup.newest(lake.root):
-        age = datetime.now(UTC) - made[1]
-        if age > BACKUP_AGE:
-            yield f"it is {age.days} days and {age.seconds // 3600} hours old", f"`orchestrate.py backup {made[0]}`"
+    age = datetime.now(UTC) - made[1]
+    if age > BACKUP_AGE:
+        yield f"it is {age.days} days and {age.seconds // 3600} hours old", f"`orchestrate.py backup {made[0]}`"
 
 
 def _archive(lake: "Lake") -> Iterator[tuple[str, str]]:

@@ -9,7 +9,6 @@ import io
 import json
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
@@ -17,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from etl import delta
-from etl.lake import compaction, schemas, sorting
+from etl.lake import commit, compaction, schemas, sorting
 from etl.storage import crash_point
 
 if TYPE_CHECKING:
@@ -33,15 +32,6 @@ class Changed(NamedTuple):
 
     version: int
     read: int
-
-
-@dataclass(frozen=True)
-class Written:
-    """A file that has another one's rows. `stats`: what the log says of them, as JSON."""
-
-    path: str
-    bytes: int
-    stats: str
 
 
 def move(
@@ -77,7 +67,7 @@ def change(
     The commit is the version after the one that was read or none, so that nothing comes between; then it is tried
     again, and files that were written are used again. No commit is made where nothing changes. Raises SchemasDiffer.
     """
-    made: dict[tuple[str, str], Written | None] = {}
+    made: dict[tuple[str, str], commit.Encoded | None] = {}
     while True:
         handle = lake.table(table)
         todo, wrong = schemas.plan(lake, table, handle)
@@ -115,7 +105,7 @@ def _files_again(
     fields: list[delta.Action],
     todo: schemas.Move | None,
     rows: Change | None,
-    made: dict[tuple[str, str], Written | None],
+    made: dict[tuple[str, str], commit.Encoded | None],
 ) -> list[delta.Action]:
     """The lines that put files with these columns in the place of a version's; memory holds one file at a time."""
     from deltalake import Schema
@@ -146,7 +136,7 @@ def _again(
     rows: Change | None,
     *,
     every: bool,
-) -> Written | None:
+) -> commit.Encoded | None:
     """Write a file's rows again, in the types of `arrow`, with what is `given` where it has no such column; None when
     none of them changes, unless `every` file has to.
 
@@ -170,15 +160,9 @@ def _again(
         raise compaction.RowsDiffer(
             f"{table}: the rows of {file.rel} do not come back in other types: left as they were"
         )
-    stats = delta.statistics(_frame(back))
-    return Written(name, len(buffer.getvalue()), json.dumps(stats))
-
-
-def _frame(rows: pa.Table) -> pl.DataFrame:
-    frame = pl.from_arrow(rows)
-    assert isinstance(frame, pl.DataFrame), "a table is no column"
-    return frame
+    stats = json.dumps(delta.statistics(pl.DataFrame(back)))
+    return commit.Encoded(b"", stats, file.values, name, len(buffer.getvalue()))
 
 
 def _sum(rows: pa.Table) -> tuple[int, int]:
-    return rows.num_rows, sorting.checksum(_frame(rows))
+    return rows.num_rows, sorting.checksum(pl.DataFrame(rows))

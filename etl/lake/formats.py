@@ -81,26 +81,16 @@ def _inflated(data: bytes, most: int) -> bytes:
     kind = "gzip" if data.startswith(GZIP) else "zstd"
     parts, size = [], 0
     try:
-        for part in _gunzipped(data) if kind == "gzip" else _unzstd(data):
-            parts.append(part)
-            size += len(part)
-            if size > most:
-                raise Unreadable(f"inflates to more than {most:,} bytes")
+        plain = io.BytesIO(data)
+        with gzip.GzipFile(fileobj=plain) if kind == "gzip" else pa.CompressedInputStream(plain, kind) as stream:
+            while part := stream.read(CHUNK_BYTES):
+                parts.append(part)
+                size += len(part)
+                if size > most:
+                    raise Unreadable(f"inflates to more than {most:,} bytes")
     except (zlib.error, EOFError, OSError, pa.ArrowException) as error:
         raise Unreadable(f"is damaged {kind}: {error}") from None
     return b"".join(parts)
-
-
-def _gunzipped(data: bytes) -> Iterator[bytes]:
-    with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
-        while part := stream.read(CHUNK_BYTES):
-            yield part
-
-
-def _unzstd(data: bytes) -> Iterator[bytes]:
-    with pa.CompressedInputStream(pa.BufferReader(data), "zstd") as stream:
-        while part := stream.read(CHUNK_BYTES):
-            yield part
 
 
 def elements(text: str, decoder: json.JSONDecoder) -> Iterator[tuple[int, tuple[Any, str]]]:

@@ -10,12 +10,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, NoReturn
+from typing import Any
 
 import polars as pl
 
 from etl.lake.formats import DELIMITERS, Content, delimiter, elements, header, opened, records
-from etl.lake.parse import DAY_TEXT, FLOAT_TEXT, TIME_TEXT, parse_all
+from etl.lake.parse import DAY_TEXT, FLOAT_TEXT, TIME_TEXT, decoded, no_number, parse_all
 from etl.lake.table import (
     BOOL,
     DAY,
@@ -157,11 +157,7 @@ def _content(data: bytes) -> Content:
 
 def _rows(content: Content) -> Iterator[dict[str, Any]]:
     """The rows that can be read, as JSON: numbers that are not whole as they are written, cells of a CSV as texts."""
-    decoder = json.JSONDecoder(parse_float=_Written, parse_constant=_no_number)
-    try:
-        text = content.data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise Unreadable(f"is not UTF-8: {error.reason} at byte {error.start + 1}") from None
+    decoder, text = json.JSONDecoder(parse_float=_Written, parse_constant=no_number), decoded(content.data)
     if content.kind == "csv":
         first = text.split("\n", 1)[0].rstrip("\r")
         cells_of_first = {cell.strip('"') for mark in DELIMITERS for cell in first.split(mark)}
@@ -175,16 +171,12 @@ def _rows(content: Content) -> Iterator[dict[str, Any]]:
                 yield {name: cell for name, cell in pairs if cell is not None or not isinstance(name, _Unnamed)}
         return
     values = (
-        (value for _, (value, _) in elements(text, decoder)) if content.kind == "array" else _decoded(text, decoder)
+        (value for _, (value, _) in elements(text, decoder)) if content.kind == "array" else _each_line(text, decoder)
     )
     yield from (value for value in values if isinstance(value, dict))
 
 
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"not JSON: {name}")
-
-
-def _decoded(text: str, decoder: json.JSONDecoder) -> Iterator[Any]:
+def _each_line(text: str, decoder: json.JSONDecoder) -> Iterator[Any]:
     for line in text.split("\n"):
         if line.strip():
             try:

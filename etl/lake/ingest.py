@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import polars as pl
 
 from etl.clusters import connected
+from etl.figures import utc
 from etl.lake import commit as commits
 from etl.lake import evolution, formats, landing, ledger, memory, reading, schemas, snapshot, upsert, workers
 from etl.lake.landing import File
@@ -235,7 +236,7 @@ def _next(
     grown = tuple(landing.grown(root, manifest)) if manifest else ()
     if not files and not waiting.repeated and not waiting.refused and not grown:
         return None, wrong
-    at = max(now, reading.utc(scheduled_for) if scheduled_for else now).isoformat(timespec="seconds")
+    at = max(now, utc(scheduled_for) if scheduled_for else now).isoformat(timespec="seconds")
     left: dict[str, Any] = {"growing": waiting.growing, "unmatched": waiting.unmatched, "grown": grown, "held": held}
     left |= {"known": known, "again": again, **seen}
     return Batch(lake, number + 1, date, at, files, waiting.repeated, waiting.refused, **left), wrong

@@ -85,6 +85,10 @@ class Lake:
     def _with_ours(of_tables: dict[str, T], quarantine: T, files: T) -> dict[str, T]:
         return of_tables | {"quarantine": quarantine, "files": files}
 
+    def upserts(self, table: str) -> bool:
+        """Whether of a table only the newest row of a key counts."""
+        return table in self.tables and self.tables[table].upserts
+
     def sequence_of(self, path: str) -> int | None:
         """The number by which a file comes in turn, from its path below landing/; None when it has none."""
         match = re.search(self.sequence, path) if self.sequence else None

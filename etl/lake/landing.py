@@ -92,12 +92,11 @@ def unmatched(lake: "Lake") -> list[str]:
 
 def idle(lake: "Lake") -> str:
     """Why there is nothing to ingest, for people."""
-    waiting = [file.name for file, entry in files(lake) if file.table]
+    there = [file for file, _ in files(lake)]
+    waiting, strays = ([file.name for file in there if bool(file.table) is tables] for tables in (True, False))
     growing = said(len(waiting), waiting, "is still being written", "are still being written")
-    strays = unmatched(lake)
-    return "; ".join(
-        filter(None, ("no new files in landing", growing, said(len(strays), strays, "is no table's", "are no table's")))
-    )
+    others = said(len(strays), strays, "is no table's", "are no table's")
+    return "; ".join(filter(None, ("no new files in landing", growing, others)))
 
 
 def said(count: int, names: Iterable[str], one: str, many: str) -> str:

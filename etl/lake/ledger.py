@@ -125,7 +125,7 @@ class Known:
         guess, width = digest * self.count >> 64, _window(self.count)
         while True:
             start, stop = max(guess - width, 0), min(guess + width, self.count)
-            known = np.frombuffer(self.root.read_range(self.index, start * 8, stop * 8), np.uint64)
+            known = np.frombuffer(self.root.read_part(self.index, start * 8, stop * 8), np.uint64)
             at = int(np.searchsorted(known, np.uint64(digest), side="right")) - 1
             if (at >= 0 or not start) and (at + 1 < len(known) or stop == self.count):
                 break
@@ -133,7 +133,7 @@ class Known:
         if at < 0 or known[at] != digest:
             return None
         where = self.count * 8 + (start + at) * 4
-        return int.from_bytes(self.root.read_range(self.index, where, where + 4), "little")
+        return int.from_bytes(self.root.read_part(self.index, where, where + 4), "little")
 
     def all(self) -> set[str]:
         """All digests."""
@@ -229,9 +229,7 @@ def _rows_of(lake: "Lake", path: str, batches: set[int]) -> pl.DataFrame:
     at = file.schema_arrow.get_field_index("batch")
     bounds = [file.metadata.row_group(n).column(at).statistics for n in range(file.num_row_groups)]
     groups = [n for n, it in enumerate(bounds) if it is None or any(it.min <= batch <= it.max for batch in batches)]
-    rows = pl.from_arrow(file.read_row_groups(groups, columns=[*LEDGER]))
-    assert isinstance(rows, pl.DataFrame), "a table is no column"
-    return rows.cast(pl.Schema(LEDGER))
+    return pl.DataFrame(file.read_row_groups(groups, columns=[*LEDGER])).cast(pl.Schema(LEDGER))
 
 
 def of_batch(number: int, at: str, files: Sequence[dict[str, Any]], counts: pl.DataFrame) -> pl.DataFrame:

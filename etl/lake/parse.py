@@ -232,7 +232,7 @@ def _array(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
             raise value
         return fields(value)
 
-    return _each(elements(_decoded(data), _DECODER), table, take, _on_a_line)
+    return _each(elements(decoded(data), _DECODER), table, take, _on_a_line)
 
 
 def _on_a_line(element: tuple[Any, str]) -> str:
@@ -241,7 +241,8 @@ def _on_a_line(element: tuple[Any, str]) -> str:
     return (text if isinstance(value, Exception) else re.sub(r"\s*\n\s*", " ", text))[:RAW_CHARS]
 
 
-def _decoded(data: bytes) -> str:
+def decoded(data: bytes) -> str:
+    """The text of a file. Raises Unreadable."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -253,7 +254,7 @@ def _csv(data: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame]:
     columns = {".".join(column.keys(name)): name for name, column in table.fields.items()}
     columns |= {name: name for name in table.fields}
     table = replace(table, columns={name: replace(column, path=None) for name, column in table.fields.items()})
-    text = _decoded(data)
+    text = decoded(data)
     mark = delimiter(data, columns) or ","
     every = records(text, mark)
     _, (cells_named, first) = next(every)
@@ -614,8 +615,9 @@ def _pieces(data: bytes) -> Iterator[bytes]:
 def _line_by_line(data: bytes, table: Table, first: int) -> tuple[pl.DataFrame, pl.DataFrame]:
     """What fits and what does not, of a piece whose first line has the number `first`."""
     lines = data.split(b"\n")[: line_count(data)]
-    take = _taker(table)
-    return _each(((number, line) for number, line in enumerate(lines, start=first) if line.strip()), table, take)
+    fields = _fields(table)
+    numbered = ((number, line) for number, line in enumerate(lines, start=first) if line.strip())
+    return _each(numbered, table, lambda line: fields(_object(line)))
 
 
 def _each(
@@ -699,19 +701,6 @@ class _Number(float):
         return plain.rstrip("0").rstrip(".") if "." in plain else plain
 
 
-def _taker(table: Table) -> Callable[[bytes], list[Any]]:
-    """What makes of a line its values in the table's order, money and times as text, and its unknown fields as JSON.
-
-    It raises ValueError with the reason, or RecursionError.
-    """
-    fields = _fields(table)
-
-    def take(line: bytes) -> list[Any]:
-        return fields(_object(line))
-
-    return take
-
-
 def _object(line: bytes) -> Any:
     """A line as JSON. Raises ValueError, RecursionError."""
     if len(line) > LINE_BYTES:
@@ -729,7 +718,11 @@ def _object(line: bytes) -> Any:
 
 
 def _fields(table: Table) -> Callable[[Any], list[Any]]:
-    """What takes the columns out of a JSON value: as `_taker`."""
+    """What makes of a JSON value a row's values in the table's order, money and times as text, and its unknown fields
+    as JSON.
+
+    It raises ValueError with the reason, or RecursionError.
+    """
     columns = [(name, column, column.keys(name), _reader_of(column)) for name, column in table.fields.items()]
 
     def take(value: Any) -> list[Any]:
@@ -928,11 +921,11 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-def _constant(name: str) -> NoReturn:
+def no_number(name: str) -> NoReturn:
     raise ValueError(f"not JSON: {name}")
 
 
-_DECODER = json.JSONDecoder(parse_float=_Number, parse_constant=_constant, object_pairs_hook=_pairs)
+_DECODER = json.JSONDecoder(parse_float=_Number, parse_constant=no_number, object_pairs_hook=_pairs)
 
 
 def _shown(value: Any) -> str:

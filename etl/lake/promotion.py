@@ -10,7 +10,7 @@ import polars as pl
 import pyarrow as pa
 
 from etl import delta
-from etl.lake import commit, evolution, parse, snapshot
+from etl.lake import commit, evolution, parse, snapshot, sorting
 from etl.lake.table import BOOL, DAY, FLOAT, INT, INT32, RESCUED, TEXT, TIME, Column, DataType, Table, decimal
 from etl.storage import crash_point
 
@@ -132,8 +132,7 @@ class _Work:
     seen: dict[str, tuple[int, Counter[str]]] = field(default_factory=dict)
 
     def __call__(self, path: str, rows: pa.Table) -> pa.Table | None:
-        frame = pl.from_arrow(rows)
-        assert isinstance(frame, pl.DataFrame), "a table is no column"
+        frame = pl.DataFrame(rows)
         declared = self.table.fields[self.column]
         where = _holding(frame, declared.keys(self.column))
         if declared.type.is_nested():  # a row that has the column has what else was in it in `_rescued`
@@ -144,7 +143,7 @@ class _Work:
         if not self.seen[path][0]:
             return None
         whole = pl.concat([numbered.filter(~where), made]).sort("_row").drop("_row")
-        return whole.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(rows.schema)
+        return sorting.as_arrow(whole, rows.schema)
 
 
 def _holding(frame: pl.DataFrame, keys: tuple[str, ...]) -> pl.Series:

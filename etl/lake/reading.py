@@ -9,13 +9,14 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import NamedTuple
 
 import polars as pl
 
+from etl.figures import utc
 from etl.lake import formats, landing, parse
-from etl.lake.commit import Encoded, encode_rows, name_of
+from etl.lake.commit import Encoded, encode_rows, stored
 from etl.lake.landing import File
 from etl.lake.table import RESCUED, Table
 from etl.storage import Root, Unreadable
@@ -117,12 +118,6 @@ def rules(table: Table, at: str) -> Table:
     """A table as a batch of the time `at` (ISO 8601) takes its rows: none is further ahead of it than its slack."""
     moment = utc(at)
     return table.until(moment + min(table.slack, parse.LAST - moment))
-
-
-def utc(moment: str) -> datetime:
-    """ISO 8601, in UTC where no zone is given."""
-    given = datetime.fromisoformat(moment)
-    return given.astimezone(UTC) if given.tzinfo else given.replace(tzinfo=UTC)
 
 
 def open_file(reading: Reading, file: File) -> Opened:
@@ -272,11 +267,8 @@ def write(reading: Reading, name: str, frames: Sequence[pl.DataFrame]) -> Writte
     table, rows = reading.tables[name], pl.concat(frames)
     if rows.is_empty():
         return Written()
-    files = []
-    for part in encode_rows(table.with_days(rows), name, table.stored, table.required, table.partitions):
-        path = name_of(part.values, reading.number)
-        reading.root.write(f"lake/{name}/{path}", part.data)
-        files.append(part.at(path))
+    parts = encode_rows(table.with_days(rows), name, table.stored, table.required, table.partitions)
+    files = [stored(reading.root, name, part, reading.number) for part in parts]
     newest = rows[table.time].max() if table.time else None
     assert newest is None or isinstance(newest, datetime), "a table's time is one"
     return Written(files, rows.height, rows[RESCUED].count(), newest)

@@ -28,7 +28,6 @@ WRITTEN = ("lake", "landing", "archive", "refused", "results", "models", "report
 SCRATCH = re.compile(r"rebuilding(-\d+)?|restoring")  # a rebuild or restore that was killed leaves it
 ASIDE = re.compile(r"\w+-before-(\d{8}T\d{6}\.\d{6})")
 CLOCK, NOW = "lake/clock.json", "lake/now"
-KEPT_LOG = "lake/kept_log"
 SLACK = timedelta(minutes=5)  # between two machines' clocks
 GAP = timedelta(days=2)  # without a run: the clock may have been moved
 DAY = timedelta(days=1)
@@ -144,9 +143,7 @@ def _days_worth(since: Mapping[str, datetime], kept: timedelta, clock: Clock) ->
 
 def names_of(handle: "DeltaTable") -> set[str]:
     """The paths of a version's files below the table's folder, as the log has them and as they are on the disk."""
-    import pyarrow as pa
-
-    names: set[str] = {*pa.table(handle.get_add_actions(flatten=True))["path"].to_pylist()}
+    names = delta.sizes(handle).keys()
     return names | {unquote(name) for name in names}
 
 
@@ -161,19 +158,9 @@ def _unneeded(root: Root, memory: str) -> dict[str, datetime]:
 
 def remove_unfinished(root: Root, hours: int, clock: Clock) -> None:
     """Remove what runs that were killed left half written, once nothing was written to it for `hours`."""
-    _forget(root)
     if not clock.problem:
         for folder in WRITTEN:
             root.remove_unfinished(folder, before=clock.now - timedelta(hours=hours))
-
-
-def _forget(root: Root) -> None:
-    """Remove the second copies that releases until November 2026 kept of commits and documents."""
-    if root.names(KEPT_LOG):
-        for rel in root.files("lake"):
-            if rel.endswith(".copy.json"):
-                root.remove(rel)
-        root.remove_tree(KEPT_LOG)
 
 
 def prune(

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
-import pyarrow as pa
 
 from etl import delta
 from etl.notebook import CheckFailed
@@ -103,7 +102,7 @@ def unsettled(
         if table in seen and seen[table].why:
             return True, seen[table].why
         unknown = known.get(table) != lake.fingerprints[table] or table not in seen
-        if not (table in seen and seen[table].touched) and not (unknown and _is_there(lake, table)):
+        if not (table in seen and seen[table].touched) and not (unknown and is_there(lake, table)):
             return False, None
         try:
             return True, plan(lake, table, lake.table(table))[1]
@@ -125,7 +124,8 @@ def require_none(blocked: Mapping[str, str], tables: Iterable[str]) -> None:
         raise SchemasDiffer(refusal(wrong))
 
 
-def _is_there(lake: "Lake", table: str) -> bool:
+def is_there(lake: "Lake", table: str) -> bool:
+    """Whether there is such a table."""
     return bool(lake.root.names(delta.log_of(f"lake/{table}")))
 
 
@@ -196,8 +196,7 @@ def _taken(table: str, what: str, version: int | None) -> str:
 def rows_by_ledger(lake: "Lake", table: str, ledger: "DeltaTable") -> int | None:
     """How many rows of a table a version of the ledger knows of; None where it cannot say: of a table in which newer
     rows replace older ones, of the ledger itself, and where a file's rows were not counted."""
-    declared = lake.tables.get(table)
-    if table == "files" or (declared and declared.upserts):
+    if table == "files" or lake.upserts(table):
         return None
     files = pl.scan_delta(ledger)
     counted = files.select("refused") if table == "quarantine" else files.filter(table=table).select("rows")
@@ -297,7 +296,7 @@ def _not_added(column: delta.Action, handle: "DeltaTable", default: Any) -> list
 
 def _nulls(handle: "DeltaTable", name: str) -> int:
     """How many rows of a table are null in a column: from the log, or where it does not say, from the files."""
-    actions = pa.table(handle.get_add_actions(flatten=True))
+    actions = delta.live(handle)
     counts = actions[f"null_count.{name}"].to_pylist() if f"null_count.{name}" in actions.column_names else [None]
     if None not in counts:
         return sum(counts)

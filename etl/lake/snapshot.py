@@ -143,10 +143,10 @@ class Snapshot:
 
     def overlay(self, table: str) -> upsert.Overlay | None:
         """Of a table in which the newest row of a key counts, what counts beside its compacted files."""
-        declared = self.lake.tables.get(table)
-        if declared is None or not declared.upserts:
+        if not self.lake.upserts(table):
             return None
         if table not in self._overlays:
+            declared = self.lake.tables[table]
             self._overlays[table] = upsert.overlay(self.table(table), declared, self.root.storage_options)
         return self._overlays[table]
 

@@ -46,9 +46,9 @@ class Source:
             for batch in parquet.iter_batches(most, row_groups=groups):
                 part = as_declared(pa.Table.from_batches([batch], parquet.schema_arrow), self.declared)
                 if within is not None:  # by Arrow: texts that Polars filters keep the memory of those that went
-                    wanted = _frame(part.select([*dict.fromkeys(within.meta.root_names())])).select(within).to_series()
-                    part = part.filter(wanted.to_arrow())
-                yield _frame(part)
+                    looked_at = pl.DataFrame(part.select([*dict.fromkeys(within.meta.root_names())]))
+                    part = part.filter(looked_at.select(within).to_series().to_arrow())
+                yield pl.DataFrame(part)
 
 
 @dataclass(frozen=True)
@@ -167,10 +167,9 @@ def checksum(frame: pl.DataFrame) -> int:
 
 def empty(declared: pa.Schema) -> pl.DataFrame:
     """No row of these columns."""
-    return _frame(declared.empty_table())
+    return pl.DataFrame(declared.empty_table())
 
 
-def _frame(rows: pa.Table) -> pl.DataFrame:
-    frame = pl.from_arrow(rows)
-    assert isinstance(frame, pl.DataFrame), "a table is no column"
-    return frame
+def as_arrow(frame: pl.DataFrame, declared: pa.Schema) -> pa.Table:
+    """Rows in these columns and types, in which every reader of Arrow has them."""
+    return frame.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(declared)

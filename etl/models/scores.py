@@ -6,7 +6,6 @@ are scored, and is the version after the one that was read, or none: the same ru
 at once score no row twice. What can be told of them by the hour is kept in one small file, for readers.
 """
 
-import io
 import json
 import logging
 import math
@@ -31,11 +30,6 @@ log = logging.getLogger(__name__)
 TABLE, TOLD = "scores", "models/drift.json"
 APP_ID = "scores"
 TIME = pl.Datetime("us", "UTC")
-PROPERTIES = {
-    "delta.checkpointInterval": str(delta.CHECKPOINT_INTERVAL),
-    "delta.logRetentionDuration": "interval 24 hours",
-    "delta.deletedFileRetentionDuration": "interval 24 hours",
-}
 FILE_ROWS = 1_000_000
 UNNEEDED_HOURS = 24  # that a file stays which no version needs any more
 BINS = registry.BINS
@@ -107,15 +101,12 @@ def score(
     if version is None:
         about = {"run_id": run_id, "stage": TABLE}
         required = columns.keys() - {"exact", "outcome", "known_at"}
-        delta.create_table(root, TABLE, columns, keys=required, properties=PROPERTIES, about=about)
+        delta.create_table(root, TABLE, columns, keys=required, properties=delta.PROPERTIES, about=about)
         version = 0
     since = scored_until(root) or began
     files, rows = [], 0
     for part in _parts(snapshot, scored, by, columns, since):
-        path, buffer = f"{uuid.uuid4()}.parquet", io.BytesIO()
-        part.write_parquet(buffer)
-        root.write(f"{TABLE}/{path}", buffer.getvalue())
-        files.append(delta.add(path, buffer.tell(), json.dumps(delta.statistics(part)), changes=True))
+        files.append(delta.put(root, TABLE, f"{uuid.uuid4()}.parquet", part, changes=True))
         rows += part.height
     if not rows:
         return None
@@ -185,7 +176,7 @@ def names(expression: pl.Expr) -> list[str]:
 def _old(root: Root, limit: datetime) -> list[delta.Action]:
     """The lines that remove the files whose rows were all due before `limit`."""
     handle = root.table(TABLE)
-    sizes = {file.path: file.bytes for file in delta.files(handle)}
+    sizes = delta.sizes(handle)
     return [
         delta.remove(path, sizes[path], changes=True)
         for path, _, newest in delta.bounds(handle, "at")

@@ -341,37 +341,34 @@ class _Above(BaseModel):
 _File = TypeVar("_File", bound=BaseModel)
 
 
-class _StageFile(BaseModel):
+class _OfStage(BaseModel):
+    """What a stage's own file and an env file may say of it alike."""
+
     model_config = _STRICT
     every: _Duration = _NOT_GIVEN
     cron: _Cron = _NOT_GIVEN
     timezone: _Timezone = _NOT_GIVEN
     until: _Until = _NOT_GIVEN
+    fresh_within: _Duration = _NOT_GIVEN
+    memory: _Memory = _NOT_GIVEN
+    parameters: dict[str, Any] | None = None
+
+
+class _StageFile(_OfStage):
     enabled: bool = True
     missed: _Missed = "once"
     overlap: Literal["skip", "queue"] = "skip"
     deadline: _Duration
-    fresh_within: _Duration = _NOT_GIVEN
-    memory: _Memory = _NOT_GIVEN
     retries: Annotated[int, Field(ge=0)] = 0
-    parameters: dict[str, Any] | None = None
 
 
-class _StageOverride(BaseModel):
-    model_config = _STRICT
-    every: _Duration = _NOT_GIVEN
-    cron: _Cron = _NOT_GIVEN
-    timezone: _Timezone = _NOT_GIVEN
-    until: _Until = _NOT_GIVEN
+class _StageOverride(_OfStage):
     enabled: bool = _NOT_GIVEN
     missed: _Missed = _NOT_GIVEN
     deadline: _Duration = _NOT_GIVEN
-    fresh_within: _Duration = _NOT_GIVEN
-    memory: _Memory = _NOT_GIVEN
     machine: dict[str, Any] | None = None
     machine_above: _Above | None = None
     dask: _Dask = None
-    parameters: dict[str, Any] | None = None
 
 
 class _EnvFile(BaseModel):

@@ -83,7 +83,7 @@ def by_dask(
 
 def pieces(snapshot: "Snapshot", table: str, since: tuple[str, datetime] | None = None) -> list[Piece]:
     """A table in pieces of PIECE_ROWS rows, without the files whose newest row is older than `since`; at least one."""
-    files = pl.DataFrame(snapshot.table(table).get_add_actions(flatten=True))
+    files = pl.DataFrame(delta.live(snapshot.table(table)))
     if over := snapshot.overlay(table):
         names = [str(file.url).rpartition("/")[2] for file in over.kept]
         files = files.filter(pl.col("path").str.split("/").list.last().is_in(names))

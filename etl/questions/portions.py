@@ -75,7 +75,7 @@ def keep(root: Root, question: "Question", parameters: dict[str, Any], portion: 
 
 def news(snapshot: Snapshot, question: "Question", before: Portion) -> News | None:
     """What came since; None when it cannot be told, or when to read everything costs no more."""
-    if _upserts(snapshot, question.grows) or not question.tables.keys() <= before.versions.keys():
+    if snapshot.lake.upserts(question.grows) or not question.tables.keys() <= before.versions.keys():
         return None
     if any(snapshot.added(table, before.versions[table]) != [] for table in question.tables if table != question.grows):
         return None
@@ -86,11 +86,6 @@ def news(snapshot: Snapshot, question: "Question", before: Portion) -> News | No
     if before.counted + rows != every or rows > every / 2:
         return None
     return News(files, rows)
-
-
-def _upserts(snapshot: Snapshot, table: str) -> bool:
-    declared = snapshot.lake.tables.get(table)
-    return declared is not None and declared.upserts
 
 
 def merged(question: "Question", frames: list[pl.DataFrame]) -> pl.DataFrame:

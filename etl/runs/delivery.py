@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from etl import secrets
+from etl.figures import utc
 from etl.kernels import launch
 from etl.reports import page
 from etl.runs import index, journal, live, outputs
@@ -230,9 +231,9 @@ def newest(
     begun = waiting(root)  # before the index: what is delivered meanwhile is in both
     rows = index.newest(root, stage=stage, state=state, limit=limit, **between)
     indexed = {row["run_id"] for row in rows}
-    since, until = (moment and index.moment(moment) for moment in (between.get("since"), between.get("until")))
+    since, until = (moment and utc(moment) for moment in (between.get("since"), between.get("until")))
     for run in begun:
-        began = index.moment(run["started_at"])
+        began = utc(run["started_at"])
         if (
             run["run_id"] not in indexed
             and stage in (None, run["stage"])
@@ -248,10 +249,10 @@ def waiting(root: Root) -> list[dict[str, Any]]:
     listed = []
     for run in journal.runs():
         if run["root"] == root.url:
-            began, ended = (index.moment(run[name] or now()) for name in ("started_at", "ended_at"))
+            began, ended = (utc(run[name] or now()) for name in ("started_at", "ended_at"))
             where = f"in {run['heading']!r}" if run["heading"] and run["state"] == "running" else run["reason"]
             row = {name: run.get(name) for name in index.LISTED} | {"reason": where, "kept": False}
-            row["scheduled_for"] = index.moment(run["scheduled_for"]).isoformat(timespec="milliseconds")
+            row["scheduled_for"] = utc(run["scheduled_for"]).isoformat(timespec="milliseconds")
             row["report"] = f"reports/{run['stage']}/{run['scheduled_for'][:10]}/{run['run_id']}"
             listed.append(row | {"seconds": max(0.0, round((ended - began).total_seconds(), 3))})
     return listed

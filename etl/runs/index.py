@@ -5,7 +5,6 @@ A row does not know whether its report is still there: the report's folder does,
 
 import contextlib
 import datetime
-import io
 import json
 import logging
 import math
@@ -17,6 +16,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from etl import delta, findings
+from etl.figures import utc
 from etl.reports.head import Before
 from etl.storage import Root
 
@@ -27,10 +27,8 @@ log = logging.getLogger(__name__)
 TABLE = "runs"
 OLDER = "lake/runs"  # where releases until November 2026 had it
 INDEXED = ("run_id", "stage", "state", "started_at", "ended_at")
-PROPERTIES = {  # 4,400 runs a day, each a commit; opening the table takes longer with every commit kept
-    "delta.checkpointInterval": str(delta.CHECKPOINT_INTERVAL),
+PROPERTIES = delta.PROPERTIES | {  # 4,400 runs a day, each a commit; with every one kept the table opens more slowly
     "delta.logRetentionDuration": "interval 2 hours",
-    "delta.deletedFileRetentionDuration": "interval 24 hours",
     "delta.dataSkippingStatsColumns": ",".join(INDEXED),
 }
 JSON_COLUMNS = (
@@ -93,13 +91,10 @@ def append(root: Root, record: "RunRecord") -> None:
     """Add the row of a RunRecord; on the disk when this returns. Several processes may append at once, also the first
     time."""
     move_from_lake(root)
-    row, about, path = frame([record]), {"run_id": record.run_id, "stage": record.stage}, f"{uuid.uuid4()}.parquet"
-    buffer = io.BytesIO()
-    row.write_parquet(buffer)
-    root.write(f"{TABLE}/{path}", buffer.getvalue())
+    about = {"run_id": record.run_id, "stage": record.stage}
+    added = delta.put(root, TABLE, f"{uuid.uuid4()}.parquet", frame([record]), changes=True, columns=INDEXED)
     version = _with_all_columns(root, about) + 1
-    info = delta.commit_info("WRITE", {"operationParameters": {"mode": "Append"}, **about})
-    lines = [info, delta.add(path, len(buffer.getvalue()), statistics(row), changes=True)]
+    lines = [delta.commit_info("WRITE", {"operationParameters": {"mode": "Append"}, **about}), added]
     while not delta.commit(root, TABLE, version, lines):
         version += 1
     if (version + 1) % delta.CHECKPOINT_INTERVAL == 0:
@@ -191,22 +186,6 @@ def _with_all_columns(root: Root, about: dict[str, Any]) -> int:
     return version
 
 
-def statistics(rows: Any) -> str:
-    """What the Delta log says of a file that holds these rows, as JSON."""
-    ranged = rows.select(INDEXED)
-    lowest, highest = (side.row(0, named=True) for side in (ranged.min(), ranged.max()))
-    nulls = ranged.null_count().row(0, named=True)
-    about = {"minValues": _as_json(lowest), "maxValues": _as_json(highest), "nullCount": nulls}
-    return json.dumps({"numRecords": rows.height, **about})
-
-
-def _as_json(values: dict[str, Any]) -> dict[str, Any]:
-    """Values as the Delta log has them, those that are null left out."""
-    times = {name: values[name] for name in TIME_COLUMNS if values.get(name)}
-    texts = {name: time.isoformat(timespec="microseconds").replace("+00:00", "Z") for name, time in times.items()}
-    return {name: value for name, value in (values | texts).items() if value is not None}
-
-
 def newest(
     root: Root,
     stage: str | None = None,
@@ -221,14 +200,15 @@ def newest(
     `state`: one, or any of several. `search`: what stands in the run's id, its state or its reason.
     Newest first: run_id, stage, state, reason, times, seconds, attempt, report, and `kept`: whether it is there.
     """
-    return _last(root, LISTED, limit, stage, state, since, until, search)
+    runs = _matching(root, stage, state, since, until, search).select(LISTED).head(limit)
+    return _kept(root, [_as_record(row) for row in runs.collect().to_dicts()])
 
 
 def beside(root: Root, record: dict[str, Any], after: bool) -> dict[str, Any] | None:
     """The next run of the same stage whose report is kept, or the one before, as in `newest`; None without one."""
     import polars as pl
 
-    began = moment(record["started_at"])
+    began = utc(record["started_at"])
     runs = _matching(root, record["stage"], None, began if after else None, None if after else began)
     runs = runs.filter(pl.col("run_id") != record["run_id"]).select(LISTED)
     rows = (runs.reverse() if after else runs).head(NEAR).collect().to_dicts()
@@ -320,11 +300,10 @@ def tails(
     return rows, dict(fine.iter_rows()), last_written
 
 
-def find_last(
-    root: Root, stage: str, state: str = "ok", before: datetime.datetime | str | None = None
-) -> dict[str, Any] | None:
-    """The last run of a stage in a state that started before a time: as in `newest`, and its parameters, provenance."""
-    rows = _last(root, (*LISTED, "parameters", "provenance"), 1, stage, state, None, before)
+def find_last(root: Root, stage: str, before: datetime.datetime | str | None = None) -> dict[str, Any] | None:
+    """The last run of a stage that was ok and started before a time: as in `newest`, and its parameters, provenance."""
+    last = _matching(root, stage, "ok", None, before).select(*LISTED, "parameters", "provenance").head(1)
+    rows = _kept(root, [_as_record(row) for row in last.collect().to_dicts()])
     return rows[0] if rows else None
 
 
@@ -408,20 +387,6 @@ def scan(root: Root) -> Any:
     return pl.scan_delta(table, storage_options=root.storage_options or None)
 
 
-def _last(
-    root: Root,
-    columns: tuple[str, ...],
-    limit: int,
-    stage: str | None,
-    state: Any,
-    since: Any,
-    until: Any,
-    search: str = "",
-) -> list[dict[str, Any]]:
-    rows = _matching(root, stage, state, since, until, search).select(columns).head(limit).collect().to_dicts()
-    return _kept(root, [_as_record(row) for row in rows])
-
-
 def _matching(root: Root, stage: str | None, state: Any, since: Any, until: Any, search: str = "") -> Any:
     """The runs that are asked for, the newest first, as a lazy frame."""
     import polars as pl
@@ -432,9 +397,9 @@ def _matching(root: Root, stage: str | None, state: Any, since: Any, until: Any,
     if state is not None:
         index = index.filter(pl.col("state").is_in([state] if isinstance(state, str) else state))
     if since is not None:
-        index = index.filter(started >= moment(since))
+        index = index.filter(started >= utc(since))
     if until is not None:
-        index = index.filter(started < moment(until))
+        index = index.filter(started < utc(until))
     if search:
         words = pl.concat_str("run_id", "state", "reason", separator=" ", ignore_nulls=True)
         index = index.filter(words.str.to_lowercase().str.contains(search.lower(), literal=True))
@@ -449,12 +414,6 @@ def _kept(root: Root, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _read(root: Root, report: str) -> dict[str, Any]:
     record: dict[str, Any] = json.loads(root.read(f"{report}/{COMPLETE}"))
     return record | {"kept": True}
-
-
-def moment(time: datetime.datetime | str) -> datetime.datetime:
-    """A time, or its ISO text, in UTC unless it says otherwise."""
-    parsed = datetime.datetime.fromisoformat(time) if isinstance(time, str) else time
-    return parsed if parsed.tzinfo else parsed.replace(tzinfo=datetime.UTC)
 
 
 def _as_record(row: dict[str, Any]) -> dict[str, Any]:

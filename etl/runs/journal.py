@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from etl.leases import started
 from etl.runs.record import now
 from etl.storage import PROJECT, make_folder, sync
 
@@ -61,7 +62,7 @@ class Journal:
                 os.replace(begun, self.folder / NOTEBOOK)
         except OSError as error:
             self._refused(error)
-        who = {"host": socket.gethostname(), "pid": os.getpid(), "pid_started": _started(os.getpid())}
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "pid_started": started(os.getpid())}
         start = self.event("start", request=request, **who)
         self._sync()
         return start
@@ -299,8 +300,3 @@ def _follow(folder: Path, file: IO[bytes]) -> Iterator[dict[str, Any]]:
             yield {"event": "end", "t": now(), "state": "killed", "reason": "the runner is gone"}
             return
         time.sleep(POLL_S)
-
-
-def _started(pid: int) -> int:
-    """When the process started, counted since the machine did; with the pid it names a process for good."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])

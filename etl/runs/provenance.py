@@ -17,7 +17,6 @@ from etl.runs import index
 from etl.storage import PROJECT, Root
 
 LOCK = "requirements.lock"
-COMMIT = re.compile(r"(\d{20})\.json")  # the Delta protocol's name of a version's commit
 
 
 def of(
@@ -99,10 +98,9 @@ def whence(root: Root, table: str, version: int | None = None) -> dict[str, Any]
     # is wrong for an older version, and for the newest while others commit (deltalake 1.6.3)
     folder = table if table == index.TABLE else f"lake/{table}"
     if version is None:
-        versions = [int(match[1]) for name in root.names(delta.log_of(folder)) if (match := COMMIT.fullmatch(name))]
-        if not versions:
+        version = delta.newest_version(root, folder)
+        if version is None:
             raise LookupError(f"there is no table {table} under {root.url}")
-        version = max(versions)
     try:
         lines = delta.actions(root, folder, version)
     except FileNotFoundError:

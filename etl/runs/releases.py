@@ -20,13 +20,13 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from etl import params
 from etl.kernels import sources
 from etl.runs import index, provenance
+from etl.runs.record import now
 from etl.storage import PROJECT, Damaged, LocalRoot, Root
 
 FOLDER, CURRENT, MANIFEST = "releases", "releases/current.json", "release.json"
@@ -185,7 +185,7 @@ def freeze(project: Path, root: Root, message: str = "") -> Release:
     except (NoRelease, Damaged):
         release = Release(
             id=_id_of(files),
-            made_at=_now(),
+            made_at=now(),
             message=message,
             git_commit=provenance.git(project)["git_commit"],
             dirty=[path for path in provenance.uncommitted(project) if path in files],
@@ -226,10 +226,6 @@ def newest(root: Root) -> list[Release]:
     return sorted(found, key=lambda release: release.made_at, reverse=True)
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
 # --- the current one ---
 
 
@@ -262,7 +258,7 @@ def move(root: Root, id: str, how: str, message: str = "", after: str | None = N
         before = at
         if how == "rollback":  # from there it leads to where it led from there
             before = next((m.before for m in reversed(made) if m.id == id), None)
-        made.append(Move(id, _now(), how, message, before))
+        made.append(Move(id, now(), how, message, before))
         document = {"id": id, "moves": [asdict(m) for m in made[-MOVES:]]}
         root.write(CURRENT, json.dumps(document, indent=1).encode())
 

@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from etl import params, secrets
+from etl.figures import utc
 from etl.params import Environment, Project, Stage
 from etl.params.cell import SUPPLIED
 from etl.params.stages import seconds
@@ -73,7 +74,7 @@ def _key(stage: str, scheduled_for: datetime, parameters: dict[str, Any]) -> str
 
 def key_of(row: dict[str, Any]) -> str:
     """The slice of a run, which is a row of the index or its record."""
-    return _key(row["stage"], index.moment(row["scheduled_for"]).astimezone(UTC), row["parameters"])
+    return _key(row["stage"], utc(row["scheduled_for"]), row["parameters"])
 
 
 # --- which ---
@@ -159,7 +160,7 @@ def to_repair(project: Project, folder: Path, runs: Sequence[dict[str, Any]]) ->
     since it was mended.
     """
     root, order = Root.at(project.environment.root), list(project.stages)
-    earliest = min((index.moment(run["scheduled_for"]) for run in runs), default=None)
+    earliest = min((utc(run["scheduled_for"]) for run in runs), default=None)
     rows = index.told(root, order, scheduled=(earliest, None)) if earliest else []
     last: dict[str, dict[str, Any]] = {}
     bad: dict[str, list[str]] = {}  # run_ids of each slice
@@ -219,7 +220,7 @@ def _dependents(
 
 def _again(project: Project, folder: Path, row: dict[str, Any]) -> Slice:
     stage, _, _ = replay.recorded(folder, project.environment.name, row)
-    return Slice(stage, project.environment, index.moment(row["scheduled_for"]), parent=row["run_id"])
+    return Slice(stage, project.environment, utc(row["scheduled_for"]), parent=row["run_id"])
 
 
 # --- running them ---

@@ -8,14 +8,10 @@ import datetime
 import io
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from etl import delta
-from etl.runs.index import TABLE, move_from_lake, statistics
+from etl.runs.index import INDEXED, TABLE, move_from_lake
 from etl.storage import Damaged, Root, crash_point
-
-if TYPE_CHECKING:
-    from deltalake import DeltaTable
 
 KEPT_HOURS = 24  # from when a file is not needed any more, or was left by somebody who was killed
 SEEN_HOURS = 6
@@ -38,23 +34,22 @@ def compact(root: Root) -> None:
     """Make one file of the small ones, its rows in the order in which the runs started."""
     import polars as pl
 
-    sizes = _sizes(root.table(TABLE))
+    sizes = delta.sizes(root.table(TABLE))
     small = worth_it(sizes)
     if not small:
         return
     parts = root.each(lambda name: pl.read_parquet(io.BytesIO(root.read(f"{TABLE}/{name}"))), small)
     # an older release's files lack the newer columns
     rows = pl.concat(parts, how="diagonal").sort("started_at", "run_id")
-    buffer, path = io.BytesIO(), f"compacted-{uuid.uuid4()}.parquet"
-    rows.write_parquet(buffer)
-    root.write(f"{TABLE}/{path}", buffer.getvalue())
+    path = f"compacted-{uuid.uuid4()}.parquet"
+    added = delta.put(root, TABLE, path, rows, changes=False, columns=INDEXED)
     if not pl.read_parquet(io.BytesIO(root.read(f"{TABLE}/{path}"))).equals(rows):
         raise Damaged(f"{TABLE}/{path} does not have the rows that were written: the index stays as it was")
     crash_point("index compacted, not swapped")
     info = delta.commit_info("OPTIMIZE", {"operationParameters": {"predicate": "[]"}, "stage": "sweep"})
     gone = [delta.remove(name, sizes[name]) for name in small]
-    lines = [info, *gone, delta.add(path, len(buffer.getvalue()), statistics(rows), changes=False)]
-    while {*small} <= _sizes(table := root.table(TABLE)).keys():
+    lines = [info, *gone, added]
+    while {*small} <= delta.sizes(table := root.table(TABLE)).keys():
         if delta.commit(root, TABLE, table.version() + 1, lines):
             return
     root.remove(f"{TABLE}/{path}")  # another compaction was there before
@@ -89,7 +84,7 @@ def remove_unneeded(root: Root) -> None:
     before = _seen_ago(sorted(modified.values()), now, kept)
     # full: a checkpoint forgets what was removed long ago, and nobody wrote down what a killed process left
     unneeded = table.vacuum(retention_hours=KEPT_HOURS, dry_run=True, enforce_retention_duration=False, full=True)
-    old = {name for name in {*unneeded} - _sizes(table).keys() if name in modified and modified[name] < before}
+    old = {name for name in {*unneeded} - delta.sizes(table).keys() if name in modified and modified[name] < before}
     until = min((modified[name] for name in old), default=now) + datetime.timedelta(days=1)
     root.remove_all(f"{TABLE}/{name}" for name in sorted(old) if modified[name] < until)
     root.remove_unfinished(TABLE, before=before)
@@ -106,11 +101,3 @@ def _seen_ago(
             return later - span
         span, later = span - passed, earlier
     return later - span
-
-
-def _sizes(table: "DeltaTable") -> dict[str, int]:
-    """The bytes of each file that a version names."""
-    import pyarrow as pa
-
-    actions = pa.table(table.get_add_actions(flatten=True))
-    return dict(zip(actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True))

@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -173,28 +173,15 @@ def run_recorded(
     run: Callable[..., RunRecord], stage: Stage, environment: Environment, *, scheduled_for: datetime, **more: Any
 ) -> RunRecord:
     """One run now by `run`, which is dispatch.run_stage, recorded in Prefect as a flow run without a deployment."""
-    run_now = partial(run, stage, environment, scheduled_for=scheduled_for, **more)
-    records: list[RunRecord] = []
 
-    @flow(
-        name=stage.name,
-        flow_run_name=f"{stage.name} {scheduled_for:%Y-%m-%d %H:%M:%S} by hand",
-        validate_parameters=False,
-    )
-    def by_hand() -> State[Any]:
-        records.append(run_now())
+    def work() -> list[RunRecord]:
+        return [run(stage, environment, scheduled_for=scheduled_for, **more)]
+
+    def state(records: list[RunRecord]) -> State[Any]:
         _tell(records[0])
         return state_of(records[0])
 
-    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-        try:
-            by_hand(return_state=True)
-        except (httpx.HTTPError, RuntimeError) as error:
-            if not records:  # it never began: the server went away after it had answered
-                log.warning("not recorded in Prefect: %s", error)
-                return run_now()
-            log.warning("the end of %s is not recorded in Prefect: %s", records[0].run_id, error)
-    return records[0]
+    return _recorded(stage.name, f"{stage.name} {scheduled_for:%Y-%m-%d %H:%M:%S} by hand", work, state)[0]
 
 
 def run_as_one(name: str, tags: list[str], work: Callable[[], list[RunRecord]]) -> list[RunRecord]:
@@ -202,22 +189,38 @@ def run_as_one(name: str, tags: list[str], work: Callable[[], list[RunRecord]]) 
 
     One of the same tags that is still running there is closed: its process was killed.
     """
+
+    def state(records: list[RunRecord]) -> State[Any]:
+        bad = [record for record in records if not record.ok]
+        message = f"{len(records)} runs, {len(bad)} not ok"
+        return Failed(message=message) if bad else Completed(message=message)
+
+    return _recorded(name.split()[0], name, work, state, tags)
+
+
+def _recorded(
+    flow_name: str,
+    name: str,
+    work: Callable[[], list[RunRecord]],
+    state: Callable[[list[RunRecord]], State[Any]],
+    tags: Sequence[str] = (),
+) -> list[RunRecord]:
+    """What `work` gives, recorded in Prefect as a flow run without a deployment, unless its server goes away."""
     begun: list[list[RunRecord]] = []
 
-    @flow(name=name.split()[0], flow_run_name=name, validate_parameters=False)
-    def runs() -> State[Any]:
+    @flow(name=flow_name, flow_run_name=name, validate_parameters=False)
+    def by_hand() -> State[Any]:
         begun.append([])
         begun[0] += work()
-        bad = [record for record in begun[0] if not record.ok]
-        message = f"{len(begun[0])} runs, {len(bad)} not ok"
-        return Failed(message=message) if bad else Completed(message=message)
+        return state(begun[0])
 
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}), tag(*tags):
         try:
-            _close_killed(tags)
-            runs(return_state=True)
+            if tags:
+                _close_killed([*tags])
+            by_hand(return_state=True)
         except (httpx.HTTPError, RuntimeError) as error:
-            if not begun:
+            if not begun:  # it never began: the server went away after it had answered
                 log.warning("not recorded in Prefect: %s", error)
                 return work()
             log.warning("the end of %s is not recorded in Prefect: %s", name, error)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from etl import delta, params
 from etl.figures import span
 from etl.findings import damages, may_be_damage, sentence
+from etl.leases import is_gone
 from etl.params.alerts import Line, line
 from etl.runs import index, releases
 from etl.serve import heartbeat
@@ -379,7 +380,7 @@ class Reader:
             last_ok=last_ok,
             written=written,
             beat=beat,
-            is_gone=bool(beat) and heartbeat.is_gone(beat),
+            is_gone=bool(beat) and is_gone(beat),
             root_url=self.root.url,
             tables=self._fresh_tables(),
             questions={name: question.fresh_within for name, question in self._questions.items()},
@@ -423,7 +424,7 @@ class Reader:
             stages=self.project.stages if self.project else {},
             answers=[*_answered(pointers, ended)],
             batch=pointer["batch"],
-            quarantined=self._or([], "", "", lambda: self._rows_of("quarantine", pointer)) or 0,
+            quarantined=self._or([], "", "", lambda: self._quarantined(pointer)) or 0,
             lines=[
                 (
                     asked,
@@ -451,10 +452,9 @@ class Reader:
 
         return read_pointer(self.root) if self._lake else None
 
-    def _rows_of(self, table: str, pointer: Mapping[str, Any]) -> int:
-        if table not in pointer["tables"]:
-            return 0
-        return delta.file_stats(self.root.table(f"lake/{table}", pointer["tables"][table]))[1]
+    def _quarantined(self, pointer: Mapping[str, Any]) -> int:
+        version = pointer["tables"].get("quarantine")
+        return 0 if version is None else delta.file_stats(self.root.table("lake/quarantine", version))[1]
 
     def _pointers(self) -> dict[str, dict[str, Any]]:
         """Question -> the pointer to its current answer."""

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from etl.leases import machine, started
+from etl.runs.record import now
 from etl.storage import Damaged, Root
 
 if TYPE_CHECKING:
@@ -37,10 +38,10 @@ class Heart:
         """`pages`: name -> URL; `reports_url`: under which reports are served."""
         self._root, self._thread, self._next = root, threading.Thread(), 0.0
         self.tree: Tree | None = None
-        now = _now()
+        began = now()
         self._told = {
             **{"pid": os.getpid(), "started": started(os.getpid()), "machine": machine(), "host": socket.gethostname()},
-            **{"since": now, "expected_since": now, "pages": dict(pages), "reports_url": reports_url},
+            **{"since": began, "expected_since": began, "pages": dict(pages), "reports_url": reports_url},
         }
         self._is_first, self._is_down = True, False
 
@@ -67,7 +68,7 @@ class Heart:
                 if before and not before.get("ended_at"):  # it died: what was expected of it is expected still
                     self._told["expected_since"] = before["expected_since"]
                 self._is_first = False
-            self._root.write(PLACE, json.dumps(self._document() | ({"ended_at": _now()} if ended else {})).encode())
+            self._root.write(PLACE, json.dumps(self._document() | ({"ended_at": now()} if ended else {})).encode())
             self._is_down = False
         except Exception as error:  # what an object store raises is no OSError
             if not self._is_down:
@@ -76,13 +77,13 @@ class Heart:
 
     def _document(self) -> dict[str, Any]:
         assert self.tree, "ensure looked"
-        now, release, project = datetime.now(UTC), self.tree.release, self.tree.project
+        at, release, project = datetime.now(UTC), self.tree.release, self.tree.project
         return self._told | {
-            "at": _now(),
+            "at": now(),
             "release": release.id if release else None,
             "env": project.environment.name,
             "next_runs": {
-                name: due.isoformat() for name, stage in project.stages.items() if (due := stage.next_run(now))
+                name: due.isoformat() for name, stage in project.stages.items() if (due := stage.next_run(at))
             },
         }
 
@@ -93,12 +94,3 @@ def read(root: Root) -> dict[str, Any] | None:
     if told is not None and not {"at", "since", "expected_since", "pid", "host", "env"} <= told.keys():
         raise Damaged(f"{PLACE} is damaged: it is no heartbeat")
     return told
-
-
-def is_gone(told: Mapping[str, Any]) -> bool:
-    """Whether it was on this machine and its process is no more: then nobody has to wait for the next beat."""
-    return bool(told.get("machine") == machine() and started(told["pid"]) != told["started"])
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")

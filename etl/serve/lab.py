@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import os
 import secrets
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 from etl.kernels import client
-from etl.kernels.children import die_with_parent
+from etl.kernels.children import start
 from etl.serve.services import answers
 
 START_S = 60  # for it to answer
@@ -46,20 +45,12 @@ class Lab:
         """Raises RuntimeError when it does not answer."""
         folder, runtime = self._notebook.parent, self._own / "runtime"
         runtime.mkdir(parents=True)
-        env = os.environ | client.variables(self._code)
+        env = client.variables(self._code)
         env |= {"JUPYTER_TOKEN": self._token, "JUPYTER_RUNTIME_DIR": str(runtime), "ETL_CHARTS": "plotly"}
         env |= {"JUPYTER_DEFAULT_PROVISIONER_NAME": "forked-kernel"}
         folders = [f"--ServerApp.root_dir={folder}", f"--MappingKernelManager.root_dir={self._code / 'notebooks'}"]
-        with (self._own / "log").open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "jupyterlab", *OPTIONS, *folders, f"--LabApp.workspaces_dir={self._own}"],
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C is ours
-                preexec_fn=die_with_parent,
-            )
+        command = [sys.executable, "-m", "jupyterlab", *OPTIONS, *folders, f"--LabApp.workspaces_dir={self._own}"]
+        self._process = start(command, env, None, self._own / "log")
         until = time.monotonic() + START_S
         while not (self._url and answers(f"{self._url}/api")):
             if self._process.poll() is not None or time.monotonic() > until:

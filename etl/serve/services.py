@@ -21,7 +21,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from etl.kernels import client
-from etl.kernels.children import Deaths, die_with_parent
+from etl.kernels.children import Deaths, signal_group, start
 from etl.serve.prefect_server import HOST
 from etl.storage import PROJECT
 
@@ -129,21 +129,11 @@ class Service:
 
     def start(self) -> None:
         """Start it in a group of its own: Ctrl-C reaches `up` alone, which ends its children in order."""
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
         if mended := self.mend():
             log.warning("%s: %s", self.name, mended)
         self.health = Health()
-        with self.log_path.open("ab") as out:
-            self.process = subprocess.Popen(
-                self.command,
-                cwd=PROJECT,  # Python looks there first for modules, before PYTHONPATH
-                env=os.environ | self.variables,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=die_with_parent,
-            )
+        # in PROJECT: Python looks there first for modules, before PYTHONPATH
+        self.process = start(self.command, self.variables, PROJECT, self.log_path)
 
     def wait_ready(self) -> None:
         """Until it answers. Raises RuntimeError with the end of its log when it dies or does not."""
@@ -182,9 +172,7 @@ class Service:
 
     def signal(self, number: int) -> None:
         """To the whole group, so that its own children hear it too."""
-        if self.process:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
+        signal_group(self.process, number)
 
 
 def shorten(log_path: Path, most: int = LOG_BYTES) -> None:

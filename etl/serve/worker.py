@@ -205,11 +205,6 @@ def current_turn() -> Turn:
     return _turn.get() or Turn()
 
 
-def cancel_event() -> threading.Event:
-    """The event that cancels the flow run this is called in; a fresh one outside of a worker."""
-    return current_turn().cancel
-
-
 async def reconcile(client: PrefectClient, deployment_ids: list[UUID]) -> tuple[int, int]:
     """Close what an earlier process left: (runs that were under way, runs that are overdue).
 

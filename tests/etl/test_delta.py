@@ -39,12 +39,12 @@ def test_a_table_is_as_delta_rs_would_make_it(root, tmp_path):
         for at, field in enumerate(arrow):
             arrow = arrow.set(at, field.with_nullable(field.name not in lake.required[name]))
         theirs = DeltaTable.create(
-            str(tmp_path / name), Schema.from_arrow(arrow), name=name, configuration=commits.PROPERTIES
+            str(tmp_path / name), Schema.from_arrow(arrow), name=name, configuration=delta.PROPERTIES
         )
         ours = lake.table(name)
         assert ours.schema() == theirs.schema()
         assert (ours.protocol(), ours.version()) == (theirs.protocol(), 0)
-        assert ours.metadata().configuration == theirs.metadata().configuration == commits.PROPERTIES
+        assert ours.metadata().configuration == theirs.metadata().configuration == delta.PROPERTIES
         assert ours.history()[0]["run_id"] == "x"
 
 

@@ -406,7 +406,7 @@ def test_what_another_writer_asks_of_writers_is_refused(begun, properties, field
     handle = begun.table("item")
     columns = [*schemas.stored(handle).values()]
     columns[0] |= {"metadata": fields}
-    foreign(begun, delta.meta_data("item", columns, commit.PROPERTIES | properties, str(handle.metadata().id)))
+    foreign(begun, delta.meta_data("item", columns, delta.PROPERTIES | properties, str(handle.metadata().id)))
     land(begun, 2, {"id": 4, "name": "n4"})
     with pytest.raises(schemas.SchemasDiffer, match=words):
         ingested(begun)
