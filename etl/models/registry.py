@@ -137,7 +137,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _predict_few(booster: "xgboost.Booster", matrix: "np.ndarray") -> list[float]:
-    """As `predict`, as a list, by XGBoost's own function: of one row, what Python does around it takes most of the time.
+    """As `predict`, as a list, by XGBoost's own function: of one row what Python does around it takes most of the time.
 
     What that does not take, `predict` meets, too, and tells."""
     import numpy as np
