@@ -31,8 +31,8 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from app import metrics, pages
 from app.domain import CARD, NO_MODEL, model
-from app.front import Front
-from app.predictions import PATHS, Busy, ServedModel, ShortWay, Turns
+from app.front import Entrance, Front
+from app.predictions import PATHS, Busy, Plain, ServedModel, ShortWay, Straight, Turns
 from app.rows import LIKELY_FROM
 from app.schemas import (
     BODY_SCHEMA,
@@ -205,8 +205,10 @@ app = FastAPIOffline(
     responses=ALWAYS,
     dependencies=[Security(HTTPBearer(auto_error=False, description="ETL_API_TOKEN, where the service has one"))],
 )
-app.add_middleware(ShortWay, card=CARD, served=lambda: watched, turns=TURNS, most=ITEM_LIMIT)
-app.add_middleware(Front, settings=lambda: settings(), requests=REQUESTS, limit=BODY_LIMIT)  # the outermost
+ENTRANCE, PLAIN = Entrance(lambda: settings(), REQUESTS), Plain(CARD, lambda: watched, ITEM_LIMIT)
+app.add_middleware(ShortWay, plain=PLAIN, turns=TURNS)
+app.add_middleware(Front, entrance=ENTRANCE, limit=BODY_LIMIT)  # the outermost
+app.state.straight = Straight(ENTRANCE, PLAIN, TURNS)
 api = APIRouter()
 
 

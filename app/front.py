@@ -44,19 +44,40 @@ FLUSH_S = 0.2
 Message = dict[str, Any]
 
 
-class Front:
-    """ASGI middleware. `settings`: gives the same ones until there are others. `limit`: bytes of a body, at most."""
+class Entrance:
+    """Who may ask, and what is written down of each request, whichever way it is answered."""
 
-    def __init__(self, app: Any, settings: Callable[[], Settings], requests: Requests, limit: int):
-        self.app, self.settings, self.requests, self.limit = app, settings, requests, limit
-        self.log, self.reading, self.held = Log(), 0, 0
-        self.reading_bodies = Pace(READS)
+    def __init__(self, settings: Callable[[], Settings], requests: Requests):
+        """`settings`: gives the same ones until there are others."""
+        self._settings, self._requests, self._log = settings, requests, Log()
         self._known: tuple[Settings, Known] | None = None
         self._ids, self._start = itertools.count(1), os.urandom(4).hex()
 
-    def forget(self) -> None:
-        """Read the settings once more."""
-        self._known = None
+    @property
+    def known(self) -> "Known":
+        settings = self._settings()
+        if self._known is None or self._known[0] is not settings:
+            self._known = settings, Known(settings)
+        return self._known[1]
+
+    def id_of(self, headers: dict[bytes, bytes]) -> bytes:
+        """The id that a request brings, or one of its own."""
+        request_id = headers.get(b"x-request-id", b"")
+        return request_id if ID.fullmatch(request_id) else f"{self._start}-{next(self._ids)}".encode()
+
+    def write_down(self, scope: Message, request_id: bytes, status: int, took: float, sent: int) -> None:
+        """`took`: seconds; `sent`: bytes of the answer."""
+        self._requests.count(scope, status, took)
+        self._log.add(scope, request_id.decode(), status, took, sent)
+
+
+class Front:
+    """ASGI middleware. `limit`: bytes of a body, at most."""
+
+    def __init__(self, app: Any, entrance: Entrance, limit: int):
+        self.app, self.entrance, self.limit = app, entrance, limit
+        self.reading, self.held = 0, 0
+        self.reading_bodies = Pace(READS)
 
     async def __call__(self, scope: Message, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -66,9 +87,7 @@ class Front:
         headers: dict[bytes, bytes] = {}
         for name, value in scope["headers"]:
             headers[name] = value if name not in headers else headers[name] + b", " + value
-        request_id = headers.get(b"x-request-id", b"")
-        if not ID.fullmatch(request_id):
-            request_id = f"{self._start}-{next(self._ids)}".encode()
+        request_id = self.entrance.id_of(headers)
 
         async def answer(message: Message) -> None:
             nonlocal status, sent
@@ -88,18 +107,13 @@ class Front:
             sentence = f"the service failed; its log says why, at request {request_id.decode()}"
             await refuse(answer, 500, sentence)
         finally:
-            took = time.perf_counter() - began
-            self.requests.count(scope, status, took)
-            self.log.add(scope, request_id.decode(), status, took, sent)
+            self.entrance.write_down(scope, request_id, status, time.perf_counter() - began, sent)
 
     async def _serve(self, scope: Message, headers: dict[bytes, bytes], receive: Any, answer: Any) -> None:
-        settings = self.settings()
-        if self._known is None or self._known[0] is not settings:
-            self._known = settings, Known(settings)
         declared = headers.get(b"content-length", b"0")
         size = int(declared[:20]) if declared.isdigit() else 0
         has_body = bool(size or b"transfer-encoding" in headers)
-        if refusal := self._known[1].refusal(scope, headers):
+        if refusal := self.entrance.known.refusal(scope, headers):
             await (self._refuse_body(receive, answer, *refusal) if has_body else refuse(answer, *refusal))
         elif has_body:
             await self._with_body(scope, size, receive, answer)

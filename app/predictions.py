@@ -1,9 +1,12 @@
 """Predictions the short way: a body of plain rows goes from the socket to the model and back in one step.
 
-It is a layer around the application. What is odd about a request, and what is wrong with it, is left to the route that
-is documented: it is handed on as it came. What this layer answers the route would answer with the same numbers.
+What comes whole and is small the server has answered before anything else sees it (`Straight`); what is larger, or has
+to wait for its turn, a layer around the application answers (`ShortWay`). What is odd about a request, and what is
+wrong with it, is left to the route that is documented: it is handed on as it came, and would answer with the same
+numbers.
 """
 
+import asyncio
 import functools
 import threading
 import time
@@ -13,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from app.front import Message, Pace, again, refuse
+from app.front import Entrance, Message, Pace, again, refuse
 from app.rows import LIKELY_FROM
 from etl.models import registry
 from etl.models.card import Card
@@ -23,7 +26,7 @@ from etl.storage import Root
 LOOK_S = 1  # between two looks at the pointer
 REST_S = 30  # at most, while what it names cannot be used
 TURN = 200_000  # bytes of bodies, and EACH for each of them, before the loop looks who else asks for something: 2 ms
-EACH = 20_000
+EACH = 10_000
 WAITING = 1000  # requests at once for predictions that wait for their turn
 PATHS = ("/predict", "/v1/predict")
 JSON = (b"application/json", b"application/json; charset=utf-8")
@@ -105,6 +108,7 @@ class Turns:
     def __init__(self) -> None:
         self._pace = Pace(TURN)
         self.waiting = 0
+        self._taken, self._is_counted = 0, False  # by those who did not wait, since the loop came round
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
@@ -121,18 +125,74 @@ class Turns:
         """Wait for a turn with room left. `size`: bytes of the body."""
         await self._pace.come(EACH + size)
 
+    def take(self, size: int) -> bool:
+        """Whether there is room for a body without a turn. Of few requests the loop is not asked to come round."""
+        if self.waiting or self._taken > TURN:
+            return False
+        self._taken += EACH + size
+        if self._taken > TURN / 2 and not self._is_counted:
+            self._is_counted = True
+            asyncio.get_running_loop().call_soon(self._came_round)
+        return True
+
+    def _came_round(self) -> None:
+        self._taken, self._is_counted = 0, False
+
+
+class Plain:
+    """From the body of a plain request to that of its answer."""
+
+    def __init__(self, card: Card, served: Callable[[], ServedModel | None], most: int):
+        """`served`: the model that is watched, None while none is. `most`: rows of a body."""
+        self._served, self._encode, self._decoder = served, _encoder(card), None
+        with suppress(ValueError):  # a column is no number: such rows go the long way
+            self._decoder = Decoder(card.row, most)
+
+    def answer(self, body: bytes) -> bytes | None:
+        """None where the long way has to say what is wrong, or do it."""
+        served = self._served()
+        model = served.model if served else None
+        columns = self._decoder.decode(body) if model and self._decoder else None
+        if model is None or columns is None:
+            return None
+        try:
+            probabilities = model.predict_columns(columns)
+        except Exception:  # the long way meets it, too, and tells
+            return None
+        return self._encode(probabilities, model.model_id)
+
+
+class Straight:
+    """What the server asks before it hands a small request on, as `etl.serve.web` says."""
+
+    urls = frozenset(path.encode() for path in PATHS)
+
+    def __init__(self, entrance: Entrance, plain: Plain, turns: Turns):
+        self.entrance, self.plain, self.turns = entrance, plain, turns
+
+    def answer(self, scope: Message, headers: dict[bytes, bytes], body: bytes) -> tuple[bytes, bytes] | None:
+        """Lines of the head and the body of the answer; None when the application has to see the request."""
+        began, known = time.perf_counter(), self.entrance.known
+        if (
+            known.rate  # which counts it
+            or headers.get(b"content-type", b"").lower() not in JSON
+            or known.refusal(scope, headers)
+            or not self.turns.take(len(body))
+            or (answer := self.plain.answer(body)) is None
+        ):
+            return None
+        request_id = self.entrance.id_of(headers)
+        self.entrance.write_down(scope, request_id, 200, time.perf_counter() - began, len(answer))
+        return b"content-type: application/json\r\nx-request-id: " + request_id + b"\r\n", answer
+
 
 class ShortWay:
     """ASGI middleware: answers plain requests for predictions, and hands all else on as it came.
 
     The layer around it has seen to it that a body comes whole, in one message."""
 
-    def __init__(self, app: Any, card: Card, served: Callable[[], ServedModel | None], turns: Turns, most: int):
-        """`served`: the model that is watched, None while none is. `most`: rows of a body."""
-        self.app, self.served, self.turns = app, served, turns
-        self._encode, self._decoder = _encoder(card), None
-        with suppress(ValueError):  # a column is no number: such rows go the long way
-            self._decoder = Decoder(card.row, most)
+    def __init__(self, app: Any, plain: Plain, turns: Turns):
+        self.app, self.plain, self.turns = app, plain, turns
 
     async def __call__(self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Any) -> None:
         if scope["type"] != "http" or scope["path"] not in PATHS or not _is_plain(scope):
@@ -143,7 +203,7 @@ class ShortWay:
             with self.turns.admitted():
                 body = message.get("body", b"")
                 await self.turns.come(len(body))
-                answer = self._answer(body)
+                answer = self.plain.answer(body)
         except Busy as error:
             await refuse(send, 503, str(error))
             return
@@ -153,19 +213,6 @@ class ShortWay:
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(answer))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": answer})
-
-    def _answer(self, body: bytes) -> bytes | None:
-        """None where the long way has to say what is wrong, or do it."""
-        served = self.served()
-        model = served.model if served else None
-        columns = self._decoder.decode(body) if model and self._decoder else None
-        if model is None or columns is None:
-            return None
-        try:
-            probabilities = model.predict_columns(columns)
-        except Exception:  # the long way meets it, too, and tells
-            return None
-        return self._encode(probabilities, model.model_id)
 
 
 def _is_plain(scope: Message) -> bool:

@@ -34,8 +34,8 @@ FILES, POINTS = "files", "points"
 LEASE = "backup.lease"
 NOTE = "backups.json"  # under the root that was copied: URL -> its newest point
 SCRATCH = "restoring"
-RUNS = "runs"  # the index of runs, a Delta table without a pointer
-REPLACED = (RUNS, "results", "models", "lake")  # as they are in the point; what else it has is added. The lake last
+BESIDE = ("runs", "scores")  # Delta tables without a pointer: the index of runs, what models predicted
+REPLACED = (*BESIDE, "results", "models", "lake")  # as they are in the point; what else it has is added. The lake last
 MADE_AGAIN = re.compile(r"^reports/.*/report\.html$|^results/[^/]+/portion/")  # from the notebook, and from all rows
 KEEP = 30  # points
 WORKERS = 4  # each holds a file in memory
@@ -252,12 +252,14 @@ def _identity(lake: "Lake") -> str | None:
 
 def _state(lake: "Lake", archive: bool, reports: bool) -> _State:
     """What is published now, of one lake. Raises FileNotFoundError and Moved where it goes while it is looked at."""
-    root, pointer = lake.root, snapshot.read_pointer(lake.root)
+    root = lake.root
+    # before the pointer: what is scored is in it, or a restored root would leave out rows that it takes up once more
+    beside = {table: delta.newest_version(root, table) for table in BESIDE}
+    pointer = snapshot.read_pointer(root)
     if pointer is None or "under" in pointer:
         raise Moved(f"{snapshot.POINTER} went meanwhile, or a rebuild puts another lake into its place")
     handles = {f"lake/{table}": root.table(f"lake/{table}", version) for table, version in pointer["tables"].items()}
-    if (version := delta.newest_version(root, RUNS)) is not None:
-        handles[RUNS] = root.table(RUNS, version)
+    handles |= {table: root.table(table, version) for table, version in beside.items() if version is not None}
     changing = {snapshot.POINTER: json.dumps(pointer, indent=1).encode()}
     for table, handle in handles.items():
         changing |= {rel: root.read(rel) for rel in _log(root, table, handle.version())}
@@ -288,7 +290,8 @@ def _around(lake: "Lake", pointer: dict[str, Any]) -> Iterator[tuple[str, bytes]
 
 def _beside(root: Root, archive: bool, reports: bool) -> Iterator[tuple[str, int]]:
     """What stands beside the lake: path, bytes."""
-    folders = ["results", "models", "refused", *(["reports"] if reports else []), *(["archive"] if archive else [])]
+    folders = ["results", "models", "releases", "refused"]
+    folders += [*(["reports"] if reports else []), *(["archive"] if archive else [])]
     for folder in folders:
         for path, entry in root.tree(folder):
             if not entry.problem and not MADE_AGAIN.search(f"{folder}/{path}"):
@@ -298,7 +301,7 @@ def _beside(root: Root, archive: bool, reports: bool) -> Iterator[tuple[str, int
 def _changes(path: str) -> bool:
     """Whether a file beside the lake is another one later under the same name: the pointers and lists."""
     folder, *below = path.split("/")
-    return (folder == "models" and len(below) == 1) or (folder == "results" and path.endswith(".json"))
+    return (folder in ("models", "releases") and len(below) == 1) or (folder == "results" and path.endswith(".json"))
 
 
 def _if_there(root: Root, path: str) -> dict[str, bytes]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Columns = dict[str, np.ndarray]  # name -> float64, or texts
 Feature = Callable[[Columns], np.ndarray]
 EPOCH = datetime.date(1970, 1, 1)
+NAN = float("nan")
 EXACT = 2**53  # whole numbers up to it are their own float64
 
 
@@ -58,20 +59,36 @@ def of_rows(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Column]) -> Col
 
 
 def _array(values: Sequence[Any], column: Column) -> np.ndarray:
+    return _converter(column)(values)
+
+
+def _converter(column: Column) -> Callable[[Sequence[Any]], np.ndarray]:
+    """What makes an array of a column's values; None is NaN."""
     import polars as pl
 
-    nan = float("nan")
     if column.choices:
-        number = {choice: float(at) for at, choice in enumerate(column.choices)}
-        return np.array([number.get(value, nan) for value in values])
+        number = _Numbered({choice: float(at) for at, choice in enumerate(column.choices)})
+        return lambda values: np.array([*map(number.__getitem__, values)], np.float64)
     if column.type == pl.Date:
-        first = EPOCH.toordinal()
-        return np.array([nan if value is None else float(_day(value).toordinal() - first) for value in values])
+        return _days
     if isinstance(column.type, pl.Datetime):
-        return np.array([nan if value is None else _moment(value).timestamp() for value in values])
+        return lambda values: np.array([NAN if value is None else _moment(value).timestamp() for value in values])
     if column.type == pl.String:
-        return np.array(values, object)
-    return np.array([nan if value is None else value for value in values], np.float64)
+        return lambda values: np.array(values, object)
+    return lambda values: np.array(values, np.float64)
+
+
+class _Numbered(dict[Any, float]):
+    def __missing__(self, _: Any) -> float:
+        return NAN
+
+
+def _days(values: Sequence[Any]) -> np.ndarray:
+    try:
+        ordinals: list[Any] = [*map(datetime.date.toordinal, values)]
+    except TypeError:  # some are missing, or texts
+        ordinals = [None if value is None else _day(value).toordinal() for value in values]
+    return np.array(ordinals, np.float64) - EPOCH.toordinal()
 
 
 def _day(value: Any) -> datetime.date:
@@ -101,20 +118,37 @@ class Decoder:
         fields = [(f"f{at}", *_field(name, column)) for at, (name, column) in enumerate(self.row.items())]
         renamed = dict(zip((field[0] for field in fields), self.row, strict=True))
         kind = msgspec.defstruct("Row", fields, rename=renamed, forbid_unknown_fields=True, kw_only=True, gc=False)
-        self._names = [*zip(self.row, renamed, strict=True)]
         several: Any = list.__class_getitem__(kind)
         self._decoder: Any = msgspec.json.Decoder(Annotated[several, msgspec.Meta(min_length=1, max_length=most)])
+        self._columns = [(name, _converter(column)) for name, column in self.row.items()]
+        types: dict[str, Any] = {name: column.type for name, column in self.row.items() if not column.choices}
+        self._floats = [name for name, dtype in types.items() if dtype.is_float()]
+        # all of them are held against their digits together: each call of NumPy's costs as much as many numbers
+        self._decimals = {name: dtype for name, dtype in types.items() if dtype.is_decimal()}
+        self._parts = np.array([[10.0**dtype.scale] for dtype in self._decimals.values()])
+        most_parts = np.array([[min(10.0**dtype.precision, EXACT)] for dtype in self._decimals.values()])
+        self._limits = most_parts / self._parts
 
     def decode(self, body: bytes) -> Columns | None:
         """The columns of the rows in a body, or None when something is odd."""
         try:
-            rows = self._decoder.decode(body)
-            columns = {
-                name: _array([getattr(given, field) for given in rows], self.row[name]) for name, field in self._names
-            }
+            values = zip(*map(msgspec.structs.astuple, self._decoder.decode(body)), strict=True)
+            columns = {name: convert(each) for (name, convert), each in zip(self._columns, values, strict=True)}
         except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError):
             return None
-        return columns if all(_kept(columns[name], column) for name, column in self.row.items()) else None
+        return columns if self._are_kept(columns) else None
+
+    def _are_kept(self, columns: Columns) -> bool:
+        """Whether numbers are what their column holds: finite, and a decimal with no more digits than it has."""
+        if any(np.isinf(columns[name]).any() for name in self._floats):
+            return False
+        if not self._decimals:
+            return True
+        given = np.stack([columns[name] for name in self._decimals])
+        with np.errstate(over="ignore"):
+            # a float is written with so many decimals if it is the one nearest to a number that has no more
+            kept = (np.abs(given) < self._limits) & (np.rint(given * self._parts) / self._parts == given)
+        return bool((kept | np.isnan(given)).all())
 
 
 def whole_numbers(dtype: DataType) -> tuple[int, int]:
@@ -152,21 +186,3 @@ def _plain(name: str, dtype: Any) -> Any:
     if isinstance(dtype, pl.Datetime):
         return Annotated[datetime.datetime, msgspec.Meta(tz=True)]
     raise ValueError(f"{name} is of type {dtype}, of which no number can be made")
-
-
-def _kept(values: np.ndarray, column: Column) -> bool:
-    """Whether numbers are what their column holds: finite, and a decimal with no more digits than it has."""
-    import polars as pl
-
-    if column.choices or not (column.type.is_float() or isinstance(column.type, pl.Decimal)):
-        return True
-    known = values[~np.isnan(values)] if column.nullable else values
-    if not np.isfinite(known).all():
-        return False
-    if not isinstance(column.type, pl.Decimal):
-        return True
-    parts = 10.0**column.type.scale
-    if not (np.abs(known) < min(10.0**column.type.precision, EXACT) / parts).all():
-        return False
-    # a float is written with so many decimals if it is the one nearest to a number that has no more
-    return bool((np.round(known * parts) / parts == known).all())

@@ -18,9 +18,10 @@ import socket
 import sys
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
+from uvicorn.importer import import_from_string
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from etl.serve.prefect_server import HOST, NAMES
@@ -33,6 +34,11 @@ FILES = 256  # of those that a process may have open, left for what is no connec
 AT_ONCE = 64  # connections that are taken up, before the loop sees to those that are there
 MOST = 4000  # connections, however many files there may be
 READ_BYTES = 32_768  # at once
+STRAIGHT_BYTES = 32_000  # of a body that may be answered straight
+PLAIN = frozenset(  # headers that such a request may have, and no other
+    {b"host", b"content-type", b"content-length", b"accept", b"accept-encoding", b"accept-language", b"user-agent"}
+    | {b"connection", b"authorization", b"x-request-id"}
+)
 HEAD_READ = 4096  # of them where a request begins: of a large body nothing, before it has its turn
 SWITCH_S = 0.001  # between threads that want the interpreter: the loop waits for it as often as others work
 TOKEN = "ETL_API_TOKEN"
@@ -44,7 +50,8 @@ ARENA_MAX, MMAP_THRESHOLD = -8, -3  # of glibc's mallopt
 class Connections:
     """Those that are there, and since when each of them has waited for its client; the longest first."""
 
-    def __init__(self, most: int, receive_s: float = RECEIVE_S):
+    def __init__(self, most: int, receive_s: float = RECEIVE_S, straight: "Straight | None" = None):
+        self.straight = straight
         self.most, self.receive_s, self.count = most, receive_s, 0
         self.waiting: dict[Connection, float] = {}  # loop's time
         self._look: asyncio.TimerHandle | None = None
@@ -68,11 +75,12 @@ class Connections:
         self.waiting[connection] = connection.loop.time()
 
     def _end_overdue(self, loop: asyncio.AbstractEventLoop) -> None:
-        overdue = loop.time() - self.receive_s
+        now = loop.time()
         for connection, since in [*self.waiting.items()]:
-            if since > overdue:
+            if since > now - min(IDLE_S, self.receive_s):
                 break
-            connection.end_overdue()
+            if connection.is_kept or since <= now - self.receive_s:
+                connection.end_overdue()
         if self.count == len(self.waiting):  # nothing is being answered
             self.memory.give_back()
         self._look = loop.call_later(1, self._end_overdue, loop) if self.count or self.memory.is_due else None
@@ -105,6 +113,17 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+class Straight(Protocol):
+    """What an application may have as `state.straight`: it answers small requests that came whole by one call.
+
+    A scope, a task and what a framework does around them cost more than such an answer."""
+
+    urls: frozenset[bytes]  # that are asked for by POST
+
+    def answer(self, scope: Any, headers: dict[bytes, bytes], body: bytes) -> tuple[bytes, bytes] | None:
+        """Lines of the head and the body of an answer 200; None when the application has to see the request."""
+
+
 class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
     """uvicorn's, which keeps its `Connections` up to date and ends when it asks for too much.
 
@@ -118,6 +137,8 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self.is_first = False  # what comes is part of the first read of a message
         self.surplus = 0  # bytes of the message after that which are no body
         self.unsent = 0  # bytes of an answer, when it was looked at last
+        self.is_kept = False  # for a next request, after one that was answered straight
+        self.whole: bytes | None = None  # what came of a body that may be answered straight
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -139,7 +160,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             return
         self.is_first = False
         super().data_received(data)
-        if self.is_receiving and self.cycle is not None and self.cycle.body:
+        if self.is_receiving and self.whole is None and self.cycle is not None and self.cycle.body:
             self.flow.pause_reading()  # of what is large, more is read when the application asks for it
         if self.is_receiving and not self.is_first:
             self.surplus += len(data)
@@ -150,17 +171,70 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         if len(self.pipeline) >= AHEAD:
             raise ValueError("too many requests ahead of their answers")  # the parser ends, and the message is refused
         super().on_message_begin()
-        self.is_receiving, self.is_first, self.surplus = True, True, 0
+        self.is_receiving, self.is_first, self.is_kept, self.surplus = True, True, False, 0
         self.beside.wait(self)
+
+    def on_headers_complete(self) -> None:
+        if self._is_straight():
+            self.whole = b""
+        else:
+            super().on_headers_complete()
+
+    def _is_straight(self) -> bool:
+        """Whether nothing about a request's head is other than of any, and nothing before it is under way."""
+        straight, headers = self.beside.straight, dict(self.headers)
+        size = headers.get(b"content-length", b"")
+        return (
+            straight is not None
+            and self.url in straight.urls
+            and PLAIN.issuperset(headers)
+            and len(headers) == len(self.headers)
+            and len(size) <= len(str(STRAIGHT_BYTES))
+            and size.isdigit()
+            and int(size) <= STRAIGHT_BYTES
+            and self.parser.get_method() == b"POST"
+            and self.parser.get_http_version() == "1.1"
+            and (self.cycle is None or self.cycle.response_complete)
+            and not self.flow.write_paused
+        )
 
     def on_body(self, body: bytes) -> None:
         self.surplus -= len(body)
-        super().on_body(body)
+        if self.whole is None:
+            super().on_body(body)
+        else:
+            self.whole += body
 
     def on_message_complete(self) -> None:
         self.is_receiving = False
         self.beside.waiting.pop(self, None)
+        if self.whole is not None:
+            body, self.whole = self.whole, None
+            if self._answered(body):
+                return
+            super().on_headers_complete()
+            super().on_body(body)
         super().on_message_complete()
+
+    def _answered(self, body: bytes) -> bool:
+        straight, url = self.beside.straight, self.url
+        self.scope |= {"method": "POST", "path": url.decode(), "raw_path": url, "query_string": b""}
+        answer = straight.answer(self.scope, dict(self.headers), body) if straight and not self.is_ended else None
+        if answer is None:
+            return False
+        lines = [name + b": " + value + b"\r\n" for name, value in self.server_state.default_headers]
+        head, content = answer
+        if not self.parser.should_keep_alive():
+            lines.append(b"connection: close\r\n")
+            self.is_ended = True
+        length = b"content-length: %d\r\n\r\n" % len(content)
+        self.transport.write(b"".join([b"HTTP/1.1 200 OK\r\n", *lines, head, length, content]))
+        self.server_state.total_requests += 1
+        if self.is_ended:
+            self.transport.close()
+        self.is_kept, self.unsent = True, 0
+        self.beside.wait(self)
+        return True
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -258,7 +332,10 @@ def most_connections() -> int:
 
 def config(application: Any, receive_s: float = RECEIVE_S, **settings: Any) -> uvicorn.Config:
     """uvicorn's configuration for an application, or its name as `app.api:app`."""
-    http: Any = functools.partial(Connection, Connections(most_connections(), receive_s))
+    if isinstance(application, str):
+        application = import_from_string(application)
+    straight = getattr(getattr(application, "state", None), "straight", None)
+    http: Any = functools.partial(Connection, Connections(most_connections(), receive_s, straight))
     return uvicorn.Config(application, http=http, ws="none", access_log=False, timeout_keep_alive=IDLE_S, **settings)
 
 

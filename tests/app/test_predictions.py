@@ -100,11 +100,28 @@ def test_both_ways_answer_alike(asked):
         short = client.post("/predict", json=plain)
         told = client.post("/predict", json=[EXAMPLE | {"l_shipmode": "CAMEL"}])
         exact = client.post("/predict", json=[EXAMPLE])  # a price as a text
+        body = json.dumps(plain).encode()
+        straight, *others = straight_to(*[body] * 100)
+        assert others.count(None) > 70  # the loop looks who else asks before it answers these
+        assert straight_to(json.dumps([EXAMPLE]).encode()) == straight_to(body, host=b"evil.example") == [None]
     assert api.watched is None
-    assert short.json() == long.json()
+    assert short.json() == long.json() == json.loads(straight[1])
+    assert b"x-request-id: " in straight[0]
     assert [len(answer.json()) for answer in (short, exact)] == [39, 1]
     assert short.headers["content-type"] == long.headers["content-type"] == "application/json"
     assert told.status_code == 422 and "l_shipmode" in told.json()["detail"]
+
+
+def straight_to(*bodies, host=b"localhost"):
+    """In one round of the loop: what the server has answered before the application sees a request."""
+    scope = {"type": "http", "path": "/predict", "raw_path": b"/predict", "method": "POST", "query_string": b""}
+    headers = {b"host": host, b"content-type": b"application/json"}
+
+    async def asked():
+        straight = api.app.state.straight.answer
+        return [straight(scope | {"client": ("127.0.0.1", 1)}, headers, body) for body in bodies]
+
+    return asyncio.run(asked())
 
 
 @pytest.mark.parametrize("path, kind", [("/predict", b"text/plain"), ("/other", b"application/json")])
@@ -133,7 +150,7 @@ def asked_of_the_layer(parts, path="/predict", kind=b"application/json"):
     async def receive():
         return next(waiting)
 
-    layer = predictions.ShortWay(application, model.CARD, lambda: None, predictions.Turns(), 10)
+    layer = predictions.ShortWay(application, predictions.Plain(model.CARD, lambda: None, 10), predictions.Turns())
     scope = {"type": "http", "path": path, "method": "POST", "query_string": b"", "headers": [(b"content-type", kind)]}
     asyncio.run(layer(scope, receive, None))
     return got

@@ -129,6 +129,24 @@ def test_outcomes_are_told_once_all_of_an_hour_are_known_and_old_scores_go(shipp
     assert table(shipped)["at"].min() > before  # the files of the first hours are of no version any more
 
 
+def test_a_restored_root_has_its_scores_and_goes_on_with_them(shipped, tmp_path):
+    shipped.write("releases/r1/files/notebooks/score.ipynb", b"{}")
+    shipped.write("releases/current.json", b"{}")
+    made = Lake(shipped).backup(Root.at(tmp_path / "backup"))
+    other = Root.at(tmp_path / "other")
+    Lake(other).restore(Root.at(tmp_path / "backup"))
+    assert_frame_equal(table(other), table(shipped), check_row_order=False)
+    assert made.point.tables["scores"].rows == table(shipped).height
+    assert scores.scored_until(other) == scores.scored_until(shipped) <= Lake(other).snapshot().as_of
+    assert_frame_equal(scores.drift(other), scores.drift(shipped))
+    assert registry.listed(other) == registry.listed(shipped)
+    assert other.files("releases") == shipped.files("releases") != []
+    assert score(Lake(other).snapshot()) is None  # nothing a second time
+    later = came(other.url, 480 + 51 * 120)
+    assert score(later).rows > 100
+    assert not table(other).select(*KEY, "model_id").is_duplicated().any()
+
+
 def test_a_line_is_held_against_the_newest_hour_with_enough_rows(shipped):
     champion, told = model.scoring(shipped)["champion"], model.drift(shipped, 48)
     hour = model.newest_hour(told, champion, 50)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 from support import environment, free_port
@@ -158,6 +159,43 @@ def test_requests_are_not_taken_far_ahead(port):
     with connect(port) as client:
         client.sendall(GET * 5000)
         assert to_the_end(client).count(b"HTTP/1.1 200") < 100
+
+
+def test_what_comes_whole_and_is_plain_is_answered_by_one_call(monkeypatch):
+    """All else the application gets as it came, in the order that it came in."""
+    post = b"POST /sum HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n%s\r\n%s"
+
+    class Summing:
+        urls = frozenset({b"/sum"})
+
+        def answer(self, scope, headers, body):
+            assert scope["client"][0] == "127.0.0.1" and headers[b"host"] == b"a"
+            return (b"x-way: straight\r\n", b"[%d]" % sum(body)) if body != b"odd" else None
+
+    async def asked(scope, receive, send):
+        await application(scope, receive, send)
+
+    asked.state = SimpleNamespace(straight=Summing())
+    with served(monkeypatch, application=asked) as port, connect(port) as client:
+        first = [(b"", b"\1\2"), (b"", b"odd"), (b"", b"\3\4"), (b"", b"\5")]
+        rest = [(b"X-Forwarded-For: b\r\n", b"\6"), (b"Connection: close\r\n", b"\7")]
+        sent = [post % (len(body), more, body) for more, body in (*first, *rest)]
+        client.sendall(b"".join(sent[:4])[:-1])
+        time.sleep(0.1)
+        client.sendall(b"\5" + b"".join(sent[4:]))
+        answers = to_the_end(client).split(b"HTTP/1.1 ")[1:]
+    bodies = [answer.partition(b"\r\n\r\n")[2] for answer in answers]
+    # one that waits behind another's answer waits for the application, too
+    assert bodies[:2] == [b"[3]", b"3"] and bodies[2] in (b"[7]", b"2") and bodies[3] in (b"[5]", b"1")
+    assert bodies[4:] in ([b"1", b"[7]"], [b"1", b"1"])
+    assert answers[0].startswith(b"200 OK\r\n") and b"content-length: 3\r\n" in answers[0]
+    with served(monkeypatch, application=asked) as port, connect(port) as client:
+        client.sendall(post % (9, b"", b"odd"))
+        assert to_the_end(client).startswith(b"HTTP/1.1 408")
+    with served(monkeypatch, application=asked) as port, connect(port) as client:
+        monkeypatch.setattr(web, "IDLE_S", 0.5)
+        client.sendall(post % (2, b"", b"\1\2"))
+        assert to_the_end(client).endswith(b"[3]")
 
 
 def test_without_a_token_it_listens_to_this_machine_alone():
