@@ -62,6 +62,7 @@ from app.settings import Settings
 from etl.lake.snapshot import POINTER, NothingPublished
 from etl.models import registry, scores
 from etl.reports import page as reports
+from etl.reports import pdf as printer
 from etl.runs import index
 from etl.serve import health as health_of_root
 from etl.storage import BadRoot, Damaged, Root
@@ -158,6 +159,7 @@ readiness: Readiness | None = None
 # they keep nobody waiting for the lock.
 PREDICTING = CapacityLimiter(2)
 PREDICTING_FEW = CapacityLimiter(2)
+PRINTING = CapacityLimiter(1)
 LOOKING = CapacityLimiter(2)
 TURNS = Turns()
 REQUESTS = metrics.Requests(PATHS)
@@ -555,14 +557,47 @@ def list_reports(
 def report(run_id: str, root: PublishedRoot, code: Code = "yes") -> HTMLResponse:
     """A run's report as a page: what came of it, the executed notebook, its parameters, its checks."""
     record = _run(root, run_id)
+    page = _page(root, record, code, _bar(record, code))
+    return HTMLResponse(BESIDE.sub(rb'href="\1"', page), headers=REPORT_HEADERS)
+
+
+def _page(root: Root, record: dict[str, Any], code: str, links: list[tuple[str, str]]) -> bytes:
+    """A run's report.html with these links in its bar. Raises HTTPException 404."""
     try:
         page = reports.page_of(root, record, lambda: index.before(root, record))
     except FileNotFoundError:
-        raise HTTPException(404, f"run {run_id} left no report.html") from None
-    page = reports.served(page, _bar(record, code))
-    if code == "no":
-        page = reports.without_code(page)
-    return HTMLResponse(BESIDE.sub(rb'href="\1"', page), headers=REPORT_HEADERS)
+        raise HTTPException(404, f"run {record['run_id']} left no report.html") from None
+    page = reports.served(page, links)
+    return reports.without_code(page) if code == "no" else page
+
+
+@api.get(
+    "/reports/{run_id}/pdf",
+    tags=["runs"],
+    response_class=Response,
+    responses={200: {"description": "The report", "content": {"application/pdf": {}}}}
+    | _problems(
+        e404="There is no such run, or it left no page",
+        e422="There can be no such run",
+        e501="No browser that prints is installed where the service runs",
+    ),
+)
+async def pdf(run_id: str, root: PublishedRoot, code: Code = "yes") -> Response:
+    """A run's report as a PDF, which takes seconds to print: one at a time."""
+    if PRINTING.available_tokens < 1:
+        raise HTTPException(503, "a report is being printed already; try again in a few seconds", {"Retry-After": "5"})
+    return await to_thread.run_sync(_printed, run_id, root, code, limiter=PRINTING)
+
+
+def _printed(run_id: str, root: Root, code: str) -> Response:
+    try:
+        content = printer.printed(_page(root, _run(root, run_id), code, []))
+    except printer.NoBrowser as error:
+        raise HTTPException(501, str(error)) from None
+    except printer.NotPrinted as error:
+        raise HTTPException(503, str(error)) from None
+    headers = REPORT_HEADERS | {"Content-Disposition": f'attachment; filename="{run_id}.pdf"'}
+    return Response(content, media_type="application/pdf", headers=headers)
 
 
 def _bar(record: dict[str, Any], code: str) -> list[tuple[str, str]]:
@@ -572,6 +607,7 @@ def _bar(record: dict[str, Any], code: str) -> list[tuple[str, str]]:
     led += [("latest", f"{stage}/latest"), ("last ok", f"{stage}/latest-ok")]
     switch = ("with code", run_id) if asked else ("without code", f"{run_id}?code=no")
     links = [*((text, f"{address}{asked}") for text, address in led), switch, ("notebook", f"{run_id}/notebook")]
+    links += [("PDF", f"{run_id}/pdf{asked}")] if printer.browser() else []
     links += [("all reports", "../reports")]
     return links + ([("dashboard", url)] if (url := settings().dashboard_url) else [])
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import parse_qs, urlencode, urlsplit
 
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, Request, expect
 
 WIDTH_PX, HEIGHT_PX = 1440, 900
@@ -75,6 +76,17 @@ class Tab:
     def faint(self) -> dict[str, str]:
         """The texts that are too faint to read, each with its contrast."""
         return self.tab.evaluate(FAINT)
+
+    def serious(self, *rules: str) -> dict[str, list[str]]:
+        """What keeps people who hear the page, or go by keys, from using it: axe's rule -> the elements; of all rules,
+        or of these."""
+        options = {"resultTypes": ["violations"]} | ({"runOnly": list(rules)} if rules else {})
+        wrong = Axe().run(self.tab, options=options).response["violations"]
+        return {
+            f"{each['id']}: {each['help']}": [f"{node['target']} {node['html']:.200}" for node in each["nodes"]]
+            for each in wrong
+            if each["impact"] in ("serious", "critical")
+        }
 
     def headings(self) -> list[int]:
         """The levels of the headings, from top to bottom."""

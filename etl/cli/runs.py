@@ -209,7 +209,7 @@ def report(
             html.write_bytes(content)
             say(f"{html}")
         if pdf:
-            printer.write(content, pdf)
+            pdf.write_bytes(printer.printed(content))
             say(f"{pdf}")
 
 

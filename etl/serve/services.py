@@ -240,7 +240,7 @@ def usual(root_url: str, ports: Mapping[str, int], logs: Path) -> list[Service]:
     return [
         prefect_server(ports["prefect"], logs / "prefect", logs),
         api("app.api:app", root_url, ports, logs),
-        dashboard("app.dashboard", root_url, ports, logs),
+        dashboard("app.web", root_url, ports, logs),
     ]
 
 
@@ -349,7 +349,7 @@ def api_url(ports: Mapping[str, int]) -> str:
 
 
 def dashboard(module: str, root_url: str, ports: Mapping[str, int], logs: Path) -> Service:
-    """A Streamlit page, as `app.dashboard`, on the port `dashboard`; ETL_ROOT tells it the root.
+    """A Streamlit page or application, as `app.web`, on the port `dashboard`; ETL_ROOT tells it the root.
 
     Raises ModuleNotFoundError when there is no such module.
     """

@@ -27,6 +27,7 @@ import uvicorn
 from published import QUERY_RUN, TRAIN_RUN, publish_model
 
 from app.api import BODY_LIMIT, Row, app, settings
+from etl.reports import pdf
 from etl.serve import web
 from etl.storage import Root
 from pipeline import Lake, model, queries
@@ -552,6 +553,22 @@ class TestReports:
         assert download.headers["x-content-type-options"] == "nosniff"
         assert nbformat.reads(download.text, as_version=4).cells[0].source == "# What query did"
 
+    def test_a_pdf_is_a_download_where_there_is_a_browser_that_prints(self, api, root, monkeypatch):
+        at = f"/v1/reports/{QUERY_RUN}/pdf"
+        if pdf.browser():
+            download = api.get(f"{at}?code=no")
+            assert download.content.startswith(b"%PDF-") and download.headers["content-type"] == "application/pdf"
+            assert download.headers["content-disposition"] == f'attachment; filename="{QUERY_RUN}.pdf"'
+            assert f'href="{QUERY_RUN}/pdf?code=no">PDF' in api.get(f"/reports/{QUERY_RUN}?code=no").text
+        monkeypatch.setattr(pdf, "BROWSERS", ["no-such-browser"])
+        refused = api.get(at)
+        assert (refused.status_code, refused.json()) == (
+            501,
+            {"detail": "a PDF is printed by Chromium, and none is installed: looked for no-such-browser"},
+        )
+        assert "/pdf" not in api.get(f"/reports/{QUERY_RUN}").text
+        assert api.get(at.replace(QUERY_RUN, "query-20200101T000000-aaaaaa")).status_code == 404
+
     def test_a_link_to_another_report_leads_there(self, api, root):
         (page,) = Path(root).glob(f"reports/*/*/{QUERY_RUN}/report.html")
         page.write_text('<a href="../../2026-03-01/query-20260301T120000-abcdef/report.html">the last ok run</a>')
@@ -671,7 +688,7 @@ def test_the_documentation_knows_every_endpoint_and_its_errors(api):
         *("/", "/health", "/health/stages", "/ready", "/metrics", *(f"/v1/{path}" for path in versioned)),
         *(f"/v1/reports/{rest}" for rest in ("{run_id}/notebook", "{stage}/latest", "{stage}/latest-ok")),
         *("/v1/reports/{stage}/as-of/{at}", "/v1/reports", "/v1/results/{question}.{form}"),
-        *("/v1/reports/{run_id}/previous", "/v1/reports/{run_id}/next"),
+        *(f"/v1/reports/{{run_id}}/{rest}" for rest in ("pdf", "previous", "next")),
     }
     page = api.get("/").text
     for path, operation in ((path, next(iter(methods.values()))) for path, methods in paths.items()):
