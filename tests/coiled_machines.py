@@ -48,11 +48,12 @@ class Machines:
             host="127.0.0.1",
             dashboard_address=None,
         )
-        for name in ("coiled_update_env_vars", "coiled_unset_env_vars"):
+        told = ("update_env_vars", "unset_env_vars", "add_keepalive_session", "end_keepalive_session")
+        for name in (f"coiled_{of}" for of in told):
             self.dask.scheduler.handlers[name] = lambda **_: None
         self.dask.scheduler.handlers["coiled_set_keepalive"] = self.keep_alive
         self.left_at: float | None = None
-        self.is_gone = False
+        self.is_gone, self.on_end = False, lambda: None
 
     def keep_alive(self, keepalive: Any = None, **_: Any) -> None:
         from dask.utils import parse_timedelta
@@ -76,6 +77,7 @@ class Machines:
     def end(self) -> None:
         if not self.is_gone:
             self.is_gone = True
+            self.on_end()
             for process in self.processes():
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
@@ -89,6 +91,7 @@ class ControlPlane:
     boot: Callable[[dict], Machines]
     clusters: dict[int, Machines] = field(default_factory=dict)
     refusals: int = 0  # of the next clusters that are asked for
+    ssh: Callable[[int], dict] | None = None  # the host and port, and the key, that lead to a cluster's machine
 
     def answer(self, method: str, path: str, body: dict) -> tuple[int, object]:
         """The status and the JSON for a request."""
@@ -100,6 +103,8 @@ class ControlPlane:
             number = len(self.clusters) + 1
             self.clusters[number] = self.boot(body)
             return 200, {"id": number, "existing": False}
+        if rest.startswith("https-certificate"):
+            return 200, {"status": "ready"}
         if rest.startswith("name/"):
             named = [number for number in self.open() if self.clusters[number].wanted["name"] == rest[5:]]
             return (200, {"id": named[-1]}) if named else (404, {"detail": f"no cluster {rest[5:]}"})
@@ -109,6 +114,8 @@ class ControlPlane:
                 threading.Thread(target=self.clusters[number].end).start()
                 self.clusters[number].wanted["deleted"] = True
                 return 200, {}
+            if rest.endswith("/ssh-key") and self.ssh:
+                return 200, self.ssh(number)
             told = self.cluster(number)
             return 200, {f"id/{number}": told, f"id/{number}/state": told["current_state"]}.get(rest, {})
         account = {"slug": "here", "name": "here", "id": 1, "active": True}
@@ -149,9 +156,11 @@ class ControlPlane:
             "created": now,
             "current_state": ready,
             "desired_workers": 1,
+            **{"cost_per_hour": 0.05, "total_cost": 0.01, "billable_time": 1.0, "senv_alias": {"name": "etl"}},
             "scheduler": node | {"dashboard_address": "http://127.0.0.1:1"},
             "workers": [node],
             "cluster_options": {
+                **{"region_name": cluster.wanted.get("region_name"), "zone_name": None},
                 "tls_cert": cluster.security.tls_client_cert,
                 "tls_key": cluster.security.tls_client_key,
             },

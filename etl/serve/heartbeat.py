@@ -95,6 +95,13 @@ def read(root: Root) -> dict[str, Any] | None:
     return told
 
 
+def end(root: Root) -> None:
+    """Say of an `up` whose machine was taken from it that it ended, as was meant."""
+    told = read(root)
+    if told and not told.get("ended_at"):
+        root.write(PLACE, json.dumps(told | {"ended_at": _now()}).encode())
+
+
 def is_gone(told: Mapping[str, Any]) -> bool:
     """Whether it was on this machine and its process is no more: then nobody has to wait for the next beat."""
     return bool(told.get("machine") == machine() and started(told["pid"]) != told["started"])
