@@ -341,6 +341,13 @@ class Root:
     def _is_s3(self) -> bool:
         return hasattr(self._fs, "call_s3")
 
+    def region(self) -> str | None:
+        """Of the bucket, where the store says it; None otherwise."""
+        if not self._is_s3:
+            return None
+        answer = self._fs.call_s3("head_bucket", Bucket=self._fs.split_path(self._prefix)[0])
+        return str(answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region") or "") or None
+
     def _asked(self, method: str, rel: str, **asked: Any) -> dict[str, Any]:
         """S3's answer to a request about a file, without any other before it. Raises OSError."""
         bucket, key, _ = self._fs.split_path(self._path(rel))

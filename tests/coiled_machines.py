@@ -18,8 +18,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,12 @@ class Machines:
             host="127.0.0.1",
             dashboard_address=None,
         )
-        for name in ("coiled_update_env_vars", "coiled_unset_env_vars"):
+        told = ("update_env_vars", "unset_env_vars", "add_keepalive_session", "end_keepalive_session")
+        for name in (f"coiled_{of}" for of in told):
             self.dask.scheduler.handlers[name] = lambda **_: None
         self.dask.scheduler.handlers["coiled_set_keepalive"] = self.keep_alive
         self.left_at: float | None = None
-        self.is_gone = False
+        self.is_gone, self.on_end = False, lambda: None
 
     def keep_alive(self, keepalive: Any = None, **_: Any) -> None:
         from dask.utils import parse_timedelta
@@ -76,6 +78,7 @@ class Machines:
     def end(self) -> None:
         if not self.is_gone:
             self.is_gone = True
+            self.on_end()
             for process in self.processes():
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
@@ -88,18 +91,22 @@ class ControlPlane:
 
     boot: Callable[[dict], Machines]
     clusters: dict[int, Machines] = field(default_factory=dict)
-    refusals: int = 0  # of the next clusters that are asked for
+    refusals: dict[str, int] = field(default_factory=dict)  # by the tag `refused`, of which there are still so many
+    ssh: Callable[[int], dict] | None = None  # the host and port, and the key, that lead to a cluster's machine
 
     def answer(self, method: str, path: str, body: dict) -> tuple[int, object]:
         """The status and the JSON for a request."""
         rest = path.removeprefix(AT)
         if (method, rest) == ("POST", ""):
-            if self.refusals:
-                self.refusals -= 1
+            key = body.get("tags", {}).get("refused")
+            if key and self.refusals.get(key, 1):
+                self.refusals[key] = self.refusals.get(key, 1) - 1
                 return 400, {"detail": "no m7i.large is to be had in us-east-2"}
             number = len(self.clusters) + 1
             self.clusters[number] = self.boot(body)
             return 200, {"id": number, "existing": False}
+        if rest.startswith("https-certificate"):
+            return 200, {"status": "ready"}
         if rest.startswith("name/"):
             named = [number for number in self.open() if self.clusters[number].wanted["name"] == rest[5:]]
             return (200, {"id": named[-1]}) if named else (404, {"detail": f"no cluster {rest[5:]}"})
@@ -109,6 +116,8 @@ class ControlPlane:
                 threading.Thread(target=self.clusters[number].end).start()
                 self.clusters[number].wanted["deleted"] = True
                 return 200, {}
+            if rest.endswith("/ssh-key") and self.ssh:
+                return 200, self.ssh(number)
             told = self.cluster(number)
             return 200, {f"id/{number}": told, f"id/{number}/state": told["current_state"]}.get(rest, {})
         account = {"slug": "here", "name": "here", "id": 1, "active": True}
@@ -149,9 +158,11 @@ class ControlPlane:
             "created": now,
             "current_state": ready,
             "desired_workers": 1,
+            **{"cost_per_hour": 0.05, "total_cost": 0.01, "billable_time": 1.0, "senv_alias": {"name": "etl"}},
             "scheduler": node | {"dashboard_address": "http://127.0.0.1:1"},
             "workers": [node],
             "cluster_options": {
+                **{"region_name": cluster.wanted.get("region_name"), "zone_name": None},
                 "tls_cert": cluster.security.tls_client_cert,
                 "tls_key": cluster.security.tls_client_key,
             },
@@ -220,23 +231,22 @@ BLOCK = {
     "region": "us-east-2",
     "software": "etl",
     "keepalive": "20 seconds",
-    "silence": "6 seconds",
     "dollars_an_hour": 0.1,
-    "extra_kwargs": {"show_widget": False, "credentials": None},
 }
 WORK = """import pathlib, time, uuid
 from etl.storage import Root
 Root.at(root).write(f"begun/{run_id}/{uuid.uuid4().hex}", b"")  # each kernel that ran it
 for i in range(steps):
-    print('step', i, flush=True)
+    print('at', time.time(), flush=True)
     time.sleep(0.1)"""
 ROWS = 'Root.at(root).create(f"rows/{scheduled_for}", b"1")'
 DECLARED = 'scheduled_for: str = "2026-01-01T00:00:00+00:00"  # its time\nsteps: int = 1  # tenths of a second\n'
-LONG = 600
+LONG, DEADLINE_S = 3000, 20
+AT_ONCE = 4  # lanes, each with one run at a time
 
 
 class Campaign:
-    """Runs of one stage on machines, one after the other, each with a fault of its own."""
+    """A stage whose runs meet a fault each, on machines of a control plane."""
 
     def __init__(self, root: str, folder: Path, seed: int):
         from faults import toy
@@ -244,118 +254,148 @@ class Campaign:
 
         from etl import params
 
-        self.plane, self.rng, self.root = begin(is_apart=True), random.Random(seed), root
+        self.plane, self.seed, self.root = begin(is_apart=True), seed, root
         project = toy.project(folder / "project")
         write_stage(project, "work", WORK, ROWS, parameters=DECLARED)
         self.project = params.load(project, "local")
-        self.hour = 0
+        self.minutes = iter(range(60 * 24 * 28))
 
-    def run(self, fault: Callable[[str], Any] | None = None, steps: int = 1, retries: int = 0, **machine: Any) -> Any:
-        """The record of a run's last attempt; the fault meets the first, once home has seen it print."""
-        from etl.runs import dispatch, journal
 
-        self.hour += 1
-        stage = self.project.stages["work"]
-        stage = replace(stage, machine=BLOCK | machine, retries=retries, values=stage.values | {"steps": steps})
-        ids: list[str] = []
-        self.cancel = threading.Event()
+class Run:
+    """One, its last attempt's `record`; the fault meets the first, once home has seen it print."""
 
-        def meet() -> None:
-            until = time.monotonic() + 120
-            while time.monotonic() < until and not ended.is_set():
-                path = journal.spool() / ids[0] / "journal.jsonl" if ids else Path("none")
-                if path.exists() and any(journal.read(path, "output")):
-                    time.sleep(self.rng.uniform(0, 1))
-                    fault(ids[0])
-                    return
-                time.sleep(0.05)
+    def __init__(self, campaign: Campaign, tags: dict[str, str]):
+        self.campaign, self.tags, self.minute = campaign, tags, next(campaign.minutes)
+        self.rng, self.cancel = random.Random(campaign.seed * 10_000 + self.minute), threading.Event()
+        self.ids: list[str] = []
+        self.lags_s: list[float] = []  # from a line's print to when home has it
+        self.met_at, self.over = 0.0, threading.Event()
 
-        ended = threading.Event()
-        thread = threading.Thread(target=meet)
-        if fault:
-            thread.start()
-        at = datetime(2026, 3, 1, tzinfo=UTC).replace(hour=self.hour % 24, minute=self.hour // 24)
-        began, environment = time.monotonic(), replace(self.project.environment, root=self.root)
-        record = dispatch.run_stage(stage, environment, scheduled_for=at, on_begin=ids.append, cancel=self.cancel)
-        ended.set()
-        self.took_s, self.attempts = time.monotonic() - began, ids
-        return record
+    def to_its_end(self, fault=None, steps=1, retries=0, deadline_s=600.0, silence="6 seconds", **machine) -> "Run":
+        from etl.runs import dispatch
 
-    def pid(self, run_id: str) -> int:
+        extra = {"show_widget": False, "credentials": None, "tags": self.tags}
+        block = BLOCK | {"silence": silence, "extra_kwargs": extra} | machine
+        stage = self.campaign.project.stages["work"]
+        values = stage.values | {"steps": steps}
+        stage = replace(stage, machine=block, retries=retries, values=values, deadline_s=deadline_s)
+        at = datetime(2026, 3, 1, tzinfo=UTC) + timedelta(minutes=self.minute)
+        watching = threading.Thread(target=self.watch, args=(fault,))
+        watching.start()
+        began, environment = time.monotonic(), replace(self.campaign.project.environment, root=self.campaign.root)
+        self.record = dispatch.run_stage(
+            stage, environment, scheduled_for=at, on_begin=self.ids.append, cancel=self.cancel
+        )
+        ended = time.monotonic()
+        self.over.set()
+        watching.join()
+        self.took_s, self.after_s = ended - began, ended - self.met_at if self.met_at else 0.0
+        # since home heard of it first: what the deadline counts
+        self.ran_s = self.took_s - (self.record.machine or {}).get("boot_s", self.took_s)
+        return self
+
+    def watch(self, fault: Callable[["Run"], Any] | None) -> None:
+        from etl.runs import journal
+
+        seen, meets_at = 0, None
+        while not self.over.wait(0.05):
+            path = journal.spool() / self.ids[0] / "journal.jsonl" if self.ids else Path("none")
+            outputs = [event["output"] for event in journal.read(path, "output")] if path.exists() else []
+            printed = [output["text"] for output in outputs if output.get("name") == "stdout"]
+            for text in printed[seen:]:
+                self.lags_s.append(time.time() - float(text.split("\n")[-2].removeprefix("at ")))
+            seen = len(printed)
+            meets_at = meets_at or (printed and time.monotonic() + self.rng.uniform(0, 1))
+            if fault and meets_at and time.monotonic() > meets_at and not self.met_at:
+                self.met_at = time.monotonic()
+                fault(self)
+
+    def pid(self) -> int:
         from etl.runs import live
         from etl.storage import Root
 
-        return live.claimed(Root.at(self.root), run_id)["pid"]
+        return live.claimed(Root.at(self.campaign.root), self.ids[0])["pid"]
 
-    def machines_of(self, run_id: str) -> Machines:
+    def machines(self) -> Machines:
         from etl.runs import journal
 
-        events = journal.read(journal.spool() / run_id / "journal.jsonl", "machine")
+        events = journal.read(journal.spool() / self.ids[0] / "journal.jsonl", "machine")
         name = next(event["machine"]["name"] for event in events)
-        clusters = [self.plane.clusters[number] for number in self.plane.open()]
+        clusters = [self.campaign.plane.clusters[number] for number in self.campaign.plane.open()]
         return next(cluster for cluster in clusters if cluster.wanted["name"] == name)
 
-    def lose(self, run_id: str) -> None:
-        self.machines_of(run_id).end()
+    def lose(self) -> None:
+        self.machines().end()
 
-    def lose_worker(self, run_id: str) -> None:
-        for process in self.machines_of(run_id).processes()[:1]:
+    def lose_worker(self) -> None:
+        for process in self.machines().processes()[:1]:
             process.kill()
 
-    def hang(self, run_id: str) -> None:
-        os.kill(self.pid(run_id), signal.SIGSTOP)
+    def hang(self) -> None:
+        os.kill(self.pid(), signal.SIGSTOP)
 
     def kernels(self) -> dict[str, int]:
         from etl.storage import Root
 
-        return {run_id: Root.at(self.root).files(f"begun/{run_id}").__len__() for run_id in self.attempts}
+        return {run_id: Root.at(self.campaign.root).files(f"begun/{run_id}").__len__() for run_id in self.ids}
+
+    def told(self) -> dict:
+        machine = self.record.machine or {}
+        return {
+            "state": self.record.state,
+            "reason": self.record.reason,
+            "attempts": len(self.ids),
+            "kernels": max(self.kernels().values()),
+            "machine": {key: machine.get(key) for key in ("name", "type", "region", "spot")},
+            "after_s": round(self.after_s, 1),
+            "over_s": round(self.ran_s - DEADLINE_S, 1),
+            "lag_s": round(max(self.lags_s, default=0), 1),
+        }
+
+
+FAULTS: dict[str, Callable[[Run, int], Run]] = {
+    "again": lambda run, _: run.to_its_end(),  # on the lane's machine, which is kept
+    "changed": lambda run, k: run.to_its_end(vm_type=f"m7i.{k + 2}xlarge"),
+    "lost": lambda run, _: run.to_its_end(Run.lose, LONG),
+    "worker": lambda run, _: run.to_its_end(Run.lose_worker, LONG),
+    "hung": lambda run, _: run.to_its_end(Run.hang, LONG),
+    "overdue": lambda run, _: run.to_its_end(Run.hang, LONG, deadline_s=DEADLINE_S, silence="60 seconds"),
+    "cancelled": lambda run, _: run.to_its_end(lambda run: run.cancel.set(), LONG, silence="60 seconds"),
+    "refused": lambda run, _: run.to_its_end(),
+    "retried": lambda run, _: run.to_its_end(retries=1),
+}
 
 
 def machines(root: str, n: str, seed: str, only: str = "") -> dict:
-    """Each fault `n` times: what each came to, as (state, the beginning of its reason, attempts, kernels a run id)."""
+    """Each fault `n` times, several at once: what each came to, and what is left over."""
     from etl.storage import Root
 
-    told: dict[str, list] = {}
+    names = only.split(",") if only else [*FAULTS]
     with tempfile.TemporaryDirectory() as folder:
-        campaign = Campaign(root, Path(folder), int(seed))
-        rows = 0
+        campaign, told = Campaign(root, Path(folder), int(seed)), {name: [] for name in names}
 
-        def take(name: str, record: Any) -> None:
-            nonlocal rows
-            rows += record.state == "ok"
-            one_each = set(campaign.kernels().values()) <= {0, 1}
-            machine = {key: record.machine.get(key) for key in ("name", "type", "region", "spot")}
-            ended = [record.state, record.reason, len(campaign.attempts), one_each, round(campaign.took_s, 1), machine]
-            told.setdefault(name, []).append(ended)
-            print(name, *ended, file=sys.stderr, flush=True)
+        def lane(number: int) -> None:
+            """Its machine is kept from one run to the next, unless that had to have one of its own."""
+            for k in range(number, int(n), AT_ONCE):
+                for name in names:
+                    tags = {"lane": str(number)} if name in ("again", "cancelled") else {"run": f"{name} {k}"}
+                    if name in ("refused", "retried"):
+                        tags["refused"] = f"{name} {k}"
+                    ended = FAULTS[name](Run(campaign, tags), k).told()
+                    told[name].append(ended)
+                    print(name, ended, file=sys.stderr, flush=True)
 
-        other, refused = {"vm_type": "m7i.xlarge"}, {"vm_type": "m7i.2xlarge"}
-        faults: dict[str, Callable[[], Any]] = {
-            "ok": campaign.run,
-            "again": campaign.run,  # on the machine that is kept
-            "changed": lambda: campaign.run(**other),
-            "lost": lambda: campaign.run(campaign.lose, LONG),
-            "worker": lambda: campaign.run(campaign.lose_worker, LONG),
-            "hung": lambda: campaign.run(campaign.hang, LONG),
-            "cancelled": lambda: campaign.run(lambda _: campaign.cancel.set(), LONG),
-            "refused": lambda: campaign.run(**refused),
-            "retried": lambda: campaign.run(retries=1, **refused),
-        }
-        for _ in range(int(n)):
-            for name in only.split(",") if only else faults:
-                campaign.plane.refusals = int(name in ("refused", "retried"))
-                take(name, faults[name]())
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(lane, range(AT_ONCE)))
         until = time.monotonic() + 120
         while campaign.plane.open() and time.monotonic() < until:
             time.sleep(0.2)
-        asked = len(campaign.plane.clusters)
-        left = Root.at(root).files("live")
         return {
             "ended": told,
             "open": len(campaign.plane.open()),
-            "asked": asked,
-            "left": left,
-            "rows": [rows, len(Root.at(root).files("rows"))],
+            "asked": len(campaign.plane.clusters),
+            "left": Root.at(root).files("live"),
+            "rows": len(Root.at(root).files("rows")),
         }
 
 

@@ -9,7 +9,21 @@ from typing import Annotated
 
 import typer
 
-from etl.cli import checking, debugging, digest, health, lake, models, new, releases, running, runs, trying, up
+from etl.cli import (
+    checking,
+    debugging,
+    deploying,
+    digest,
+    health,
+    lake,
+    models,
+    new,
+    releases,
+    running,
+    runs,
+    trying,
+    up,
+)
 from etl.cli.common import Timetable
 
 __all__ = ["Timetable", "make"]
@@ -29,6 +43,7 @@ def make(timetable: Timetable, help_text: str) -> typer.Typer:
         context.obj = timetable
 
     up.register(app, timetable)
+    deploying.register(app)
     running.register(app)
     checking.register(app)
     health.register(app)

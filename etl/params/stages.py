@@ -60,6 +60,7 @@ class Environment:
     ready_kernels: int = 1  # that wait for a run, while `up` is at work; 0: each run starts one
     alerts: Alerts | None = None
     machine_above_rows: int | None = None
+    deploy: dict[str, Any] | None = None  # the home machine at Coiled
 
 
 @dataclass(frozen=True)
@@ -380,6 +381,7 @@ class _EnvFile(BaseModel):
     retention: Rules = Rules()
     ready_kernels: Annotated[int, Field(ge=0, le=16)] = 1
     alerts: Alerts | None = None
+    deploy: dict[str, Any] | None = None
     stages: dict[str, _StageOverride] | None = None
 
 
@@ -398,6 +400,7 @@ _EXPECTED = {
     "parameters": "name: value lines",
     "root": "a folder or a URL",
     "machine": "null or key: value lines",
+    "deploy": "null or key: value lines",
     "machine_above": "null or {rows: a whole number}",
     "dask": "null, {n_workers: 1 or more}, {address: URL} or {coiled: {...}}",
     "retention": "numbers from 0 for all_hours, hourly_days, page_days and days, true or false for daily and slowest",
@@ -460,6 +463,7 @@ def _environment(name: str, file: _EnvFile) -> Environment:
         file.ready_kernels,
         file.alerts,
         file.machine_above.rows if file.machine_above else None,
+        file.deploy,
     )
 
 

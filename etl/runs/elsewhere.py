@@ -112,7 +112,7 @@ class Followed:
                 try:
                     self._look(begun)
                     if self._end is None:
-                        time.sleep(self.block.silence_s / live.LOOKS)
+                        self._wait(self.block.silence_s / live.LOOKS)
                 except KeyboardInterrupt:
                     if self._told_to_end:  # for the second time: at once
                         self._break_off()
@@ -120,6 +120,13 @@ class Followed:
         finally:
             facts = self._facts(machine) | _released(machine, begun, self._is_sound, self.block.silence_s)
             self.progress.take(self.journal.event("machine", machine=facts))
+
+    def _wait(self, look_s: float) -> None:
+        """Until the next look; one who cancels does not wait for it, and sees the end soon."""
+        if self._told_to_end:
+            time.sleep(look_s / 4)
+        else:
+            self.cancel.wait(look_s)
 
     def forget(self) -> None:
         """Nothing of it stays under live/; for a machine that comes back, the word that it has to end does."""

@@ -17,7 +17,6 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -101,33 +100,39 @@ def problems(block: Block, root: Root) -> list[str]:
         return missing
     if isinstance(root, LocalRoot):
         return [f"the root {root.url} is on this machine, and the run on another; use an s3:// root"]
-    return missing or [*_of_coiled(block.arguments)]
+    return missing or _of_coiled(block.arguments)
 
 
-def _of_coiled(arguments: dict[str, Any]) -> Iterator[str]:
-    try:
+def _of_coiled(arguments: dict[str, Any]) -> list[str]:
+    with contextlib.suppress(ImportError):
         import coiled
+
+        known = [name for name in inspect.signature(coiled.function).parameters if name not in TAKEN]
+        for name in arguments:
+            if name not in known:
+                return [f"machine: unknown key {name!r}{nearest(name, [*known, *OURS])}"]
+    return coiled_problems()
+
+
+def coiled_problems() -> list[str]:
+    """Why Coiled's service cannot be asked for anything: a sentence, or none."""
+    try:
+        import coiled  # noqa: F401
         import dask.config
     except ImportError:
-        yield "the package coiled is not installed"
-        return
-    known = [name for name in inspect.signature(coiled.function).parameters if name not in TAKEN]
-    for name in arguments:
-        if name not in known:
-            yield f"machine: unknown key {name!r}{nearest(name, [*known, *OURS])}"
-            return
+        return ["the package coiled is not installed"]
     server, token = dask.config.get("coiled.server"), dask.config.get("coiled.token")
     if not token:
-        yield "Coiled's token is not set: run `coiled login`, or set DASK_COILED__TOKEN"
-        return
+        return ["Coiled's token is not set: run `coiled login`, or set DASK_COILED__TOKEN"]
     asked = urllib.request.Request(f"{server}/api/v2/user/me", headers={"Authorization": f"ApiToken {token}"})
     try:
         urllib.request.urlopen(asked, timeout=CONNECT_S).close()
     except urllib.error.HTTPError as error:
         refused = "does not take the token" if error.code in (401, 403) else f"answered {error.code}"
-        yield f"Coiled's service at {server} {refused}"
+        return [f"Coiled's service at {server} {refused}"]
     except OSError as error:
-        yield f"Coiled's service at {server} cannot be reached: {one_line(getattr(error, 'reason', error))}"
+        return [f"Coiled's service at {server} cannot be reached: {one_line(getattr(error, 'reason', error))}"]
+    return []
 
 
 class Machine(Protocol):
@@ -268,12 +273,13 @@ def stage_problems(stage: Stage, root: str) -> list[str]:
         return []
     try:
         block, there = read(stage.name, stage.machine), Root.at(root)
-        return problems(block, there) or _of_root(there)
+        return problems(block, there) or root_problems(there)
     except ValueError as error:
         return [str(error)]
 
 
-def _of_root(root: Root) -> list[str]:
+def root_problems(root: Root) -> list[str]:
+    """Why the way to a root is none: a sentence, or none."""
     try:
         root.names("live")
     except Exception as error:

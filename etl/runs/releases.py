@@ -97,14 +97,14 @@ def contents(project: Path) -> dict[str, Path]:
     """The files that a release of a project holds: their path in it -> where they are now."""
     chosen = {name: project / name for name in BESIDE if (project / name).is_file()}
     for folder in ("notebooks", "params"):
-        chosen |= _below(project / folder, folder)
+        chosen |= files_below(project / folder, folder)
     for name, path in sources.packages_of(project, project.glob("notebooks/*.ipynb")).items():
         if not path.is_relative_to(project / "notebooks"):
-            chosen |= _below(path, name) if path.is_dir() else {path.name: path}
+            chosen |= files_below(path, name) if path.is_dir() else {path.name: path}
     return chosen
 
 
-def _below(folder: Path, name: str) -> dict[str, Path]:
+def files_below(folder: Path, name: str) -> dict[str, Path]:
     """All files of a folder, but for what editors, Python and JupyterLab leave there."""
     chosen = {}
     for at, folders, names in os.walk(folder, followlinks=True):
@@ -117,7 +117,7 @@ def _below(folder: Path, name: str) -> dict[str, Path]:
     return chosen
 
 
-def _content(path: Path) -> bytes:
+def content(path: Path) -> bytes:
     """What is released of a file: of a notebook, what running it in JupyterLab does not change."""
     data = path.read_bytes()
     if path.suffix != ".ipynb":
@@ -168,7 +168,7 @@ class WorkingTree:
                 self._files[rel] = before[rel]
             else:
                 with contextlib.suppress(FileNotFoundError):
-                    self._files[rel] = mark, _sha256(_content(path))
+                    self._files[rel] = mark, _sha256(content(path))
 
 
 # --- making, and finding ---
@@ -176,7 +176,7 @@ class WorkingTree:
 
 def freeze(project: Path, root: Root, message: str = "") -> Release:
     """Keep a copy of what the project's stages are now, once for each content; it is not yet what `up` runs."""
-    held = {rel: _content(path) for rel, path in contents(project).items()}
+    held = {rel: content(path) for rel, path in contents(project).items()}
     files = {rel: _sha256(data) for rel, data in held.items()}
     try:
         release = find(root, _id_of(files))
@@ -439,7 +439,7 @@ def _texts(root: Root, tree: Release | Path) -> tuple[dict[str, str], Callable[[
     if isinstance(tree, Release):
         release = tree
         return release.files, lambda rel: _text(rel, root.read(f"{FOLDER}/{release.id}/files/{rel}"))
-    held = {rel: _content(path) for rel, path in contents(tree).items()}
+    held = {rel: content(path) for rel, path in contents(tree).items()}
     return {rel: _sha256(data) for rel, data in held.items()}, lambda rel: _text(rel, held[rel])
 
 

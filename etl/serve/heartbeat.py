@@ -94,3 +94,10 @@ def read(root: Root) -> dict[str, Any] | None:
     if told is not None and not {"at", "since", "expected_since", "pid", "host", "env"} <= told.keys():
         raise Damaged(f"{PLACE} is damaged: it is no heartbeat")
     return told
+
+
+def end(root: Root) -> None:
+    """Say of an `up` whose machine was taken from it that it ended, as was meant."""
+    told = read(root)
+    if told and not told.get("ended_at"):
+        root.write(PLACE, json.dumps(told | {"ended_at": now()}).encode())

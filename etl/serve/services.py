@@ -32,6 +32,7 @@ PORTS = {"prefect": 4200, "api": 8000, "dashboard": 8501}  # all on 127.0.0.1
 LOOK_S = 10  # between two looks whether a service answers
 HUNG = 6  # looks one after the other, at which one that had answered does not: it is started again
 BEAT_S = 120  # at most between two beats of a service without a page
+API_HOST = "ETL_API_HOST"  # a variable: where the API listens; beyond this machine it wants a token
 BEAT = "ETL_BEAT"  # a variable: the file that a service without a page touches
 LOG_BYTES = 16_000_000  # of a service's log, and as many of the one before
 END_S = 15  # until the children of an `up` that was killed have ended
@@ -329,7 +330,7 @@ def api(application: str, root_url: str, ports: Mapping[str, int], logs: Path) -
         "API",
         [
             *(sys.executable, "-m", "etl.serve.web", application),
-            *("--host", HOST, "--port", str(ports["api"])),
+            *("--host", os.environ.get(API_HOST) or HOST, "--port", str(ports["api"])),
         ],
         ports["api"],
         health_url=f"{api_url(ports)}/health",

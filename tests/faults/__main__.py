@@ -15,6 +15,7 @@ from faults import (
     clustered,
     endings,
     epochs,
+    hosts,
     kinds,
     lake_backups,
     lake_cadence,
@@ -115,6 +116,7 @@ SCENARIOS = [
     ("drafts", up_scenarios.drafts, 600, 20, "seconds of half edits while up runs a release"),
     ("workers", workers.same_states, 1, 1, "time all flows by both workers"),
     ("machines", machines.machines, 20, 1, "times machines lost, hung, refused, cancelled, asked otherwise"),
+    ("hosts", hosts.hosts, 20, 2, "times a host of two killed or cut off, no disk between them"),
     ("up", under_prefect.whence_after_up, 10, 1, "minutes, then whence"),
 ]
 
