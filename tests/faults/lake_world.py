@@ -180,7 +180,9 @@ class World:
         root = Root.at(self.root)
         kept = [(rel.rpartition("/")[2], hashlib.sha256(root.read(rel)).hexdigest()) for rel in root.files("archive")]
         if sorted(kept) != sorted(self.landed.items()):
-            raise NotHeld(f"the archive has {len(kept)} files, not the {len(self.landed)} that came, or not as they were")
+            raise NotHeld(
+                f"the archive has {len(kept)} files, not the {len(self.landed)} that came, or not as they were"
+            )
 
     def _require_same_by_others(self, snapshot: Snapshot, table: str, rows: tuple) -> None:
         """Other readers see as many rows, with the same sums of whole hundredths as each other."""
