@@ -19,7 +19,7 @@ from etl.lake import formats, landing, parse
 from etl.lake.commit import Encoded, encode_rows, stored
 from etl.lake.landing import File
 from etl.lake.table import RESCUED, Table
-from etl.storage import Root, Unreadable
+from etl.storage import Root, Unreadable, crash_point
 
 GROUP_BYTES = 16_000_000  # in memory, of files that are parsed at once
 PART_BYTES = 256_000_000  # in memory, of rows that a worker writes into one file
@@ -254,6 +254,7 @@ def _line_at(root: Root, file: File, at: int) -> int:
 
 def digests(root: Root, file: File, stretches: Sequence[tuple[int, int]]) -> tuple[str, list[str]]:
     """On a worker: the sha256 of a file, and of stretches of it that come one after the other."""
+    crash_point(f"read, not hashed: {file.table}")
     whole, parts = hashlib.sha256(), []
     for first, last in stretches:
         data = root.read_part(file.landing, first, last)
@@ -267,8 +268,10 @@ def write(reading: Reading, name: str, frames: Sequence[pl.DataFrame]) -> Writte
     table, rows = reading.tables[name], pl.concat(frames)
     if rows.is_empty():
         return Written()
+    crash_point(f"read, not written: {name}")
     parts = encode_rows(table.with_days(rows), name, table.stored, table.required, table.partitions)
     files = [stored(reading.root, name, part, reading.number) for part in parts]
+    crash_point(f"written, not told: {name}")
     newest = rows[table.time].max() if table.time else None
     assert newest is None or isinstance(newest, datetime), "a table's time is one"
     return Written(files, rows.height, rows[RESCUED].count(), newest)

@@ -1,61 +1,189 @@
-"""Batches that Dask's workers read, and files that they compact, while they or their driver are killed."""
+"""Batches that Dask's workers read, and files that they compact, while they or their driver are killed amid that."""
 
+import contextlib
+import functools
 import os
 import random
 import signal
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import distributed
-from faults.lake_world import DASK, NotHeld, World, was_killed
+import psutil
+from faults.lake_world import DASK, KEYS, NotHeld, World, points, was_killed
+
+from pipeline.tables import TABLES
+
+STAGES = ("preprocess", "preprocess", "compact")
+WAYS = ("a worker at a point", "a driver at a point", "a driver while a worker is at a point")
+OTHERS = {*TABLES, "quarantine"} - {*KEYS}  # tables that not each batch has rows of
+
+
+class Cluster:
+    """Two workers that can be told where to die, or to stop."""
+
+    def __init__(self, cluster: distributed.LocalCluster, client: distributed.Client):
+        self.cluster, self.client = cluster, client
+
+    def pids(self) -> set[int]:
+        return {nanny.pid for nanny in self.cluster.workers.values()}
+
+    def tell(self, point: str | None) -> None:
+        """What ETL_CRASH_AT is for the workers; those that are stopped go on."""
+        with ThreadPoolExecutor(1) as pool:
+            told = pool.submit(self.client.run, _tell, point)
+            while not told.done():
+                self.go_on()
+                time.sleep(0.02)
+            told.result()
+        self.go_on()
+
+    def go_on(self) -> None:
+        for pid in self.stopped():
+            os.kill(pid, signal.SIGCONT)
+
+    def stopped(self) -> list[int]:
+        found = []
+        for pid in self.pids():
+            with contextlib.suppress(psutil.NoSuchProcess, TypeError):
+                found += [pid] * (psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+        return found
+
+    def settle(self, gone: set[int]) -> None:
+        """Both are there again, and of those who died none is taken for alive."""
+        until = time.monotonic() + 60
+        while len(self.client.scheduler_info()["workers"]) < 2 or self.pids() & gone or None in self.pids():
+            if time.monotonic() > until:
+                raise NotHeld("a worker that was killed does not come again")
+            time.sleep(0.05)
+        self.client.wait_for_workers(2, timeout=60)
 
 
 def clustered(n: int, seed: int) -> str:
-    """n times a worker or a driver is killed at a seeded time, two drivers to one worker; then every row is there once,
-    and the next run finds nothing left to do."""
-    pick = random.Random(seed)
-    drivers, workers, begun = 0, 0, 0
+    """n times a worker or a driver is killed at a seeded point of its code; after each the next run leaves every row
+    there once, every broken line in quarantine and every file in the archive, as they came."""
+    pick, killed, named, begun = random.Random(seed), Counter[str](), set[str](), 0
     how = {"n_workers": 2, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
-    with tempfile.TemporaryDirectory(prefix="lake-") as folder, distributed.LocalCluster(**how) as cluster:
+    with tempfile.TemporaryDirectory(prefix="lake-") as folder, _opened(how) as cluster:
         world = World(Path(folder), seed, bad=0.1)
-        world.environment[DASK] = cluster.scheduler_address
+        world.environment[DASK] = cluster.cluster.scheduler_address
         world.land(2, small_tables=True)
-        began = time.monotonic()
         world.run_well("preprocess")
-        longest = 1.2 * (time.monotonic() - began)
+        points_of = functools.cache(lambda stage, way: POINTS[way](world, stage, cluster))
         with world.read_meanwhile():
-            while drivers + workers < n and begun < 10 * n + 20:
+            while killed.total() < n and begun < 2 * n + 2:
                 begun += 1
-                world.land(pick.choice([2, 3, 4]))
-                stage = pick.choice(["preprocess", "preprocess", "compact"])
-                child = world.process(stage)
-                time.sleep(pick.uniform(0.2 * longest, longest))
-                if 2 * workers > drivers:
-                    child.kill()
-                    child.join()
-                    drivers += was_killed(child.exitcode)
-                    longest *= 1.1 if was_killed(child.exitcode) else 0.8
-                else:
-                    was_at_work = child.is_alive()
-                    os.kill(pick.choice([*cluster.workers.values()]).pid, signal.SIGKILL)
-                    child.join(120)
-                    if child.exitcode:
-                        raise NotHeld(f"{stage} ended with {child.exitcode} as it lost a worker: {world.log()}")
-                    workers += was_at_work
-                    _settled(cluster)
-                if begun % 10 == 0:
-                    world.run_well("preprocess")
+                stage, way = pick.choice(STAGES), WAYS[(begun + seed) % len(WAYS)]
+                point = pick.choice(points_of(stage, way))
+                _prepare(world, stage, pick.choice([2, 3, 4]))
+                try:
+                    if KILL[way](world, stage, point, cluster):
+                        killed[way] += 1
+                        named.add(f"{stage}: {point}")
+                    if way != WAYS[0]:
+                        world.run_well(stage)
+                    if stage == "compact":
+                        world.run_well("preprocess")
                     world.verify()
-            world.run_well("preprocess")
-            world.run_well("compact")
-        world.verify()
-        if drivers + workers < n:
-            raise NotHeld(f"only {drivers} drivers and {workers} workers of {begun} were killed at work")
-    return f"{drivers} drivers and {workers} workers killed, {world.next_tick} ticks exact, {world.reads} reads"
+                    world.require_archived()
+                except NotHeld as error:
+                    raise NotHeld(f"{begun}: {stage}, {way} {point!r}: {error}") from None
+        if killed.total() < n:
+            raise NotHeld(f"only {killed} of {begun}: the others ended before their point")
+    told = ", ".join(f"{count} times {way}" for way, count in killed.items())
+    told += f", at {len(named)} points, of {begun} runs"
+    return f"killed {told}; {world.next_tick} ticks exact after each, {world.reads} reads"
 
 
-def _settled(cluster: distributed.LocalCluster) -> None:
-    """Both workers are there again."""
-    with distributed.Client(cluster.scheduler_address, set_as_default=False) as client:
-        client.wait_for_workers(2, timeout=60)
+@contextlib.contextmanager
+def _opened(how: dict) -> Iterator[Cluster]:
+    with distributed.LocalCluster(**how) as cluster, distributed.Client(cluster, set_as_default=False) as client:
+        yield Cluster(cluster, client)
+
+
+def _tell(point: str | None) -> None:
+    """On a worker."""
+    from etl import storage
+
+    storage._reached.clear()
+    os.environ.pop("ETL_CRASH_AT", None)
+    if point is not None:
+        os.environ["ETL_CRASH_AT"] = point
+
+
+def _prepare(world: World, stage: str, ticks: int = 2) -> None:
+    """Something to do for a stage."""
+    world.land(ticks)
+    if stage == "compact":
+        world.run_well("preprocess")
+        world.land(ticks)
+
+
+def _of_driver(world: World, stage: str, cluster: Cluster) -> list[str]:
+    """The points that a run of a stage comes to in its own process, and each will."""
+    _prepare(world, stage)
+    return _sure(points(world, stage))
+
+
+def _of_workers(world: World, stage: str, cluster: Cluster) -> list[str]:
+    """Those that workers come to."""
+    _prepare(world, stage)
+    names = world.folder / "points of workers"
+    names.write_text("")
+    cluster.tell(f"+{names}")
+    world.run_well(stage)
+    cluster.tell(None)
+    return _sure(names.read_text().splitlines())
+
+
+def _sure(found: list[str]) -> list[str]:
+    """Of points those of every run."""
+    names = dict.fromkeys(point.rpartition("@")[0] for point in found)
+    return [name for name in names if name.rpartition(": ")[2].rpartition("/")[2] not in OTHERS]
+
+
+def _kill_worker(world: World, stage: str, point: str, cluster: Cluster) -> bool:
+    """Both workers die there, if both come to it; the run ends well for all that."""
+    before = cluster.pids()
+    cluster.tell(point)
+    status = world.run(stage)
+    gone = {pid for pid in before if not _is_alive(pid)}
+    cluster.settle(gone)
+    cluster.tell(None)
+    if status:
+        raise NotHeld(f"the run ended with {status} as it lost {len(gone)} workers: {world.log()}")
+    return bool(gone)
+
+
+def _is_alive(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _kill_driver(world: World, stage: str, point: str, cluster: Cluster) -> bool:
+    status = world.run(stage, crash_at=point)
+    if status and not was_killed(status):
+        raise NotHeld(f"the driver ended with {status}: {world.log()}")
+    return was_killed(status)
+
+
+def _kill_driver_amid(world: World, stage: str, point: str, cluster: Cluster) -> bool:
+    """The worker goes on with what nobody asks for any more."""
+    cluster.tell(f"={point}")
+    child, until = world.process(stage), time.monotonic() + 120
+    while not cluster.stopped() and child.is_alive() and time.monotonic() < until:
+        time.sleep(0.01)
+    was_at_work = bool(cluster.stopped()) and child.is_alive()
+    child.kill()
+    child.join()
+    cluster.tell(None)
+    return was_at_work and was_killed(child.exitcode)
+
+
+KILL = dict(zip(WAYS, (_kill_worker, _kill_driver, _kill_driver_amid), strict=True))
+POINTS = dict(zip(WAYS, (_of_workers, _of_driver, _of_workers), strict=True))

@@ -7,6 +7,7 @@ from the lines that were written, not by the code under test.
 
 import contextlib
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -61,6 +62,7 @@ class World:
         self.folder, self.root = Path(folder), str(Path(folder) / "root")
         self.random, self.bad, self.next_tick = random.Random(seed), bad, 0
         self.quarantined: set[tuple[str, int]] = set()
+        self.landed: dict[str, str] = {}  # file -> sha256
         self.reads = 0
         self.environment: dict[str, str] = {}  # of the stages
         (self.folder / "given").mkdir(parents=True, exist_ok=True)
@@ -70,7 +72,7 @@ class World:
         shutil.copytree(self.folder, folder)
         copy = World(folder, self.next_tick, self.bad)
         copy.environment = self.environment
-        copy.quarantined, copy.next_tick = set(self.quarantined), self.next_tick
+        copy.quarantined, copy.landed, copy.next_tick = set(self.quarantined), dict(self.landed), self.next_tick
         return copy
 
     def land(self, ticks: int = 1, small_tables: bool = False) -> None:
@@ -91,7 +93,9 @@ class World:
                     lines = [line if b"key" not in line else line[:-1] + b',"extra":"one"}' for line in lines]
                     good = [line[:-1] + b',"extra":"one"}' for line in good]
                 (self.folder / "given" / f"{table}-{tick:08d}.json").write_bytes(b"\n".join(good) + b"\n")
-                Root.at(self.root).write(source.file_name(table, tick), b"\n".join(lines) + b"\n")
+                name, data = source.file_name(table, tick), b"\n".join(lines) + b"\n"
+                self.landed[name.rpartition("/")[2]] = hashlib.sha256(data).hexdigest()
+                Root.at(self.root).write(name, data)
 
     def _frames(self, tick: int, small_tables: bool) -> dict[str, pl.DataFrame]:
         made = real()[1]
@@ -170,6 +174,15 @@ class World:
         waiting = [name for table in TABLES for name in Root.at(self.root).names(f"landing/{table}")]
         if waiting:
             raise NotHeld(f"{len(waiting)} files still wait")
+
+    def require_archived(self) -> None:
+        """Every file that came is in the archive, once and as it was, and nothing else. Raises NotHeld."""
+        root = Root.at(self.root)
+        kept = [(rel.rpartition("/")[2], hashlib.sha256(root.read(rel)).hexdigest()) for rel in root.files("archive")]
+        if sorted(kept) != sorted(self.landed.items()):
+            raise NotHeld(
+                f"the archive has {len(kept)} files, not the {len(self.landed)} that came, or not as they were"
+            )
 
     def _require_same_by_others(self, snapshot: Snapshot, table: str, rows: tuple) -> None:
         """Other readers see as many rows, with the same sums of whole hundredths as each other."""
