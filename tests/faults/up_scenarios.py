@@ -410,8 +410,9 @@ def drafts(n: int, seed: int) -> str:
             told["cells"][-1:-1] = [{**told["cells"][1], "id": "edited", "source": "record(edited=1)"}]
             query.write_text(json.dumps(told))
             params = made / "params/query.yml"
-            params.write_text(f"{params.read_text().rstrip()}\nretries: 0\n".replace("\nretries: 1", ""))
-            done = orchestrate(made, "release", "--env", "fast", "--root", str(root), "--accept", "query", "--json")
+            params.write_text(re.sub(r"(?m)^retries:.*", "retries: 0", params.read_text()))
+            asked = ("--env", "fast", "--root", str(root), "--accept", "query", "--json")
+            done = orchestrate(made, "release", *asked, timeout_s=900)
             assert done.returncode == 0, done
             second = json.loads(done.stdout)["release"]
             edited = toy.until(lambda: _of(root, "query", second), 300, "a run of the release")
