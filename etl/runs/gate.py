@@ -191,7 +191,7 @@ def _beside(
     can be: the files of its batch where it ingested one, else the lake of now. Raises NotRepeatable."""
     from etl.runs import dispatch
 
-    batch, files, made = run["metrics"].get("batch"), 0, []
+    batch, files, made = run["metrics"].get("batch"), 0, list[tuple[Root, dict[str, Any]]]()
     for tree in trees:
         folder = tries.begin(root, f"gate-{run['stage']}")
         if batch is None or run["versions_read"]:
