@@ -28,7 +28,9 @@ def ingest_all(root: str, run_id: str = "preprocess-test") -> dict[str, int]:
     return lake.commit(lake.read(batch), run_id=run_id)
 
 
-def orchestrate(project: Path, *arguments: str, env: dict | None = None) -> subprocess.CompletedProcess:
+def orchestrate(
+    project: Path, *arguments: str, env: dict | None = None, timeout_s: float = 300
+) -> subprocess.CompletedProcess:
     """The command line in a copy of the project; no Prefect server is looked for."""
     return subprocess.run(
         [sys.executable, "orchestrate.py", *arguments],
@@ -36,7 +38,7 @@ def orchestrate(project: Path, *arguments: str, env: dict | None = None) -> subp
         env=environment(project) | (env or {}),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout_s,
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -81,7 +82,7 @@ def release(
         say(f"release {frozen.id}, {what}: {_summary(changes, bool(at))}")
         if packages:
             print_differences(packages, "the lock has other packages, for every stage")
-    verdicts = gate.look(asked, in_use, candidate, runs, lambda stage: progress(stage, quiet=as_json))
+    verdicts = gate.look(asked, in_use, candidate, runs, partial(progress, quiet=as_json), _bench(asked, timetable))
     refused = [verdict.stage for verdict in verdicts if verdict.differences and verdict.stage not in accept]
     if not refused:
         with refusing(RuntimeError):
@@ -101,6 +102,31 @@ def release(
     if refused:
         options = " ".join(f"--accept {stage}" for stage in refused)
         refuse(f"not released, as {', '.join(refused)} would differ: mend it, or accept it with {options}")
+
+
+def _bench(root: Root, timetable: Timetable) -> Any:
+    """Roots in which stages that write tables are compared."""
+    from etl.lake import branch
+    from etl.runs import gate
+
+    def rows(one: Root, other: Root) -> dict[str, tuple[str, str]]:
+        lake = timetable.lake_at(root)
+        lines = branch.differences(lake.at(one).published(), lake.at(other).published())
+        return {
+            line["table"]: (
+                f"{line['before']:,} rows",
+                f"{line['after']:,}: {line['added']:,} added, {line['removed']:,} removed, {line['changed']:,} changed"
+                + f", first {line['first']}" * bool(line["first"]),
+            )
+            for line in lines.iter_rows(named=True)
+            if line["table"] in lake.tables and (line["added"] or line["removed"] or line["changed"])
+        }
+
+    return gate.Bench(
+        again=lambda batch, folder: branch.again(timetable.lake_at(root), batch, folder),
+        branch=lambda folder: timetable.lake_at(root).branch(folder),
+        rows=rows,
+    )
 
 
 def _in_use(root: Root, at: str | None, env: str) -> Any:

@@ -90,7 +90,8 @@ def up(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     minutes: Minutes | None = None
-    status, code = 1, Code(Root.at(url), children, logs, heartbeat.Heart(Root.at(url), pages, api_url))
+    heart = heartbeat.Heart(Root.at(url), pages, api_url, lambda: services.ill(children))
+    status, code = 1, Code(Root.at(url), children, logs, heart)
     try:
         if is_new:
             releases.first(PROJECT, Root.at(url))

@@ -13,7 +13,7 @@ import polars as pl
 
 from etl import delta
 from etl.lake import ledger, snapshot, upsert
-from etl.lake.table import BATCH
+from etl.lake.table import BATCH, LEDGER
 from etl.storage import Damaged
 
 if TYPE_CHECKING:
@@ -62,6 +62,22 @@ def _share_manifests(lake: "Lake", published: int, landing: set[str], folder: st
     indexes = {(manifest or {}).get("known", {}).get("index") for manifest in (last, begun)}
     root.copy([*rels, *filter(None, indexes)], "", f"{folder}/")
     root.write(f"{folder}/{ledger.done(published)}", b"")
+
+
+def again(lake: "Lake", batch: int, folder: str) -> int:
+    """Have the files of a published batch wait in `folder`, a root of its own that has no table; how many there were in
+    the archive."""
+    root, pointer = lake.root, snapshot.read_pointer(lake.root)
+    rows = ledger.published(lake, pointer, [batch]) if pointer else pl.DataFrame(schema=LEDGER)
+    count = 0
+    for day in (0, 1):  # it may have been archived after midnight
+        by_date = rows.select(pl.format("archive/{}/{}", (pl.col("at") + timedelta(day)).dt.date(), "path"))
+        archived = root.which(by_date.to_series().to_list())
+        count += len(archived)
+        for date in {rel.split("/")[1] for rel in archived}:
+            of_date = [rel for rel in archived if rel.split("/")[1] == date]
+            root.copy(of_date, f"archive/{date}", f"{folder}/landing")
+    return count
 
 
 def differences(before: "Snapshot | None", after: "Snapshot | None") -> pl.DataFrame:

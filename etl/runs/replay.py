@@ -120,7 +120,7 @@ def prepare(run: dict[str, Any], source: Root, scratch: Root) -> None:
     """Make `scratch` a root in which the run finds what it found in `source`: the versions that it read, and what it
     recorded as given. Raises NotRepeatable when that is gone or was not recorded."""
     given = run["metrics"].get("given", {})
-    if run.get("versions_written") and not given:
+    if wrote_tables(run):
         tables = ", ".join(run["versions_written"])
         raise NotRepeatable(f"{run['run_id']} wrote the lake ({tables}), and what it found there is not recorded")
     for table, version in run["versions_read"].items():
@@ -137,6 +137,11 @@ def prepare(run: dict[str, Any], source: Root, scratch: Root) -> None:
         scratch.write(PINNED, json.dumps(pinned, indent=1).encode())
     for path, content in given.items():
         _give(source, scratch, path, content)
+
+
+def wrote_tables(run: dict[str, Any]) -> bool:
+    """Whether it wrote tables of the lake and did not record what it found."""
+    return bool(run.get("versions_written")) and not run["metrics"].get("given")
 
 
 def _remove_oldest(replays: Root) -> None:

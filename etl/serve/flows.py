@@ -443,20 +443,19 @@ async def _announcing(runs: ScheduledRuns, link: _Link, children: list[services.
             since = since or began
             if time.monotonic() - since > ILL_S:
                 since = None
-                await _see_to_prefect(children, getattr(error, "response", None))
+                _see_to_prefect(children, getattr(error, "response", None))
             await asyncio.sleep(LOOK_S)
         await asyncio.sleep(WATCH_S)
 
 
-async def _see_to_prefect(children: list[services.Service], response: httpx.Response | None) -> None:
-    """Say why it is ill, or start it again when it answers, with errors; one that does not answer is seen to anyway."""
+def _see_to_prefect(children: list[services.Service], response: httpx.Response | None) -> None:
+    """Start it again when it answers, with errors; one that does not answer is seen to anyway, one that is ill would be
+    no better."""
     for child in children:
-        if child.name == services.PREFECT and child.process:
-            if why := await asyncio.to_thread(child.why_ill, child.process.pid):
-                log.warning("%s: %s", child.name, why)
-            elif response is not None and response.status_code >= 500:  # after several times, by Prefect's client
-                log.warning("%s answers with errors only: %s", child.name, response)
-                child.signal(signal.SIGKILL)
+        is_answer = response is not None and response.status_code >= 500  # after several times, by Prefect's client
+        if child.name == services.PREFECT and child.process and is_answer and not child.ill:
+            log.warning("%s answers with errors only: %s", child.name, response)
+            child.signal(signal.SIGKILL)
 
 
 async def _working(worker: InPlaceWorker, runs: ScheduledRuns, link: _Link) -> None:

@@ -211,6 +211,11 @@ def _up(now: datetime, seen: Seen) -> Iterator[Finding]:
         at = datetime.fromisoformat(beat["at"])
         text = f"`up` is dead: it was last seen at {_at(at, now)} ({who}), and nothing runs on a schedule"
         yield Finding("up", "bad", "up", text, at, None, "start it: `orchestrate.py up`; its logs are in services/")
+    else:
+        for ill in beat.get("ill", ()):
+            at = datetime.fromisoformat(ill["since"])
+            why, _, remedy = ill["why"].rpartition("; ")
+            yield Finding("up", "warning", ill["name"], f"{ill['name']}: {why}, since {_at(at, now)}", at, None, remedy)
 
 
 def is_dead(now: datetime, seen: Seen) -> bool:

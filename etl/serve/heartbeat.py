@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +34,14 @@ class Heart:
     name = "heartbeat"
     process = None
 
-    def __init__(self, root: Root, pages: Mapping[str, str], reports_url: str):
-        """`pages`: name -> URL; `reports_url`: under which reports are served."""
+    def __init__(
+        self, root: Root, pages: Mapping[str, str], reports_url: str, ill: Callable[[], list[dict[str, str]]] = list
+    ):
+        """`pages`: name -> URL; `reports_url`: under which reports are served; `ill` gives what of its services does
+        not work: name, why, since."""
         self._root, self._thread, self._next = root, threading.Thread(), 0.0
         self.tree: Tree | None = None
+        self._ill = ill
         began = now()
         self._told = {
             **{"pid": os.getpid(), "started": started(os.getpid()), "machine": machine(), "host": socket.gethostname()},
@@ -82,6 +86,7 @@ class Heart:
             "at": now(),
             "release": release.id if release else None,
             "env": project.environment.name,
+            "ill": self._ill(),
             "next_runs": {
                 name: due.isoformat() for name, stage in project.stages.items() if (due := stage.next_run(at))
             },

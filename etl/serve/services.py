@@ -14,10 +14,12 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from etl.kernels import client
@@ -35,6 +37,7 @@ BEAT_S = 120  # at most between two beats of a service without a page
 API_HOST = "ETL_API_HOST"  # a variable: where the API listens; beyond this machine it wants a token
 BEAT = "ETL_BEAT"  # a variable: the file that a service without a page touches
 LOG_BYTES = 16_000_000  # of a service's log, and as many of the one before
+WAL_WRITE = "120"  # the byte of <database>-shm that who writes has locked, SQLite's WAL_WRITE_LOCK
 END_S = 15  # until the children of an `up` that was killed have ended
 
 # What Prefect's server needs to be quiet, private and honest here; a variable that is set already wins.
@@ -64,27 +67,30 @@ class PortTaken(RuntimeError):
 
 class Health:
     """Looks now and then, in a thread of its own, whether a service is well, and counts how often not since it was.
+    What another start would not help does not count: `why` says that.
 
     Looks and not seconds: while this process was stopped, or the machine slept, nobody looked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, why: str = "") -> None:
+        self.why = why
         self._count, self._looked = 0, time.monotonic()
         self._look: threading.Thread | None = None
         self._has_answered = False
 
-    def failed(self, is_well: Callable[[], bool]) -> int:
+    def failed(self, is_well: Callable[[], bool], why_ill: Callable[[], str]) -> int:
         """How often, one after the other; 0 for one that was not well yet."""
         if time.monotonic() - self._looked >= LOOK_S and not (self._look and self._look.is_alive()):
             self._looked = time.monotonic()
-            self._look = threading.Thread(target=self._see, args=(is_well,), name="health", daemon=True)
+            self._look = threading.Thread(target=self._see, args=(is_well, why_ill), name="health", daemon=True)
             self._look.start()
         return self._count
 
-    def _see(self, is_well: Callable[[], bool]) -> None:
+    def _see(self, is_well: Callable[[], bool], why_ill: Callable[[], str]) -> None:
+        self.why = why_ill()
         if is_well():
             self._count, self._has_answered = 0, True
-        elif self._has_answered:
+        elif self._has_answered and not self.why:
             self._count += 1
 
 
@@ -95,7 +101,8 @@ class Service:
 
     Without one that is `essential` `up` does not begin. Later any may die as often as it will: it is started again, at
     once, or later when it does so again and again. `mend` is called before each start, and says what it did, or "".
-    `why_ill` is asked with its process when it does not work, and says what another start would not help, or "".
+    `why_ill` is asked with its process now and then, and says what keeps it from its work that another start would not
+    help, a semicolon and what to do, or ""; `ill` is what it said last.
     """
 
     name: str
@@ -112,6 +119,8 @@ class Service:
     process: subprocess.Popen[bytes] | None = None
     deaths: Deaths = field(default_factory=Deaths)
     health: Health = field(default_factory=Health)
+    ill: str = ""
+    ill_since: datetime = datetime.min.replace(tzinfo=UTC)
 
     @property
     def variables(self) -> dict[str, str]:
@@ -132,7 +141,8 @@ class Service:
         """Start it in a group of its own: Ctrl-C reaches `up` alone, which ends its children in order."""
         if mended := self.mend():
             log.warning("%s: %s", self.name, mended)
-        self.health = Health()
+        self.health = Health(self.why_ill(0))
+        self._tell_why()
         # in PROJECT: Python looks there first for modules, before PYTHONPATH
         self.process = start(self.command, self.variables, PROJECT, self.log_path)
 
@@ -150,7 +160,9 @@ class Service:
         """Start it again when it has died, or hangs, if it is time, and keep its log short. Never raises."""
         shorten(self.log_path)
         if self.process and self.process.poll() is None:
-            if self.health.failed(self.is_well) < HUNG:
+            failed = self.health.failed(self.is_well, partial(self.why_ill, self.process.pid))
+            self._tell_why()
+            if failed < HUNG:
                 return
             self._died(f"did not answer for {HUNG * LOOK_S} s" if self.health_url else "hangs")
         elif self.process:
@@ -165,15 +177,29 @@ class Service:
             except OSError as error:  # no process, no memory, no room for its log
                 self._died(f"could not be started: {error}")
 
+    def _tell_why(self) -> None:
+        if self.health.why and not self.ill:
+            self.ill_since = datetime.now(UTC)
+        if self.health.why not in ("", self.ill):
+            log.warning("%s: %s", self.name, self.health.why)
+        self.ill = self.health.why
+
     def _died(self, how: str) -> None:
         count = self.deaths.add()
-        told = logging.WARNING if self.essential or count == 1 else logging.INFO  # a series is one warning
+        is_news = count == 1 or self.essential and not self.ill  # a series is one warning
+        told = logging.WARNING if is_news else logging.INFO
         again = f", {count} times within an hour" if count > 1 else ""
         log.log(told, "%s %s%s; starting it again, see %s", self.name, how, again, self.log_path)
 
     def signal(self, number: int) -> None:
         """To the whole group, so that its own children hear it too."""
         signal_group(self.process, number)
+
+
+def ill(children: Iterable[Any]) -> list[dict[str, str]]:
+    """Of what `up` keeps alive each service that is ill: its name, why, and since when."""
+    services = [child for child in children if isinstance(child, Service) and child.ill]
+    return [{"name": one.name, "why": one.ill, "since": one.ill_since.isoformat()} for one in services]
 
 
 def shorten(log_path: Path, most: int = LOG_BYTES) -> None:
@@ -261,7 +287,7 @@ def prefect_server(port: int, home: Path, logs: Path) -> Service:
         {k: v for k, v in environment.items() if k == "PREFECT_HOME" or k not in os.environ},
         logs / "prefect.log",
         essential=True,
-        mend=lambda: set_aside_damaged(home / "prefect.db") or who_locks(home / "prefect.db"),
+        mend=lambda: set_aside_damaged(home / "prefect.db"),
         why_ill=lambda pid: who_locks(home / "prefect.db", pid),
     )
 
@@ -296,8 +322,12 @@ def set_aside_damaged(database: Path) -> str:
     )
 
 
-def who_locks(database: Path, own: int | None = None) -> str:
-    """Which processes keep a database of SQLite's from being written, and what to do; "" when only `own` may."""
+def who_locks(database: Path, own: int = 0) -> str:
+    """Which process of this machine, other than `own`, has kept a database of SQLite's from being written for a second,
+    and what to do; "" when none has."""
+    holders = _holders(database) - {own}
+    if not holders:
+        return ""
     url = f"file:{quote(str(database))}?mode=rw"
     try:
         with contextlib.closing(sqlite3.connect(url, uri=True, timeout=1, isolation_level=None)) as opened:
@@ -306,19 +336,35 @@ def who_locks(database: Path, own: int | None = None) -> str:
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return ""
-    path, pids = os.path.realpath(database), set[int]()
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
+    told = ", ".join(_named(pid) for pid in sorted(holders & _holders(database)))
+    what = f"its database {database} is locked by {told}, and runs go on by the timetable of `up`, without Prefect"
+    return f"{what}; end that process, or what it does there" if told else ""
+
+
+def _holders(database: Path) -> set[int]:
+    """The processes that have locked a database of SQLite's for writing, as Linux knows them."""
+    inodes = dict[str, str]()
+    for suffix in ("", "-shm"):
         with contextlib.suppress(OSError):
-            if os.readlink(link) == path:
-                pids.add(int(link.parts[2]))
-    if own and pids <= {own}:
-        return ""
-    pids.discard(own or 0)
-    who = f" (it is open in process {', '.join(map(str, sorted(pids)))})" if pids else ""
-    return (
-        f"its database {database} is locked by another process{who}: end that, or what it does there. Until then runs "
-        "begin on schedule without Prefect"
-    )
+            inodes[str(os.stat(f"{database}{suffix}").st_ino)] = suffix
+    holders = set[int]()
+    with contextlib.suppress(OSError), open("/proc/locks") as locks:
+        for line in locks:
+            *_, access, pid, file, first, _ = line.split()
+            of = inodes.get(file.rpartition(":")[2])
+            if access == "WRITE" and "->" not in line and of is not None and (of == "" or first == WAL_WRITE):
+                holders.add(int(pid))
+    return holders
+
+
+def _named(pid: int) -> str:
+    """A process, with the beginning of its command."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ").split()
+    except OSError:  # it is gone
+        return f"process {pid}"
+    command = " ".join(words)
+    return f"process {pid} ({command[:60]}{' …' if len(command) > 60 else ''})"
 
 
 def api(application: str, root_url: str, ports: Mapping[str, int], logs: Path) -> Service:

@@ -6,6 +6,7 @@ seed, says in figures what held, and raises AssertionError otherwise.
 
 import contextlib
 import json
+import os
 import random
 import re
 import signal
@@ -26,6 +27,7 @@ from support import copy_project, orchestrate, write_stage
 from test_up import Up, get
 
 from etl.runs import index, releases
+from etl.serve import health
 from etl.serve.timetable import LATE_S
 from etl.storage import Root
 
@@ -67,6 +69,11 @@ class World:
 
     def log(self) -> str:
         return " ".join(self.up.log.read_text().split())
+
+    def status(self) -> str:
+        """What `status` and the dashboard say of `up`."""
+        told = health.findings(datetime.now(UTC), health.Reader(Root.at(str(self.root))).seen())
+        return "; ".join(finding.sentence for finding in told if finding.kind == "up")
 
     def goes_on(self, within_s: float = 240) -> None:
         """Until each stage has a run of a time to come."""
@@ -237,8 +244,12 @@ def database(n: int, seed: int) -> str:
             other.execute("BEGIN EXCLUSIVE")
             time.sleep(n)
             here.goes_on()
+            why = f"is locked by process {os.getpid()}"
+            toy.until(lambda: why in here.log(), 120, "who locks it, on the terminal")
+            toy.until(lambda: why in here.status(), 120, "who locks it, by `status`")
             other.execute("ROLLBACK")
         _in_prefect(here)
+        toy.until(lambda: why not in here.status(), 120, "nobody locks it, by `status`")
         for how in ("damaged", "deleted"):
             if how == "damaged":
                 path.write_bytes(rng.randbytes(path.stat().st_size))
@@ -250,6 +261,7 @@ def database(n: int, seed: int) -> str:
             _in_prefect(here)
         rows, log = {stage: here.rows(stage) for stage in STAGES}, here.log()
     assert "Prefect's server does not answer: runs go on without it" in log, log
+    assert log.count("is locked by process") == 1, log
     assert "is damaged" in log and "Prefect begins with a new one" in log, log
     return checked(rows, "database")
 
@@ -398,8 +410,9 @@ def drafts(n: int, seed: int) -> str:
             told["cells"][-1:-1] = [{**told["cells"][1], "id": "edited", "source": "record(edited=1)"}]
             query.write_text(json.dumps(told))
             params = made / "params/query.yml"
-            params.write_text(f"{params.read_text().rstrip()}\nretries: 0\n".replace("\nretries: 1", ""))
-            done = orchestrate(made, "release", "--env", "fast", "--root", str(root), "--accept", "query", "--json")
+            params.write_text(re.sub(r"(?m)^retries:.*", "retries: 0", params.read_text()))
+            asked = ("--env", "fast", "--root", str(root), "--accept", "query", "--json")
+            done = orchestrate(made, "release", *asked, timeout_s=900)
             assert done.returncode == 0, done
             second = json.loads(done.stdout)["release"]
             edited = toy.until(lambda: _of(root, "query", second), 300, "a run of the release")

@@ -1,16 +1,21 @@
 """`release`, `releases` and `rollback`: what they say, what they refuse, and with which exit status."""
 
 import json
+import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 
+import incidents
+import polars as pl
 import pytest
 from support import write_stage
 from typer.testing import CliRunner
 
 from etl.kernels import sources
-from etl.runs import releases
-from etl.storage import Root
+from etl.runs import index, releases
+from etl.storage import PROJECT, Root
 from orchestrate import app
+from pipeline import Lake
 
 
 @pytest.fixture
@@ -91,3 +96,32 @@ def test_a_stage_that_went_has_to_be_accepted_too_and_packages_are_named(told):
         (told.project / path).unlink()
     assert "--accept other" in told("release", status=1)
     assert told("release", "--accept", "other", as_json=True)["released"]
+
+
+INGESTS = """from pipeline import Lake
+lake = Lake(root)
+parsed = lake.read(lake.next_batch(max_files=500, scheduled_for=scheduled_for))
+record(versions_written=lake.commit(parsed, run_id=run_id))"""
+
+
+def test_a_stage_that_writes_tables_runs_by_both_releases_and_rows_are_compared(told, filled, tmp_path, monkeypatch):
+    """On the files of its last batch, in roots of their own; the root itself has what it had."""
+    monkeypatch.setenv("ETL_KERNELS", str(tmp_path / "none"))
+    project, root = told.project, Root.at(filled)
+    shutil.copytree(PROJECT / "pipeline", project / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(sources, "_path_of", lambda of, name: of / name if name == "pipeline" else None)
+    declared = "scheduled_for: str | None = None  # when\n"
+    write_stage(project, "preprocess", INGESTS, "record(rows=parsed.rows)\ncheck('true', True)", parameters=declared)
+    edit(project / "params/preprocess.yml", "1 minute", "1 hour")
+    told("release", "--runs", "0")
+    published, now = Lake(filled).snapshot(), datetime.now(UTC)
+    about = {"metrics": {"batch": published.batch}, "versions_written": {"orders": published.versions["orders"]}}
+    index.append(root, incidents.record(filled, "preprocess-20260301T120000-000001", now, 1.0, state="ok", **about))
+    edit(project / "pipeline/tables.py", '("F", "O", "P")', '("F", "O")')
+    refused = told("release", status=1)
+    assert "both releases ran on 12 files of batch 1, and are compared" in refused
+    assert "preprocess 1 difference" in refused and "--accept preprocess" in refused
+    orders = published.frame("orders").filter(pl.col("o_orderstatus") == "P").collect()
+    rows = f"rows orders {published.row_count('orders'):,} rows {published.row_count('orders') - orders.height:,}: "
+    assert f"{rows}0 added, {orders.height} removed, 0 changed" in " ".join(refused.replace("│", " ").split())
+    assert Lake(filled).snapshot().versions == published.versions and len(root.names("tries")) == 2

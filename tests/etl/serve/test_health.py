@@ -91,6 +91,10 @@ def test_a_dead_up_is_seen_and_then_a_stage_is_late_at_its_next_time():
 def test_one_that_was_ended_is_told_calmly_and_a_root_without_one_is_well():
     [finding] = health.findings(NOW, replace(SEEN, beat=BEAT | {"ended_at": ago(seconds=5).isoformat()}))
     assert finding.level == "warning" and "was ended at 12:00:05 UTC" in finding.sentence
+    ill = {"name": "Prefect server", "why": "locked by process 7 (a; b); end it", "since": ago(seconds=9).isoformat()}
+    [finding] = health.findings(NOW, replace(SEEN, beat=BEAT | {"ill": [ill]}))
+    assert finding.sentence == "Prefect server: locked by process 7 (a; b), since 12:00:01 UTC"
+    assert finding.remedy == "end it" and health.is_healthy([finding])
     never = health.findings(NOW, Seen(stages=STAGES, last_ok={"train": ago(days=9)}))
     assert [finding.level for finding in never] == ["note"] and health.is_healthy(never)
 
@@ -159,13 +163,15 @@ def test_the_heart_beats_and_keeps_since_when_runs_are_expected(tmp_path, ended)
     root = Root.at(str(tmp_path))
     hearts = []
     for _ in range(2):
-        heart = heartbeat.Heart(root, {"API": "http://127.0.0.1:8000"}, "http://127.0.0.1:8000")
+        api = "http://127.0.0.1:8000"
+        heart = heartbeat.Heart(root, {"API": api}, api, lambda: [{"name": "x"}])
         heart.ensure()  # nothing before it knows what runs
         heart.tree = Tree(PROJECT, params.load(PROJECT))
         heart.ensure()
         heart._thread.join()
         hearts.append(heartbeat.read(root))
         assert not heartbeat.is_gone(hearts[-1]) and hearts[-1]["next_runs"].keys() == STAGES.keys()
+        assert hearts[-1]["ill"] == [{"name": "x"}]
         if ended:
             heart.end()
             assert heartbeat.read(root)["ended_at"]

@@ -123,7 +123,7 @@ def test_a_damaged_database_of_prefects_is_set_aside_and_one_that_is_locked_is_n
         database.commit()
         database.execute("BEGIN EXCLUSIVE")
         assert services.set_aside_damaged(path) == ""
-        assert f"is locked by another process (it is open in process {os.getpid()})" in services.who_locks(path)
+        assert f"prefect.db is locked by process {os.getpid()} (" in services.who_locks(path)
         assert services.who_locks(path, os.getpid()) == "", "its own server's"
         database.rollback()
         assert services.set_aside_damaged(path) == services.who_locks(path) == ""
@@ -135,6 +135,40 @@ def test_a_damaged_database_of_prefects_is_set_aside_and_one_that_is_locked_is_n
         assert f"{path} is damaged" in told and aside.name in told and not path.exists()
         assert aside.read_bytes() == damaged
         aside.unlink()
+
+
+@pytest.mark.parametrize("journal", ["wal", "delete"])
+def test_who_locks_prefects_database_is_told_once_and_for_as_long_as_it_does(tmp_path, monkeypatch, caplog, journal):
+    monkeypatch.setattr(services, "LOOK_S", 0)
+    service = services.prefect_server(0, tmp_path, tmp_path)
+    service.command, service.health_url = ["sleep", "60"], f"http://127.0.0.1:{free_port()}/"
+
+    def look(is_ill: bool, times: int) -> None:
+        until = time.monotonic() + 60
+        while times and time.monotonic() < until:
+            time.sleep(0.02)
+            service.ensure()
+            times -= bool(service.ill) == is_ill
+        assert not times
+
+    with contextlib.closing(sqlite3.connect(tmp_path / "prefect.db", isolation_level=None)) as database:
+        database.execute(f"PRAGMA journal_mode={journal}")
+        database.execute("CREATE TABLE runs (name TEXT)")
+        database.execute("BEGIN EXCLUSIVE")
+        try:
+            service.start()
+            service.health._has_answered = True
+            first = service.process
+            look(is_ill=True, times=60)
+            assert service.process is first, "another start would not help"
+            assert caplog.text.count(f"is locked by process {os.getpid()}") == len(caplog.records) == 1
+            [told] = services.ill(["no service", service])
+            assert told["name"] == "Prefect server" and told["why"].partition("; ")[2].startswith("end that process")
+            database.execute("ROLLBACK")
+            look(is_ill=False, times=1)
+            assert services.ill([service]) == []
+        finally:
+            services.stop([service])
 
 
 def test_what_cannot_be_started_is_tried_again(dying, caplog):
