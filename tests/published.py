@@ -20,7 +20,8 @@ TRAIN_RUN = "train-20261122T120000-0123ab"
 
 def fill(url: str) -> None:
     """Three ticks of scale 0.01 in the lake, every question answered, a small model published."""
-    shutil.copytree(made_once("published", lambda folder: _fill(str(folder / "root"))) / "root", url, dirs_exist_ok=True)
+    made = made_once("published", lambda folder: _fill(str(folder / "root")))
+    shutil.copytree(made / "root", url, dirs_exist_ok=True)
 
 
 def _fill(url: str) -> None:

@@ -21,7 +21,6 @@ from etl.storage import PROJECT, Root
 from pipeline import Lake, model, queries, source
 from pipeline.tables import TABLES
 
-
 pytestmark = pytest.mark.usefixtures("warm")
 
 
