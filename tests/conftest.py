@@ -1,5 +1,7 @@
 """What the tests share: small real data from tpchgen, a copy of the project to change, an S3 server on loopback."""
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -28,12 +30,18 @@ SCALE, SLICES = 0.01, 40
 LONGEST = (
     "test_faults",
     "test_end_to_end",
-    "test_notebooks",
-    "test_clicks",
     "test_up",
+    "test_queries",
     "test_replay",
     "test_cli",
+    "test_notebooks",
+    "test_clicks",
+    "test_source",
+    "test_rebuild",
+    "test_evolution",
+    "test_schemas",
     "test_kernels",
+    "test_ingest",
     "test_s3",
     "test_browser",
 )
@@ -149,16 +157,20 @@ def scattered(root, prepared) -> str:
 
 
 @pytest.fixture(scope="session")
-def fork_server(tmp_path_factory) -> Iterator[str]:
-    """The folder of a fork server of the project's, as ETL_KERNELS names it."""
-    folder = tmp_path_factory.mktemp("k")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ETL_KERNELS", str(folder / "s"))
-        keeper = client.Keeper(1, folder / "log")
-        keeper.start()
-        toy.until((folder / "s/socket").exists, 240, "the fork server answers")
-    yield str(folder / "s")
-    keeper.end()
+def fork_server() -> Iterator[str]:
+    """The folder of a fork server of the project's, as ETL_KERNELS names it. The worker that asks first keeps it for
+    all; after its end kernels are cold again."""
+    folder = Path(os.environ[SHARED])
+    with (folder / "kernels.lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ETL_KERNELS", str(folder / "k"))
+        keeper = client.Keeper(1, folder / "kernels.log")
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            keeper.start()
+        toy.until((folder / "k/socket").exists, 240, "the fork server answers")
+        patch.undo()
+        yield str(folder / "k")
+        keeper.end()
 
 
 @pytest.fixture
