@@ -29,7 +29,8 @@ $(READY): requirements.lock pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "setting up .venv: about two minutes, once"
 	@# -e . stands alone: pip refuses it beside hashed requirements
-	@# uv leaves the compiling to the first import, and where PYTHONDONTWRITEBYTECODE is set to every import
+	@# uv, and for a folder of its own pip, leaves the compiling to the first import, and where
+	@# PYTHONDONTWRITEBYTECODE is set to every import
 	@if command -v uv >/dev/null; then \
 	  VIRTUAL_ENV=$(VENV) uv pip install --quiet --compile-bytecode --require-hashes -r requirements.lock && \
 	  VIRTUAL_ENV=$(VENV) uv pip install --quiet --no-deps --no-build-isolation -e .; \
@@ -37,6 +38,7 @@ $(READY): requirements.lock pyproject.toml
 	  $(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements.lock && \
 	  $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .; \
 	fi
+	@$(BIN)/python -m compileall -q app etl pipeline
 	@touch $@
 
 up: setup  ## Run everything: Prefect, the six schedules, the API, the dashboard

@@ -1,31 +1,47 @@
 """What the tests share: small real data from tpchgen, a copy of the project to change, an S3 server on loopback."""
 
+import contextlib
+import fcntl
 import functools
+import hashlib
 import os
+import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from faults import toy
 from s3_faults import FaultyS3, faulty_s3
-from support import copy_project, ingest_all, s3, s3_variables
+from support import SHARED, copy_project, ingest_all, made_once, s3, s3_variables
 
 from etl import leases
+from etl.kernels import client
 from etl.storage import Root
 from pipeline import source
+
+# hundreds of processes import the project: what one has compiled is there for the next
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 SCALE, SLICES = 0.01, 40
 LONGEST = (
     "test_faults",
     "test_end_to_end",
-    "test_notebooks",
-    "test_clicks",
     "test_up",
+    "test_queries",
     "test_replay",
     "test_cli",
+    "test_notebooks",
+    "test_clicks",
+    "test_source",
+    "test_rebuild",
+    "test_evolution",
+    "test_schemas",
     "test_kernels",
+    "test_ingest",
     "test_s3",
     "test_browser",
 )
@@ -40,6 +56,35 @@ def pytest_collection_modifyitems(items):
 def _journals(tmp_path_factory):
     """Journals go to a folder of the tests' own, also those of the processes they start."""
     os.environ["ETL_SPOOL"] = str(tmp_path_factory.mktemp("spool"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared(tmp_path_factory):
+    """What is made once is made once for all workers."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "shared"
+    folder.mkdir(exist_ok=True)
+    os.environ[SHARED] = str(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def generator(_shared) -> Callable:
+    """The generator itself. It takes most of a second to begin, and is a function of what it is asked: in the tests
+    the same is made once."""
+    real = source._tpchgen
+
+    @functools.wraps(real)
+    def kept(scale, tables, slices=1, parts=(1,), chunk_bytes=source.CHUNK_BYTES):
+        asked = repr((scale, tables, slices, sorted(parts), chunk_bytes))
+
+        def make(folder: Path) -> None:
+            (folder / "frames").write_bytes(pickle.dumps(real(scale, tables, slices, parts, chunk_bytes)))
+
+        made = made_once(f"tpchgen-{hashlib.sha256(asked.encode()).hexdigest()[:16]}", make)
+        return pickle.loads((made / "frames").read_bytes())
+
+    source._tpchgen = kept
+    return real
 
 
 @pytest.fixture(scope="module")
@@ -80,19 +125,17 @@ def root(tmp_path) -> str:
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory, stream, made) -> Callable[[str], Path]:
+def prepared(stream, made) -> Callable[[str], Path]:
     """The roots that tests get copies of, by the fixture's name, each made when it is first asked for."""
 
-    @functools.cache
-    def make(name: str) -> Path:
-        root = tmp_path_factory.mktemp(name) / "root"
+    def make(name: str, folder: Path) -> None:
+        root = str(folder / "root")
         for frames in [made] if name != "scattered" else [{tick: frames} for tick, frames in made.items()]:
             source.land(Root.at(root), stream, frames)
             if name != "landed":
-                ingest_all(str(root))
-        return root
+                ingest_all(root)
 
-    return make
+    return lambda name: made_once(name, functools.partial(make, name)) / "root"
 
 
 @pytest.fixture
@@ -111,6 +154,29 @@ def filled(root, prepared) -> str:
 def scattered(root, prepared) -> str:
     """A lake with three files in each streamed table."""
     return shutil.copytree(prepared("scattered"), root, dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[str]:
+    """The folder of a fork server of the project's, as ETL_KERNELS names it. The worker that asks first keeps it for
+    all; after its end kernels are cold again."""
+    folder = Path(os.environ[SHARED])
+    with (folder / "kernels.lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ETL_KERNELS", str(folder / "k"))
+        keeper = client.Keeper(1, folder / "kernels.log")
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            keeper.start()
+        toy.until((folder / "k/socket").exists, 240, "the fork server answers")
+        patch.undo()
+        yield str(folder / "k")
+        keeper.end()
+
+
+@pytest.fixture
+def warm(fork_server, monkeypatch) -> None:
+    """Kernels of the project's folder have imported, as those of `up`, what draws charts: that takes seconds."""
+    monkeypatch.setenv("ETL_KERNELS", fork_server)
 
 
 @pytest.fixture

@@ -1,15 +1,22 @@
 """What several tests call: the command line in a copy of the project, one run of preprocess without its notebook."""
 
+import atexit
 import contextlib
+import fcntl
+import functools
 import http.client
+import json
 import os
+import select
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nbformat
@@ -19,6 +26,27 @@ from pipeline import Lake
 
 AT = "2026-03-01T12:00:10+00:00"  # a scheduled time; any will do
 SMALL = ("-p", "scale=0.01", "-p", "slices=40", "-p", "history=2", "-p", "min_rows=500")  # for the command line
+
+SHARED = "ETL_TESTS_SHARED"  # the variable with the folder in which the tests' processes find what is made once
+
+
+@functools.cache
+def _own() -> tempfile.TemporaryDirectory:
+    """For a process that shares nothing, as long as it is there."""
+    return tempfile.TemporaryDirectory(prefix="made-")
+
+
+def made_once(name: str, make: Callable[[Path], object]) -> Path:
+    """The folder that `make` filled, for whichever of the tests' processes asked first. Only to read, and to copy."""
+    folder = Path(os.environ.get(SHARED) or _own().name, name)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (done := folder.with_suffix(".done")).exists():
+            shutil.rmtree(folder, ignore_errors=True)  # what one that failed has left
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
 
 
 def ingest_all(root: str, run_id: str = "preprocess-test") -> dict[str, int]:
@@ -32,30 +60,48 @@ def orchestrate(
     project: Path, *arguments: str, env: dict | None = None, timeout_s: float = 300
 ) -> subprocess.CompletedProcess:
     """The command line in a copy of the project; no Prefect server is looked for."""
-    return subprocess.run(
-        [sys.executable, "orchestrate.py", *arguments],
-        cwd=project,
-        env=environment(project) | (env or {}),
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-    )
+    if not _one_command.acquire(blocking=False):
+        raise RuntimeError("one command at a time: start a second one by subprocess")
+    with contextlib.ExitStack() as stack:
+        stack.callback(_one_command.release)
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="command-"))
+        told = {name: f"{folder}/{name}" for name in ("out", "err")}
+        asked = {"folder": str(project), "arguments": [*map(str, arguments)]}
+        commands = _commands()
+        commands.stdin.write(json.dumps(asked | told | {"environment": environment(project) | (env or {})}) + "\n")
+        commands.stdin.flush()
+        if not select.select([commands.stdout], [], [], timeout_s)[0]:
+            commands.kill()
+            raise subprocess.TimeoutExpired(arguments, timeout_s)
+        status = int(commands.stdout.readline())
+        return subprocess.CompletedProcess(arguments, status, *(Path(path).read_text() for path in told.values()))
+
+
+_one_command = threading.Lock()
+
+
+@functools.cache
+def _commands() -> subprocess.Popen:
+    """What starts commands."""
+    script = Path(__file__).with_name("commands.py")
+    started = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(started.kill)
+    return started
 
 
 def copy_project(folder: Path) -> Path:
     """A copy of the project, with its notebooks and YAML, in a folder that is not there yet."""
     folder.mkdir()
-    for name in ("app", "etl", "notebooks", "params", "pipeline"):
-        ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
-        shutil.copytree(PROJECT / name, folder / name, ignore=ignored)
+    for name in ("app", "etl", "notebooks", "params", "pipeline"):  # compiled code as well, which nobody compiles again
+        shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     shutil.copy(PROJECT / "orchestrate.py", folder)
     return folder
 
 
 def environment(project: Path) -> dict[str, str]:
     """This process's variables, with the copy's modules before the installed ones."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "ETL_"))}
-    return kept | {"PYTHONPATH": str(project), "COLUMNS": "200"}
+    ours = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "ETL_")) or k == "ETL_KERNELS"}
+    return ours | {"PYTHONPATH": str(project), "COLUMNS": "200"}
 
 
 def free_port() -> int:

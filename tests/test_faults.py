@@ -4,7 +4,8 @@ import pytest
 from faults.__main__ import SCENARIOS
 
 # in their own files: test_deaths, test_secrets, test_replay, test_end_to_end, test_fence; with a server: test_up,
-# test_worker, test_releases (which moves between runs); by function calls: test_rebuild, test_foreign
+# test_worker, test_releases (which moves between runs); by function calls: test_rebuild, test_foreign,
+# test_lost_replies (answers of an object store), test_model (epochs)
 ELSEWHERE = {
     "deaths",
     "floods",
@@ -33,6 +34,8 @@ ELSEWHERE = {
     "pairs",
     "machines",  # in test_dispatch
     "hosts",  # with `make faults` alone
+    "lost replies",
+    "epochs",
 }
 
 

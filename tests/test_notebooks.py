@@ -28,7 +28,7 @@ def lab(tmp_path_factory):
     """A copy of the project whose notebooks were run as in `make lab`, with their defaults, on a small stream."""
     copy = tmp_path_factory.mktemp("lab")
     for name in ("etl", "notebooks", "params", "pipeline"):
-        shutil.copytree(PROJECT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(PROJECT / name, copy / name)
     for name in ("orchestrate.py",):
         shutil.copy(PROJECT / name, copy)
     scratch = Root.at(copy / params.load(copy, "dev").environment.root)

@@ -9,11 +9,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
 import pytest
+from faults import toy
 
+from etl.kernels import client
 from etl.storage import PROJECT
 
 CLICKS = PROJECT / "examples" / "clicks"
@@ -33,20 +36,34 @@ def python(*arguments: str, **variables: str) -> str:
     return done.stdout
 
 
-def run(root: Path, stage: str, at: str, *options: str) -> list[dict]:
+def run(kernels: str, root: Path, stage: str, at: str, *options: str) -> list[dict]:
     """The records of `etl run`."""
-    return json.loads(python("-m", "etl", "run", stage, "--root", str(root), "--at", at, "--json", *options))
+    asked = ("run", stage, "--root", str(root), "--at", at, "--json", *options)
+    return json.loads(python("-m", "etl", *asked, ETL_KERNELS=kernels))
 
 
 @pytest.fixture(scope="module")
-def passes(tmp_path_factory) -> tuple[Path, Path, list[dict]]:
+def kernels(tmp_path_factory) -> Iterator[str]:
+    """The folder of the example's fork server: kernels that have imported what draws."""
+    folder = tmp_path_factory.mktemp("k")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ETL_KERNELS", str(folder / "k"))
+        server, keeper = client.server_folder(CLICKS), client.Keeper(1, folder / "log", CLICKS)
+        keeper.start()
+        toy.until((server / "socket").exists, 240, "the fork server answers")
+    yield str(server)
+    keeper.end()
+
+
+@pytest.fixture(scope="module")
+def passes(tmp_path_factory, kernels) -> tuple[Path, Path, list[dict]]:
     """Two passes with late and repeated files: the root, all files that ever were in landing, the records."""
     folder = tmp_path_factory.mktemp("clicks")
     root, given = folder / "root", folder / "given"
-    records = run(root, "generate", BEGUN, *SMALL[:4])
+    records = run(kernels, root, "generate", BEGUN, *SMALL[:4])
     shutil.copytree(root / "landing", given)
-    records += run(root, "preprocess", BEGUN)
-    records += run(root, "generate", LATER, *SMALL[:4])
+    records += run(kernels, root, "preprocess", BEGUN)
+    records += run(kernels, root, "generate", LATER, *SMALL[:4])
     shutil.copytree(root / "landing", given, dirs_exist_ok=True)
     repeated = sorted(given.glob("events/2026/02/28/*.gz"))[:3]
     for file in repeated:
@@ -54,7 +71,7 @@ def passes(tmp_path_factory) -> tuple[Path, Path, list[dict]]:
         again.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, again.with_name(f".{again.name}"))
         again.with_name(f".{again.name}").rename(again)
-    return root, given, records + run(root, "all", LATER, *SMALL)
+    return root, given, records + run(kernels, root, "all", LATER, *SMALL)
 
 
 def events(given: Path) -> str:
@@ -144,9 +161,9 @@ def plain(rows: list[tuple]) -> list[list]:
     return [list(row) for row in rows]
 
 
-def test_what_comes_with_a_minute_is_always_the_same_bytes(passes, tmp_path):
-    run(tmp_path / "twin", "generate", BEGUN, *SMALL[:4])
-    run(tmp_path / "twin", "generate", LATER, *SMALL[:4])
+def test_what_comes_with_a_minute_is_always_the_same_bytes(passes, tmp_path, kernels):
+    run(kernels, tmp_path / "twin", "generate", BEGUN, *SMALL[:4])
+    run(kernels, tmp_path / "twin", "generate", LATER, *SMALL[:4])
     made, twin = (
         {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*-*")}
         for folder in (passes[1], tmp_path / "twin" / "landing")

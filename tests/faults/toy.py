@@ -76,7 +76,7 @@ def cell_states(nb: Any) -> list[str]:
 def project(folder: Path) -> Path:
     """A copy of the project without its stages."""
     for name in ("app", "etl", "notebooks", "params/env", "pipeline"):
-        shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("*.ipynb", "*.yml", "__pycache__"))
+        shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("*.ipynb", "*.yml"))
     for name in ("orchestrate.py",):
         shutil.copy(PROJECT / name, folder)
     (folder / "params/env/local.yml").write_text("root: outputs\n")

@@ -12,6 +12,7 @@ import dask.config
 import narwhals as nw
 import polars as pl
 import pytest
+from distributed import Client
 from faults.answers import one_tick
 from support import ingest_all
 from tpch_sql import QUESTIONS, per_minute, rows_of, tpch, unlike
@@ -197,13 +198,14 @@ def test_months_later(day, months, later):
 
 def test_dask_gives_the_same_answers(asked, cluster):
     snapshot, _ = asked
-    for question in questions():
-        before = len(cluster.scheduler.computations)
-        by_dask = ask(question, snapshot, dask=cluster.scheduler_address)
-        assert len(cluster.scheduler.computations) > before, question.name
-        by_polars = ask(question, snapshot)
-        assert by_dask.schema == by_polars.schema, question.name
-        assert by_dask.equals(by_polars), question.name
+    with Client(cluster.scheduler_address, set_as_default=False) as client:
+        for question in questions():
+            before = len(cluster.scheduler.computations)
+            by_dask = ask(question, snapshot, dask=client)
+            assert len(cluster.scheduler.computations) > before, question.name
+            by_polars = ask(question, snapshot)
+            assert by_dask.schema == by_polars.schema, question.name
+            assert by_dask.equals(by_polars), question.name
 
 
 @pytest.mark.parametrize(

@@ -230,21 +230,27 @@ PLANTED = {
 }
 
 
+@pytest.fixture(scope="module")
+def answered_once(tmp_path_factory, lived_once) -> str:
+    """A lake that has lived, with an answer and a run, in which nothing is wrong. Only to copy."""
+    root = str(shutil.copytree(lived_once, tmp_path_factory.mktemp("answered") / "root"))
+    question, snapshot = next(q for q in queries.questions() if q.name == "q01"), Lake(root).snapshot()
+    queries.save(Root.at(root), queries.ask(question, snapshot), question, snapshot, "query-1")
+    index.append(Root.at(root), synthetic.month(1, days=1)[0])
+    assert not [finding for finding in examine(root) if finding.problem]
+    return root
+
+
 @pytest.mark.parametrize("what", PLANTED)
-def test_doctor_names_what_is_planted_and_what_to_do(lived, what):
-    root, (named, plant) = Path(lived), PLANTED[what]
-    place = Root.at(lived)
-    question, snapshot = next(q for q in queries.questions() if q.name == "q01"), Lake(lived).snapshot()
-    queries.save(Root.at(lived), queries.ask(question, snapshot), question, snapshot, "query-1")
-    index.append(place, synthetic.month(1, days=1)[0])
+def test_doctor_names_what_is_planted_and_what_to_do(root, answered_once, what):
+    named, plant = PLANTED[what]
+    shutil.copytree(answered_once, root)
     if named == "the model":
         pointer = {"model_id": "m", "sha256": "0" * 64, "run_id": "train-1", "metrics": {}}
-        place.write("models/current.json", json.dumps(pointer).encode())
-        (root / "models/m").mkdir()
-    else:
-        assert not [finding for finding in examine(lived) if finding.problem]
-    plant(root)
-    wrong = [finding for finding in examine(lived) if finding.problem]
+        Root.at(root).write("models/current.json", json.dumps(pointer).encode())
+        Path(root, "models/m").mkdir()
+    plant(Path(root))
+    wrong = [finding for finding in examine(root) if finding.problem]
     assert {one.what for one in wrong} == {named}
     assert all(one.remedy for one in wrong)
 

@@ -17,7 +17,7 @@ from etl import params
 from etl.kernels import sources
 from etl.runs import dispatch, index, provenance
 from etl.runs import replay as replays
-from etl.storage import Root
+from etl.storage import PROJECT, Root
 from pipeline import Lake, model, source
 
 AT = datetime(2026, 3, 1, 12, 0, 10, tzinfo=UTC)
@@ -186,14 +186,14 @@ def test_a_run_that_wrote_the_lake_cannot_be_replayed(summed, root):
         replay(summed, run, root)
 
 
-def test_query_is_replayed_on_the_versions_it_read(project, filled, stream):
-    run = run_once(project, "query", filled, ["questions=[q01, revenue_per_minute, recommended_suppliers]"])
+def test_query_is_replayed_on_the_versions_it_read(warm, filled, stream):
+    run = run_once(PROJECT, "query", filled, ["questions=[q01, revenue_per_minute, recommended_suppliers]"])
     assert run["state"] == "ok", run["reason"]
     place = Root.at(filled)
     source.land(Root.at(filled), replace(stream, next_tick=3), source.make_ticks(stream, range(3, 4)))
     ingest_all(filled, run_id="preprocess-later")
     assert Lake(filled).snapshot().versions["orders"] > run["versions_read"]["orders"]
-    found = replay(project, run, filled)
+    found = replay(PROJECT, run, filled)
     assert found.equal, found.differences
     assert found.compared["results"] == 3 and found.record.metrics["batch"] == 1
     assert found.record.versions_read == run["versions_read"]
@@ -215,23 +215,23 @@ def test_query_is_replayed_on_the_versions_it_read(project, filled, stream):
     handle = Lake(place).table("lineitem", run["versions_read"]["lineitem"])
     place.remove(f"lake/lineitem/{handle.file_uris()[0].rsplit('/', 1)[-1]}")
     with pytest.raises(replays.NotRepeatable, match="version 1 of lineitem, .* 1 of its files were vacuumed"):
-        replay(project, run, filled)
+        replay(PROJECT, run, filled)
     with pytest.raises(replays.NotRepeatable, match="version 99 of lineitem, which it read, is no more"):
-        replay(project, run | {"versions_read": {"lineitem": 99}}, filled)
+        replay(PROJECT, run | {"versions_read": {"lineitem": 99}}, filled)
 
 
-def test_generate_and_train_are_replayed_from_what_they_started_from(project, filled, stream):
+def test_generate_and_train_are_replayed_from_what_they_started_from(warm, filled, stream):
     place = Root.at(filled)
     place.write(source.DESCRIPTION, json.dumps(vars(stream) | {"next_tick": 3}).encode())
-    tick = run_once(project, "generate", filled, ["scale=0.01", "slices=40", "max_ticks=2"])
+    tick = run_once(PROJECT, "generate", filled, ["scale=0.01", "slices=40", "max_ticks=2"])
     assert (tick["state"], tick["metrics"]["last_tick"]) == ("ok", 4), tick["reason"]
     training, validation, held_out = model.split(Lake(filled).snapshot())
     champion = model.train(training, validation, max_trees=60)
     model.publish(place, champion, model.judge(champion, held_out), held_out, "train-champion")
-    beaten = run_once(project, "train", filled, ["min_rows=500", "max_trees=60"])
+    beaten = run_once(PROJECT, "train", filled, ["min_rows=500", "max_trees=60"])
     assert beaten["state"] == "ok" and not beaten["metrics"]["published"], beaten["reason"]
     for run in (tick, beaten):  # the training has a champion to start from
-        found = replay(project, run, filled)
+        found = replay(PROJECT, run, filled)
         assert found.equal, found.differences
     assert json.loads(place.read(source.DESCRIPTION))["next_tick"] == 5
 
@@ -396,7 +396,7 @@ def test_whence_is_right_for_every_version_and_honest_about_none(root):
             provenance.whence(place, table, version)
 
 
-def test_whence_is_right_for_every_table_of_a_lake():
+def test_whence_is_right_for_every_table_of_a_lake(warm):
     """Also in a compacted one; with more runs in `make faults`, and after minutes of `up`."""
     assert "11 tables, 2 runs" in replay_scenarios.whence_right(1, seed=1)
 
