@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 
 import polars as pl
 
-from etl import params
+from etl import findings, params
 from etl.runs import dispatch, provenance
 from etl.runs import index as run_index
 from etl.runs import replay as replays
@@ -70,7 +70,7 @@ def check_whence(root: str) -> str:
     tables = {name: f"lake/{name}" for name in place.names("lake")} | {"runs": run_index.TABLE}
     tables = {name: folder for name, folder in tables.items() if place.exists(f"{folder}/_delta_log/{0:020d}.json")}
     for table, folder in tables.items():
-        numbers = [int(m[1]) for name in place.names(f"{folder}/_delta_log") if (m := provenance.COMMIT.match(name))]
+        numbers = [int(m[1]) for name in place.names(f"{folder}/_delta_log") if (m := findings.COMMIT.match(name))]
         for version in numbers:
             found = provenance.whence(place, table, version)
             where = f"{table}@{version}"

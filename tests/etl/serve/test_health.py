@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from etl import params
+from etl import leases, params
 from etl.params.alerts import Line
 from etl.serve import health, heartbeat
 from etl.serve.health import Answered, Seen
@@ -170,10 +170,10 @@ def test_the_heart_beats_and_keeps_since_when_runs_are_expected(tmp_path, ended)
         heart.ensure()
         heart._thread.join()
         hearts.append(heartbeat.read(root))
-        assert not heartbeat.is_gone(hearts[-1]) and hearts[-1]["next_runs"].keys() == STAGES.keys()
+        assert not leases.is_gone(hearts[-1]) and hearts[-1]["next_runs"].keys() == STAGES.keys()
         assert hearts[-1]["ill"] == [{"name": "x"}]
         if ended:
             heart.end()
             assert heartbeat.read(root)["ended_at"]
     assert (hearts[0]["expected_since"] == hearts[1]["expected_since"]) is not ended
-    assert heartbeat.is_gone(hearts[0] | {"pid": 2**22 + 1})
+    assert leases.is_gone(hearts[0] | {"pid": 2**22 + 1})
