@@ -358,6 +358,9 @@ def main() -> None:
     asked = arguments.parse_args()
     if asked.host not in NAMES and not os.environ.get(TOKEN):
         sys.exit(f"{asked.host} is reached from other machines: {TOKEN} has to hold what they have to send, a secret")
+    _, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed == resource.RLIM_INFINITY or allowed > MOST + FILES:  # a shell's 1,024 is no limit of the system's
+        resource.setrlimit(resource.RLIMIT_NOFILE, (MOST + FILES, allowed))
     sys.setswitchinterval(SWITCH_S)
     Memory().keep_little()
     configured = config(asked.application, host=asked.host, port=asked.port, log_level="warning")
