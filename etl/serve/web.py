@@ -172,7 +172,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
                 self.refuse(431, f"the request has more than {HEAD_BYTES:,} bytes besides its body")
 
     def on_message_begin(self) -> None:
-        if len(self.pipeline) >= AHEAD:
+        if self.is_ended or len(self.pipeline) >= AHEAD:
             raise ValueError("too many requests ahead of their answers")  # the parser ends, and the message is refused
         super().on_message_begin()
         self.is_receiving, self.is_first, self.is_kept, self.surplus = True, True, False, 0
