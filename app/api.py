@@ -15,6 +15,7 @@ import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
@@ -113,26 +114,32 @@ def _current(root: Root) -> tuple[registry.Model | None, str | None]:
 
 
 class Readiness:
-    """What a root has, looked at on another thread. Nobody waits for a look while the last is KEPT_S old at most."""
+    """What a root has, looked at in a thread of its own. Nobody waits for a look while the last is KEPT_S old at most.
+
+    Asked from more than one loop."""
 
     def __init__(self, root: Root):
         self.root = root
         self._seen: tuple[float, Ready] | None = None
-        self._look: asyncio.Task[Ready] | None = None
+        self._looking = ThreadPoolExecutor(1, "readiness")
+        self._look: Future[Ready] | None = None
 
     async def now(self) -> Ready:
         age = time.monotonic() - self._seen[0] if self._seen else KEPT_S + 1
         if age > FRESH_S and (self._look is None or self._look.done()):
-            self._look = asyncio.create_task(self._see())
-        if self._seen is None or age > KEPT_S:
-            return await asyncio.shield(self._look)
+            self._look = self._looking.submit(self._see)
+        if self._look and (self._seen is None or age > KEPT_S):
+            return await asyncio.shield(asyncio.wrap_future(self._look))
         seen = self._seen[1]
         return seen.model_copy(update={"lag_s": _lag_s(seen.as_of)})
 
-    async def _see(self) -> Ready:
-        ready = await to_thread.run_sync(_ready, self.root, limiter=LOOKING)
+    def _see(self) -> Ready:
+        ready = _ready(self.root)
         self._seen = time.monotonic(), ready
         return ready
+
+    def close(self) -> None:
+        self._looking.shutdown(wait=False)
 
 
 @contextlib.asynccontextmanager
@@ -149,6 +156,7 @@ async def watching(_: FastAPI) -> AsyncIterator[None]:
     with served.watched() if served else contextlib.nullcontext():
         watched, readiness = served, Readiness(root)
         yield
+        readiness.close()
     watched = readiness = None
 
 
@@ -210,6 +218,7 @@ app = FastAPIOffline(
 ENTRANCE, PLAIN = Entrance(lambda: settings(), REQUESTS), Plain(CARD, lambda: watched, ITEM_LIMIT)
 app.add_middleware(ShortWay, plain=PLAIN, turns=TURNS)
 app.add_middleware(Front, entrance=ENTRANCE, limit=BODY_LIMIT)  # the outermost
+app.state.apart = frozenset({b"/health", b"/ready"})  # on a loop of their own: they wait for no other
 app.state.straight = Straight(ENTRANCE, PLAIN, TURNS)
 api = APIRouter()
 

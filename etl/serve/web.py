@@ -24,6 +24,7 @@ import uvicorn
 from uvicorn.importer import import_from_string
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from etl.serve.door import Door
 from etl.serve.prefect_server import HOST, NAMES
 
 RECEIVE_S = 10  # from a request's first byte, or its connection's, to its last
@@ -31,7 +32,8 @@ IDLE_S = 5  # of a kept connection, for its next request
 HEAD_BYTES = 64_000  # of a request, besides its body
 AHEAD = 16  # requests on a connection that wait for the answers before
 FILES = 256  # of those that a process may have open, left for what is no connection
-AT_ONCE = 64  # connections that are taken up, before the loop sees to those that are there
+WAITING = 64  # of those files, for connections that come while there are as many as there may be
+APART = 128  # connections that are answered at the door
 MOST = 4000  # connections, however many files there may be
 READ_BYTES = 32_768  # at once
 STRAIGHT_BYTES = 32_000  # of a body that may be answered straight
@@ -50,8 +52,10 @@ ARENA_MAX, MMAP_THRESHOLD = -8, -3  # of glibc's mallopt
 class Connections:
     """Those that are there, and since when each of them has waited for its client; the longest first."""
 
-    def __init__(self, most: int, receive_s: float = RECEIVE_S, straight: "Straight | None" = None):
-        self.straight = straight
+    def __init__(self, most: int, receive_s: float = RECEIVE_S, state: Any = None, closes: bool = False):
+        """`state`: the application's; `closes`: each ends with its first answer."""
+        self.state, self.closes = state, closes
+        self.straight: Straight | None = getattr(state, "straight", None)
         self.most, self.receive_s, self.count = most, receive_s, 0
         self.waiting: dict[Connection, float] = {}  # loop's time
         self._look: asyncio.TimerHandle | None = None
@@ -168,7 +172,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
                 self.refuse(431, f"the request has more than {HEAD_BYTES:,} bytes besides its body")
 
     def on_message_begin(self) -> None:
-        if len(self.pipeline) >= AHEAD:
+        if self.is_ended or len(self.pipeline) >= AHEAD:
             raise ValueError("too many requests ahead of their answers")  # the parser ends, and the message is refused
         super().on_message_begin()
         self.is_receiving, self.is_first, self.is_kept, self.surplus = True, True, False, 0
@@ -177,8 +181,10 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
     def on_headers_complete(self) -> None:
         if self._is_straight():
             self.whole = b""
-        else:
-            super().on_headers_complete()
+            return
+        super().on_headers_complete()
+        if self.beside.closes:
+            self.cycle.keep_alive = False
 
     def _is_straight(self) -> bool:
         """Whether nothing about a request's head is other than of any, and nothing before it is under way."""
@@ -274,54 +280,59 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which takes up many connections at a time.
-
-    libuv takes up one each time the loop comes round: behind two hundred others, each with a thousand rows to predict,
-    the two hundred and first waited for all of their predictions before anybody knew what it asks for."""
+    """uvicorn's, whose connections come through a `Door`. It has to be given the sockets on which it listens."""
 
     def __init__(self, config: uvicorn.Config):
         super().__init__(config)
-        self._accepting = set[asyncio.Task[Any]]()
-        self._listening = list[socket.socket]()
+        self._made: Any = config.http  # as `config` has it
+        self._handed, self._taken = 0, 0  # connections: counted by the door's thread, by this loop's
+        self._taking = set[asyncio.Task[Any]]()
+        self._door: Door | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        await super().startup([])
         if not self.started:
             return
-        loop = asyncio.get_running_loop()
-        for server in self.servers:
-            for listening in server.sockets:
-                self._listening.append(mine := socket.socket(fileno=os.dup(listening.fileno())))
-                loop.add_reader(mine, self._accept, loop, mine)
+        for listening in sockets or []:
+            listening.setblocking(False)
+            listening.listen(self.config.backlog)
+        loop, beside = asyncio.get_running_loop(), self._made.args[0]
+        apart = Connections(APART, beside.receive_s, closes=True)
+
+        def hand_over(accepted: socket.socket) -> None:
+            self._handed += 1
+            loop.call_soon_threadsafe(self._take, loop, accepted)
+
+        self._door = Door(
+            sockets or [],
+            loop=type(loop)(),
+            apart=getattr(beside.state, "apart", frozenset()),
+            protocol=functools.partial(self._protocol, apart, uvicorn.server.ServerState()),
+            hand_over=hand_over,
+            has_room=lambda there: there + self._handed - self._taken + beside.count < beside.most + WAITING,
+        )
+        self._door.start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        for mine in self._listening:
-            asyncio.get_running_loop().remove_reader(mine)
-            mine.close()
+        if self._door:
+            self._door.close()
         await super().shutdown(sockets)
 
-    def _accept(self, loop: asyncio.AbstractEventLoop, listening: socket.socket) -> None:
-        for _ in range(AT_ONCE):
-            try:
-                accepted, _ = listening.accept()
-            except OSError:  # there are no more, or no more files; libuv, which looks as well, sees to that
-                return
-            accepted.setblocking(False)
-            task = loop.create_task(loop.connect_accepted_socket(self._protocol, accepted))
-            self._accepting.add(task)
-            task.add_done_callback(self._accepted)
+    def _take(self, loop: asyncio.AbstractEventLoop, accepted: socket.socket) -> None:
+        make = functools.partial(self._protocol, self._made.args[0], self.server_state)
+        task = loop.create_task(loop.connect_accepted_socket(make, accepted))
+        self._taking.add(task)
+        task.add_done_callback(self._is_taken)
 
-    def _accepted(self, task: asyncio.Task[Any]) -> None:
-        self._accepting.discard(task)
+    def _is_taken(self, task: asyncio.Task[Any]) -> None:
+        self._taken += 1
+        self._taking.discard(task)
         if not task.cancelled():
             task.exception()  # its client is gone already
 
-    def _protocol(self) -> asyncio.Protocol:
-        made: Any = self.config.http_protocol_class
-        protocol: asyncio.Protocol = made(
-            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
-        )
-        return protocol
+    def _protocol(self, connections: Connections, state: uvicorn.server.ServerState) -> asyncio.Protocol:
+        state.default_headers = self.server_state.default_headers
+        return Connection(connections, config=self.config, server_state=state, app_state=self.lifespan.state)
 
 
 def most_connections() -> int:
@@ -334,8 +345,8 @@ def config(application: Any, receive_s: float = RECEIVE_S, **settings: Any) -> u
     """uvicorn's configuration for an application, or its name as `app.api:app`."""
     if isinstance(application, str):
         application = import_from_string(application)
-    straight = getattr(getattr(application, "state", None), "straight", None)
-    http: Any = functools.partial(Connection, Connections(most_connections(), receive_s, straight))
+    state = getattr(application, "state", None)
+    http: Any = functools.partial(Connection, Connections(most_connections(), receive_s, state))
     return uvicorn.Config(application, http=http, ws="none", access_log=False, timeout_keep_alive=IDLE_S, **settings)
 
 
@@ -347,6 +358,9 @@ def main() -> None:
     asked = arguments.parse_args()
     if asked.host not in NAMES and not os.environ.get(TOKEN):
         sys.exit(f"{asked.host} is reached from other machines: {TOKEN} has to hold what they have to send, a secret")
+    _, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed == resource.RLIM_INFINITY or allowed > MOST + FILES:  # a shell's 1,024 is no limit of the system's
+        resource.setrlimit(resource.RLIMIT_NOFILE, (MOST + FILES, allowed))
     sys.setswitchinterval(SWITCH_S)
     Memory().keep_little()
     configured = config(asked.application, host=asked.host, port=asked.port, log_level="warning")
@@ -354,7 +368,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # what is imported stays, and to look through it for garbage keeps the loop for 80 ms each time
     server = Server(configured)
-    server.run()
+    server.run([configured.bind_socket()])
     sys.exit(0 if server.started else 3)
 
 

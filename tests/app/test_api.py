@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -23,13 +24,12 @@ import httpx2
 import nbformat
 import polars as pl
 import pytest
-import uvicorn
 from published import QUERY_RUN, TRAIN_RUN, publish_model
 
 from app.api import BODY_LIMIT, Row, app, settings
 from etl.reports import pdf
 from etl.serve import web
-from etl.storage import Root
+from etl.storage import PROJECT, Root
 from pipeline import Lake, model, queries
 
 ITEM = Row.model_config["json_schema_extra"]["example"]
@@ -38,7 +38,7 @@ ITEM = Row.model_config["json_schema_extra"]["example"]
 @pytest.fixture(scope="session")
 def url():
     """Where the API answers. It reads the root that ETL_ROOT names at the first request of a test."""
-    server = uvicorn.Server(web.config(app, log_level="error", timeout_graceful_shutdown=1))
+    server = web.Server(web.config(app, log_level="error", timeout_graceful_shutdown=1))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
@@ -746,6 +746,29 @@ class TestWhatIsTold:
         failed = api.get("/v1/runs")
         assert failed.status_code == 500
         assert failed.headers["x-request-id"] in detail(failed) and "hunter2" not in failed.text
+
+
+def test_what_the_documentation_shows_runs_as_it_stands(url, root, tmp_path):
+    text = (PROJECT / "docs" / "api.md").read_text()
+    [client] = re.findall(r"```python\n(.*?)```", text, re.S)
+    named: dict = {}
+    exec(client, named)
+    item = ITEM | {"l_extendedprice": "21168.23"}
+    one, other = named["predict"]([item, item | {"l_shipmode": "AIR"}], url, token="any")
+    assert isinstance(one, named["Prediction"]) and 0 < one.probability < 1 and one.late == (one.probability >= 0.5)
+    assert one.model_id == other.model_id == send_json(url, "/v1/model")["model_id"]
+    with pytest.raises(Exception, match="422"):
+        named["predict"]([item | {"l_shipmode": "CAMEL"}], url)
+    [block] = re.findall(r"```\n(curl .*?)```", text, re.S)
+    lines = re.split(r"\n(?=curl )", block.strip().replace("http://127.0.0.1:8000", url))
+    said = [subprocess.check_output([*shlex.split(line), "--fail"], cwd=tmp_path) for line in lines]
+    assert json.loads(said[0])["ready"] and [run["state"] for run in json.loads(said[1])] == ["ok"]
+    assert "<html" in (tmp_path / "report.html").read_text()
+    assert json.loads(said[3])[0]["probability"] == one.probability and len(said) == 4
+
+
+def send_json(url, path):
+    return json.loads(send(url, "GET", path)[1])
 
 
 def test_it_brings_nothing_that_could_start_a_stage():

@@ -18,8 +18,7 @@ def epochs(n: int, seed: int) -> str:
     """`n` hours of each scale, of few hours the smaller alone.
 
     The gap is never below minus three standard errors, the champion's divergence never above that of the first epoch's,
-    no champion is replaced by one that has a larger one, and at the default scale it is at most 0.08 % of the entropy.
-    """
+    no champion is replaced by one that has a larger one; at the default scale it is at most 0.08 % of the entropy."""
     return "; ".join(_of(scale, n, seed) for scale in (SCALES if n >= 24 else SCALES[:1]))
 
 

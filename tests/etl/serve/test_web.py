@@ -1,6 +1,5 @@
 """A server that no client keeps from the others, on a small application."""
 
-import asyncio
 import json
 import resource
 import socket
@@ -182,12 +181,12 @@ def test_what_comes_whole_and_is_plain_is_answered_by_one_call(monkeypatch):
         sent = [post % (len(body), more, body) for more, body in (*first, *rest)]
         client.sendall(b"".join(sent[:4])[:-1])
         time.sleep(0.1)
-        client.sendall(b"\5" + b"".join(sent[4:]))
+        client.sendall(b"\5" + b"".join(sent[4:]) + sent[0])  # nothing is answered after the last
         answers = to_the_end(client).split(b"HTTP/1.1 ")[1:]
     bodies = [answer.partition(b"\r\n\r\n")[2] for answer in answers]
     # one that waits behind another's answer waits for the application, too
     assert bodies[:2] == [b"[3]", b"3"] and bodies[2] in (b"[7]", b"2") and bodies[3] in (b"[5]", b"1")
-    assert bodies[4:] in ([b"1", b"[7]"], [b"1", b"1"])
+    assert len(bodies) == 6 and bodies[4:] in ([b"1", b"[7]"], [b"1", b"1"])
     assert answers[0].startswith(b"200 OK\r\n") and b"content-length: 3\r\n" in answers[0]
     with served(monkeypatch, application=asked) as port, connect(port) as client:
         client.sendall(post % (9, b"", b"odd"))
@@ -209,32 +208,51 @@ def test_connections_leave_room_for_files(monkeypatch):
     assert web.most_connections() == 768
 
 
-def test_who_comes_behind_many_is_known_after_a_few_rounds_of_the_loop(monkeypatch):
-    """One connection was taken up a round, however many waited, and each round had its share of all other work."""
-    began, go_on, rounds = threading.Event(), threading.Event(), [0]
+def test_what_is_answered_apart_waits_for_nothing_else(monkeypatch):
+    """The loop is at something else for as long as the test lasts; those behind it were not even taken up."""
+    began, go_on = threading.Event(), threading.Event()
 
-    async def counting(scope, receive, send):
+    async def busy(scope, receive, send):
         if scope["path"] == "/begin":
             began.set()
             go_on.wait(30)  # the loop sees to nobody
-            asyncio.get_running_loop().call_soon(another)
-        body = b"%d" % rounds[0]
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
-        await send({"type": "http.response.body", "body": body})
+        await application(scope, receive, send)
 
-    def another():
-        rounds[0] += 1
-        asyncio.get_running_loop().call_soon(another)
-
-    with served(monkeypatch, application=counting) as port:
+    busy.state = SimpleNamespace(apart=frozenset({b"/health"}))
+    health = GET.replace(b"/ ", b"/health ")
+    with served(monkeypatch, application=busy) as port:
         first = connect(port)
         first.sendall(GET.replace(b"/ ", b"/begin "))
         assert began.wait(30)
-        others = [connect(port) for _ in range(100)]
-        last = connect(port)
-        last.sendall(GET)
+        others = [connect(port) for _ in range(200)]
+        for each in others[:150]:
+            each.sendall(GET[:-2])
+        for _ in range(3):
+            with connect(port) as client:
+                client.sendall(health)
+                said = to_the_end(client)
+                assert said.startswith(b"HTTP/1.1 200") and b"connection: close" in said and said.endswith(b"0")
+        odd = [
+            health[:-2],
+            health + GET,
+            health[:-2] + b"Content-Length: 2\r\n\r\nab",
+            GET.replace(b"/ ", b"/healthy "),
+        ]
+        waiting = [connect(port) for _ in odd]
+        for client, sent in zip(waiting, odd, strict=True):
+            client.sendall(sent)
+        time.sleep(0.3)
+        for client in waiting:
+            client.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                client.recv(1)
+            client.setblocking(True)
         go_on.set()
-        said = int(last.recv(1000).rpartition(b"\r\n")[2])
-        assert said < 50
-        for each in (first, last, *others):
+        assert first.recv(1000).startswith(b"HTTP/1.1 200")
+        others[0].sendall(b"\r\n")
+        others[-1].sendall(GET)
+        waiting[0].sendall(b"\r\n")
+        for client in (others[0], others[-1], *waiting):
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+        for each in (first, *others, *waiting):
             each.close()
