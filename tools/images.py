@@ -6,6 +6,7 @@ there are rows only, at the times of their schedules: nobody wants to wait two d
     python tools/images.py [ROOT]      of a root that is there, when it is named
 """
 
+import functools
 import io
 import random
 import subprocess
@@ -35,8 +36,9 @@ from pipeline import Lake, model, queries, source  # noqa: E402
 IMAGES = PROJECT / "docs/images"
 LIMIT = 300_000  # bytes of a picture
 WIDTH, DENSITY = 1280, 1.5
-USUAL_S = {"generate": 1.4, "preprocess": 2.1, "compact": 3.8, "query": 11.0, "score": 1.9, "train": 16.0}
 REASON = "the model is no better than guessing: log loss 0.6801, the base rate's 0.6583"
+RUNS = 48  # of each stage, before the last pass
+DICE = random.Random(7)
 MINUTES = 12  # of batches before the last pass
 TREES = (25, 60, 140)  # of the models before the last
 PICTURES = {  # name -> page, height
@@ -84,49 +86,67 @@ def taken(page: Page, name: str) -> None:
 
 
 def fill(root: Root) -> None:
-    """Batches, answers and models of the last minutes; rows of earlier runs; then a pass of all stages."""
-    given = {name: params.load(PROJECT).stages["generate"].values[name] for name in ("scale", "slices", "history")}
+    """Batches, answers and models of the last minutes; a pass of all stages; rows of earlier runs; a batch of now."""
     start = datetime.now(UTC).replace(second=0, microsecond=0) - timedelta(minutes=MINUTES)
-    live = [question for question in queries.questions() if question.live]
     for minute in range(MINUTES):
-        at = start + timedelta(minutes=minute)
-        stream, due = source.due_ticks(root, **given, max_ticks=8, scheduled_for=at.isoformat())
-        source.land(root, stream, source.make_ticks(stream, due))
-        batch = Lake(root).next_batch(max_files=500, scheduled_for=at.isoformat())
-        ingest.commit(ingest.read(batch), run_id=f"preprocess-{at:%Y%m%dT%H%M%S}-{minute:06x}")
-        snapshot = Lake(root).snapshot()
-        for question in live if minute % 2 else []:
-            run_id = f"query-{at:%Y%m%dT%H%M%S}-{minute:06x}"
-            queries.save(root, queries.ask(question, snapshot), question, snapshot, run_id)
+        come(root, start + timedelta(minutes=minute), answered=minute % 2 == 1)
     for back, trees in enumerate(TREES):
         at = start - timedelta(hours=6 * (len(TREES) - back))
         training, validation, held_out = model.split(Lake(root).snapshot())
         booster = model.train(training, validation, max_trees=trees)
         run_id = f"train-{at:%Y%m%dT%H%M%S}-{trees:06x}"
         model.publish(root, booster, model.judge(booster, held_out), held_out, run_id)
-    rows(root, start)
     for stages in (["all"], ["score"]):
         run = [sys.executable, "orchestrate.py", "run", *stages, "--root", root.url]
-        subprocess.run(run, cwd=PROJECT, check=False)
+        subprocess.run(run, cwd=PROJECT, check=True)
+    rows(root, start)
+    come(root, datetime.now(UTC), answered=True)
+    for stage in ("generate", "preprocess"):
+        ended(root, stage, datetime.now(UTC) - timedelta(seconds=usual_s(root, stage)))
+
+
+def come(root: Root, at: datetime, answered: bool) -> None:
+    """What is due has landed and is published, and the questions of the moment are answered if they should be."""
+    given = {name: params.load(PROJECT).stages["generate"].values[name] for name in ("scale", "slices", "history")}
+    stream, due = source.due_ticks(root, **given, max_ticks=40, scheduled_for=at.isoformat())
+    source.land(root, stream, source.make_ticks(stream, due))
+    batch = Lake(root).next_batch(max_files=500, scheduled_for=at.isoformat())
+    ingest.commit(ingest.read(batch), run_id=f"preprocess-{at:%Y%m%dT%H%M%S}-{at.minute:06x}")
+    snapshot = Lake(root).snapshot()
+    for question in queries.questions() if answered else []:
+        if question.live:
+            run_id = f"query-{at:%Y%m%dT%H%M%S}-{at.minute:06x}"
+            queries.save(root, queries.ask(question, snapshot), question, snapshot, run_id)
 
 
 def rows(root: Root, start: datetime) -> None:
     """Of the runs of each stage before `start`: one of `train` went wrong, a few had nothing to do."""
-    dice = random.Random(7)
     for name, stage in params.load(PROJECT).stages.items():
         times: list[datetime] = []
-        at = start - timedelta(days=12)
-        while at and at < start and len(times) < 5000:
-            times.append(at)
-            at = stage.next_run(at)
-        for number, at in enumerate(times[-49:]):
-            seconds = USUAL_S[name] * dice.lognormvariate(0, 0.18)
+        following = stage.next_run(start - timedelta(days=13))
+        while following and following < start:
+            times.append(following)
+            following = stage.next_run(following)
+        for number, at in enumerate(times[-RUNS:]):
             state, reason = "ok", ""
-            if name == "train" and number == 40:
+            if name == "train" and number == RUNS - 9:
                 state, reason = "check_failed", REASON
             elif name == "compact" and number % 9 == 4:
-                state, reason, seconds = "noop", "nothing to compact", seconds / 6
-            watched.ended(root, name, at + timedelta(seconds=seconds), seconds, state, reason)
+                state, reason = "noop", "nothing to compact"
+            ended(root, name, at, state, reason)
+
+
+@functools.cache
+def usual_s(root: Root, stage: str) -> float:
+    """What the run of the pass took."""
+    real = index.find_last(root, stage)
+    return real["seconds"] if real else 1.5
+
+
+def ended(root: Root, stage: str, at: datetime, state: str = "ok", reason: str = "") -> str:
+    """A run that began at a time, and took about as long as the last that really ran. Returns its id."""
+    seconds = usual_s(root, stage) * DICE.lognormvariate(0, 0.15) / (6 if state == "noop" else 1)
+    return watched.ended(root, stage, at + timedelta(seconds=seconds), seconds, state, reason)
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def test_a_chart_shows_the_names_of_the_answer(dashboard, filled):
 
 def test_what_pages_are_made_of_is_sent_compressed_and_no_other_address_is_kept(dashboard_url):
     """A first visit was sent 9.7 MB."""
-    [script] = re.findall(r"static/js/index\.[^\"]+\.js", httpx.get(dashboard_url).text)
+    script = re.findall(r"static/js/index\.[^\"]+\.js", httpx.get(dashboard_url).text)[0]
     whole = httpx.get(f"{dashboard_url}/{script}", headers={"accept-encoding": "identity"})
     assert "content-encoding" not in whole.headers
     for _ in range(2):  # compressed, and kept
