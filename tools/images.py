@@ -55,6 +55,9 @@ def main(url: str | None = None) -> None:
         root = Root.at(url or str(folder / "root"))
         if not url:
             fill(root)
+        come(root, datetime.now(UTC), answered=True)
+        for stage in ("generate", "preprocess"):
+            ended(root, stage, datetime.now(UTC) - timedelta(seconds=usual_s(root, stage)))
         api = f"http://127.0.0.1:{measure.free_port()}"
         with beating(root, api), watched.dashboard(root.url, folder) as (page_url, _), sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=watched.chromium())
@@ -86,7 +89,7 @@ def taken(page: Page, name: str) -> None:
 
 
 def fill(root: Root) -> None:
-    """Batches, answers and models of the last minutes; a pass of all stages; rows of earlier runs; a batch of now."""
+    """Batches, answers and models of the last minutes; a pass of all stages; rows of earlier runs."""
     start = datetime.now(UTC).replace(second=0, microsecond=0) - timedelta(minutes=MINUTES)
     for minute in range(MINUTES):
         come(root, start + timedelta(minutes=minute), answered=minute % 2 == 1)
@@ -100,9 +103,6 @@ def fill(root: Root) -> None:
         run = [sys.executable, "orchestrate.py", "run", *stages, "--root", root.url]
         subprocess.run(run, cwd=PROJECT, check=True)
     rows(root, start)
-    come(root, datetime.now(UTC), answered=True)
-    for stage in ("generate", "preprocess"):
-        ended(root, stage, datetime.now(UTC) - timedelta(seconds=usual_s(root, stage)))
 
 
 def come(root: Root, at: datetime, answered: bool) -> None:
@@ -139,8 +139,7 @@ def rows(root: Root, start: datetime) -> None:
 @functools.cache
 def usual_s(root: Root, stage: str) -> float:
     """What the run of the pass took."""
-    real = index.find_last(root, stage)
-    return real["seconds"] if real else 1.5
+    return index.newest(root, stage=stage, limit=1)[0]["seconds"]
 
 
 def ended(root: Root, stage: str, at: datetime, state: str = "ok", reason: str = "") -> str:

@@ -18,6 +18,7 @@ from pipeline import queries
 ASKED = {question.name: question for question in queries.questions()}
 LIVE = [question for question in ASKED.values() if question.live]
 SLOWLY_MS = 60_000  # until what is looked at less often has been looked at
+INKS = {"light": "rgb(51, 51, 51)", "dark": "rgb(215, 217, 221)"}  # of a chart's texts
 RULES = {"light": (), "dark": ("color-contrast",)}  # of axe, for which a theme makes a difference; none named: all
 WORD_JOINER = "\u2060"  # is not seen
 
@@ -179,6 +180,9 @@ def test_the_pages_can_be_read_in_light_and_dark_and_on_a_phone(dashboard):
             dashboard.settle()
             assert dashboard.faint() == {}, (page, scheme)
             assert dashboard.serious(*RULES[scheme]) == {}, (page, scheme)
+            texts = dashboard.charts().locator(":is(.xtick, .ytick, .g-gtitle) text")
+            inks = texts.evaluate_all("all => all.map(text => getComputedStyle(text).fill)")
+            assert set(inks) == ({INKS[scheme]} if dashboard.charts().count() else set()), (page, scheme)
         for width in (390, 768, 1440):
             dashboard.tab.set_viewport_size({"width": width, "height": 900})
             dashboard.settle()
