@@ -70,7 +70,7 @@ def main(url: str | None = None) -> None:
                 page.wait_for_function(watched.CHARTS)
                 page.wait_for_timeout(3000)  # a chart's letters come last
                 taken(page, name)
-            last = index.find_last(root, "query")
+            last = index.find_last(root, "train")
             page.set_viewport_size({"width": WIDTH, "height": 1080})
             page.goto((Path(root.url) / last["report"] / "report.html").as_uri())
             taken(page, "report")
