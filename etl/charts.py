@@ -319,7 +319,8 @@ def _styles(backend: str) -> list["opts.Options"]:
 
     colours = Cycle(values=COLOURS)
     is_matplotlib = backend == "matplotlib"
-    of_bars: dict[str, Any] = {"matplotlib": {"edgecolor": "none"}, "bokeh": {"line_color": None}}.get(backend, {})
+    edges: dict[str, dict[str, Any]] = {"matplotlib": {"edgecolor": "none"}, "bokeh": {"line_color": None}}
+    of_bars = edges.get(backend, {})
     of_dots: dict[str, Any] = {"marker": "o", "s": 30} if is_matplotlib else {"marker": "circle", "size": 7}
     return [
         opts.Bars(color=colours, multi_level=False, **of_bars, backend=backend),

@@ -75,7 +75,7 @@ def over_time(root: Root, question: queries.Question, label: str) -> None:
         line = alike.select("as_of", pl.col("figure").alias(label))
         shown.draw(history_chart(line), f"{question.name}-history")
     runs = alike.reverse().select(
-        "as_of", "batch", "rows", "figure", report=pl.col("run_id").map_elements(shown.report_url, pl.String)
+        "as_of", "figure", "batch", "rows", report=pl.col("run_id").map_elements(shown.report_url, pl.String)
     )
     columns = {
         "as_of": st.column_config.DatetimeColumn("Up to (UTC)", format=shown.SECONDS),
