@@ -16,7 +16,7 @@ LEFT = metadata.papermill cell.metadata.papermill cell.metadata.editable cell.me
   $(addprefix metadata.language_info.,codemirror_mode file_extension mimetype nbconvert_exporter pygments_lexer version)
 STRIP = $(BIN)/nbstripout --keep-id --extra-keys "$(LEFT)"
 
-.PHONY: help setup up demo test fresh faults lint format lab bench lock clean
+.PHONY: help setup up demo test fresh faults lint format lab bench images lock clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -83,6 +83,9 @@ lab: setup  ## Open the project in JupyterLab, its notebooks on the scratch root
 
 bench: setup  ## Measure, side by side (three quarters of an hour)
 	@for script in $(filter-out benchmarks/measure.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
+
+images: setup  ## Take the pictures of docs/images anew (needs chromium; five minutes)
+	@$(BIN)/python tools/images.py
 
 lock:  ## Resolve the packages anew (needs uv)
 	uv pip compile --quiet --universal --no-strip-extras --generate-hashes --extra dev --python-version 3.11 \

@@ -12,7 +12,8 @@ from etl.serve import health
 
 FILES = 20  # that are named, of those that differ from the release
 # These have no setting. A table's own download would be of what is shown, with texts cut; the answers have whole ones.
-# A page that is drawn again does not fade meanwhile, and what is small is not too faint to read.
+# A page that is drawn again does not fade meanwhile, and what is small is not too faint to read. A chart's texts and
+# grid follow the theme at once: drawn for a dark page, they could not be read when the reader's system turned to light.
 STYLE = """<style>
 .stMainBlockContainer { padding: 4rem 3rem 2rem; max-width: 90rem; }
 @media (max-width: 48rem) { .stMainBlockContainer { padding: 4rem 1rem 2rem; } }
@@ -20,6 +21,10 @@ STYLE = """<style>
     display: none;
 }
 [data-testid="stMetricValue"] > div { white-space: normal; overflow: visible; text-overflow: clip; }
+.js-plotly-plot :is(.xtick, .ytick, .g-gtitle, .g-xtitle, .g-ytitle, .legend, .annotation, .colorbar) text {
+    fill: light-dark(#333333, #d7d9dd) !important;
+}
+.js-plotly-plot .gridlayer path { stroke: light-dark(#dddddd, #3a3f47) !important; }
 [data-stale="true"] { opacity: 1 !important; transition: none !important; }
 [data-testid="stCaptionContainer"], [data-testid="stCaptionContainer"] * { opacity: 1 !important; }
 [data-testid="stCaptionContainer"] p { color: light-dark(#555d68, #adb5c0); }

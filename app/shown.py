@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 TABLE_PX, WHOLE_PX = 213, 738  # a head and five rows, and twenty; the others are scrolled to
 SECONDS = "YYYY-MM-DD HH:mm:ss"
 DOCTOR = "see what `python orchestrate.py doctor` says"
-PALE, DIM = "#d7d9dd", "#3a3f47"  # of a chart's text and grid, where it is dark
 EXCERPT = "excerpt"  # how the keys of containers begin that hold a part of something
 ZONE = "zone"  # the key of the field in which the reader chooses one
 EXAMINE = {  # what is not of the lake
@@ -244,14 +243,9 @@ def answer_chart(root: Root, question: queries.Question, current: dict[str, Any]
 
 
 def draw(figure: dict[str, Any], name: str) -> None:
-    """A Plotly figure of `etl.charts` in the reader's theme; `name` is its key on the page."""
-    shown = _names_kept(figure)
-    if st.context.theme.type == "dark":
-        layout = shown["layout"]
-        layout["font"] = layout.get("font", {}) | {"color": PALE}
-        for axis in [name for name in layout if re.fullmatch(r"[xy]axis\d*", name)]:
-            layout[axis]["gridcolor"] = DIM
-    st.plotly_chart(shown, theme=None, config={"displayModeBar": False}, key=f"chart-{name}")
+    """A Plotly figure of `etl.charts`, which frame.STYLE suits to the page's theme; `name` is its key on the page."""
+    config = {"displayModeBar": False}
+    st.plotly_chart(_names_kept(figure), theme=None, config=config, key=f"chart-{name}")
 
 
 def table(frame: pl.DataFrame, columns: dict[str, Any], name: str, rows_px: int | None = TABLE_PX) -> None:

@@ -238,6 +238,35 @@ def bars(values: dict[str, float], unit: str = "", title: str = "", strong: str 
     return _plain([trace], title, {}, {"title": {"text": unit}})
 
 
+def style_bokeh() -> None:
+    """Plots that a notebook makes by hvPlot itself, as `frame.hvplot.bar(...)` with Bokeh, look like the others."""
+    import holoviews as hv
+
+    import_module("holoviews.plotting.bokeh")
+    hv.opts.defaults(*_styles("bokeh"))
+    for kind in (hv.opts.Bars, hv.opts.Curve, hv.opts.Area, hv.opts.Scatter):
+        hv.opts.defaults(kind(hooks=[_tidy_bokeh], backend="bokeh"))
+
+
+def _tidy_bokeh(plot: Any, _: Any) -> None:
+    """What is around the marks; a hook, as HoloViews calls it on each plot."""
+    from bokeh.models import BasicTickFormatter, CategoricalAxis, NumeralTickFormatter
+
+    figure = plot.state
+    figure.outline_line_color = figure.background_fill_color = figure.border_fill_color = None
+    figure.title.update(text_font=FONT, text_font_size="15px", text_color=INK)
+    has_names = any(isinstance(axis, CategoricalAxis) for axis in figure.yaxis)
+    for axes, grids, is_ruled in ((figure.xaxis, figure.xgrid, has_names), (figure.yaxis, figure.ygrid, not has_names)):
+        for axis in axes:
+            axis.update(axis_line_color=None, major_tick_line_color=None, minor_tick_line_color=None)
+            axis.update(axis_label_text_font=FONT, axis_label_text_color=INK, axis_label_text_font_style="normal")
+            axis.update(major_label_text_font=FONT, major_label_text_color=INK)
+            if isinstance(axis.formatter, BasicTickFormatter):
+                axis.formatter = NumeralTickFormatter(format="0,0.[0000]")
+        for grid in grids:
+            grid.update(grid_line_color=FAINT if is_ruled else None, visible=True)
+
+
 def _plain(data: list[Any], title: str, y: dict[str, Any], x: dict[str, Any] | None = None) -> dict[str, Any]:
     import plotly.graph_objects as go
 
@@ -290,7 +319,8 @@ def _styles(backend: str) -> list["opts.Options"]:
 
     colours = Cycle(values=COLOURS)
     is_matplotlib = backend == "matplotlib"
-    of_bars: dict[str, Any] = {"edgecolor": "none"} if is_matplotlib else {}
+    edges: dict[str, dict[str, Any]] = {"matplotlib": {"edgecolor": "none"}, "bokeh": {"line_color": None}}
+    of_bars = edges.get(backend, {})
     of_dots: dict[str, Any] = {"marker": "o", "s": 30} if is_matplotlib else {"marker": "circle", "size": 7}
     return [
         opts.Bars(color=colours, multi_level=False, **of_bars, backend=backend),

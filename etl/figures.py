@@ -76,7 +76,7 @@ def change(before: Any, now: Any, name: str = "") -> str:
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (before, now))
     is_amount = numbers and before and not is_name(name) and not is_share(name)
     percent = f", {100 * (now - before) / abs(before):+,.1f} %" if is_amount and abs(now) < 10 * abs(before) else ""
-    return f"was {figure(before, name)}{percent}"
+    return f"was {figure(before, name)}{percent if percent[3:] != '0.0 %' else ''}"
 
 
 def shortened(text: str, most: int) -> str:

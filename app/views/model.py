@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 import streamlit as st
 
-from app import shown
+from app import markup, shown
 from app.domain import CARD, NO_MODEL, model
 from app.settings import Settings
 from etl import charts
@@ -53,13 +53,8 @@ def champion(published: dict[str, Any]) -> None:
         shown.draw(charts.bars(CARD.losses(metrics), unit="log loss", title=title, strong=strong), "losses")
     with figures.container(border=True, height="stretch"):
         st.header(CARD.title, anchor=False)
-        said = {label: text.format(**metrics) for label, text in CARD.figures.items()}
-        table = pl.DataFrame({"figure": list(said), "value": list(said.values())})
-        labels = {
-            "figure": st.column_config.TextColumn(f"On {CARD.rows} it has not seen", width="medium"),
-            "value": st.column_config.TextColumn("", alignment="right", width="small"),
-        }
-        shown.table(table, labels, "champion")
+        said = [(markup.text(label), markup.text(text.format(**metrics))) for label, text in CARD.figures.items()]
+        markup.show(markup.table([f"On {CARD.rows} it has not seen", ""], said, right=[1]))
         st.caption(f"Trained, and its calibration shown, by [{run_id}]({shown.report_url(run_id)})")
 
 

@@ -264,7 +264,8 @@ def answer_card(question: queries.Question, past: pl.DataFrame) -> str:
     name, values = question.figure or "", past["figure"].to_list()
     change = "the first answer"
     if len(values) > 1 and values[-2]:
-        change = f"{values[-1] / values[-2] - 1:+.1%} since the answer before"
+        grown = f"{values[-1] / values[-2] - 1:+.1%}"
+        change = f"{grown} since the answer before" if grown[1:] != "0.0%" else "as in the answer before"
     named = [f"{figure(v, name)}, {shown.at(at)}" for v, at in zip(values, past["as_of"], strict=True)]
     drawn = markup.bars(values, named, f"{words(name)} of the last {len(values)} answers") if len(values) > 1 else ""
     title = markup.link(f"questions?question={question.name}", question.title)

@@ -24,7 +24,7 @@ def page() -> None:
         return
     names = {question.name: question for question in every}
     linked = st.query_params.get(ASKED)
-    search, group = st.columns([3, 2], vertical_alignment="bottom")
+    search, group = st.columns([3, 2])
     chosen = group.segmented_control(
         "Group", list(GROUPS), default="all", format_func=shown.heading, key=GROUP, required=True
     )
@@ -75,7 +75,7 @@ def over_time(root: Root, question: queries.Question, label: str) -> None:
         line = alike.select("as_of", pl.col("figure").alias(label))
         shown.draw(history_chart(line), f"{question.name}-history")
     runs = alike.reverse().select(
-        "as_of", "batch", "rows", "figure", report=pl.col("run_id").map_elements(shown.report_url, pl.String)
+        "as_of", "figure", "batch", "rows", report=pl.col("run_id").map_elements(shown.report_url, pl.String)
     )
     columns = {
         "as_of": st.column_config.DatetimeColumn("Up to (UTC)", format=shown.SECONDS),
@@ -84,7 +84,7 @@ def over_time(root: Root, question: queries.Question, label: str) -> None:
         "figure": st.column_config.NumberColumn(label, format="percent" if is_share(label) else "localized"),
         "report": st.column_config.LinkColumn("Report", display_text="open"),
     }
-    shown.table(runs, columns, f"{question.name}-runs")
+    shown.table(runs if question.figure else runs.drop("figure"), columns, f"{question.name}-runs")
 
 
 def read_from(question: queries.Question) -> None:

@@ -2,18 +2,24 @@
 
 import itertools
 import re
+from datetime import UTC, datetime
 
+import httpx
 import incidents
-from browser import Dashboard
+from browser import Dashboard, Tab
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from playwright.sync_api import expect
 from published import DAY
 
+from etl.reports import page as reports
 from etl.storage import Root
 from pipeline import queries
 
 ASKED = {question.name: question for question in queries.questions()}
 LIVE = [question for question in ASKED.values() if question.live]
 SLOWLY_MS = 60_000  # until what is looked at less often has been looked at
+INKS = {"light": "rgb(51, 51, 51)", "dark": "rgb(215, 217, 221)"}  # of a chart's texts
+RULES = {"light": (), "dark": ("color-contrast",)}  # of axe, for which a theme makes a difference; none named: all
 WORD_JOINER = "\u2060"  # is not seen
 
 
@@ -55,6 +61,45 @@ def test_a_chart_shows_the_names_of_the_answer(dashboard, filled):
     assert coloured, "there is no name that could be taken for a colour"
     chart.locator(".bars .point path").nth(coloured[0]).hover(force=True)  # Plotly listens on a layer above
     expect(chart.locator(".hoverlayer")).to_contain_text(labels[coloured[0]].replace("#", f"#{WORD_JOINER}"))
+
+
+def test_what_pages_are_made_of_is_sent_compressed_and_no_other_address_is_kept(dashboard_url):
+    """A first visit was sent 9.7 MB."""
+    script = re.findall(r"static/js/index\.[^\"]+\.js", httpx.get(dashboard_url).text)[0]
+    whole = httpx.get(f"{dashboard_url}/{script}", headers={"accept-encoding": "identity"})
+    assert "content-encoding" not in whole.headers
+    for _ in range(2):  # compressed, and kept
+        packed = httpx.get(f"{dashboard_url}/{script}")
+        assert packed.content == whole.content and packed.headers["content-encoding"] == "gzip"
+        assert int(packed.headers["content-length"]) < len(whole.content) / 3
+        assert packed.headers["cache-control"] == whole.headers["cache-control"]
+    part = httpx.get(f"{dashboard_url}/{script}", headers={"range": "bytes=0-9"})
+    assert (part.status_code, part.content) == (206, whole.content[:10])
+    assert "content-encoding" not in httpx.get(f"{dashboard_url}/static/js/none.js").headers
+
+
+def test_a_report_can_be_read_on_a_phone_and_by_those_who_hear_it(browser_window):
+    """The parameters' meanings and what a check saw lay beyond the right edge."""
+    given = "rows: int = 3  # of each answer, which has as many as there are customers with orders in the last hours"
+    cells = [new_markdown_cell("# Toy"), new_code_cell(given, metadata={"tags": ["parameters"]})]
+    for cell in cells:
+        cell.metadata["runner"] = {"state": "ok", "seconds": 0.2}
+    checks = [{"name": "there are rows", "ok": False, "detail": "none came, though at least 1 was expected"}]
+    ran = incidents.record(
+        "", "toy-20261122T120000-aaaaaa", datetime.now(UTC), 2.0, state="check_failed", checks=checks
+    )
+    ran.parameters, ran.origins = {"rows": 3}, {"rows": "params/toy.yml:4"}
+    with Tab.opened(browser_window, "") as tab:
+        tab.tab.set_content(reports.html(ran, new_notebook(cells=cells)))
+        for details in tab.tab.locator("details").all():
+            details.evaluate("each => each.open = true")
+        for scheme in ("dark", "light"):
+            tab.tab.emulate_media(color_scheme=scheme)
+            assert tab.serious() == {}, scheme
+            assert tab.faint() == {}, scheme
+        tab.tab.set_viewport_size({"width": 390, "height": 900})
+        edges = "all => all.map(each => each.getBoundingClientRect().right)"
+        assert max(tab.tab.locator("td, dd, p").evaluate_all(edges)) <= 390
 
 
 def test_the_overview_says_what_is_wrong_as_it_happens(browser_window, served, root):
@@ -103,15 +148,17 @@ def test_the_overview_says_what_is_wrong_as_it_happens(browser_window, served, r
                 dashboard.settle()
                 assert dashboard.too_wide_px() <= 0, (scheme, width)
             assert dashboard.faint() == {}, scheme
+            assert dashboard.serious(*RULES[scheme]) == {}, scheme
         levels = dashboard.headings()
         assert levels[0] == 1 and all(after - before <= 1 for before, after in itertools.pairwise(levels))
         dashboard.tab.set_viewport_size({"width": 1440, "height": 900})
         run.focus()
         dashboard.tab.keyboard.press("Enter")
         expect(dashboard.tab.get_by_role("heading", level=1)).to_have_text("train: failed")
-        assert dashboard.faint() == {}
+        assert dashboard.faint() == {} and dashboard.serious() == {}
         dashboard.menu("Runs")
         expect(dashboard.tab.get_by_role("heading", name="Failures, by what they say")).to_be_visible()
+        assert dashboard.serious() == {}
         assert dashboard.address == ("runs", {})
 
 
@@ -132,6 +179,10 @@ def test_the_pages_can_be_read_in_light_and_dark_and_on_a_phone(dashboard):
             dashboard.tab.emulate_media(color_scheme=scheme)
             dashboard.settle()
             assert dashboard.faint() == {}, (page, scheme)
+            assert dashboard.serious(*RULES[scheme]) == {}, (page, scheme)
+            texts = dashboard.charts().locator(":is(.xtick, .ytick, .g-gtitle) text")
+            inks = texts.evaluate_all("all => all.map(text => getComputedStyle(text).fill).filter(Boolean)")
+            assert set(inks) == ({INKS[scheme]} if dashboard.charts().count() else set()), (page, scheme)
         for width in (390, 768, 1440):
             dashboard.tab.set_viewport_size({"width": width, "height": 900})
             dashboard.settle()

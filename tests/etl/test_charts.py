@@ -1,6 +1,8 @@
 """Every question's chart is drawn by every backend, also from no rows, and brings no JavaScript into a notebook."""
 
 import io
+import subprocess
+import sys
 from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -53,6 +55,31 @@ def test_plotly_draws_figures_with_a_title(answers, name):
 def test_plotly_draws_the_same_figures():
     figure = charts.plotly(CHARTED["q05"].chart, BY_NATION)
     assert max(number for trace in figure.data for number in numbers_of(trace)) == pytest.approx(3.4)
+
+
+def test_a_plot_that_a_notebook_makes_with_bokeh_looks_like_the_others():
+    """In a kernel of its own, as the style is of the whole process."""
+    done = subprocess.run([sys.executable, "-c", BY_BOKEH], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [
+        *("#2f6db5", "None", charts.FAINT, "None", charts.INK, "NumeralTickFormatter"),
+        *("#2f6db5", "None", charts.FAINT, charts.INK, "NumeralTickFormatter"),
+    ], done.stderr[-2000:]
+
+
+BY_BOKEH = """
+import holoviews as hv, hvplot.polars, polars as pl
+from etl import charts
+charts.style_bokeh()
+frame = pl.DataFrame({"name": ["a", "b"], "at": [1, 2], "of": [1234567.5, 2.0]})
+drawn = hv.renderer("bokeh").get_plot(frame.hvplot.barh(x="name", y="of", title="Of")).state
+[bars], x, y = drawn.renderers, drawn.xaxis[0], drawn.yaxis[0]
+print(bars.glyph.fill_color, bars.glyph.line_color, drawn.xgrid[0].grid_line_color, drawn.ygrid[0].grid_line_color)
+print(drawn.title.text_color, type(x.formatter).__name__)
+drawn = hv.renderer("bokeh").get_plot(frame.hvplot.line(x="at", y="of")).state
+[line], x, y = drawn.renderers, drawn.xaxis[0], drawn.yaxis[0]
+print(line.glyph.line_color, drawn.xgrid[0].grid_line_color, drawn.ygrid[0].grid_line_color)
+print(y.major_label_text_color, type(y.formatter).__name__)
+"""
 
 
 def test_bars_that_look_alike_are_dots_around_their_mean_on_a_fitted_scale():

@@ -60,6 +60,7 @@ def test_an_age_has_no_tenths():
         (7, 7, "rows", ""),
         (None, 7, "rows", ""),
         ({"a": 1}, {"a": 2}, "losses", ""),
+        (181_186, 181_189, "rows", "was 181,186"),  # and not +0.0 %
     ],
 )
 def test_what_has_become_of_a_figure(before, now, name, text):
