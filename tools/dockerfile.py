@@ -62,7 +62,8 @@ class Image:
             for each in path.iterdir() if path.is_dir() else [path]:
                 if each.name != ".git":
                     subprocess.run(["cp", "--archive", "--no-target-directory", each, to / each.name], check=True)
-        subprocess.run(["chroot", self.root, "chown", "--recursive", f"{owner}:", self.folder], check=True)
+                    there = Path(self.folder, target, each.name)
+                    subprocess.run(["chroot", self.root, "chown", "--recursive", f"{owner}:", there], check=True)
 
     def inside(self, command: list[str], **variables: str) -> list[str | Path]:
         home = "/root" if self.user == "root" else f"/srv/{self.user}"
