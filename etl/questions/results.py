@@ -73,7 +73,8 @@ def save(
     pointer["chart"] = _draw(root, question, result, f"{folder}/{run_id}{CHART}")
     line = {name: pointer[name] for name in ("as_of", "batch", "run_id", "rows")}
     line |= {"figure": figure(question, result), "parameters": metadata["parameters"]}
-    before, mark = _seen.pop((root.url, question.name), None) or _sound_lines(root, question)
+    seen = _seen.pop((root.url, question.name), None)
+    before, mark = seen or _sound_lines(root, question)
     while True:
         lines = [*(old for old in before if old["run_id"] != run_id), line]
         if root.replace(f"{folder}/history.json", json.dumps(lines[-keep:], indent=1).encode(), mark):
