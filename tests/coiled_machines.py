@@ -241,7 +241,7 @@ for i in range(steps):
     time.sleep(0.1)"""
 ROWS = 'Root.at(root).create(f"rows/{scheduled_for}", b"1")'
 DECLARED = 'scheduled_for: str = "2026-01-01T00:00:00+00:00"  # its time\nsteps: int = 1  # tenths of a second\n'
-LONG, DEADLINE_S = 3000, 20
+LONG = 30_000
 AT_ONCE = 4  # lanes, each with one run at a time
 
 
@@ -250,7 +250,7 @@ class Campaign:
 
     def __init__(self, root: str, folder: Path, seed: int):
         from faults import toy
-        from support import write_stage
+        from support import busy_s, write_stage
 
         from etl import params
 
@@ -259,6 +259,7 @@ class Campaign:
         write_stage(project, "work", WORK, ROWS, parameters=DECLARED)
         self.project = params.load(project, "local")
         self.minutes = iter(range(60 * 24 * 28))
+        self.silence_s, self.deadline_s = busy_s(6), busy_s(20)
 
 
 class Run:
@@ -271,13 +272,15 @@ class Run:
         self.lags_s: list[float] = []  # from a line's print to when home has it
         self.met_at, self.over = 0.0, threading.Event()
 
-    def to_its_end(self, fault=None, steps=1, retries=0, deadline_s=600.0, silence="6 seconds", **machine) -> "Run":
+    def to_its_end(self, fault=None, steps=1, retries=0, is_due=False, silence=None, **machine) -> "Run":
         from etl.runs import dispatch
 
         extra = {"show_widget": False, "credentials": None, "tags": self.tags}
+        silence = silence or f"{self.campaign.silence_s} seconds"
         block = BLOCK | {"silence": silence, "extra_kwargs": extra} | machine
         stage = self.campaign.project.stages["work"]
         values = stage.values | {"steps": steps}
+        deadline_s = self.campaign.deadline_s if is_due else 3600.0
         stage = replace(stage, machine=block, retries=retries, values=values, deadline_s=deadline_s)
         at = datetime(2026, 3, 1, tzinfo=UTC) + timedelta(minutes=self.minute)
         watching = threading.Thread(target=self.watch, args=(fault,))
@@ -348,7 +351,7 @@ class Run:
             "kernels": max(self.kernels().values()),
             "machine": {key: machine.get(key) for key in ("name", "type", "region", "spot")},
             "after_s": round(self.after_s, 1),
-            "over_s": round(self.ran_s - DEADLINE_S, 1),
+            "over_s": round(self.ran_s - self.campaign.deadline_s, 1),
             "lag_s": round(max(self.lags_s, default=0), 1),
         }
 
@@ -359,7 +362,7 @@ FAULTS: dict[str, Callable[[Run, int], Run]] = {
     "lost": lambda run, _: run.to_its_end(Run.lose, LONG),
     "worker": lambda run, _: run.to_its_end(Run.lose_worker, LONG),
     "hung": lambda run, _: run.to_its_end(Run.hang, LONG),
-    "overdue": lambda run, _: run.to_its_end(Run.hang, LONG, deadline_s=DEADLINE_S, silence="60 seconds"),
+    "overdue": lambda run, _: run.to_its_end(Run.hang, LONG, is_due=True, silence="60 seconds"),
     "cancelled": lambda run, _: run.to_its_end(lambda run: run.cancel.set(), LONG, silence="60 seconds"),
     "refused": lambda run, _: run.to_its_end(),
     "retried": lambda run, _: run.to_its_end(retries=1),

@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import polars as pl
 
@@ -35,6 +35,8 @@ HISTORY: dict[str, pl.DataType | type[pl.DataType]] = {
     "figure": pl.Float64,
     "parameters": pl.String,  # JSON: figures are alike only where these are
 }
+_Marked: TypeAlias = tuple[list[dict[str, Any]], str | None]  # a history and the mark of its file
+_seen: dict[tuple[str, str], _Marked] = {}  # root, question -> the history, from `changes` to `save`: a request less
 
 
 def save(
@@ -71,12 +73,13 @@ def save(
     pointer["chart"] = _draw(root, question, result, f"{folder}/{run_id}{CHART}")
     line = {name: pointer[name] for name in ("as_of", "batch", "run_id", "rows")}
     line |= {"figure": figure(question, result), "parameters": metadata["parameters"]}
-    try:
-        before = _lines(root, question.name)
-    except ValueError:
-        before = _lines_again(root, question)
-    lines = [*(old for old in before if old["run_id"] != run_id), line]
-    root.write(f"{folder}/history.json", json.dumps(lines[-keep:], indent=1).encode())
+    seen = _seen.pop((root.url, question.name), None)
+    before, mark = seen or _sound_lines(root, question)
+    while True:
+        lines = [*(old for old in before if old["run_id"] != run_id), line]
+        if root.replace(f"{folder}/history.json", json.dumps(lines[-keep:], indent=1).encode(), mark):
+            break
+        before, mark = _sound_lines(root, question)  # of another run's, by now
     root.write(f"{folder}/current.json", json.dumps(pointer, default=str, indent=1).encode())
     listed = [f"{line['run_id']}.parquet" for line in lines]
     kept, yesterday = set(listed[-keep:]), datetime.now(UTC) - timedelta(days=1)
@@ -136,9 +139,9 @@ def figure_of(result: pl.DataFrame, column: str) -> float | None:
 
 
 def changes(root: Root, question: "Question", result: pl.DataFrame) -> str:
-    """A sentence: what is different from the answer that is the current one under `root`."""
+    """A sentence: what is different from the answer that was saved last under `root`."""
     try:
-        pointer, before = current(root, question.name)
+        pointer, before = _last(root, question)
     except FileNotFoundError:
         return "This is the first answer."
     except (Exception, pl.exceptions.PanicException) as error:  # damaged; this answer takes its place
@@ -198,13 +201,38 @@ def _names(column: str, dtype: pl.DataType) -> bool:
     return dtype == pl.String or dtype.is_temporal() or dtype.is_integer() and figures.is_name(column)
 
 
+def _last(root: Root, question: "Question") -> tuple[dict[str, Any], pl.DataFrame]:
+    """The answer that was saved last, as the history has it, which `save` then need not ask for."""
+    _seen[root.url, question.name] = lines, _ = _sound_lines(root, question)
+    if not lines:
+        return current(root, question.name)
+    return lines[-1], pl.read_parquet(root.read(f"results/{question.name}/{lines[-1]['run_id']}.parquet"))
+
+
+def _sound_lines(root: Root, question: "Question") -> _Marked:
+    """The history, and the mark of its file, also of one that is damaged."""
+    rel = f"results/{question.name}/history.json"
+    try:
+        data, mark = root.read_marked(rel)
+    except FileNotFoundError:
+        return [], None
+    try:
+        return _parsed(data, rel), mark
+    except ValueError:
+        return _lines_again(root, question), mark
+
+
 def _lines(root: Root, question: str) -> list[dict[str, Any]]:
     """The history as it is kept. Raises ValueError when it is damaged."""
     rel = f"results/{question}/history.json"
     try:
-        lines = json.loads(root.read(rel))
+        return _parsed(root.read(rel), rel)
     except FileNotFoundError:
         return []
+
+
+def _parsed(data: bytes, rel: str) -> list[dict[str, Any]]:
+    lines = json.loads(data)
     if not isinstance(lines, list) or not all(
         isinstance(line, dict) and HISTORY.keys() <= line.keys() for line in lines
     ):

@@ -65,7 +65,7 @@ def hosts(n: int, seed: int) -> str:
 
         took_s = 0.0
         for k in range(n + 1):
-            at_home(LAND, k * FILES, (k + 1) * FILES)
+            at_home(LAND, k * FILES + 1, (k + 1) * FILES + 1)
             began, under_way = time.monotonic(), begun()
             fault = "none" if k == 0 else ("home", "far", "cut off")[k % 3]
             if fault != "none":
@@ -89,7 +89,7 @@ def hosts(n: int, seed: int) -> str:
             told = ended.communicate(timeout=600)[0]
         assert ended.returncode == 0, told
         counted = json.loads(at_home(COUNT).splitlines()[-1])
-    assert Counter(counted["keys"]) == Counter(range((n + 1) * FILES)), Counter(counted["keys"])
+    assert Counter(counted["keys"]) == Counter(range(1, (n + 1) * FILES + 1)), Counter(counted["keys"])
     assert (counted["waiting"], counted["left"]) == ([], []), counted
     states = Counter(state for _, state, _ in counted["runs"])
     assert states.keys() <= {"ok", "noop", "killed", "failed"} and states["ok"], states

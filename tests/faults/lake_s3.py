@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from faults.lake_world import NotHeld, World, stage
@@ -14,10 +15,11 @@ from etl.storage import Root
 from pipeline import Lake
 
 SHARE = 0.2  # of the answers to PUT and DELETE
+BUSY = 0.1  # of all requests, which the store does not take up
 
 
 def lost_replies(n: int, seed: int) -> str:
-    """n batches and compactions, a fifth of all answers to their writes lost; every line is there exactly once."""
+    """n batches and compactions, a tenth of all requests refused, a fifth of the answers to writes lost: no line is."""
     pick = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="lake-") as folder, bucket() as (proxy, root):
         world, again = World(Path(folder), seed), 0
@@ -25,15 +27,19 @@ def lost_replies(n: int, seed: int) -> str:
         for number in range(n):
             proxy.says_which_condition = number % 3 > 0
             world.land(2, small_tables=True)
-            proxy.lost_share = SHARE
+            proxy.lost_share, proxy.busy_share = SHARE, BUSY
             again += _run("preprocess", world)
             again += _run("compact", world)
-            proxy.lost_share = 0
+            proxy.lost_share = proxy.busy_share = 0
             stage("preprocess", world.root)
             world.verify()
             _require_files(world.root)
-        lost = sum(status is None for *_, status in proxy.seen)
-        return f"{lost} of {len(proxy.seen)} answers lost, {world.next_tick} ticks exact, {again} runs ended by it"
+        told = Counter(status for *_, status in proxy.seen)
+        commits = sum(Lake(Root.at(root)).published().versions.values())
+        return (
+            f"{commits} commits, {told[503]} of {len(proxy.seen)} requests refused, {told[None]} answers lost: "
+            f"{world.next_tick} ticks exact, {again} runs ended by it"
+        )
 
 
 @contextlib.contextmanager

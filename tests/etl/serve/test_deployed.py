@@ -90,7 +90,7 @@ def test_home_is_deployed_left_alone_deployed_again_and_given_back(tmp_path):
             cwd=project,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,  # on busy cores
         )
     assert done.returncode == 0, done.stderr
     played = json.loads(done.stdout.splitlines()[-1])
