@@ -55,12 +55,12 @@ class Cluster:
 
     def settle(self, gone: set[int]) -> None:
         """Both are there again, and of those who died none is taken for alive."""
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while len(self.client.scheduler_info()["workers"]) < 2 or self.pids() & gone or None in self.pids():
             if time.monotonic() > until:
                 raise NotHeld("a worker that was killed does not come again")
             time.sleep(0.05)
-        self.client.wait_for_workers(2, timeout=60)
+        self.client.wait_for_workers(2, timeout=300)
 
 
 def clustered(n: int, seed: int) -> str:
