@@ -1,7 +1,7 @@
 """A stream of 576 million records a day at its full cadence, by `up`: is every row there once, how fresh, at what cost?
 
 `up` runs all five stages of `params/env/seed.yml` for so many minutes after the first tick, which brings the tables
-that do not grow, is in the lake. A stage whose time does not come meanwhile is run by hand. Then the schedules end,
+that do not grow, is in the lake. A stage that had nothing to do until then is run by hand. Then the schedules end,
 what still waits is ingested, and the lake is held against the ticks and lines that the generator wrote.
 
 - Freshness is from a row's birth, which is spread over the 30 seconds before its tick, to when its batch is published.
@@ -54,7 +54,7 @@ def main(minutes: float, env: str) -> None:
             since = datetime.now(UTC)
             used = footprint.measured(up.pid, minutes * 60, root)
             last = Stream.of(root).next_tick
-            by_hand = [stage for stage in STAGES[2:] if not index.newest(root, stage=stage, limit=1)]
+            by_hand = [stage for stage in STAGES[2:] if all(run["state"] == "noop" for run in told(root, stage))]
             for stage in by_hand:
                 run(stage, env, root)
         finally:

@@ -35,12 +35,23 @@ class Cluster:
     def tell(self, point: str | None) -> None:
         """What ETL_CRASH_AT is for the workers; those that are stopped go on."""
         with ThreadPoolExecutor(1) as pool:
-            told = pool.submit(self.client.run, _tell, point)
+            told = pool.submit(self._tell, point)
             while not told.done():
                 self.go_on()
                 time.sleep(0.02)
             told.result()
         self.go_on()
+
+    def _tell(self, point: str | None) -> None:
+        until = time.monotonic() + 300
+        while True:
+            try:
+                self.client.run(_tell, point)
+                return
+            except OSError:  # one of them has died just now
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.2)
 
     def go_on(self) -> None:
         for pid in self.stopped():
@@ -55,12 +66,12 @@ class Cluster:
 
     def settle(self, gone: set[int]) -> None:
         """Both are there again, and of those who died none is taken for alive."""
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while len(self.client.scheduler_info()["workers"]) < 2 or self.pids() & gone or None in self.pids():
             if time.monotonic() > until:
                 raise NotHeld("a worker that was killed does not come again")
             time.sleep(0.05)
-        self.client.wait_for_workers(2, timeout=60)
+        self.client.wait_for_workers(2, timeout=300)
 
 
 def clustered(n: int, seed: int) -> str:
@@ -151,9 +162,9 @@ def _kill_worker(world: World, stage: str, point: str, cluster: Cluster) -> bool
     before = cluster.pids()
     cluster.tell(point)
     status = world.run(stage)
+    cluster.tell(None)
     gone = {pid for pid in before if not _is_alive(pid)}
     cluster.settle(gone)
-    cluster.tell(None)
     if status:
         raise NotHeld(f"the run ended with {status} as it lost {len(gone)} workers: {world.log()}")
     return bool(gone)
