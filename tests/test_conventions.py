@@ -37,6 +37,7 @@ MAY_IMPORT = {  # of the project's own modules
         "etl.runs.provenance",
         "etl.runs.replay",
         "etl.reports.page",
+        "etl.reports.pdf",
         "etl.runs.index",
         "etl.runs.record",
         "etl.runs.releases",
@@ -84,8 +85,9 @@ def test_who_may_import_whom(part):
 
 
 OF_A_DOMAIN = re.compile("tpc-?h|line.?item|orders|l_ship|l_tax|o_order|tick|clicks|sessions|purchase", re.IGNORECASE)
-NO_TABLES = re.compile(  # Matplotlib's words, and Jupyter's
-    r"\bticker\b|\btick_params\b|\b[gs]et_xtick\w*|\bmaxticks\b|/api/sessions\b"
+NO_TABLES = re.compile(  # the words of Matplotlib, Plotly and Bokeh, and Jupyter's
+    r"\bticker\b|\btick_params\b|\b[gs]et_xtick\w*|\bmaxticks\b|\.[xy]tick\b|\bm\w+_tick_line_color\b|"
+    r"\b(Basic|Numeral)TickFormatter\b|/api/sessions\b"
 )
 
 
