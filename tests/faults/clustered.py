@@ -78,7 +78,7 @@ def clustered(n: int, seed: int) -> str:
     """n times a worker or a driver is killed at a seeded point of its code; after each the next run leaves every row
     there once, every broken line in quarantine and every file in the archive, as they came."""
     pick, killed, named, begun = random.Random(seed), Counter[str](), set[str](), 0
-    how = {"n_workers": 2, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
+    how = {"n_workers": 2, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
     with tempfile.TemporaryDirectory(prefix="lake-") as folder, _opened(how) as cluster:
         world = World(Path(folder), seed, bad=0.1)
         world.environment[DASK] = cluster.cluster.scheduler_address
