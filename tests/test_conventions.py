@@ -37,6 +37,7 @@ MAY_IMPORT = {  # of the project's own modules
         "etl.runs.provenance",
         "etl.runs.replay",
         "etl.reports.page",
+        "etl.reports.pdf",
         "etl.runs.index",
         "etl.runs.record",
         "etl.runs.releases",
