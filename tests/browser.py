@@ -131,7 +131,7 @@ class Dashboard(Tab):
         expect(self.tab.get_by_test_id("stApp")).to_have_attribute(
             "data-test-script-state", "notRunning", timeout=FIRST_MS
         )
-        expect(self.tab.get_by_test_id("stSkeleton")).to_have_count(0)
+        expect(self.tab.get_by_test_id("stSkeleton")).to_have_count(0, timeout=FIRST_MS)
         expect(self.tab.get_by_test_id("stException")).to_have_count(0)
 
     @property

@@ -86,8 +86,8 @@ def test_who_may_import_whom(part):
 
 OF_A_DOMAIN = re.compile("tpc-?h|line.?item|orders|l_ship|l_tax|o_order|tick|clicks|sessions|purchase", re.IGNORECASE)
 NO_TABLES = re.compile(  # the words of Matplotlib, Plotly and Bokeh, and Jupyter's
-    r"\bticker\b|\btick_params\b|\b[gs]et_xtick\w*|\bmaxticks\b|\.[xy]tick\b|\bm\w+_tick_line_color\b|"
-    r"\b(Basic|Numeral)TickFormatter\b|/api/sessions\b"
+    r"\bticker\b|\btick_params\b|\b[gs]et_xtick\w*|\bmaxticks\b|\b[xy]tick\b|\bm(aj|in)or_tick_\w+|"
+    r"\b\w+TickFormatter\b|/api/sessions\b"
 )
 
 

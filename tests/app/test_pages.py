@@ -219,7 +219,7 @@ DAMAGES = {  # page, pattern of the files that are damaged, panels that cannot b
     "a table's log": (lake, "lake/orders/_delta_log/0*1.json", [], 1),
     "the index of runs": (lake, "runs/_delta_log/*1.json", ["The last compaction"], 1),
     "the model's pointer": (model, "models/aliases.json", ["The model"], 1),
-    "the scores": (model, "models/drift.json", ["How it does on what came since"], 2),
+    "the scores": (model, "models/drift.json", ["How it does on what came since"], 1),
     "the runs of a day": (digest, "runs/*.parquet", ["The digest"], 0),
 }
 
