@@ -32,7 +32,7 @@ from etl.runs import index
 from etl.storage import Root
 from pipeline import Lake
 root = Root.at(sys.argv[1])
-keys = Lake(root).published().frame("orders")["o_orderkey"].to_list()
+keys = Lake(root).published().frame("orders", ["o_orderkey"]).collect()["o_orderkey"].to_list()
 runs = [(run["run_id"], run["state"], run["host"]) for run in index.newest(root)]
 print(json.dumps({"keys": keys, "waiting": root.files("landing"), "runs": runs, "left": root.files("live")}))
 """
