@@ -137,8 +137,9 @@ class Stages:
     def query(self, number: int) -> None:
         from pipeline import queries
 
-        snapshot = Lake(self.root).published()
-        snapshot.rows()
+        lake = Lake(self.root)
+        snapshot = lake.published()
+        snapshot.rows(lake.tables)
         asked = queries.questions()
         answers = [
             answer for answer in queries.ask_all(asked, snapshot, portions_in=self.root) if answer.frame is not None

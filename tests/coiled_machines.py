@@ -276,7 +276,7 @@ class Run:
         from etl.runs import dispatch
 
         extra = {"show_widget": False, "credentials": None, "tags": self.tags}
-        silence = silence or f"{self.campaign.silence_s} seconds"
+        silence = silence or f"{4 * self.campaign.deadline_s if is_due else self.campaign.silence_s} seconds"
         block = BLOCK | {"silence": silence, "extra_kwargs": extra} | machine
         stage = self.campaign.project.stages["work"]
         values = stage.values | {"steps": steps}
@@ -362,7 +362,7 @@ FAULTS: dict[str, Callable[[Run, int], Run]] = {
     "lost": lambda run, _: run.to_its_end(Run.lose, LONG),
     "worker": lambda run, _: run.to_its_end(Run.lose_worker, LONG),
     "hung": lambda run, _: run.to_its_end(Run.hang, LONG),
-    "overdue": lambda run, _: run.to_its_end(Run.hang, LONG, is_due=True, silence="60 seconds"),
+    "overdue": lambda run, _: run.to_its_end(Run.hang, LONG, is_due=True),
     "cancelled": lambda run, _: run.to_its_end(lambda run: run.cancel.set(), LONG, silence="60 seconds"),
     "refused": lambda run, _: run.to_its_end(),
     "retried": lambda run, _: run.to_its_end(retries=1),

@@ -6,7 +6,7 @@ those versions and nothing else.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -182,11 +182,15 @@ class Snapshot:
             return int(self.frame(table).select(pl.len()).collect().item())
         return delta.file_stats(self.table(table))[1]
 
-    def rows(self) -> pl.DataFrame:
-        """One row a table: table, version, rows, files, mb (from the log: also rows that newer ones have replaced)."""
-        lines = []
-        self.root.each(self.table, self.versions)
-        for name, version in self.versions.items():
+    def rows(self, tables: Iterable[str] | None = None) -> pl.DataFrame:
+        """One row a table, of these or of all: table, version, rows, files, mb.
+
+        From the log: also rows that newer ones have replaced.
+        """
+        lines, asked = [], self.versions.keys() if tables is None else {*tables}
+        versions = {name: version for name, version in self.versions.items() if name in asked}
+        self.root.each(self.table, versions)
+        for name, version in versions.items():
             sizes, rows = delta.file_stats(self.table(name))
             lines.append((name, version, rows, len(sizes), sum(sizes) / 1e6))
         return pl.DataFrame(lines, schema=["table", "version", "rows", "files", "mb"], orient="row")

@@ -32,8 +32,8 @@ from etl.runs import index
 from etl.storage import Root
 from pipeline import Lake
 root = Root.at(sys.argv[1])
-keys = Lake(root).published().frame("orders")["o_orderkey"].to_list()
-runs = [(run["run_id"], run["state"], run["host"]) for run in index.newest(root)]
+keys = Lake(root).published().frame("orders", ["o_orderkey"]).collect()["o_orderkey"].to_list()
+runs = [(run["run_id"], run["state"]) for run in index.newest(root)]
 print(json.dumps({"keys": keys, "waiting": root.files("landing"), "runs": runs, "left": root.files("live")}))
 """
 
@@ -91,7 +91,7 @@ def hosts(n: int, seed: int) -> str:
         counted = json.loads(at_home(COUNT).splitlines()[-1])
     assert Counter(counted["keys"]) == Counter(range(1, (n + 1) * FILES + 1)), Counter(counted["keys"])
     assert (counted["waiting"], counted["left"]) == ([], []), counted
-    states = Counter(state for _, state, _ in counted["runs"])
+    states = Counter(state for _, state in counted["runs"])
     assert states.keys() <= {"ok", "noop", "killed", "failed"} and states["ok"], states
     ended = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
     faults = f"home killed {met['home']} times, the other {met['far']}, cut off {met['cut off']}"

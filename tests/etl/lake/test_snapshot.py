@@ -29,6 +29,7 @@ def test_a_snapshot_names_batch_time_and_versions(filled, made):
     assert snapshot.as_of == max(frames["orders"]["o_order_time"].max() for frames in made.values())
     assert set(snapshot.versions) == set(Lake(filled).columns)
     assert snapshot.rows().filter(table="orders")["rows"][0] == snapshot.frame("orders").collect().height
+    assert {*snapshot.rows()["table"]} - {*snapshot.rows(Lake(filled).tables)["table"]} == {"files", "quarantine"}
 
 
 def test_a_snapshot_stays_as_it_was(filled):
