@@ -218,7 +218,7 @@ app = FastAPIOffline(
 ENTRANCE, PLAIN = Entrance(lambda: settings(), REQUESTS), Plain(CARD, lambda: watched, ITEM_LIMIT)
 app.add_middleware(ShortWay, plain=PLAIN, turns=TURNS)
 app.add_middleware(Front, entrance=ENTRANCE, limit=BODY_LIMIT)  # the outermost
-app.state.apart = frozenset({b"/health", b"/ready"})  # on a loop of their own: they wait for no other
+app.state.apart = frozenset({b"/health", b"/ready"})  # on a loop of their own
 app.state.straight = Straight(ENTRANCE, PLAIN, TURNS)
 api = APIRouter()
 
