@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -252,7 +252,8 @@ class Viewer:
         state = ClientState(fragment_id=fragment, is_auto_rerun=True)
         while True:
             await asyncio.sleep(every_s)
-            await socket.send(BackMsg(rerun_script=state).SerializeToString())
+            with suppress(websockets.ConnectionClosed):
+                await socket.send(BackMsg(rerun_script=state).SerializeToString())
 
 
 @contextmanager
