@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -50,24 +50,25 @@ CHARTS = (
 def main(seconds: float = 30, pages: int = 20, root: Path | None = None) -> None:
     """`seconds`: for which each state is looked at; `pages`: that are open at once."""
     began = measure.machine()
-    with measure.own_state() as folder, sync_playwright() as playwright:
+    with measure.own_state() as folder:
         url = str(root or made(folder / "root"))
-        browser = playwright.chromium.launch(executable_path=chromium())
         started = time.monotonic()
         with dashboard(url, folder) as (page_url, process):
             found = {"ready": {"wall_s": time.monotonic() - started, "cpu_s": measure.cpu_s(process)}}
-            found["first viewer after start"] = visit(browser, page_url, process)
-            found["overview, server warm"] = visit(browser, page_url, process)
-            for name in ("questions", "model", "lake"):
-                visit(browser, f"{page_url}/{name}", process)
-                found[f"{name}, server warm"] = visit(browser, f"{page_url}/{name}", process)
-            found["change of question"] = changed(browser, page_url, process)
+            with sync_playwright() as playwright:  # whose loop runs in this thread while it is there
+                browser = playwright.chromium.launch(executable_path=chromium())
+                found["first viewer after start"] = visit(browser, page_url, process)
+                found["overview, server warm"] = visit(browser, page_url, process)
+                for name in ("questions", "model", "lake"):
+                    visit(browser, f"{page_url}/{name}", process)
+                    found[f"{name}, server warm"] = visit(browser, f"{page_url}/{name}", process)
+                found["change of question"] = changed(browser, page_url, process)
+                browser.close()
             time.sleep(5)
             rows = [[name, *(text(each, key, digits) for key, digits in VISITS)] for name, each in found.items()]
             idle = {}
             for count in (1, pages):
                 idle |= asyncio.run(watched(page_url, process, Root.at(url), count, seconds))
-        browser.close()
     lines = [[name, *(text(each, key, digits) for key, digits in STATES)] for name, each in idle.items()]
     columns = ["", "wall s", "CPU s", "MB sent", "requests"]
     measure.publish("dashboard", "A visit with an empty cache", columns, rows, {"visits": found, "idle": idle}, began)
@@ -251,7 +252,8 @@ class Viewer:
         state = ClientState(fragment_id=fragment, is_auto_rerun=True)
         while True:
             await asyncio.sleep(every_s)
-            await socket.send(BackMsg(rerun_script=state).SerializeToString())
+            with suppress(websockets.ConnectionClosed):
+                await socket.send(BackMsg(rerun_script=state).SerializeToString())
 
 
 @contextmanager
