@@ -276,11 +276,11 @@ class Run:
         from etl.runs import dispatch
 
         extra = {"show_widget": False, "credentials": None, "tags": self.tags}
-        silence = silence or f"{4 * self.campaign.deadline_s if is_due else self.campaign.silence_s} seconds"
+        deadline_s = self.campaign.deadline_s if is_due else 3600.0
+        silence = silence or f"{max(60, 2 * deadline_s) if is_due else self.campaign.silence_s} seconds"
         block = BLOCK | {"silence": silence, "extra_kwargs": extra} | machine
         stage = self.campaign.project.stages["work"]
         values = stage.values | {"steps": steps}
-        deadline_s = self.campaign.deadline_s if is_due else 3600.0
         stage = replace(stage, machine=block, retries=retries, values=values, deadline_s=deadline_s)
         at = datetime(2026, 3, 1, tzinfo=UTC) + timedelta(minutes=self.minute)
         watching = threading.Thread(target=self.watch, args=(fault,))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from etl.runs.machines import Block, Machine
 
 log = logging.getLogger(__name__)
-HELD_S = 10  # after the deadline, or a word to end, until home no longer waits for the machine's own account of it
+HELD_S = 8  # after the deadline, or a word to end, until home no longer waits for the machine's own account of it
 
 
 def run(

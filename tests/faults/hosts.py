@@ -90,7 +90,10 @@ def hosts(n: int, seed: int) -> str:
         assert ended.returncode == 0, told
         counted = json.loads(at_home(COUNT).splitlines()[-1])
     assert Counter(counted["keys"]) == Counter(range(1, (n + 1) * FILES + 1)), Counter(counted["keys"])
-    assert (counted["waiting"], counted["left"]) == ([], []), counted
+    assert counted["waiting"] == [], counted
+    # a machine may have told more after home had died and given the run up: a sweep takes it a day later
+    killed = {run_id for run_id, state in counted["runs"] if state == "killed"}
+    assert {path.split("/")[1] for path in counted["left"]} <= killed, counted
     states = Counter(state for _, state in counted["runs"])
     assert states.keys() <= {"ok", "noop", "killed", "failed"} and states["ok"], states
     ended = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
