@@ -53,7 +53,7 @@ demo: setup  ## One pass of all stages on a scratch root (ROOT=outputs/dev, or s
 	@echo "  $(BIN)/python orchestrate.py runs list --root '$$ROOT'    the runs; runs open ID shows a report"
 
 test: setup  ## Run the tests
-	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 fresh:  ## The tests and a short `make up` in a fresh Debian 13 (as root, with debootstrap; a quarter of an hour)
 	@tools/fresh

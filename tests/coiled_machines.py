@@ -47,7 +47,7 @@ class Machines:
             protocol="tls://",
             security=self.security,
             host="127.0.0.1",
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
         )
         told = ("update_env_vars", "unset_env_vars", "add_keepalive_session", "end_keepalive_session")
         for name in (f"coiled_{of}" for of in told):

@@ -189,7 +189,7 @@ def test_questions_see_the_newest_rows_on_both_engines(tmp_path):
     asked = (lambda user: user.select("id", "plan"), lake.snapshot(), {"user": ["id", "plan", "changed"]}, {}, {})
     wanted = pl.DataFrame(users(lake), schema=["id", "region", "plan"], orient="row").drop("region")
     assert_frame_equal(engines.by_polars(*asked).sort("id"), wanted)
-    alone = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": None}
+    alone = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": "127.0.0.1:0"}
     with LocalCluster(**alone) as cluster, Client(cluster) as client:
         assert_frame_equal(engines.by_dask(client, *asked).sort("id"), wanted)
 
