@@ -18,7 +18,6 @@ from s3_faults import FaultyS3, faulty_s3
 from support import SHARED, copy_project, ingest_all, made_once, s3, s3_variables
 
 from etl import leases
-from etl.kernels import client
 from etl.storage import Root
 from pipeline import source
 
@@ -156,21 +155,31 @@ def scattered(root, prepared) -> str:
     return shutil.copytree(prepared("scattered"), root, dirs_exist_ok=True)
 
 
+KEEP = """import pathlib, select, sys
+from etl.kernels import client
+keeper = client.Keeper(1, pathlib.Path(sys.argv[1]))
+keeper.start()
+while not select.select([sys.stdin], [], [], 1)[0]:
+    keeper.ensure()  # a server ends when a file that it has imported is touched
+keeper.end()"""
+
+
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[str]:
     """The folder of a fork server of the project's, as ETL_KERNELS names it. The worker that asks first keeps it for
     all; after its end kernels are cold again."""
     folder = Path(os.environ[SHARED])
-    with (folder / "kernels.lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ETL_KERNELS", str(folder / "k"))
-        keeper = client.Keeper(1, folder / "kernels.log")
+    with (folder / "kernels.lock").open("w") as lock, contextlib.ExitStack() as stack:
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            keeper.start()
+            keeper = subprocess.Popen(
+                [sys.executable, "-c", KEEP, folder / "kernels.log"],
+                stdin=subprocess.PIPE,
+                env=os.environ | {"ETL_KERNELS": str(folder / "k")},
+            )
+            stack.callback(keeper.communicate)
         toy.until((folder / "k/socket").exists, 240, "the fork server answers")
-        patch.undo()
         yield str(folder / "k")
-        keeper.end()
 
 
 @pytest.fixture
