@@ -129,7 +129,8 @@ def _librarys_append_to_the_index() -> None:
 
     def append(root, record):
         write_deltalake(root.url_of(index.TABLE), index.frame([record]), mode="append")
-        delta.sync(root, index.TABLE, delta.newest_version(root, index.TABLE) - 1, 1 << 40)
+        newest = delta.newest_version(root, index.TABLE)
+        delta.sync(root, index.TABLE, newest - 1, newest)
 
     index.append = append
 
