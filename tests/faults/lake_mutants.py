@@ -47,6 +47,9 @@ def _no_lease() -> None:
         def require(self) -> None:
             """It is held by all."""
 
+        def _say(self, *_: object) -> None:
+            """Nobody is told."""
+
     LocalRoot.lease = lambda self, rel, holder, wait_s=30: contextlib.nullcontext(Nobody("", holder, {}))
 
 
