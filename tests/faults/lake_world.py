@@ -36,7 +36,10 @@ MONEY = {"orders": ["o_totalprice"], "lineitem": ["l_quantity", "l_extendedprice
 KEYS = {"orders": "o_orderkey, 0", "lineitem": "l_orderkey, l_linenumber"}
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["faults.lake_world", "deltalake", "pyarrow.parquet"])
+# what this module and a stage import: Python 3.11 gives the server no sys.path, so that it cannot find `faults` itself
+processes.set_forkserver_preload(
+    ["duckdb", "pandas", "pyarrow.parquet", "etl.lake.workers", "pipeline.source", "pipeline.tables"]
+)
 
 
 class NotHeld(AssertionError):
