@@ -3,6 +3,7 @@
 import sys
 import time
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated
 
 if not __package__:  # run as a folder: then that is where imports begin
@@ -143,7 +144,7 @@ def main(
             except Exception as error:
                 passed, found = False, f"{type(error).__name__}: {str(error)[:2000]}"
         row = (name, f"{n} {what}", str(seed), passed, f"{time.monotonic() - began:.0f}", found)
-        rows.append(row)
+        rows.append((*row[:5], shorten(found, 200)))
         console.print("passed" if passed else "FAILED", *row[:3], f"{row[4]} s", found, markup=False, highlight=False)
     table = Table("what", "numbers", "seed", "", "seconds", "found", title="What was provoked", title_justify="left")
     for name, numbers, of, passed, seconds, found in rows:

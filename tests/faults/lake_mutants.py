@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -230,6 +231,7 @@ KILLED_BY = [
     ("what came since is not asked", None, "lake_cadence.cadence", 242),
     ("columns of Parquet are what they are called", None, "lake_files.any_file", 3_000),
 ]
+NAMED = re.compile(r"[\w.]+: ")  # the line of an error: its message may go on for more
 OURS = ("AttributeError", "ImportError", "ModuleNotFoundError", "NameError", "SyntaxError", "TypeError")  # of a mutant
 
 
@@ -246,7 +248,7 @@ def mutants(n: int, seed: int) -> str:
                 raise AssertionError(
                     f"with {what} on deltalake {version or 'as pinned'} {scenario} passed: {done.stdout}"
                 )
-            last = done.stderr.strip().splitlines()[-1]
+            last = next(filter(NAMED.match, reversed(done.stderr.splitlines())), done.stderr[-160:])
             if last.startswith(OURS):
                 raise AssertionError(f"with {what} {scenario} ended by something else: {done.stderr[-600:]}")
             told.append(f"{what}{f' on {version}' * bool(version)}: {last[:160]}")
