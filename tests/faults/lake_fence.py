@@ -46,7 +46,8 @@ def stopped(n: int, seed: int) -> str:
                 if not _is_stopped(holder):
                     raise NotHeld(f"{stage} did not stop at {point!r}")
                 world.land(1)
-                for other in pick.choice([["preprocess"], ["preprocess", "compact"], ["rebuild", "preprocess"]]):
+                first = ["preprocess"] if stage == "preprocess" else []  # before it nothing may be there to rebuild
+                for other in pick.choice([["preprocess"], ["preprocess", "compact"], [*first, "rebuild", "preprocess"]]):
                     world.run_well(other, mutant=clocks[1])
                 world.verify(everything=False)
                 os.kill(holder.pid, signal.SIGCONT)
