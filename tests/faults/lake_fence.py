@@ -47,7 +47,8 @@ def stopped(n: int, seed: int) -> str:
                     raise NotHeld(f"{stage} did not stop at {point!r}")
                 world.land(1)
                 first = ["preprocess"] if stage == "preprocess" else []  # before it nothing may be there to rebuild
-                for other in pick.choice([["preprocess"], ["preprocess", "compact"], [*first, "rebuild", "preprocess"]]):
+                takers = [["preprocess"], ["preprocess", "compact"], [*first, "rebuild", "preprocess"]]
+                for other in pick.choice(takers):
                     world.run_well(other, mutant=clocks[1])
                 world.verify(everything=False)
                 os.kill(holder.pid, signal.SIGCONT)
