@@ -130,6 +130,7 @@ def interrupted(n: int, seed: int) -> str:
                 kind = rng.choice(["stopped", "killed", "damaged"])
                 if kind == "damaged":
                     path = root / "services/prefect/prefect.db"
+                    toy.until(path.exists, 120, "a database in the place of the last damaged one")
                     path.write_bytes(rng.randbytes(path.stat().st_size))
                 elif kind == "killed" and victim.pid != up.process.pid:
                     victim.kill()
