@@ -77,7 +77,7 @@ LARGE = 20_000  # bytes of a body, about 80 rows: that many take longer than all
 ROW_LIMIT = 1_000_000_000
 SHOWN = 5  # errors of a request
 FRESH_S, KEPT_S = 1, 10  # how old what was seen of the root may be: to be seen anew behind an answer, and before it
-ASKED_S = 60  # without anybody who asks, after which nothing is looked at
+ASKED_S = 300  # without anybody who asks, after which nothing is looked at
 READERS = 4  # threads for all that is read of the root
 STAGE = r"^[A-Za-z][A-Za-z0-9_-]{0,99}$"
 Code = Annotated[Literal["yes", "no"], Query(description="no: for readers who do not code")]
@@ -117,7 +117,7 @@ def _current(root: Root) -> tuple[registry.Model | None, str | None]:
 
 
 class Readiness:
-    """What a root has, looked at in a thread of its own. Nobody waits for a look while the last is KEPT_S old at most."""
+    """What a root has, looked at in a thread of its own. Nobody waits while the last look is KEPT_S old at most."""
 
     def __init__(self, root: Root):
         self.root = root

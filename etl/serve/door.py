@@ -4,7 +4,7 @@ Whatever the service is at, a probe waits for a core and for nothing else: the s
 call for a tenth of a second. `etl.serve.web` starts this file, which needs the standard library alone: 10 MB. Over
 the socket between both
 
-- the service says every BEAT_S what to answer, which is its sign of life, too: a JSON object, path -> what `Answer` has;
+- the service says every BEAT_S what to answer, its sign of life, too: a JSON object, path -> what `Answer` has;
 - the door hands it connections, their first bytes unread, and a line of JSON of each request that was answered.
 
 When the service has gone, so has the door.
@@ -16,6 +16,7 @@ import hmac
 import json
 import os
 import re
+import resource
 import select
 import signal
 import socket
@@ -25,10 +26,12 @@ import time
 BEAT_S = 0.5
 SILENT_S = 5  # without a word of the service, after which it is said to hang
 FRESH_S = 0.2  # without a byte, after which the service waits for the rest, which knows deadlines
+FRESH = 256  # connections without a byte that are waited for
+FILES = 16  # of those that the process may have open, left for what is no connection
 PAUSE_S = 0.005  # until what the service had no room for is offered again
 HEAD_BYTES = 4096  # that are looked at
+MOST = 4000  # connections at once, however many files there may be
 AT_ONCE = 64  # connections that are taken up, before those that are there are seen to
-TOGETHER = 16  # connections in a message
 LARGEST = 100_000  # bytes of a message
 # all of a request that is answered here; whatever is odd about one the service sees
 HEAD = re.compile(rb"GET (/[\w/-]*) HTTP/1\.[01]\r\n((?:[\w-]+:[\t -~]*\r\n)+)\r\n", re.A)
@@ -74,6 +77,7 @@ class Door:
     """For sockets that listen. `channel`: to the service; `most`: connections that may be here at once."""
 
     def __init__(self, channel: socket.socket, sockets: list[socket.socket], most: int):
+        channel.setblocking(False)
         self._channel, self._most = channel, most
         self._listening = {each.fileno(): each for each in sockets}
         self._fresh: dict[int, tuple[socket.socket, str, float]] = {}  # its client, until when; the oldest first
@@ -88,7 +92,7 @@ class Door:
     def serve(self) -> None:
         """Until the service has gone."""
         while True:
-            for number, _ in self._poll.poll(self._patience()):
+            for number, _ in self._poll.poll(PAUSE_S if self._due else self._patience()):
                 if number in self._listening:
                     self._accept(self._listening[number])
                 elif number in self._fresh:
@@ -96,14 +100,12 @@ class Door:
                 elif not self._hear():
                     self._hand_on()
                     return
-            now = time.monotonic()
-            while self._fresh and (oldest := next(iter(self._fresh.values())))[2] < now:
-                self._due.append(self._forget(oldest[0]))
+            while self._patience() == 0:
+                self._due.append(self._forget_oldest())
             self._hand_on()
 
     def _patience(self) -> float | None:
-        if self._due:
-            return PAUSE_S
+        """Seconds until the oldest without a byte is handed on."""
         until = next((until for _, _, until in self._fresh.values()), None)
         return None if until is None else max(0.0, until - time.monotonic())
 
@@ -119,6 +121,8 @@ class Door:
         for _ in range(AT_ONCE):
             if len(self._fresh) + len(self._due) >= self._most:
                 self._drop()
+            elif len(self._fresh) >= FRESH:
+                self._due.append(self._forget_oldest())
             try:
                 connection, address = listening.accept()
             except (BlockingIOError, ConnectionAbortedError):
@@ -130,11 +134,10 @@ class Door:
 
     def _drop(self) -> None:
         """Let go of who has waited longest: who comes may be a probe."""
-        dropped = self._due.popleft() if self._due else None
-        if self._fresh and dropped is None:
-            dropped = self._forget(next(iter(self._fresh.values()))[0])
-        if isinstance(dropped, socket.socket):
-            dropped.close()
+        if self._due or self._fresh:
+            dropped = self._due.popleft() if self._due else self._forget_oldest()
+            if isinstance(dropped, socket.socket):
+                dropped.close()
 
     def _look(self, connection: socket.socket, client: str) -> None:
         began = time.monotonic()
@@ -152,6 +155,9 @@ class Door:
             connection.close()
         elif not self._is_answered(connection, client, head, began):
             self._due.append(connection)
+
+    def _forget_oldest(self) -> socket.socket:
+        return self._forget(next(iter(self._fresh.values()))[0])
 
     def _forget(self, connection: socket.socket) -> socket.socket:
         if self._fresh.pop(connection.fileno(), None):
@@ -195,27 +201,20 @@ class Door:
         """As much as the service has room for."""
         with contextlib.suppress(OSError):  # it has none for now, or has gone, which is heard
             while self._due:
-                if isinstance(line := self._due[0], bytes):
-                    self._channel.send(line, socket.MSG_DONTWAIT)
-                    self._due.popleft()
-                    continue
-                connections = []
-                for each in self._due:
-                    if isinstance(each, bytes) or len(connections) == TOGETHER:
-                        break
-                    connections.append(each)
-                socket.send_fds(self._channel, [b"+"], [each.fileno() for each in connections], socket.MSG_DONTWAIT)
-                for each in connections:
-                    self._due.popleft()
-                    each.close()
+                if isinstance(due := self._due[0], bytes):
+                    self._channel.send(due)
+                else:
+                    socket.send_fds(self._channel, [b"+"], [due.fileno()])
+                    due.close()
+                self._due.popleft()
 
 
-def main(most: str, channel: str, *listening: str) -> None:
+def main(channel: str, *listening: str) -> None:
     for ignored in (signal.SIGTERM, signal.SIGINT):  # the service ends in order, and the door with it
         signal.signal(ignored, signal.SIG_IGN)
-    Door(
-        socket.socket(fileno=int(channel)), [socket.socket(fileno=int(number)) for number in listening], int(most)
-    ).serve()
+    sockets = [socket.socket(fileno=int(number)) for number in listening]
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    Door(socket.socket(fileno=int(channel)), sockets, min(MOST, files - FILES)).serve()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import subprocess
 import sys
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import uvicorn
 from uvicorn.importer import import_from_string
@@ -37,9 +37,9 @@ HEAD_BYTES = 64_000  # of a request, besides its body
 AHEAD = 16  # requests on a connection that wait for the answers before
 END_S = 2  # for the door, once it is told to end
 FILES = 256  # of those that a process may have open, left for what is no connection
-WAITING = 64  # of those files, for connections that come while there are as many as there may be
 AT_ONCE = 64  # of them that are taken from the door, before the loop sees to those that are there
 PAUSE_S = 0.01  # when there are as many as there may be
+MOMENT_S = 1  # after which a connection from which nothing came makes way for another
 MOST = 4000  # connections, however many files there may be
 READ_BYTES = 32_768  # at once
 STRAIGHT_BYTES = 32_000  # of a body that may be answered straight
@@ -70,10 +70,19 @@ class Connections:
 
     def add(self, connection: "Connection") -> None:
         self.count += 1
-        if self.count > self.most:
-            next(iter(self.waiting), connection).abort()
         if self._look is None:
             self._look = connection.loop.call_later(1, self._end_overdue, connection.loop)
+
+    def has_room(self, coming: int, now: float) -> bool:
+        """Whether there may be another one, besides `coming`. For it goes who has waited for longest; a moment is none:
+        what was sent may not be read yet."""
+        if self.count + coming < self.most:
+            return True
+        longest, since = next(iter(self.waiting.items()), (None, now))
+        if longest is None or since > now - MOMENT_S:
+            return False
+        longest.abort()
+        return True
 
     def remove(self, connection: "Connection") -> None:
         self.count -= 1
@@ -299,8 +308,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config):
         super().__init__(config)
-        self._made: Any = config.http  # as `config` has it
-        self._beside: Connections = self._made.args[0]
+        self._beside: Connections = cast(Any, config.http).args[0]  # as `config` has it
         self._taking = set[asyncio.Task[Any]]()
         self._door: subprocess.Popen[bytes] | None = None
         self.has_failed = False
@@ -314,7 +322,7 @@ class Server(uvicorn.Server):
             listening.setblocking(False)
             listening.listen(self.config.backlog)
         numbers = [each.fileno() for each in (others, *(sockets or []))]
-        command = [sys.executable, "-I", "-S", door.__file__, str(self._beside.most), *map(str, numbers)]
+        command = [sys.executable, "-I", "-S", door.__file__, *map(str, numbers)]
         self._door = subprocess.Popen(command, pass_fds=numbers, stdin=subprocess.DEVNULL)
         others.close()
         self._channel.setblocking(False)
@@ -347,13 +355,12 @@ class Server(uvicorn.Server):
     def _hear(self, loop: asyncio.AbstractEventLoop) -> None:
         """Take what comes from the door, as long as there is room for connections."""
         for _ in range(AT_ONCE):
-            if self._beside.count + len(self._taking) >= self._beside.most + WAITING:
+            if not self._beside.has_room(len(self._taking), loop.time()):
                 loop.remove_reader(self._channel)
                 loop.call_later(PAUSE_S, self._go_on, loop)
                 return
             try:
-                flags = socket.MSG_CMSG_CLOEXEC
-                said, numbers, _, _ = socket.recv_fds(self._channel, door.LARGEST, door.TOGETHER, flags)
+                said, numbers, _, _ = socket.recv_fds(self._channel, door.LARGEST, 1)
             except BlockingIOError:
                 return
             except OSError:
@@ -380,6 +387,7 @@ class Server(uvicorn.Server):
 
     def _take(self, loop: asyncio.AbstractEventLoop, accepted: socket.socket) -> None:
         accepted.setblocking(False)
+        accepted.set_inheritable(False)
         task = loop.create_task(loop.connect_accepted_socket(self._protocol, accepted))
         self._taking.add(task)
         task.add_done_callback(self._is_taken)
