@@ -73,16 +73,14 @@ class Connections:
         if self._look is None:
             self._look = connection.loop.call_later(1, self._end_overdue, connection.loop)
 
-    def has_room(self, coming: int, now: float) -> bool:
-        """Whether there may be another one, besides `coming`. For it goes who has waited for longest; a moment is none:
-        what was sent may not be read yet."""
-        if self.count + coming < self.most:
-            return True
+    def is_full(self, coming: int) -> bool:
+        """Whether there may be no other one, besides `coming`, unless one goes."""
+        return self.count + coming >= self.most
+
+    def longest(self, now: float) -> "Connection | None":
+        """The one that goes for another. Who has waited for a moment may have sent what is not read yet."""
         longest, since = next(iter(self.waiting.items()), (None, now))
-        if longest is None or since > now - MOMENT_S:
-            return False
-        longest.abort()
-        return True
+        return longest if since <= now - MOMENT_S else None
 
     def remove(self, connection: "Connection") -> None:
         self.count -= 1
@@ -355,7 +353,7 @@ class Server(uvicorn.Server):
     def _hear(self, loop: asyncio.AbstractEventLoop) -> None:
         """Take what comes from the door, as long as there is room for connections."""
         for _ in range(AT_ONCE):
-            if not self._beside.has_room(len(self._taking), loop.time()):
+            if self._beside.is_full(len(self._taking)) and not self._beside.longest(loop.time()):
                 loop.remove_reader(self._channel)
                 loop.call_later(PAUSE_S, self._go_on, loop)
                 return
@@ -386,6 +384,8 @@ class Server(uvicorn.Server):
             self.has_failed = self.should_exit = True
 
     def _take(self, loop: asyncio.AbstractEventLoop, accepted: socket.socket) -> None:
+        if self._beside.is_full(len(self._taking)) and (longest := self._beside.longest(loop.time())):
+            longest.abort()
         accepted.setblocking(False)
         accepted.set_inheritable(False)
         task = loop.create_task(loop.connect_accepted_socket(self._protocol, accepted))
