@@ -111,7 +111,12 @@ class Door:
 
     def _hear(self) -> bool:
         """Take what the service says; whether it is there."""
-        said = self._channel.recv(LARGEST)
+        try:
+            said = self._channel.recv(LARGEST)
+        except BlockingIOError:
+            return True
+        except OSError:  # what it had not read yet has gone with it
+            return False
         if said:
             self._answers = {path.encode(): Answer(**answer) for path, answer in json.loads(said).items()}
             self._heard = time.monotonic()
