@@ -254,6 +254,7 @@ def floods(n: int, seed: int) -> str:
             for _, request, _ in attacks.values():  # what any use leaves behind: libraries that are loaded by the first
                 if request.endswith((b"]", b"\r\n\r\n")) and request != declared:
                     _attack(port, 4, request, None)
+            assert ask(port, "GET", "/ready")[0] == 200  # the door knows what to answer once somebody has asked
             time.sleep(2)
             told.append(f"alone: {probes.beside(lambda: time.sleep(2))}")
             before, threads = process.memory_info().rss / 1e6, process.num_threads()
@@ -271,7 +272,7 @@ def floods(n: int, seed: int) -> str:
             log = (root.parent / "service.log").read_text()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert "Traceback" not in log, log[-2000:]
+    assert "Traceback" not in log and '"path":"/health"' in log, log[-2000:]
     said = "\n    ".join([*told, f"load {os.getloadavg()[0]:.1f}"])
     assert after < before + 50, said
     assert left >= threads, said
