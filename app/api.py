@@ -180,7 +180,7 @@ class Apart:
         if said:
             token = self.known.token.decode()
             who = {"names": names, "authorization": f"Bearer {token}"} if token else own
-            silent = said.model_copy(update={"ready": False, "detail": SILENT})
+            silent = said.model_copy(update={"ready": False, "detail": SILENT, "missing": [SILENT]})
             body = {"status": 200 if said.ready else 503, "body": said.model_dump_json()}
             answers["/ready"] = body | {"silent": silent.model_dump_json()} | who
         return answers

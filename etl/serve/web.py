@@ -345,9 +345,9 @@ class Server(uvicorn.Server):
     async def _beat(self) -> None:
         """Say what to answer: that it is said at all tells the door that the loop comes round."""
         while True:
-            answers = self._beside.apart.answers() if self._beside.apart else {}
+            said = json.dumps(self._beside.apart.answers() if self._beside.apart else {}).encode()
             with contextlib.suppress(OSError):
-                self._channel.send(json.dumps(answers).encode())
+                self._channel.send(said if len(said) <= door.LARGEST else b"{}")  # what is too long is not for the door
             await asyncio.sleep(door.BEAT_S)
 
     def _hear(self, loop: asyncio.AbstractEventLoop) -> None:

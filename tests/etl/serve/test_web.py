@@ -215,11 +215,11 @@ def test_connections_leave_room_for_files(monkeypatch):
 class Apart:
     """What `application` has answered at the door."""
 
-    def __init__(self):
-        self.told = []
+    def __init__(self, body="0"):
+        self.body, self.told = body, []
 
     def answers(self):
-        return {"/health": {"body": "0", "silent": "1", "names": ["a"]}}
+        return {"/health": {"body": self.body, "silent": "1", "names": ["a"]}}
 
     def write_down(self, **told):
         self.told.append(told)
@@ -266,6 +266,18 @@ def test_what_is_answered_at_the_door_waits_for_nothing_of_the_service(monkeypat
         while len(busy.state.apart.told) < 3:
             time.sleep(0.01)
     assert {told["path"] for told in busy.state.apart.told} == {"/health"}
+
+
+def test_what_is_too_long_for_the_door_the_service_says(monkeypatch):
+    async def asked(scope, receive, send):
+        await application(scope, receive, send)
+
+    asked.state = SimpleNamespace(apart=Apart(body="x" * 150_000))
+    monkeypatch.setattr(web.door, "BEAT_S", 0.01)
+    with served(monkeypatch, application=asked) as port:
+        for _ in range(10):
+            time.sleep(0.02)
+            assert health(port).endswith(b"\r\n\r\n0")
 
 
 def health(port: int) -> bytes:
