@@ -66,7 +66,6 @@ from etl.models import registry, scores
 from etl.reports import page as reports
 from etl.reports import pdf as printer
 from etl.runs import index
-from etl.serve import door
 from etl.serve import health as health_of_root
 from etl.storage import BadRoot, Damaged, Root
 from pipeline import TITLE, Lake, queries
@@ -222,7 +221,7 @@ PRINTING = CapacityLimiter(1)
 LOOKING = CapacityLimiter(2)
 TURNS = Turns()
 UP = Health(status="up")
-SILENT = f"the process is up, but has answered nobody for {door.SILENT_S} seconds or more"
+SILENT = "the service hangs: its process is there, but has answered nobody for some seconds"
 APART = Apart()
 REQUESTS = metrics.Requests((*PATHS, "/health", "/ready"))
 
