@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import re
 import threading
 import time
@@ -32,7 +33,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from app import metrics, pages
 from app.domain import CARD, NO_MODEL, model
-from app.front import Entrance, Front
+from app.front import HERE, LOOPBACK, Entrance, Front, Known
 from app.predictions import PATHS, Busy, Plain, ServedModel, ShortWay, Straight, Turns
 from app.rows import LIKELY_FROM
 from app.schemas import (
@@ -75,6 +76,7 @@ LARGE = 20_000  # bytes of a body, about 80 rows: that many take longer than all
 ROW_LIMIT = 1_000_000_000
 SHOWN = 5  # errors of a request
 FRESH_S, KEPT_S = 1, 10  # how old what was seen of the root may be: to be seen anew behind an answer, and before it
+ASKED_S = 300  # without anybody who asks, after which nothing is looked at
 READERS = 4  # threads for all that is read of the root
 STAGE = r"^[A-Za-z][A-Za-z0-9_-]{0,99}$"
 Code = Annotated[Literal["yes", "no"], Query(description="no: for readers who do not code")]
@@ -114,24 +116,44 @@ def _current(root: Root) -> tuple[registry.Model | None, str | None]:
 
 
 class Readiness:
-    """What a root has, looked at in a thread of its own. Nobody waits for a look while the last is KEPT_S old at most.
-
-    Asked from more than one loop."""
+    """What a root has, looked at in a thread of its own. Nobody waits while the last look is KEPT_S old at most."""
 
     def __init__(self, root: Root):
         self.root = root
         self._seen: tuple[float, Ready] | None = None
         self._looking = ThreadPoolExecutor(1, "readiness")
         self._look: Future[Ready] | None = None
+        self._asked = -math.inf
 
     async def now(self) -> Ready:
-        age = time.monotonic() - self._seen[0] if self._seen else KEPT_S + 1
-        if age > FRESH_S and (self._look is None or self._look.done()):
-            self._look = self._looking.submit(self._see)
-        if self._look and (self._seen is None or age > KEPT_S):
+        self.ask()
+        if self._look and (self._seen is None or self._age > KEPT_S):
             return await asyncio.shield(asyncio.wrap_future(self._look))
+        return self._said()
+
+    def ask(self) -> None:
+        """Somebody was told, or is to be: the next one is told of a look that is not older than FRESH_S by much."""
+        self._asked = time.monotonic()
+        self._look_again(FRESH_S)
+
+    def known(self) -> Ready | None:
+        """What may be told without a look; None when that is too old, or nobody has asked for long."""
+        if time.monotonic() - self._asked > ASKED_S:
+            return None
+        self._look_again(KEPT_S / 2)
+        return self._said() if self._seen and self._age <= KEPT_S else None
+
+    @property
+    def _age(self) -> float:
+        return time.monotonic() - self._seen[0] if self._seen else math.inf
+
+    def _said(self) -> Ready:
         seen = self._seen[1]
         return seen.model_copy(update={"lag_s": _lag_s(seen.as_of)})
+
+    def _look_again(self, after_s: float) -> None:
+        if self._age > after_s and (self._look is None or self._look.done()):
+            self._look = self._looking.submit(self._see)
 
     def _see(self) -> Ready:
         ready = _ready(self.root)
@@ -142,11 +164,39 @@ class Readiness:
         self._looking.shutdown(wait=False)
 
 
+class Apart:
+    """What the door of the service answers, whatever the service is at, to whom the entrance would have let in."""
+
+    def __init__(self) -> None:
+        self.known: Known | None = None  # of the service that is up
+
+    def answers(self) -> dict[str, dict[str, Any]]:
+        if self.known is None:
+            return {}
+        names, own = sorted(self.known.hosts), {"names": sorted(LOOPBACK), "clients": sorted(HERE)}
+        answers = {"/health": {"names": names, "body": UP.model_dump_json(), "silent": json.dumps({"detail": SILENT})}}
+        said = readiness.known() if readiness and not self.known.rate else None  # which counts requests
+        if said:
+            token = self.known.token.decode()
+            who = {"names": names, "authorization": f"Bearer {token}"} if token else own
+            silent = said.model_copy(update={"ready": False, "detail": SILENT, "missing": [SILENT]})
+            body = {"status": 200 if said.ready else 503, "body": said.model_dump_json()}
+            answers["/ready"] = body | {"silent": silent.model_dump_json()} | who
+        return answers
+
+    def write_down(self, path: str, client: str, id: str, status: int, took: float, sent: int) -> None:
+        scope = {"path": path, "method": "GET", "query_string": b"", "client": (client, 0)}
+        ENTRANCE.write_down(scope, id.encode(), status, took, sent)
+        if path == "/ready" and readiness:
+            readiness.ask()
+
+
 @contextlib.asynccontextmanager
 async def watching(_: FastAPI) -> AsyncIterator[None]:
     """While the service is up another thread looks what is published. Without a usable root each request says so."""
     global watched, readiness
     to_thread.current_default_thread_limiter().total_tokens = READERS
+    APART.known = Known(settings())
     try:
         root = _root_at(settings().root)
     except BadRoot:
@@ -157,7 +207,7 @@ async def watching(_: FastAPI) -> AsyncIterator[None]:
         watched, readiness = served, Readiness(root)
         yield
         readiness.close()
-    watched = readiness = None
+    watched = readiness = APART.known = None
 
 
 watched: ServedModel | None = None  # by the service that is up
@@ -170,7 +220,10 @@ PREDICTING_FEW = CapacityLimiter(2)
 PRINTING = CapacityLimiter(1)
 LOOKING = CapacityLimiter(2)
 TURNS = Turns()
-REQUESTS = metrics.Requests(PATHS)
+UP = Health(status="up")
+SILENT = "the service hangs: its process is there, but has answered nobody for some seconds"
+APART = Apart()
+REQUESTS = metrics.Requests((*PATHS, "/health", "/ready"))
 
 
 @functools.cache
@@ -218,7 +271,7 @@ app = FastAPIOffline(
 ENTRANCE, PLAIN = Entrance(lambda: settings(), REQUESTS), Plain(CARD, lambda: watched, ITEM_LIMIT)
 app.add_middleware(ShortWay, plain=PLAIN, turns=TURNS)
 app.add_middleware(Front, entrance=ENTRANCE, limit=BODY_LIMIT)  # the outermost
-app.state.apart = frozenset({b"/health", b"/ready"})  # on a loop of their own
+app.state.apart = APART
 app.state.straight = Straight(ENTRANCE, PLAIN, TURNS)
 api = APIRouter()
 
@@ -243,7 +296,7 @@ async def what_there_is() -> HTMLResponse:
 @app.get("/health", tags=["service"], responses={500: {"model": Problem, "description": "The service failed"}})
 async def health() -> Health:
     """The process is up."""
-    return Health(status="up")
+    return UP
 
 
 @app.get("/health/stages", tags=["service"])

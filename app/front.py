@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -212,7 +211,6 @@ class Known:
         self.token, self.rate = settings.api_token.encode(), settings.api_rate
         self._names: dict[bytes, str] = {}  # of Host headers as they came, that name this service
         self._left: dict[str, tuple[float, float]] = {}  # client -> requests that it may send, and since when
-        self._counting = threading.Lock()  # more than one loop asks
 
     def refusal(self, scope: Message, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
         """Status and sentence for a request that is not served."""
@@ -257,12 +255,11 @@ class Known:
     def _is_due(self, client: str) -> bool:
         """Up to two seconds' requests may come at once."""
         most, now = max(1, 2 * self.rate), time.monotonic()
-        with self._counting:
-            left, since = self._left.pop(client, (most, now))
-            left = min(most, left + (now - since) * self.rate)
-            self._left[client] = (left - 1 if left >= 1 else left), now
-            if len(self._left) > CLIENTS:
-                del self._left[next(iter(self._left))]  # who has not asked for longest
+        left, since = self._left.pop(client, (most, now))
+        left = min(most, left + (now - since) * self.rate)
+        self._left[client] = (left - 1 if left >= 1 else left), now
+        if len(self._left) > CLIENTS:
+            del self._left[next(iter(self._left))]  # who has not asked for longest
         return left >= 1
 
 
@@ -318,7 +315,6 @@ class Log:
 
     def __init__(self) -> None:
         self._lines: list[bytes] = []
-        self._adding = threading.RLock()  # more than one loop adds
         self._writer = ThreadPoolExecutor(1, "log")  # a disk that is busy would keep the loop
         self._encode = msgspec.json.Encoder().encode
         self._due = 0.0
@@ -331,17 +327,15 @@ class Log:
         now = time.time()
         at = datetime.fromtimestamp(now, UTC)
         line = Line(at, request_id, client, scope["method"], path, status, round(1000 * took, 2), sent)
-        with self._adding:
-            self._lines.append(self._encode(line))
-            if len(self._lines) >= 200 or now > self._due + 1:
-                self.flush()
-            elif len(self._lines) == 1:
-                self._due = now + FLUSH_S
-                asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
+        self._lines.append(self._encode(line))
+        if len(self._lines) >= 200 or now > self._due + 1:
+            self.flush()
+        elif len(self._lines) == 1:
+            self._due = now + FLUSH_S
+            asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
 
     def flush(self) -> None:
-        with self._adding:
-            lines, self._lines = self._lines, []
+        lines, self._lines = self._lines, []
         if lines:
             self._writer.submit(_write, b"\n".join([*lines, b""]))
 

@@ -8,32 +8,38 @@ are requests that are sent far ahead of their answers.
 
 import argparse
 import asyncio
+import contextlib
 import ctypes
 import functools
 import gc
 import json
+import logging
 import os
 import resource
 import socket
+import subprocess
 import sys
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import uvicorn
 from uvicorn.importer import import_from_string
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from etl.serve.door import Door
+from etl.serve import door
 from etl.serve.prefect_server import HOST, NAMES
 
+log = logging.getLogger(__name__)
 RECEIVE_S = 10  # from a request's first byte, or its connection's, to its last
 IDLE_S = 5  # of a kept connection, for its next request
 HEAD_BYTES = 64_000  # of a request, besides its body
 AHEAD = 16  # requests on a connection that wait for the answers before
+END_S = 2  # for the door, once it is told to end
 FILES = 256  # of those that a process may have open, left for what is no connection
-WAITING = 64  # of those files, for connections that come while there are as many as there may be
-APART = 128  # connections that are answered at the door
+AT_ONCE = 64  # of them that are taken from the door, before the loop sees to those that are there
+PAUSE_S = 0.01  # when there are as many as there may be
+MOMENT_S = 1  # after which a connection from which nothing came makes way for another
 MOST = 4000  # connections, however many files there may be
 READ_BYTES = 32_768  # at once
 STRAIGHT_BYTES = 32_000  # of a body that may be answered straight
@@ -52,9 +58,9 @@ ARENA_MAX, MMAP_THRESHOLD = -8, -3  # of glibc's mallopt
 class Connections:
     """Those that are there, and since when each of them has waited for its client; the longest first."""
 
-    def __init__(self, most: int, receive_s: float = RECEIVE_S, state: Any = None, closes: bool = False):
-        """`state`: the application's; `closes`: each ends with its first answer."""
-        self.state, self.closes = state, closes
+    def __init__(self, most: int, receive_s: float = RECEIVE_S, state: Any = None):
+        """`state`: the application's."""
+        self.apart: Apart | None = getattr(state, "apart", None)
         self.straight: Straight | None = getattr(state, "straight", None)
         self.most, self.receive_s, self.count = most, receive_s, 0
         self.waiting: dict[Connection, float] = {}  # loop's time
@@ -64,10 +70,17 @@ class Connections:
 
     def add(self, connection: "Connection") -> None:
         self.count += 1
-        if self.count > self.most:
-            next(iter(self.waiting), connection).abort()
         if self._look is None:
             self._look = connection.loop.call_later(1, self._end_overdue, connection.loop)
+
+    def is_full(self, coming: int) -> bool:
+        """Whether there may be no other one, besides `coming`, unless one goes."""
+        return self.count + coming >= self.most
+
+    def longest(self, now: float) -> "Connection | None":
+        """The one that goes for another. Who has waited for a moment may have sent what is not read yet."""
+        longest, since = next(iter(self.waiting.items()), (None, now))
+        return longest if since <= now - MOMENT_S else None
 
     def remove(self, connection: "Connection") -> None:
         self.count -= 1
@@ -128,6 +141,17 @@ class Straight(Protocol):
         """Lines of the head and the body of an answer 200; None when the application has to see the request."""
 
 
+class Apart(Protocol):
+    """What an application may have as `state.apart`: what is answered for it at the door, whatever its loop is at."""
+
+    def answers(self) -> dict[str, dict[str, Any]]:
+        """Path -> arguments of `etl.serve.door.Answer`. Asked by the loop, every BEAT_S: an answer is as old at most,
+        or SILENT_S."""
+
+    def write_down(self, path: str, client: str, id: str, status: int, took: float, sent: int) -> None:
+        """That was answered. `took`: seconds; `sent`: bytes."""
+
+
 class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
     """uvicorn's, which keeps its `Connections` up to date and ends when it asks for too much.
 
@@ -183,8 +207,6 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             self.whole = b""
             return
         super().on_headers_complete()
-        if self.beside.closes:
-            self.cycle.keep_alive = False
 
     def _is_straight(self) -> bool:
         """Whether nothing about a request's head is other than of any, and nothing before it is under way."""
@@ -280,59 +302,105 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, whose connections come through a `Door`. It has to be given the sockets on which it listens."""
+    """uvicorn's, whose connections come through a door. It has to be given the sockets on which it listens."""
 
     def __init__(self, config: uvicorn.Config):
         super().__init__(config)
-        self._made: Any = config.http  # as `config` has it
-        self._handed, self._taken = 0, 0  # connections: counted by the door's thread, by this loop's
+        self._beside: Connections = cast(Any, config.http).args[0]  # as `config` has it
         self._taking = set[asyncio.Task[Any]]()
-        self._door: Door | None = None
+        self._door: subprocess.Popen[bytes] | None = None
+        self.has_failed = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup([])
         if not self.started:
             return
+        self._channel, others = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for listening in sockets or []:
             listening.setblocking(False)
             listening.listen(self.config.backlog)
-        loop, beside = asyncio.get_running_loop(), self._made.args[0]
-        apart = Connections(APART, beside.receive_s, closes=True)
-
-        def hand_over(accepted: socket.socket) -> None:
-            self._handed += 1
-            loop.call_soon_threadsafe(self._take, loop, accepted)
-
-        self._door = Door(
-            sockets or [],
-            loop=type(loop)(),
-            apart=getattr(beside.state, "apart", frozenset()),
-            protocol=functools.partial(self._protocol, apart, uvicorn.server.ServerState()),
-            hand_over=hand_over,
-            has_room=lambda there: there + self._handed - self._taken + beside.count < beside.most + WAITING,
-        )
-        self._door.start()
+        numbers = [each.fileno() for each in (others, *(sockets or []))]
+        command = [sys.executable, "-I", "-S", door.__file__, *map(str, numbers)]
+        self._door = subprocess.Popen(command, pass_fds=numbers, stdin=subprocess.DEVNULL)
+        others.close()
+        self._channel.setblocking(False)
+        self._has_ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._channel, self._hear, loop)
+        self._beating = loop.create_task(self._beat())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._door:
-            self._door.close()
+            self._beating.cancel()
+            if not self.has_failed:
+                self._channel.shutdown(socket.SHUT_WR)  # it hands over what is there, and ends
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._has_ended.wait(), END_S)
+            asyncio.get_running_loop().remove_reader(self._channel)
+            self._channel.close()
+            self._door.kill()
+            self._door.wait()
         await super().shutdown(sockets)
 
+    async def _beat(self) -> None:
+        """Say what to answer: that it is said at all tells the door that the loop comes round."""
+        while True:
+            said = json.dumps(self._beside.apart.answers() if self._beside.apart else {}).encode()
+            with contextlib.suppress(OSError):
+                self._channel.send(said if len(said) <= door.LARGEST else b"{}")  # what is too long is not for the door
+            await asyncio.sleep(door.BEAT_S)
+
+    def _hear(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Take what comes from the door, as long as there is room for connections."""
+        for _ in range(AT_ONCE):
+            if self._beside.is_full(len(self._taking)) and not self._beside.longest(loop.time()):
+                loop.remove_reader(self._channel)
+                loop.call_later(PAUSE_S, self._go_on, loop)
+                return
+            try:
+                said, numbers, _, _ = socket.recv_fds(self._channel, door.LARGEST, 1)
+            except BlockingIOError:
+                return
+            except OSError:
+                said, numbers = b"", []
+            if not said:
+                self._end(loop)
+                return
+            for number in numbers:
+                self._take(loop, socket.socket(fileno=number))
+            if not numbers and self._beside.apart:
+                self._beside.apart.write_down(**json.loads(said))
+
+    def _go_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._channel.fileno() >= 0:
+            loop.add_reader(self._channel, self._hear, loop)
+
+    def _end(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The door has ended. Unless it had to, nobody could come any more: so does the service."""
+        loop.remove_reader(self._channel)
+        self._has_ended.set()
+        if not self.should_exit:
+            log.error("the door of the service, process %d, has ended", self._door.pid if self._door else 0)
+            self.has_failed = self.should_exit = True
+
     def _take(self, loop: asyncio.AbstractEventLoop, accepted: socket.socket) -> None:
-        make = functools.partial(self._protocol, self._made.args[0], self.server_state)
-        task = loop.create_task(loop.connect_accepted_socket(make, accepted))
+        if self._beside.is_full(len(self._taking)) and (longest := self._beside.longest(loop.time())):
+            longest.abort()
+        accepted.setblocking(False)
+        accepted.set_inheritable(False)
+        task = loop.create_task(loop.connect_accepted_socket(self._protocol, accepted))
         self._taking.add(task)
         task.add_done_callback(self._is_taken)
 
     def _is_taken(self, task: asyncio.Task[Any]) -> None:
-        self._taken += 1
         self._taking.discard(task)
         if not task.cancelled():
             task.exception()  # its client is gone already
 
-    def _protocol(self, connections: Connections, state: uvicorn.server.ServerState) -> asyncio.Protocol:
-        state.default_headers = self.server_state.default_headers
-        return Connection(connections, config=self.config, server_state=state, app_state=self.lifespan.state)
+    def _protocol(self) -> asyncio.Protocol:
+        return Connection(
+            self._beside, config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
 
 
 def most_connections() -> int:
@@ -369,7 +437,7 @@ def main() -> None:
     gc.freeze()  # what is imported stays, and to look through it for garbage keeps the loop for 80 ms each time
     server = Server(configured)
     server.run([configured.bind_socket()])
-    sys.exit(0 if server.started else 3)
+    sys.exit(0 if server.started and not server.has_failed else 3)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from published import QUERY_RUN, TRAIN_RUN, add_run, fill
 from support import free_port
 
 import orchestrate
-from app import poller
+from app import front, poller
 from etl.serve import health, services
 
 
@@ -24,6 +24,15 @@ def _look_each_time(monkeypatch):
     """What a test changes is seen at once."""
     monkeypatch.setattr(poller, "LOOK_S", 0)
     monkeypatch.setattr(health, "SLOWLY_S", 0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def logged():
+    """The lines of the API's log, which come a moment after the requests: pytest would show them between two tests."""
+    lines: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(front, "_write", lambda text: lines.extend(text.decode().splitlines()))
+        yield lines
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,9 @@ import polars as pl
 import pytest
 from published import QUERY_RUN, TRAIN_RUN, publish_model
 
-from app.api import BODY_LIMIT, Row, app, settings
+from app import front
+from app.api import BODY_LIMIT, Apart, Readiness, Row, _root_at, app, settings
+from app.settings import Settings
 from etl.reports import pdf
 from etl.serve import web
 from etl.storage import PROJECT, Root
@@ -117,6 +119,31 @@ def test_ready_gives_the_snapshot_and_its_age(api, root):
     assert datetime.fromisoformat(ready.json()["as_of"]) == snapshot.as_of
     assert ready.json()["lag_s"] > 0
     assert ready.json()["missing"] == []
+
+
+def test_the_door_answers_what_the_service_would(api, root, monkeypatch):
+    """Once somebody has asked, and to whom the service would: the rest it does not know."""
+    apart, readiness = Apart(), Readiness(_root_at(settings().root))
+    assert apart.answers() == {}
+    monkeypatch.setattr("app.api.readiness", readiness)
+    monkeypatch.setattr(apart, "known", front.Known(settings()))
+    [health] = apart.answers().values()
+    assert json.loads(health["body"]) == api.get("/health").json() and "detail" in json.loads(health["silent"])
+    expected = api.get("/ready").json()
+    ready = apart.answers()["/ready"]
+    said = json.loads(ready["body"])
+    assert ready["status"] == 200 and said == expected | {"lag_s": said["lag_s"]}
+    assert json.loads(ready["silent"])["ready"] is False
+    assert {*health["names"]} == {*ready["names"]} == front.LOOPBACK and {*ready["clients"]} == front.HERE
+    monkeypatch.setenv("ETL_API_TOKEN", "t0ken")
+    monkeypatch.setenv("ETL_API_HOSTS", "etl.internal")
+    monkeypatch.setattr(apart, "known", front.Known(Settings()))
+    ready = apart.answers()["/ready"]
+    assert ready["authorization"] == "Bearer t0ken" and "clients" not in ready and "etl.internal" in ready["names"]
+    monkeypatch.setenv("ETL_API_RATE", "5")
+    monkeypatch.setattr(apart, "known", front.Known(Settings()))
+    assert [*apart.answers()] == ["/health"]
+    readiness.close()
 
 
 def test_the_health_of_the_stages_is_what_status_says(api, root):
@@ -727,16 +754,20 @@ class TestWhatIsTold:
         figures = api.get("/metrics").text
         assert "etl_lake_published 0.0" in figures and "etl_model_usable 0.0" in figures
 
-    def test_a_request_has_an_id_and_a_line_in_the_log(self, api, root, capfd):
+    def test_a_request_has_an_id_and_a_line_in_the_log(self, api, root, logged):
         given = api.get("/v1/runs?limit=0&x=%0a", headers={"x-request-id": "mine-1"})
         own = api.get("/v1/nothing", headers={"x-request-id": "no id\tat all"})
-        assert given.headers["x-request-id"] == "mine-1"
+        health = api.get("/health", headers={"x-request-id": "mine-2"})
+        assert [given.headers["x-request-id"], health.headers["x-request-id"]] == ["mine-1", "mine-2"]
         told, until = [], time.monotonic() + 30
-        while len(told) < 2 and time.monotonic() < until:
-            told += [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
+        ids = ["mine-1", own.headers["x-request-id"], "mine-2"]
+        while len(told) < 3 and time.monotonic() < until:
+            told = [line for line in map(json.loads, logged) if line["id"] in ids]
             time.sleep(0.05)
-        assert [line["id"] for line in told] == ["mine-1", own.headers["x-request-id"]]
-        assert told[0]["path"] == "/v1/runs?limit=0&x=%0a" and [line["status"] for line in told] == [422, 404]
+        assert [line["id"] for line in told] == ids
+        assert [line["status"] for line in told] == [422, 404, 200]
+        assert told[0]["path"] == "/v1/runs?limit=0&x=%0a" and told[2]["path"] == "/health"
+        assert 'etl_api_requests_total{method="GET",route="/health",status="200"}' in api.get("/metrics").text
 
     def test_what_fails_is_told_with_the_requests_id(self, api, root, monkeypatch):
         def fail(*_, **__):

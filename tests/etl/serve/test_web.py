@@ -1,8 +1,12 @@
 """A server that no client keeps from the others, on a small application."""
 
+import ctypes
 import json
+import os
 import resource
+import select
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -208,51 +212,87 @@ def test_connections_leave_room_for_files(monkeypatch):
     assert web.most_connections() == 768
 
 
-def test_what_is_answered_apart_waits_for_nothing_else(monkeypatch):
-    """The loop is at something else for as long as the test lasts; those behind it were not even taken up."""
-    began, go_on = threading.Event(), threading.Event()
+class Apart:
+    """What `application` has answered at the door."""
+
+    def __init__(self, body="0"):
+        self.body, self.told = body, []
+
+    def answers(self):
+        return {"/health": {"body": self.body, "silent": "1", "names": ["a"]}}
+
+    def write_down(self, **told):
+        self.told.append(told)
+
+
+PROBE = """
+import socket, sys
+sys.stdin.read(1)
+with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as client:
+    client.sendall(b"GET /health HTTP/1.1\\r\\nHost: a\\r\\n\\r\\n")
+    print(client.recv(4096).decode(), flush=True)
+"""
+
+
+def test_what_is_answered_at_the_door_waits_for_nothing_of_the_service(monkeypatch):
+    """The loop is at a call that keeps the interpreter until a client in another process has its answer."""
+    began, go_on, poll = threading.Event(), threading.Event(), ctypes.PyDLL(None).poll
+    pipes, probe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}, None
 
     async def busy(scope, receive, send):
         if scope["path"] == "/begin":
+            asked = ctypes.create_string_buffer(struct.pack("ihh", probe.stdout.fileno(), select.POLLIN, 0))
+            os.write(probe.stdin.fileno(), b"1")
+            assert poll(asked, 1, 30_000) == 1, "it had to wait"
             began.set()
             go_on.wait(30)  # the loop sees to nobody
         await application(scope, receive, send)
 
-    busy.state = SimpleNamespace(apart=frozenset({b"/health"}))
-    health = GET.replace(b"/ ", b"/health ")
+    busy.state = SimpleNamespace(apart=Apart())
     with served(monkeypatch, application=busy) as port:
-        first = connect(port)
-        first.sendall(GET.replace(b"/ ", b"/begin "))
-        assert began.wait(30)
-        others = [connect(port) for _ in range(200)]
-        for each in others[:150]:
-            each.sendall(GET[:-2])
-        for _ in range(3):
-            with connect(port) as client:
-                client.sendall(health)
-                said = to_the_end(client)
-                assert said.startswith(b"HTTP/1.1 200") and b"connection: close" in said and said.endswith(b"0")
-        odd = [
-            health[:-2],
-            health + GET,
-            health[:-2] + b"Content-Length: 2\r\n\r\nab",
-            GET.replace(b"/ ", b"/healthy "),
-        ]
-        waiting = [connect(port) for _ in odd]
-        for client, sent in zip(waiting, odd, strict=True):
-            client.sendall(sent)
-        time.sleep(0.3)
-        for client in waiting:
-            client.setblocking(False)
-            with pytest.raises(BlockingIOError):
-                client.recv(1)
-            client.setblocking(True)
-        go_on.set()
-        assert first.recv(1000).startswith(b"HTTP/1.1 200")
-        others[0].sendall(b"\r\n")
-        others[-1].sendall(GET)
-        waiting[0].sendall(b"\r\n")
-        for client in (others[0], others[-1], *waiting):
-            assert client.recv(1000).startswith(b"HTTP/1.1 200")
-        for each in (first, *others, *waiting):
-            each.close()
+        command = [sys.executable, "-I", "-S", "-c", PROBE, str(port)]
+        probe = subprocess.Popen(command, bufsize=0, **pipes)
+        with connect(port) as first:
+            while b"x-request-id" not in health(port):  # the door knows what to answer
+                time.sleep(0.01)
+            first.sendall(GET.replace(b"/ ", b"/begin "))
+            assert began.wait(60)
+            assert probe.communicate(timeout=30)[0].startswith(b"HTTP/1.1 200 OK")
+            with connect(port) as other:
+                other.sendall(GET)
+                assert health(port).endswith(b"\r\n\r\n0")
+                go_on.set()
+                assert first.recv(1000).startswith(b"HTTP/1.1 200") and other.recv(1000).startswith(b"HTTP/1.1 200")
+        while len(busy.state.apart.told) < 3:
+            time.sleep(0.01)
+    assert {told["path"] for told in busy.state.apart.told} == {"/health"}
+
+
+def test_what_is_too_long_for_the_door_the_service_says(monkeypatch):
+    async def asked(scope, receive, send):
+        await application(scope, receive, send)
+
+    asked.state = SimpleNamespace(apart=Apart(body="x" * 150_000))
+    monkeypatch.setattr(web.door, "BEAT_S", 0.01)
+    with served(monkeypatch, application=asked) as port:
+        for _ in range(10):
+            time.sleep(0.02)
+            assert health(port).endswith(b"\r\n\r\n0")
+
+
+def health(port: int) -> bytes:
+    with connect(port) as client:
+        client.sendall(GET.replace(b"/ ", b"/health ").replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        return to_the_end(client)
+
+
+def test_without_its_door_the_service_ends_and_is_started_again(monkeypatch, caplog):
+    server = web.Server(web.config(application, RECEIVE_S, log_level="critical", lifespan="off"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        while not (server.started and server._door):
+            time.sleep(0.01)
+        server._door.kill()
+        thread.join(30)
+    assert not thread.is_alive() and server.has_failed and "has ended" in caplog.text
