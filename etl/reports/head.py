@@ -85,7 +85,9 @@ def _outcome(record: Any, before: Before) -> str:
     told = record.reason
     if record.state == "ok":
         wrote = len(record.versions_written)
-        parts = [f"{len(record.checks)} checks passed" if len(record.checks) > 1 else ""]
+        rows = record.metrics.get("rows")
+        parts = [f"{figure(rows)} row{'s' * (rows != 1)}" if type(rows) is int else ""]
+        parts += [f"{len(record.checks)} checks passed" if len(record.checks) > 1 else ""]
         parts += [f"{wrote} table{'s' * (wrote != 1)} written" if wrote else ""]
         told = told or ", ".join(filter(None, parts))
     usual = f", usually {span(before.usual_s)}" if before.usual_s is not None else ""
@@ -129,8 +131,10 @@ def costs(receipt: dict[str, Any]) -> Iterator[str]:
         "dollars": "{:,.4f} dollars",
     }
     for name, text in told.items():
-        if (value := receipt.get(name)) is not None:
-            yield text.format(value / 1e6 if name.startswith("bytes") else value)
+        if value := receipt.get(name):
+            said = text.format(value / 1e6 if name.startswith("bytes") else value)
+            if re.search("[1-9]", said):
+                yield said
 
 
 def _figures(record: Any, before: Before) -> Iterator[tuple[str, str, str]]:
