@@ -63,7 +63,7 @@ def make(timetable: Timetable, help_text: str) -> typer.Typer:
 
 
 def _finish_reports() -> None:
-    """Wait for pages that are made in the background: while the interpreter ends Polars reads nothing of earlier runs."""
+    """Wait for pages made in the background: while the interpreter ends Polars reads nothing of earlier runs."""
     if delivery := sys.modules.get("etl.runs.delivery"):
         delivery.settle()
 
