@@ -92,9 +92,9 @@ def stage_card(line: stages.Line) -> str:
     head = f'<div class="head"><h3>{named}</h3>{markup.badge(words(line.state), colour)}</div>'
     said = [f"ok {shown.ago(line.last_ok)}" if line.last_ok else "never ok yet"]
     said.append(f"next at {shown.at(line.following)}" if line.following else "no next run")
-    if line.last_s is not None:
+    if line.last:
         usual = f", usually {_seconds(line.usual_s)}" if line.usual_s is not None else ""
-        said.append(f"took {_seconds(line.last_s)}{usual}")
+        said.append(f"took {_seconds(line.last['seconds'])}{usual}")
     for run in line.under_way:
         said.append(f"now in “{shortened(run['heading'] or 'its kernel starts', 60)}”")
     return markup.card(head, *(f"<small>{markup.text(text)}</small>" for text in said), _run_bars(line))

@@ -10,6 +10,7 @@ import streamlit as st
 
 from app import markup, poller, shown
 from etl.figures import figure, shortened, words
+from etl.params.cell import SUPPLIED
 from etl.runs import delivery, failures, index, journal
 from etl.storage import Root
 
@@ -22,6 +23,7 @@ COMMANDS = {
     "To see whether the same comes out, in a root of its own": ["replay"],
     "To look at it in JupyterLab, up to the cell that failed": ["debug"],
 }
+LATER = ("checks", "metrics", "seconds")  # what a run that ended early has not come to
 LIMITS = {"deadline_s": "deadline {:,g} s", "memory_mb": "at most {:,g} MB"}
 
 
@@ -71,7 +73,8 @@ def card(run: Mapping[str, Any]) -> None:
         frame = error.get("frame") or {}
         st.markdown(f"**{shown.plain(frame.get('where', error.get('ename', 'The error')))}**{shown.plain(where)}")
         tail = (error.get("traceback_tail") or "").splitlines()[-TAIL:]
-        st.code("\n".join([*([frame["code"], ""] if frame.get("code") else []), *tail]), language=None)
+        shown_lines = [*([frame["code"], ""] if frame.get("code") else []), *tail]
+        st.code("\n".join(shown_lines), language=None, wrap_lines=True)
 
 
 @st.fragment(run_every=poller.LOOK_S)
@@ -167,16 +170,20 @@ def differences(root: Root, view: poller.View, run: Mapping[str, Any]) -> None:
     from etl.runs import replay
 
     named = markup.link(f"run?id={last['run_id']}", last["run_id"])
+    parts = [part for part in replay.diff(last, dict(run)) if part.name not in SUPPLIED]
+    came_to = [part for part in parts if part.after is not None or part.part not in LATER]
     rows = [
         (
             markup.text(f"{words(part.part)}: {words(part.name)}" if part.part != part.name else part.part),
             _value(part.before, part.name, part.part),
             _value(part.after, part.name, part.part),
         )
-        for part in replay.diff(last, dict(run))
+        for part in came_to
     ]
-    table = markup.table(["", "Then", "Now"], rows) if rows else "<p>Nothing.</p>"
-    markup.show("<h2>What differs from the last that was ok</h2>", f"<p>{named}</p>", table)
+    table = markup.table(["", "Then", "Now"], rows, even=True) if rows else "<p>Nothing.</p>"
+    left = len(parts) - len(came_to)
+    more = markup.small(f"and {left:,} checks or figures that it did not come to") if left else ""
+    markup.show("<h2>What differs from the last that was ok</h2>", f"<p>{named}</p>", table, more)
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
@@ -190,7 +197,7 @@ def last_ok(root_url: str, stage: str, before: str) -> dict[str, Any] | None:
 def _value(value: Any, name: str, part: str = "") -> str:
     if part == "seconds" and value is not None:
         return f"{value:,.2f}"
-    said = value if isinstance(value, str) else figure(value, name)
+    said = figure(value, name)
     return markup.text(said[:12] if name.endswith(("sha256", "git_commit")) else shortened(said, VALUE))
 
 
