@@ -126,11 +126,11 @@ ANSWER = f"results/{LIVE[0].name}"
 DAMAGES = {  # page, damage, panels that cannot be shown, what is to be done, charts and tables that still are shown
     "the published snapshot": (
         *("overview", of("lake/published.json", b"[]")),
-        *(["The age of the data", "What is counted"], "`orchestrate.py rebuild`", 0, 0),
+        *(["The age of the data", "What is counted"], "`python orchestrate.py rebuild`", 0, 0),
     ),
     "a table's log": (
         *("overview", of("lake/orders/_delta_log/00000000000000000001.json", b"{")),
-        *(["Orders"], "`orchestrate.py rebuild`", 0, 0),
+        *(["Orders"], "`python orchestrate.py rebuild`", 0, 0),
     ),
     "a history, of a figure": ("overview", of(f"{ANSWER}/history.json", CUT), [LIVE[0].title], "run query", 0, 0),
     "an answer": ("questions", of(f"{ANSWER}/*.parquet", CUT), ["The answer"], "run query", 0, 1),
