@@ -36,6 +36,7 @@ SLOW_RUNS = 3  # in a row that are slower than P95 of at least USUAL before them
 USUAL, P95 = 20, 95
 SLOWLY_S = 20  # between two looks at what changes seldom or costs more
 LAST_RUNS = "see whether `up` is at work, and its last runs: `python orchestrate.py runs list`"
+START_UP = "start `python orchestrate.py up`"
 START = "start it: `python orchestrate.py up`"
 DOCTOR = "see what `python orchestrate.py doctor` says"
 
@@ -102,7 +103,7 @@ class Seen:
 
 
 def findings(now: datetime, seen: Seen) -> list[Finding]:
-    """What is not as it should be at `now` (UTC), the worst first; before all that no `up` runs, which explains others."""
+    """What is not as it should be at `now` (UTC): first that `up` was ended, which explains others, then the worst."""
     told = [*_up(now, seen), *seen.damaged, *of_runs(now, seen), *_late(now, seen), *_figures(seen)]
     told += [*_tables(now, seen), *_questions(now, seen), *_quarantine(now, seen)]
     order = ["bad", "warning", "note"]
@@ -214,7 +215,7 @@ def _up(now: datetime, seen: Seen) -> Iterator[Finding]:
     elif is_dead(now, seen):
         at = datetime.fromisoformat(beat["at"])
         text = f"`up` is dead: it was last seen at {_at(at, now)} ({who}), and nothing runs on a schedule"
-        yield Finding("up", "bad", "up", text, at, None, "start it: `python orchestrate.py up`; its logs are in services/")
+        yield Finding("up", "bad", "up", text, at, None, f"{START}; its logs are in services/")
     else:
         for ill in beat.get("ill", ()):
             at = datetime.fromisoformat(ill["since"])
@@ -266,7 +267,7 @@ def _late(now: datetime, seen: Seen) -> Iterator[Finding]:
                 f"{name} is {span((now - since).total_seconds())} late: an ok run was due {limit}, {was}",
                 since,
                 seen.link(tried[-1], now) if (tried := runs.get(name)) else None,
-                "start `python orchestrate.py up`" if beat and (beat.get("ended_at") or is_dead(now, seen)) else LAST_RUNS,
+                START_UP if beat and (beat.get("ended_at") or is_dead(now, seen)) else LAST_RUNS,
                 _cadence_s(name, now, seen),
             )
 
@@ -311,7 +312,8 @@ def _questions(now: datetime, seen: Seen) -> Iterator[Finding]:
         behind = seen.batch - oldest.batch
         ago = f"{behind:,} batch{'es' * (behind > 1)} ago"
         text = f"{count} stale: {oldest.question} is of {_at(oldest.at, now)}, {ago}"
-        yield Finding("stale", "warning", "answers", text, oldest.at, None, f"`python orchestrate.py run {oldest.stage}`")
+        remedy = f"`python orchestrate.py run {oldest.stage}`"
+        yield Finding("stale", "warning", "answers", text, oldest.at, None, remedy)
 
 
 def _quarantine(now: datetime, seen: Seen) -> Iterator[Finding]:
