@@ -65,6 +65,8 @@ STYLE = f"""<style>
 .etl .even td {{ overflow-wrap: anywhere; }}
 .etl .span {{ min-width: 8rem; }}
 .etl .span > span {{ display: block; height: 12px; background: var(--bar); border-radius: 2px; }}
+.etl .typed {{ background: light-dark(#eceef1, #272d36); border-radius: 6px; padding: .75rem .9rem; margin: 0;
+    font-size: .875rem; white-space: pre-wrap; overflow-wrap: anywhere; user-select: all; }}
 .etl .wide {{ overflow-x: auto; }}
 </style>"""
 
@@ -89,6 +91,11 @@ def link(address: str, said: str) -> str:
 def badge(said: str, colour: str) -> str:
     """A word in a colour."""
     return f'<span class="badge {colour}">{escape(said)}</span>'
+
+
+def typed(command: str) -> str:
+    """What to type: a click selects all of it. Streamlit's own block of code brings 1.6 MB of script to the page."""
+    return f'<pre class="typed">{escape(command)}</pre>'
 
 
 def small(*said: str) -> str:
