@@ -171,7 +171,8 @@ def differences(root: Root, view: poller.View, run: Mapping[str, Any]) -> None:
 
     named = markup.link(f"run?id={last['run_id']}", last["run_id"])
     parts = [part for part in replay.diff(last, dict(run)) if part.name not in SUPPLIED]
-    came_to = [part for part in parts if part.after is not None or part.part not in LATER]
+    ended_well = run["state"] in ("ok", "noop")
+    came_to = [part for part in parts if ended_well or part.after is not None or part.part not in LATER]
     rows = [
         (
             markup.text(f"{words(part.part)}: {words(part.name)}" if part.part != part.name else part.part),
@@ -182,7 +183,7 @@ def differences(root: Root, view: poller.View, run: Mapping[str, Any]) -> None:
     ]
     table = markup.table(["", "Then", "Now"], rows, even=True) if rows else "<p>Nothing.</p>"
     left = len(parts) - len(came_to)
-    more = markup.small(f"and {left:,} checks or figures that it did not come to") if left else ""
+    more = markup.small(f"and {left:,} more that it did not come to: checks, figures, cells") if left else ""
     markup.show("<h2>What differs from the last that was ok</h2>", f"<p>{named}</p>", table, more)
 
 
@@ -197,7 +198,7 @@ def last_ok(root_url: str, stage: str, before: str) -> dict[str, Any] | None:
 def _value(value: Any, name: str, part: str = "") -> str:
     if part == "seconds" and value is not None:
         return f"{value:,.2f}"
-    said = figure(value, name)
+    said = ", ".join(value) if name == "given" and isinstance(value, dict) else figure(value, name)  # not what files say
     return markup.text(said[:12] if name.endswith(("sha256", "git_commit")) else shortened(said, VALUE))
 
 

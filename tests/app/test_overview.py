@@ -87,8 +87,11 @@ def test_what_a_run_did_not_come_to_is_no_line_each(root):
     add_run(root, "train-20261122T140000-dddddd", minute=5, metrics={"gap": 0.1, "rows": 4})
     add_run(root, "train-20261122T150000-eeeeee", "failed", "ValueError: no such column", minute=6)
     told = said(opened("run", id="train-20261122T150000-eeeeee"))
-    assert "state ok failed" in told and "and 2 checks or figures that it did not come to" in told
+    assert "state ok failed" in told and "and 2 more that it did not come to: checks, figures, cells" in told
     assert "metrics: gap" not in told
+    add_run(root, "train-20261122T160000-ffffff", minute=7, metrics={"rows": 4, "given": {"models/a.json": {"k": "v"}}})
+    told = said(opened("run", id="train-20261122T160000-ffffff"))
+    assert "metrics: gap 0.1 none" in told and "metrics: given none models/a.json" in told
 
 
 def test_runs_are_found_by_stage_state_day_and_text_and_the_address_says_so(root):
