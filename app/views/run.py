@@ -198,7 +198,8 @@ def last_ok(root_url: str, stage: str, before: str) -> dict[str, Any] | None:
 def _value(value: Any, name: str, part: str = "") -> str:
     if part == "seconds" and value is not None:
         return f"{value:,.2f}"
-    said = ", ".join(value) if name == "given" and isinstance(value, dict) else figure(value, name)  # not what files say
+    is_of_files = name == "given" and isinstance(value, Mapping)  # what they say is too long
+    said = ", ".join(value) if is_of_files else figure(value, name)
     return markup.text(said[:12] if name.endswith(("sha256", "git_commit")) else shortened(said, VALUE))
 
 
