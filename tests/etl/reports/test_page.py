@@ -264,6 +264,7 @@ def test_the_head_says_what_came_of_it_and_what_is_new():
         ({"metrics": {"rows": 1234}, "versions_written": {"orders": 1}}, "Done: 1,234 rows, 1 table written (2.0 s)."),
         ({"metrics": {"rows": 1}}, "Done: 1 row (2.0 s)."),
         ({"metrics": {"rows": "many"}}, "Done (2.0 s)."),
+        ({"state": "failed", "reason": "no room " * 200}, f"It failed: {'no room ' * 37}no… (2.0 s)."),
     ],
 )
 def test_what_came_of_it_says_how_many_rows(changes, said):
