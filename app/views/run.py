@@ -10,7 +10,6 @@ import streamlit as st
 
 from app import markup, poller, shown
 from etl.figures import figure, shortened, words
-from etl.params.cell import SUPPLIED
 from etl.runs import delivery, failures, index, journal
 from etl.storage import Root
 
@@ -170,7 +169,8 @@ def differences(root: Root, view: poller.View, run: Mapping[str, Any]) -> None:
     from etl.runs import replay
 
     named = markup.link(f"run?id={last['run_id']}", last["run_id"])
-    parts = [part for part in replay.diff(last, dict(run)) if part.name not in SUPPLIED]
+    supplied = {name for name, origin in (run.get("origins") or {}).items() if origin == "supplied"}
+    parts = [each for each in replay.diff(last, dict(run)) if each.part != "parameters" or each.name not in supplied]
     ended_well = run["state"] in ("ok", "noop")
     came_to = [part for part in parts if ended_well or part.after is not None or part.part not in LATER]
     rows = [
