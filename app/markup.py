@@ -60,8 +60,13 @@ STYLE = f"""<style>
     vertical-align: top; overflow-wrap: break-word; }}
 .etl th {{ font-weight: 600; color: var(--faint); }}
 .etl .right {{ text-align: right; padding-right: 1.5rem; font-variant-numeric: tabular-nums; white-space: nowrap; }}
+@media (min-width: 40rem) {{ .etl td > a {{ white-space: nowrap; }} }}
+.etl .even {{ table-layout: fixed; }}
+.etl .even td {{ overflow-wrap: anywhere; }}
 .etl .span {{ min-width: 8rem; }}
 .etl .span > span {{ display: block; height: 12px; background: var(--bar); border-radius: 2px; }}
+.etl .typed {{ background: light-dark(#eceef1, #272d36); border-radius: 6px; padding: .75rem .9rem; margin: 0;
+    font-size: .875rem; white-space: pre-wrap; overflow-wrap: anywhere; user-select: all; }}
 .etl .wide {{ overflow-x: auto; }}
 </style>"""
 
@@ -86,6 +91,11 @@ def link(address: str, said: str) -> str:
 def badge(said: str, colour: str) -> str:
     """A word in a colour."""
     return f'<span class="badge {colour}">{escape(said)}</span>'
+
+
+def typed(command: str) -> str:
+    """What to type: a click selects all of it. Streamlit's own block of code brings 1.6 MB of script to the page."""
+    return f'<pre class="typed">{escape(command)}</pre>'
 
 
 def small(*said: str) -> str:
@@ -114,8 +124,8 @@ def bars(values: Sequence[float], named: Sequence[str], about: str, colour: str 
     return f'<div class="bars" role="img" aria-label="{escape(about)}">{"".join(made)}</div>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Markup in rows; `right`: the columns that hold numbers."""
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = (), even: bool = False) -> str:
+    """Markup in rows; `right`: the columns that hold numbers; `even`: all columns are as wide."""
 
     def cells(kind: str, row: Sequence[str]) -> str:
         sides = (' class="right"' if at in right else "" for at in range(len(row)))
@@ -123,4 +133,5 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[in
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     top = f"<thead><tr>{cells('th', [*map(escape, head)])}</tr></thead>"
-    return f'<div class="wide"><table>{top}<tbody>{body}</tbody></table></div>'
+    kind = ' class="even"' if even else ""
+    return f'<div class="wide"><table{kind}>{top}<tbody>{body}</tbody></table></div>'

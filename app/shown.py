@@ -261,6 +261,7 @@ def table(frame: pl.DataFrame, columns: dict[str, Any], name: str, rows_px: int 
         hide_index=True,
         column_config=columns,
         key=f"table-{name}",
+        placeholder="–",
     )
 
 

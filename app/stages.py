@@ -18,16 +18,21 @@ class Line:
     """A stage. `runs`: its last ones, in the order in which they ended; `under_way`: those at work here."""
 
     name: str
-    state: str  # of its last run, or running, or "no run yet"
     runs: Sequence[Mapping[str, Any]]
     under_way: Sequence[Mapping[str, Any]]
     last_ok: datetime | None
     following: datetime | None  # its next run; None, too, while nobody is there to start it
 
     @property
-    def last_s(self) -> float | None:
-        """Seconds of the last run."""
-        return self.runs[-1]["seconds"] if self.runs else None
+    def last(self) -> Mapping[str, Any] | None:
+        """The last run; one that did not begin, as another was under way, only where there is no other."""
+        began = [run for run in self.runs if run["seconds"] or run["state"] != "cancelled"]
+        return next(reversed(began or self.runs), None)
+
+    @property
+    def state(self) -> str:
+        """Of its last run, or running, or "no run yet"."""
+        return "running" if self.under_way else self.last["state"] if self.last else "no run yet"
 
     @property
     def usual_s(self) -> float | None:
@@ -44,8 +49,7 @@ def lines(view: View) -> list[Line]:
     for name in names:
         runs = [run for run in view.seen.runs if run["stage"] == name][-BARS:]
         at_work = [run for run in view.under_way if run["stage"] == name]
-        state = "running" if at_work else runs[-1]["state"] if runs else "no run yet"
-        made.append(Line(name, state, runs, at_work, view.seen.last_ok.get(name), following.get(name)))
+        made.append(Line(name, runs, at_work, view.seen.last_ok.get(name), following.get(name)))
     return made
 
 

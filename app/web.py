@@ -16,6 +16,7 @@ from typing import Any
 
 from starlette.middleware import Middleware
 from streamlit.starlette import App
+from streamlit.watcher.polling_path_watcher import PollingPathWatcher
 
 log = logging.getLogger(__name__)
 FILES = "/static/"  # Streamlit's own: each has a name of its content, and a browser asks for it once
@@ -85,9 +86,16 @@ def warm() -> None:
     gc.freeze()
 
 
+def look_at_settings_once() -> None:
+    """Streamlit looks for changes of three files of settings, whether they are there or not, five times a second each:
+    most of what the process took while no page was open."""
+    PollingPathWatcher._schedule = lambda self: None  # type: ignore[method-assign]
+
+
 @asynccontextmanager
 async def started(_: App) -> AsyncIterator[None]:
     """Warm meanwhile."""
+    look_at_settings_once()
     threading.Thread(target=warm, name="warm", daemon=True).start()
     yield
 

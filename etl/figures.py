@@ -9,7 +9,7 @@ from typing import Any
 
 NAMES = re.compile(r"(.*_)?(?<!per_)(key|id|year)")
 SHARES = re.compile(r"(.*[_ ])?share", re.I)
-MEGABYTES = re.compile(r"(.*_)?mb")
+MEGABYTES = re.compile(r"(.*_)?mb(_.*)?")
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]{8,}([+-]\d\d:\d\d|Z)")
 
 
@@ -29,6 +29,8 @@ def figure(value: Any, name: str = "") -> str:
             return f"{100 * value:,.1f} %"
         case float() if MEGABYTES.fullmatch(name):
             return "< 0.01" if 0 < value < 0.01 else f"{value:,.2f}"
+        case float() if 1e-7 <= abs(value) < 1e-4:
+            return f"{value:.7f}"
         case float():
             digits = ",.6g" if abs(value) < 1000 else ",.2f" if abs(value) < 1e6 else ",.0f"
             return f"{value:{digits}}"

@@ -76,7 +76,8 @@ def stages(told: digest.Digest) -> None:
     }
     given = [name for name in frame.columns if frame[name].null_count() < frame.height]
     # a list is a sparkline here, which shown.table would make a text
-    st.dataframe(frame.select(given), hide_index=True, column_config=columns, key="stages", height="content")
+    said = {"column_config": columns, "placeholder": "–"}
+    st.dataframe(frame.select(given), hide_index=True, key="stages", height="content", **said)
 
 
 def failures(told: digest.Digest) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import polars as pl
 import streamlit as st
 
-from app import shown
+from app import markup, shown
 from etl.lake import NothingPublished, backup, doctor
 from etl.runs import index, provenance
 from etl.storage import Root
@@ -152,13 +152,13 @@ def backed_up(root: Root) -> None:
     made = backup.newest(root)
     if made is None:
         st.caption("No backup was ever made of this root.")
-        st.code("python orchestrate.py backup URL", language=None)
+        markup.show(markup.typed("python orchestrate.py backup URL"))
         return
     url, at = made
     is_old = datetime.now(UTC) - at > doctor.BACKUP_AGE
     colour = "orange" if is_old else "green"
     st.metric("The newest", shown.ago(at), shown.at(at, both=True), delta_color=colour, delta_arrow="off")
-    st.code(f"python orchestrate.py backup {url}" if is_old else url, language=None)
+    markup.show(markup.typed(f"python orchestrate.py backup {url}" if is_old else url))
 
 
 # --- what did not fit ---

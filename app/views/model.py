@@ -18,7 +18,7 @@ from etl.models import registry, scores
 from etl.storage import Root
 
 ASK_S = 10  # for an answer of the API
-MODELS = 30  # in the table
+MODELS = 12  # in the table, the newest
 ACROSS = 4  # fields in a row
 
 
@@ -73,18 +73,17 @@ def over_time(stored: list[dict[str, Any]]) -> None:
     frame = frame.drop_nulls("trained").sort("trained")
     if frame.height > 1:
         shown.draw(charts.line(frame, *frame.columns[1:], unit="log loss", title="Log loss, model by model"), "models")
-    said = [{label: text.format(**each["metrics"]) for label, text in CARD.figures.items()} for each in stored[:MODELS]]
-    about = [
-        {"trained": _trained(each["run_id"]), "aliases": ", ".join(each["aliases"]), **figures}
-        | {"report": shown.report_url(each["run_id"])}
-        for each, figures in zip(stored, said, strict=False)
+    rows = [
+        (
+            markup.link(shown.report_url(each["run_id"]), shown.at(at) if (at := _trained(each["run_id"])) else "–"),
+            markup.text(", ".join(each["aliases"])),
+            *(markup.text(text.format(**each["metrics"])) for text in CARD.figures.values()),
+        )
+        for each in stored[:MODELS]
     ]
-    columns = {label: st.column_config.TextColumn(label, alignment="right") for label in CARD.figures} | {
-        "trained": st.column_config.DatetimeColumn("Trained (UTC)", format=shown.SECONDS),
-        "aliases": st.column_config.TextColumn("Is the"),
-        "report": st.column_config.LinkColumn("Report", display_text="open"),
-    }
-    shown.table(pl.DataFrame(about, schema_overrides={"trained": pl.Datetime("us", "UTC")}), columns, "models")
+    more = f"<p><small>and {len(stored) - MODELS} older ones</small></p>" if len(stored) > MODELS else ""
+    numbers = range(2, 2 + len(CARD.figures))
+    markup.show(markup.table(["Trained", "Is the", *CARD.figures], rows, right=numbers), more)
 
 
 def _compared(metrics: dict[str, Any]) -> dict[str, float]:
@@ -161,7 +160,7 @@ def predicted() -> None:
         else:
             st.error(shown.plain(str(said)))
     url, body = f"{Settings().api_url.rstrip('/')}/v1/predict", json.dumps([CARD.example])
-    st.code(f"curl {url} -H 'Content-Type: application/json' -d '{body}'", language=None, wrap_lines=True)
+    markup.show(markup.typed(f"curl {url} -H 'Content-Type: application/json' -d '{body}'"))
 
 
 def _typed(text: str, example: Any) -> Any:

@@ -20,7 +20,6 @@ BATCHES = 40  # of a table's bars, the newest
 NEXT = 5  # runs
 TALLEST = 3  # times the usual seconds: one run that hung does not make all others flat
 IN_A_ROW = {5: ("five",), 6: ("six",)}  # stages
-HEALTHY = {True: "green", False: "red"}
 QUARANTINE = {"quarantine": "Refused rows"}
 
 
@@ -46,7 +45,8 @@ def page() -> None:
 def is_it_well(view: View) -> None:
     """One sentence, and what there is to say of each incident: since when, and what to do."""
     told = view.findings
-    colour = HEALTHY[health.is_healthy(told)]
+    warned = "orange" if any(finding.level == "warning" for finding in told) else "green"
+    colour = warned if health.is_healthy(told) else "red"
     markup.show(
         f'<div class="banner {colour}" role="status">{markup.text(shortened(health.summary(told), SAID))}</div>'
     )
@@ -63,8 +63,9 @@ def is_it_well(view: View) -> None:
 
 def incident(finding: health.Finding) -> str:
     """One finding, as markup."""
-    since = f" Since {shown.at(finding.since, both=True)}." if finding.since else ""
-    remedy = f"<br>What to do: {markup.text(finding.remedy)}." if finding.remedy else ""
+    began = "Seen since" if finding.kind == "damaged" else "Since"
+    since = f"{began} {shown.at(finding.since, both=True)}.<br>" if finding.since else ""
+    remedy = f"What to do: {markup.text(finding.remedy)}." if finding.remedy else ""
     report = f" {markup.link(finding.link, 'Its report')}" if finding.link and "://" in finding.link else ""
     return (
         f'<li class="incident {markup.LEVELS[finding.level]}"><strong>{markup.text(shortened(finding.sentence, SAID))}'
@@ -79,22 +80,22 @@ def strip(view: View) -> None:
     """The stages in pipeline order, each with its last runs."""
     lines = stages.lines(view)
     if lines:
-        markup.show(
-            "<h2>Stages</h2>",
-            markup.cards((stage_card(line) for line in lines), *(IN_A_ROW.get(len(lines), ()))),
-        )
+        late = {finding.about.removeprefix("stage ") for finding in view.findings if finding.kind == "late"}
+        made = (stage_card(line, line.name in late) for line in lines)
+        markup.show("<h2>Stages</h2>", markup.cards(made, *(IN_A_ROW.get(len(lines), ()))))
 
 
-def stage_card(line: stages.Line) -> str:
+def stage_card(line: stages.Line, is_late: bool) -> str:
     """A stage, as markup."""
-    colour = "gray" if line.state == "no run yet" else markup.STATES.get(line.state, "red")
+    state = "late" if is_late and line.state in ("ok", "noop", "no run yet") else line.state
+    colour = "gray" if state == "no run yet" else markup.STATES.get(state, "red")
     named = markup.link(f"runs?stage={line.name}", line.name)
-    head = f'<div class="head"><h3>{named}</h3>{markup.badge(words(line.state), colour)}</div>'
+    head = f'<div class="head"><h3>{named}</h3>{markup.badge(words(state), colour)}</div>'
     said = [f"ok {shown.ago(line.last_ok)}" if line.last_ok else "never ok yet"]
     said.append(f"next at {shown.at(line.following)}" if line.following else "no next run")
-    if line.last_s is not None:
+    if line.last:
         usual = f", usually {_seconds(line.usual_s)}" if line.usual_s is not None else ""
-        said.append(f"took {_seconds(line.last_s)}{usual}")
+        said.append(f"took {_seconds(line.last['seconds'])}{usual}")
     for run in line.under_way:
         said.append(f"now in “{shortened(run['heading'] or 'its kernel starts', 60)}”")
     return markup.card(head, *(f"<small>{markup.text(text)}</small>" for text in said), _run_bars(line))

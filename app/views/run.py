@@ -22,6 +22,7 @@ COMMANDS = {
     "To see whether the same comes out, in a root of its own": ["replay"],
     "To look at it in JupyterLab, up to the cell that failed": ["debug"],
 }
+LATER = ("checks", "metrics", "seconds")  # what a run that ended early has not come to
 LIMITS = {"deadline_s": "deadline {:,g} s", "memory_mb": "at most {:,g} MB"}
 
 
@@ -71,7 +72,8 @@ def card(run: Mapping[str, Any]) -> None:
         frame = error.get("frame") or {}
         st.markdown(f"**{shown.plain(frame.get('where', error.get('ename', 'The error')))}**{shown.plain(where)}")
         tail = (error.get("traceback_tail") or "").splitlines()[-TAIL:]
-        st.code("\n".join([*([frame["code"], ""] if frame.get("code") else []), *tail]), language=None)
+        shown_lines = [*([frame["code"], ""] if frame.get("code") else []), *tail]
+        st.code("\n".join(shown_lines), language=None, wrap_lines=True)
 
 
 @st.fragment(run_every=poller.LOOK_S)
@@ -167,16 +169,22 @@ def differences(root: Root, view: poller.View, run: Mapping[str, Any]) -> None:
     from etl.runs import replay
 
     named = markup.link(f"run?id={last['run_id']}", last["run_id"])
+    supplied = {name for name, origin in (run.get("origins") or {}).items() if origin == "supplied"}
+    parts = [each for each in replay.diff(last, dict(run)) if each.part != "parameters" or each.name not in supplied]
+    ended_well = run["state"] in ("ok", "noop")
+    came_to = [part for part in parts if ended_well or part.after is not None or part.part not in LATER]
     rows = [
         (
             markup.text(f"{words(part.part)}: {words(part.name)}" if part.part != part.name else part.part),
             _value(part.before, part.name, part.part),
             _value(part.after, part.name, part.part),
         )
-        for part in replay.diff(last, dict(run))
+        for part in came_to
     ]
-    table = markup.table(["", "Then", "Now"], rows) if rows else "<p>Nothing.</p>"
-    markup.show("<h2>What differs from the last that was ok</h2>", f"<p>{named}</p>", table)
+    table = markup.table(["", "Then", "Now"], rows, even=True) if rows else "<p>Nothing.</p>"
+    left = len(parts) - len(came_to)
+    more = markup.small(f"and {left:,} more that it did not come to: checks, figures, cells") if left else ""
+    markup.show("<h2>What differs from the last that was ok</h2>", f"<p>{named}</p>", table, more)
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
@@ -190,7 +198,8 @@ def last_ok(root_url: str, stage: str, before: str) -> dict[str, Any] | None:
 def _value(value: Any, name: str, part: str = "") -> str:
     if part == "seconds" and value is not None:
         return f"{value:,.2f}"
-    said = value if isinstance(value, str) else figure(value, name)
+    is_of_files = name == "given" and isinstance(value, Mapping)  # what they say is too long
+    said = ", ".join(value) if is_of_files else figure(value, name)
     return markup.text(said[:12] if name.endswith(("sha256", "git_commit")) else shortened(said, VALUE))
 
 

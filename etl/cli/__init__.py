@@ -5,6 +5,7 @@ exit status 0 only on success, 1 for what failed, 2 for what was asked wrongly.
 """
 
 import importlib.metadata
+import sys
 from typing import Annotated
 
 import typer
@@ -41,6 +42,7 @@ def make(timetable: Timetable, help_text: str) -> typer.Typer:
         ] = False,
     ) -> None:
         context.obj = timetable
+        context.call_on_close(_finish_reports)
 
     up.register(app, timetable)
     deploying.register(app)
@@ -58,6 +60,12 @@ def make(timetable: Timetable, help_text: str) -> typer.Typer:
     lake.register(app, timetable)
     app.add_typer(lake.refused, name="quarantine")
     return app
+
+
+def _finish_reports() -> None:
+    """Wait for pages made in the background: while the interpreter ends Polars reads nothing of earlier runs."""
+    if delivery := sys.modules.get("etl.runs.delivery"):
+        delivery.settle()
 
 
 def _print_version(asked: bool) -> None:

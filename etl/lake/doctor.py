@@ -14,7 +14,7 @@ from etl.storage import Damaged, Root
 if TYPE_CHECKING:
     from etl.lake.lake import Lake
 
-REBUILD = "end `up`, then `orchestrate.py rebuild`"
+REBUILD = "end `up`, then `python orchestrate.py rebuild`"
 BACKUP_AGE = timedelta(days=1)
 WAITS = timedelta(minutes=30)  # for a file in landing, with a schedule of a minute
 
@@ -161,7 +161,7 @@ def _backup(_: "Lake", made: tuple[str, datetime]) -> Iterator[tuple[str, str]]:
     """Whether it is older than a day; a root that never had a backup is asked for none."""
     age = datetime.now(UTC) - made[1]
     if age > BACKUP_AGE:
-        yield f"it is {age.days} days and {age.seconds // 3600} hours old", f"`orchestrate.py backup {made[0]}`"
+        yield f"it is {age.days} days and {age.seconds // 3600} hours old", f"`python orchestrate.py backup {made[0]}`"
 
 
 def _archive(lake: "Lake") -> Iterator[tuple[str, str]]:

@@ -19,6 +19,7 @@ LIBRARIES = re.compile(r"/(site|dist)-packages/|/\.venv/|/lib/python3")
 ENDED = ("killed", "timed_out")
 # what a kernel runs in is not the user's
 KERNEL = ("etl/kernels/in_kernel.py", "etl/kernels/forkserver.py", "etl/kernels/watcher.py")
+ENGINE = "etl/"  # under a project: what it calls, and not what it does wrong
 STACKS = "Where every thread was"
 FRAME = re.compile(r'  File "(.+)", line (\d+) in (.+)')  # as faulthandler writes it
 SHOWN = re.compile(r"^(?:Cell In\[(\d+)\], line (\d+)|File (.+?):(\d+)(?:, in .*)?$)", re.M)  # as IPython writes it
@@ -180,7 +181,8 @@ def stacks(text: str, cells: list[Any], project: Path = PROJECT) -> tuple[str, d
 def own_frame(
     traceback: str, cells: list[Any], project: Path = PROJECT, restored: Callable[[str], str] = str
 ) -> dict[str, Any] | None:
-    """The innermost frame of the user's own in an IPython traceback in plain text: {where, code}.
+    """The innermost frame of the user's own in an IPython traceback in plain text: {where, code}; one of the engine
+    only where no other is.
 
     `restored` gives a path as it was before secrets were replaced in it.
     """
@@ -190,7 +192,8 @@ def own_frame(
             index = next((i for i, c in enumerate(cells) if c.get("execution_count") == int(number)), None)
             frame = _in_cell(index, int(line), cells) if index is not None else frame
         else:
-            frame = _place(str(Path(restored(file)).expanduser()), int(at), {}, cells, project) or frame
+            own = _place(str(Path(restored(file)).expanduser()), int(at), {}, cells, project)
+            frame = own if own and not (frame and own["where"].startswith(ENGINE)) else frame
     return frame
 
 

@@ -9,7 +9,7 @@ from datetime import datetime
 from html import escape, unescape
 from typing import TYPE_CHECKING, Any
 
-from etl.figures import change, figure, moment, span, words
+from etl.figures import change, figure, moment, shortened, span, words
 from etl.params.cell import DEFAULT, SUPPLIED, declared_in
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ PHRASES = {  # of the other states the reason says it all
     "failed": "It failed",
     "timed_out": "It was stopped",
 }
+SAID = 300  # characters of a reason; the card and the traceback have more
 RAN_S = 0.5  # a run that began so much later than it was due has waited
 FROM = 6  # headings, that a report has a list of its contents
 HEADING = re.compile(r"<(h[123])>(.*?)</\1>", re.S)
@@ -82,10 +83,12 @@ def of(record: "RunRecord | Any", nb: Any, before: Before) -> Head:
 
 def _outcome(record: Any, before: Before) -> str:
     """One sentence: what came of it, and how long that took."""
-    told = record.reason
+    told = shortened(record.reason, SAID)
     if record.state == "ok":
         wrote = len(record.versions_written)
-        parts = [f"{len(record.checks)} checks passed" if len(record.checks) > 1 else ""]
+        rows = record.metrics.get("rows")
+        parts = [f"{figure(rows)} row{'s' * (rows != 1)}" if type(rows) is int else ""]
+        parts += [f"{len(record.checks)} checks passed" if len(record.checks) > 1 else ""]
         parts += [f"{wrote} table{'s' * (wrote != 1)} written" if wrote else ""]
         told = told or ", ".join(filter(None, parts))
     usual = f", usually {span(before.usual_s)}" if before.usual_s is not None else ""
@@ -129,8 +132,10 @@ def costs(receipt: dict[str, Any]) -> Iterator[str]:
         "dollars": "{:,.4f} dollars",
     }
     for name, text in told.items():
-        if (value := receipt.get(name)) is not None:
-            yield text.format(value / 1e6 if name.startswith("bytes") else value)
+        if value := receipt.get(name):
+            said = text.format(value / 1e6 if name.startswith("bytes") else value)
+            if re.search("[1-9]", said):
+                yield said
 
 
 def _figures(record: Any, before: Before) -> Iterator[tuple[str, str, str]]:

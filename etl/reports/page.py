@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from etl.notebook import CHECK_MIME, checks_in
+from etl.notebook import CHECK_MIME, CheckFailed, checks_in
 from etl.reports import head
 from etl.reports.head import Before
 from etl.storage import Root
@@ -32,6 +32,8 @@ CODE = re.compile(
     rb'|<div class="output_error[^>]*>.*?</div>|<a class="code-switch[^>]*>.*?</a>',
     re.S,
 )
+
+RULE = re.compile(r"(\x1b\[[\d;]*m)*-{20,}(\x1b\[[\d;]*m)*")  # above a traceback of IPython's
 
 # What a notebook's outputs may contain. Everything else is dropped: scripts, forms, frames, anything fetched.
 TAGS = set(
@@ -159,8 +161,17 @@ def _exporter() -> Any:
     # nbconvert's own filter shows headings, paragraphs and table heads as escaped text
     exporter.register_filter("clean_html", clean)
     exporter.register_filter("checks", lambda data: checks_in(data.get(CHECK_MIME)))
+    exporter.register_filter("traceback", _traceback)
     exporter.register_filter("readable", lambda data: next((kind for kind in SHOWN if kind in data), None))
     return exporter
+
+
+def _traceback(error: Any) -> list[str]:
+    """The lines of an error's output that are read: not the rule on top, nor that checks failed, which they say."""
+    lines: list[str] = error.traceback
+    if error.ename == CheckFailed.__name__ and len(lines) == 1:
+        return []
+    return [line for line in lines if not RULE.fullmatch(line)]
 
 
 def clean(fragment: Any) -> str:

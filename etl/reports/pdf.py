@@ -6,6 +6,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from etl.reports.packing import packed
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
 PRINT_S = 120  # that it may take
 
@@ -45,4 +47,4 @@ def printed(page: bytes) -> bytes:
         if not made.exists():
             last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
             raise NotPrinted(f"{command} did not print, and ended with status {done.returncode}: {last:.300}")
-        return made.read_bytes()
+        return packed(made.read_bytes())

@@ -138,9 +138,11 @@ def _how_it_ended(status: int | None) -> str:
 
 
 def one_line(error: object, name: str | None = None) -> str:
-    """As in `ValueError: the first line of its message`, at most REASON_CHARS characters."""
-    lines = plain_text(str(error)).strip().splitlines() or [""]
-    return shortened(f"{name or type(error).__name__}: {lines[0]}".removesuffix(": "), REASON_CHARS)
+    """As in `ValueError: the first line of its message`, at most REASON_CHARS characters; with the second line where
+    the first announces it."""
+    first, *more = plain_text(str(error)).strip().splitlines() or [""]
+    told = f"{first} {more[0].strip()}" if first.endswith(":") and more else first
+    return shortened(f"{name or type(error).__name__}: {told}".removesuffix(": "), REASON_CHARS)
 
 
 def plain_text(text: str) -> str:

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,7 +35,10 @@ GROWS = timedelta(hours=1)  # in which a run that refused lines is news
 SLOW_RUNS = 3  # in a row that are slower than P95 of at least USUAL before them
 USUAL, P95 = 20, 95
 SLOWLY_S = 20  # between two looks at what changes seldom or costs more
-DOCTOR = "see what `orchestrate.py doctor` says"
+LAST_RUNS = "see whether `up` is at work, and its last runs: `python orchestrate.py runs list`"
+START_UP = "start `python orchestrate.py up`"
+START = "start it: `python orchestrate.py up`"
+DOCTOR = "see what `python orchestrate.py doctor` says"
 
 
 @dataclass(frozen=True)
@@ -100,11 +103,11 @@ class Seen:
 
 
 def findings(now: datetime, seen: Seen) -> list[Finding]:
-    """What is not as it should be at `now` (UTC), the worst first."""
+    """What is not as it should be at `now` (UTC): first that `up` was ended, which explains others, then the worst."""
     told = [*_up(now, seen), *seen.damaged, *of_runs(now, seen), *_late(now, seen), *_figures(seen)]
     told += [*_tables(now, seen), *_questions(now, seen), *_quarantine(now, seen)]
     order = ["bad", "warning", "note"]
-    return sorted(told, key=lambda finding: order.index(finding.level))
+    return sorted(told, key=lambda finding: (finding.remedy != START, order.index(finding.level)))
 
 
 def is_healthy(told: Iterable[Finding]) -> bool:
@@ -114,10 +117,12 @@ def is_healthy(told: Iterable[Finding]) -> bool:
 
 def summary(told: Sequence[Finding], most: int = 2) -> str:
     """All of it in one sentence."""
-    bad = [finding.sentence for finding in told if finding.level == "bad"]
-    shown = bad or [finding.sentence for finding in told]
+    bad = not is_healthy(told)
+    shown = [each.sentence for each in told if not bad or each.level == "bad" or each.remedy == START]
     more = f"; and {len(shown) - most} more" if len(shown) > most else ""
     text = "; ".join(shown[:most]) + more
+    if not bad and any(each.level == "warning" for each in told):
+        return f"Healthy, but {text}"
     return f"{'Not healthy' if bad else 'Healthy'}: {text or 'nothing failed last, and nothing is late'}"
 
 
@@ -172,7 +177,7 @@ def _failed(name: str, runs: list[Mapping[str, Any]], now: datetime, seen: Seen)
         f"{name}: {last['state'].replace('_', ' ')}{where}: {last['reason'] or 'no reason is known'}{often}",
         first["ended_at"],
         seen.link(last, now),
-        f"read the report; `orchestrate.py run --from {last['run_id']}` runs it again",
+        f"read the report; `python orchestrate.py run --from {last['run_id']}` runs it again",
         _cadence_s(name, now, seen),
     )
 
@@ -206,11 +211,11 @@ def _up(now: datetime, seen: Seen) -> Iterator[Finding]:
     if beat.get("ended_at"):
         at = datetime.fromisoformat(beat["ended_at"])
         text = f"`up` was ended at {_at(at, now)} ({who}): nothing runs on a schedule"
-        yield Finding("up", "warning", "up", text, at, None, "start it: `orchestrate.py up`")
+        yield Finding("up", "warning", "up", text, at, None, START)
     elif is_dead(now, seen):
         at = datetime.fromisoformat(beat["at"])
         text = f"`up` is dead: it was last seen at {_at(at, now)} ({who}), and nothing runs on a schedule"
-        yield Finding("up", "bad", "up", text, at, None, "start it: `orchestrate.py up`; its logs are in services/")
+        yield Finding("up", "bad", "up", text, at, None, f"{START}; its logs are in services/")
     else:
         for ill in beat.get("ill", ()):
             at = datetime.fromisoformat(ill["since"])
@@ -242,27 +247,27 @@ def _late(now: datetime, seen: Seen) -> Iterator[Finding]:
     for name, stage in seen.stages.items():
         last, beat = seen.last_ok.get(name), seen.beat
         expected = datetime.fromisoformat(beat["expected_since"]) if beat else None
-        due, limit = None, ""
+        due, since, limit = None, now, ""
         if stage.fresh_within_s and (last or expected):
             due = (last or expected or now) + timedelta(seconds=stage.fresh_within_s)
-            limit = f"within {span(stage.fresh_within_s)}"
+            limit, since = f"within {span(stage.fresh_within_s)}", due
         elif beat and expected:
             missed = 1 if _is_nobody_there(name, now, seen) else MISSED
             times = _times(name, max(last or expected, expected), seen, missed)
             if times and last is None:  # the first run brings what there is
                 times[-1] += timedelta(seconds=stage.deadline_s)
             if len(times) == missed and not (missed == MISSED and _is_tried(name, runs, now, seen)):
-                due, limit = times[-1], f"at {_at(times[0], now)}"
+                due, limit, since = times[-1], f"at {_at(times[0], now)}", times[0]
         if due and now > due:
             was = f"none since {_at(last, now)}" if last else "none yet"
             yield Finding(
                 "late",
                 "bad",
                 f"stage {name}",
-                f"{name} is {span((now - due).total_seconds())} late: an ok run was due {limit}, {was}",
-                due,
+                f"{name} is {span((now - since).total_seconds())} late: an ok run was due {limit}, {was}",
+                since,
                 seen.link(tried[-1], now) if (tried := runs.get(name)) else None,
-                "see whether `up` is at work, and its last runs: `orchestrate.py runs list`",
+                START_UP if beat and (beat.get("ended_at") or is_dead(now, seen)) else LAST_RUNS,
                 _cadence_s(name, now, seen),
             )
 
@@ -304,10 +309,11 @@ def _questions(now: datetime, seen: Seen) -> Iterator[Finding]:
     if left:
         oldest = min(left, key=lambda answer: answer.at)
         count = f"{len(left)} answers are" if len(left) > 1 else "1 answer is"
-        text = (
-            f"{count} stale: {oldest.question} is of {_at(oldest.at, now)}, {seen.batch - oldest.batch:,} batches ago"
-        )
-        yield Finding("stale", "warning", "answers", text, oldest.at, None, f"run {oldest.stage}")
+        behind = seen.batch - oldest.batch
+        ago = f"{behind:,} batch{'es' * (behind > 1)} ago"
+        text = f"{count} stale: {oldest.question} is of {_at(oldest.at, now)}, {ago}"
+        remedy = f"`python orchestrate.py run {oldest.stage}`"
+        yield Finding("stale", "warning", "answers", text, oldest.at, None, remedy)
 
 
 def _quarantine(now: datetime, seen: Seen) -> Iterator[Finding]:
@@ -317,7 +323,7 @@ def _quarantine(now: datetime, seen: Seen) -> Iterator[Finding]:
         text = f"quarantine grows: {runs} of the last hour refused lines; it has {seen.quarantined:,} rows"
         since, link = refusing[0]["ended_at"], seen.link(refusing[-1], now)
         yield Finding(
-            "quarantine", "warning", "table quarantine", text, since, link, "`orchestrate.py quarantine list`"
+            "quarantine", "warning", "table quarantine", text, since, link, "`python orchestrate.py quarantine list`"
         )
 
 
@@ -368,6 +374,7 @@ class Reader:
         self._version: int | None = None
         self._rows: tuple[Any, ...] = [], {}, {}
         self._slowly_at, self._slow = -math.inf, Seen()
+        self._damaged_at: dict[str, datetime] = {}
         self._figures: dict[Line, tuple[str, float | None]] = {}
 
     def seen(self, fresh: bool = False) -> Seen:
@@ -389,9 +396,15 @@ class Reader:
             root_url=self.root.url,
             tables=self._fresh_tables(),
             questions={name: question.fresh_within for name, question in self._questions.items()},
-            damaged=[*damaged, *slow.damaged],
+            damaged=self._first_seen([*damaged, *slow.damaged]),
             **{name: getattr(slow, name) for name in ("stages", "answers", "batch", "quarantined", "lines")},
         )
+
+    def _first_seen(self, damaged: list[Finding]) -> list[Finding]:
+        """Each with when this process saw it first: when it came to be is not known."""
+        now = datetime.now(UTC)
+        self._damaged_at = {each.key: self._damaged_at.get(each.key, now) for each in damaged}
+        return [replace(each, since=self._damaged_at[each.key]) for each in damaged]
 
     def _fresh_tables(self) -> dict[str, timedelta]:
         tables = self._lake.tables if self._lake else {}
@@ -415,7 +428,7 @@ class Reader:
 
     def _look_slowly(self, beat: Mapping[str, Any] | None, runs: Sequence[Mapping[str, Any]]) -> Seen:
         damaged: list[Finding] = []
-        self._or(damaged, "the stages' YAML", "`orchestrate.py check`", lambda: self._load(beat))
+        self._or(damaged, "the stages' YAML", "`python orchestrate.py check`", lambda: self._load(beat))
         pointer = self._or(damaged, "the published snapshot", DOCTOR, self._pointer) or {"batch": 0, "tables": {}}
         for table, version in pointer["tables"].items():
             rel = f"lake/{table}"
@@ -423,7 +436,7 @@ class Reader:
             problem = self._or(damaged, f"table {table}", DOCTOR, lambda look=look: next(look(), None))
             if problem:
                 damaged.append(Finding("damaged", "bad", f"table {table}", f"table {table}: {problem}", remedy=DOCTOR))
-        pointers = self._or(damaged, "the answers", "run query", self._pointers) or {}
+        pointers = self._or(damaged, "the answers", "`python orchestrate.py run query`", self._pointers) or {}
         ended = {run["run_id"]: run["ended_at"] for run in runs}
         return Seen(
             stages=self.project.stages if self.project else {},

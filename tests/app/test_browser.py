@@ -115,6 +115,8 @@ def test_the_overview_says_what_is_wrong_as_it_happens(browser_window, served, r
         assert re.search(r"none since .* UTC$", banner.inner_text())
         expect(told).to_contain_text("Since ")
         expect(told).to_contain_text("What to do: see whether up is at work, and its last runs")
+        late = dashboard.tab.locator(".badge.red")
+        expect(late).to_have_text("late")  # its last run was ok
         incidents.ended(root, "generate")
         expect(banner).to_have_text("Healthy: nothing failed last, and nothing is late")
 
@@ -126,7 +128,7 @@ def test_the_overview_says_what_is_wrong_as_it_happens(browser_window, served, r
 
         incidents.stale_answers(root)
         expect(banner).to_have_text(
-            re.compile(r"Healthy: \d+ answers are stale: \w+ is of .*, 1 batches ago"), timeout=SLOWLY_MS
+            re.compile(r"Healthy, but \d+ answers are stale: \w+ is of .*, 1 batch ago"), timeout=SLOWLY_MS
         )
         incidents.growing_quarantine(root)
         expect(banner).to_contain_text("quarantine grows: a run of the last hour refused lines; it has 0 rows")
@@ -134,9 +136,11 @@ def test_the_overview_says_what_is_wrong_as_it_happens(browser_window, served, r
         expect(banner).to_contain_text(
             re.compile("Not healthy: table orders: lake/orders/.* its rows are lost"), timeout=SLOWLY_MS
         )
+        expect(told.first).to_contain_text("Seen since")
+        expect(told.first).to_contain_text("What to do: see what python orchestrate.py doctor says")
         incidents.dead_up(root)
         expect(banner).to_contain_text(re.compile(r"Not healthy: up is dead: it was last seen at .* UTC"))
-        expect(told.first).to_contain_text("start it: orchestrate.py up")
+        expect(told.first).to_contain_text("start it: python orchestrate.py up")
         expect(dashboard.tab.locator(".st-key-footer")).to_contain_text("up was last seen at")
 
         run = dashboard.tab.locator("a.bar.red").first

@@ -10,7 +10,9 @@ import pytest
 from drawing import broken, drawn, opened, said, texts, whole
 from published import QUERY_RUN
 from streamlit.testing.v1 import AppTest
+from streamlit.watcher.polling_path_watcher import PollingPathWatcher
 
+from app import web
 from app.shown import EXPORTS, column
 from etl.runs import releases
 from etl.storage import Root
@@ -126,11 +128,11 @@ ANSWER = f"results/{LIVE[0].name}"
 DAMAGES = {  # page, damage, panels that cannot be shown, what is to be done, charts and tables that still are shown
     "the published snapshot": (
         *("overview", of("lake/published.json", b"[]")),
-        *(["The age of the data", "What is counted"], "`orchestrate.py rebuild`", 0, 0),
+        *(["The age of the data", "What is counted"], "`python orchestrate.py rebuild`", 0, 0),
     ),
     "a table's log": (
         *("overview", of("lake/orders/_delta_log/00000000000000000001.json", b"{")),
-        *(["Orders"], "`orchestrate.py rebuild`", 0, 0),
+        *(["Orders"], "`python orchestrate.py rebuild`", 0, 0),
     ),
     "a history, of a figure": ("overview", of(f"{ANSWER}/history.json", CUT), [LIVE[0].title], "run query", 0, 0),
     "an answer": ("questions", of(f"{ANSWER}/*.parquet", CUT), ["The answer"], "run query", 0, 1),
@@ -172,3 +174,14 @@ def test_what_is_damaged_takes_no_more_down_than_its_own_panel(root, what):
 def test_a_column_is_shown_as_people_write_what_is_in_it(name, dtype, shown_as):
     config = column(name, pl.Series(dtype=dtype).dtype)
     assert (config["label"], config["type_config"]["type"], config["type_config"].get("format")) == shown_as
+
+
+def test_no_file_of_settings_is_looked_at_again_and_again(monkeypatch, tmp_path):
+    """Three of them, five times a second, took most of what an idle dashboard took."""
+    asked = []
+    monkeypatch.setattr(PollingPathWatcher, "_schedule", PollingPathWatcher._schedule)
+    monkeypatch.setattr(PollingPathWatcher._executor, "submit", asked.append)
+    for looks in (1, 1):
+        PollingPathWatcher(f"{tmp_path}/config.toml", print, allow_nonexistent=True)
+        assert len(asked) == looks
+        web.look_at_settings_once()

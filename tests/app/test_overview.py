@@ -11,6 +11,7 @@ import pytest
 from drawing import broken, markup, opened, said, texts
 from published import QUERY_RUN, TRAIN_RUN, add_run
 
+from app import stages
 from etl.runs import engine, failures
 from etl.runs.record import RunRequest
 from etl.storage import Root
@@ -73,6 +74,26 @@ def test_each_stage_has_its_runs_in_pipeline_order_and_the_next_ones_are_told(ro
     assert "The last that went wrong: train failed at 2026-11-22 12:03 UTC, ValueError: no such column" in told
 
 
+def test_a_run_that_did_not_begin_is_not_how_its_stage_is():
+    ok, skipped = {"state": "ok", "seconds": 2.0}, {"state": "cancelled", "seconds": 0.0}
+    assert stages.Line("query", [ok, skipped], [], None, None).last == ok
+    assert stages.Line("query", [skipped], [], None, None).state == "cancelled"
+    assert stages.Line("query", [ok, {"state": "failed", "seconds": 0.0}], [], None, None).state == "failed"
+    assert stages.Line("query", [ok], [{"run_id": "x"}], None, None).state == "running"
+    assert stages.Line("query", [], [], None, None).state == "no run yet"
+
+
+def test_what_a_run_did_not_come_to_is_no_line_each(root):
+    add_run(root, "train-20261122T140000-dddddd", minute=5, metrics={"gap": 0.1, "rows": 4})
+    add_run(root, "train-20261122T150000-eeeeee", "failed", "ValueError: no such column", minute=6)
+    told = said(opened("run", id="train-20261122T150000-eeeeee"))
+    assert "state ok failed" in told and "and 2 more that it did not come to: checks, figures, cells" in told
+    assert "metrics: gap" not in told
+    add_run(root, "train-20261122T160000-ffffff", minute=7, metrics={"rows": 4, "given": {"models/a.json": {"k": "v"}}})
+    told = said(opened("run", id="train-20261122T160000-ffffff"))
+    assert "metrics: gap 0.1 none" in told and "metrics: given none models/a.json" in told
+
+
 def test_runs_are_found_by_stage_state_day_and_text_and_the_address_says_so(root):
     def ids(**address: str) -> list[str]:
         return [
@@ -96,6 +117,7 @@ def test_a_run_has_a_page(root):
     assert texts(shown.title) == ["train: failed"]
     told = said(shown)
     assert "ValueError: no such column" in told and "due 2026-11-22 12:00 UTC" in told
+    assert "scheduled for" not in told.partition("Parameters")[0]  # which differs always
     assert f"What differs from the last that was ok {TRAIN_RUN}" in told
     typed = [code.value for code in shown.code]
     assert typed[0] == f"python orchestrate.py run --from {FAILED_RUN} --root {root}"

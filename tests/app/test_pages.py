@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import streamlit as st
 import uvicorn
-from drawing import said
+from drawing import markup, said
 from published import DAY, QUERY_RUN, TRAIN_RUN, add_run
 from streamlit.testing.v1 import AppTest
 from support import free_port
@@ -99,7 +100,7 @@ def test_the_lake_has_its_tables_what_did_not_fit_and_who_wrote_what(root):
     assert [sample for samples in reasons["samples"] for sample in samples].count(bad[1]) == 2
     assert refused["samples"][0] == ["orders/broken-00000099.json"] and "gzip" in refused["why"][0]
     assert [(metric.label, metric.value) for metric in page.metric] == [("Files before", "412"), ("Files after", "18")]
-    assert "python orchestrate.py backup" in page.code[0].value
+    assert "python orchestrate.py backup" in said(page)
     written = lake_page.written(root, "now", "quarantine")
     assert written.row(0)[0] == Lake(root).snapshot().versions["quarantine"]
     assert written["report"][0].endswith(run_id) and written["stage"][0] == "preprocess"
@@ -113,7 +114,7 @@ def test_a_backup_older_than_a_day_is_amber_and_says_how_to_make_another(root, d
     [age] = [metric for metric in page.metric if metric.label == "The newest"]
     assert age.value == ("3 days ago" if days else "5 min ago")
     assert age.proto.color == {"green": age.proto.GREEN, "orange": age.proto.ORANGE}[colour]
-    assert page.code[0].value == ("python orchestrate.py backup /backups/etl" if days else "/backups/etl")
+    assert f'"typed">{"python orchestrate.py backup " if days else ""}/backups/etl</pre>' in markup(page)
 
 
 def test_the_model_is_shown_beside_the_best_possible_over_time_and_on_what_came_since(root):
@@ -122,11 +123,11 @@ def test_the_model_is_shown_beside_the_best_possible_over_time_and_on_what_came_
     older = older | {"metrics": champion["metrics"] | {"gap": 0.5}, "features": []}
     Root.at(root).write(f"models/{older['model_id']}/metrics.json", json.dumps(older).encode())
     alone = drawn(model)
-    [models] = tables(alone)
     gap = f"{champion['metrics']['gap']:.5f}"
     assert f"Log loss above the best possible {gap} " in said(alone)
-    assert models["Log loss above the best possible"].tolist() == [gap, "0.50000"]
-    assert models["aliases"].tolist() == ["champion", ""]
+    newest, before = re.findall("<tr><td>.*?</tr>", markup(alone).partition("Trained")[2])
+    assert "<td>champion</td>" in newest and f">{gap}<" in newest
+    assert "/reports/train-20261121T120000-aaaaaa" in before and ">0.50000<" in before and "champion" not in before
     assert len(alone.get("plotly_chart")) == 2, "the champion's losses, and those of both"
     hours = [
         dict.fromkeys(scores.DRIFT)
@@ -235,7 +236,7 @@ def test_what_is_damaged_takes_no_more_down_than_its_own_panel(root, what):
     shown = drawn(page, day=DAY)
     assert warned(shown) == panels
     assert all("What to do" in warning.value for warning in shown.warning)
-    assert len(tables(shown)) == left
+    assert len(tables(shown)) + ("<th>Trained</th>" in markup(shown)) == left
 
 
 def test_the_dashboard_draws_stored_charts_without_what_makes_them(filled):

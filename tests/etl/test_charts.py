@@ -159,6 +159,19 @@ def test_groups_stand_in_the_order_of_the_rows_not_of_the_alphabet():
     assert [bars[0].get_height() for bars in drawn.containers] == [30, 1]
 
 
+def test_a_scale_is_in_numbers_as_people_write_them_and_has_no_halves_of_what_is_counted():
+    def ticks(*values):
+        frame = pl.DataFrame({"table": ["orders", "parts"], "files": values})
+        drawn = charts._drawn("matplotlib", lambda rows: charts.plot(rows).bar(x="table", y="files"), frame)
+        charts._tidy_matplotlib(drawn)
+        drawn.canvas.draw()
+        return [label.get_text() for label in drawn.axes[0].get_yticklabels()]
+
+    assert ticks(1, 2)[:2] == ["0", "1"]
+    assert "0.5" in ticks(0.5, 2.0)
+    assert "5,000" in ticks(17_000, 4)
+
+
 @pytest.mark.parametrize(
     "largest, unit", [("3400000000", "billions"), ("999999", "thousands"), ("1000000", "millions"), ("12", "")]
 )

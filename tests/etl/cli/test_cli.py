@@ -224,6 +224,8 @@ def test_a_run_again_takes_what_was_recorded_and_then_what_is_given(greeting):
     assert second["origins"]["name"] == f"run {first['run_id']}" and second["origins"]["loud"] == "command line"
     third = orchestrate(project, *again, "--at", "2026-03-02T00:00:00+00:00")
     assert third.returncode == 0 and "greet-20260302T000000" in third.stdout
+    page = Root.at(root).read(f"{second['report']}/report.html").decode()  # made while the command came to its end
+    assert all(text in page for text in ("← previous", "last ok", "usually", "was 6, +150.0 %")), page
     shown = {tuple(re.findall(r"[\w\"]+", line)) for line in third.stdout.splitlines()}
     assert {("parent", "loud", "2", "5"), ("today", "loud", "1", "5"), ("today", "name", "Grace", "Ada")} <= shown
 

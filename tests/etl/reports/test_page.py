@@ -13,7 +13,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from etl.notebook import CHECK_MIME
-from etl.reports import cards
+from etl.reports import cards, head
 from etl.reports import page as report_page
 from etl.reports.head import Before
 from etl.runs.record import RunRecord
@@ -256,6 +256,35 @@ def test_the_head_says_what_came_of_it_and_what_is_new():
     assert head.text.index("Run, root and host") < head.text.index("/outputs")
     assert [tag for tag, a in page.elements if a.get("class") == "check"] == ["table"]  # one for all cells
     assert head.text.index("FAILED") < head.text.index("passed")
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"metrics": {"rows": 1234}, "versions_written": {"orders": 1}}, "Done: 1,234 rows, 1 table written (2.0 s)."),
+        ({"metrics": {"rows": 1}}, "Done: 1 row (2.0 s)."),
+        ({"metrics": {"rows": "many"}}, "Done (2.0 s)."),
+        ({"state": "failed", "reason": "no room " * 200}, f"It failed: {'no room ' * 37}no… (2.0 s)."),
+    ],
+)
+def test_what_came_of_it_says_how_many_rows(changes, said):
+    assert head.of(record(**changes), new_notebook(), report_page.NOTHING).outcome == said
+
+
+def test_a_cost_of_nothing_is_not_told():
+    receipt = {"cpu_s": 0.6, "bytes_read": 4e5, "bytes_written": 4e4, "rows_per_s": 0.0, "dollars": None}
+    assert [*head.costs(receipt)] == ["0.6 s of CPU", "0.4 MB read"]
+
+
+def test_a_failed_check_is_told_beside_its_cell_once_and_a_traceback_has_no_rule_on_top():
+    checks = [{"name": "few", "ok": False, "detail": "3"}]
+    told = new_output("display_data", data={CHECK_MIME: {"checks": checks}})
+    again = new_output(
+        "error", ename="CheckFailed", evalue="", traceback=["CheckFailed: 1 of 1 checks failed: few (3)"]
+    )
+    own = new_output("error", ename="CheckFailed", evalue="", traceback=["\x1b[31m" + "-" * 75 + "\x1b[39m", "mine: 1"])
+    page = Page(report_page.html(record(), executed(new_code_cell("x", outputs=[told, again, own])))).text
+    assert "FAILED: few" in page and "checks failed" not in page and "mine: 1" in page and "-----" not in page
 
 
 def test_a_page_without_code_has_what_is_said_and_shown():

@@ -17,7 +17,7 @@ from test_engine import RUN_ID, alive, as_run, cell_states, run, saved
 from etl.kernels import watcher
 from etl.reports import cards
 from etl.runs import delivery, index, journal
-from etl.runs.endings import for_memory
+from etl.runs.endings import for_memory, one_line
 from etl.runs.record import RunRecord
 from etl.secrets import Redactor
 from etl.storage import PROJECT, Root
@@ -109,9 +109,16 @@ def test_the_card_names_the_users_own_frame_and_what_is_new_since_it_went_well(t
     assert "FileNotFoundError" in source and "`rows` 3 → 5." in source
     assert f"[{ok.run_id}](../../2026-11-03/{ok.run_id}/report.html)" in source
     frame = run_json["error"]["frame"]
-    assert frame["where"].startswith("etl/storage.py:") and frame["code"] in (PROJECT / "etl/storage.py").read_text()
+    called = {"where": "cell 4, line 2", "code": cells[2].splitlines()[1]}  # of an injected cell more
+    assert frame == called  # and not the line of the engine that it calls
     page = (tmp_path / bad.report / "report.html").read_text()
     assert f'href="../../2026-11-03/{ok.run_id}/report.html"' in page
+
+
+def test_a_first_line_that_announces_the_next_has_it():
+    assert one_line("no such column:\n    l_shipdate\nmore", "KeyError") == "KeyError: no such column: l_shipdate"
+    assert one_line("two lines\nof text", "E") == "E: two lines" and one_line("alone:", "E") == "E: alone:"
+    assert one_line("", "E") == "E"
 
 
 def test_a_card_is_never_longer_than_12_lines():

@@ -46,7 +46,7 @@ def test_a_stage_is_late_after_three_times_of_its_schedule_or_fresh_within():
     late = replace(SEEN, last_ok=SEEN.last_ok | {"preprocess": ago(minutes=3)})  # 11:57:10, due at 11:58, 59, 12:00
     assert told(late, NOW - timedelta(seconds=11)) == {}
     assert told(late) == {
-        "late stage preprocess": "preprocess is 10 s late: an ok run was due at 11:58:00 UTC, none since 11:57:10 UTC"
+        "late stage preprocess": "preprocess is 2 min late: an ok run was due at 11:58:00 UTC, none since 11:57:10 UTC"
     }
     fresh = replace(late, stages=STAGES | {"preprocess": replace(STAGES["preprocess"], fresh_within_s=240)})
     assert told(fresh) == {}
@@ -54,7 +54,7 @@ def test_a_stage_is_late_after_three_times_of_its_schedule_or_fresh_within():
     daily = replace(STAGES["query"], every_s=None, cron="0 6 * * *")
     cron = replace(SEEN, stages={"query": daily}, last_ok={"query": ago(days=3)})  # 26 February, 12:00
     cron = replace(cron, beat=BEAT | dict.fromkeys(("since", "expected_since"), "2026-01-01T00:00:00+00:00"))
-    assert "2 days" not in told(cron)["late stage query"]  # since 06:00 today, the third time
+    assert "query is 2 days late: an ok run was due at 2026-02-27 06:00 UTC" in told(cron)["late stage query"]
     assert told(cron, ago(hours=7)) == {}
 
 
@@ -91,6 +91,12 @@ def test_a_dead_up_is_seen_and_then_a_stage_is_late_at_its_next_time():
 def test_one_that_was_ended_is_told_calmly_and_a_root_without_one_is_well():
     [finding] = health.findings(NOW, replace(SEEN, beat=BEAT | {"ended_at": ago(seconds=5).isoformat()}))
     assert finding.level == "warning" and "was ended at 12:00:05 UTC" in finding.sentence
+    assert health.is_healthy([finding])
+    ended = replace(SEEN, beat=BEAT | {"ended_at": ago(seconds=300).isoformat()})
+    late = health.findings(NOW, replace(ended, last_ok=dict.fromkeys(STAGES, ago(seconds=310))))
+    assert [finding.about for finding in late][:3] == ["up", "stage generate", "stage preprocess"]  # why, then what
+    assert {finding.remedy for finding in late if finding.kind == "late"} == {"start `python orchestrate.py up`"}
+    assert health.summary(late).startswith("Not healthy: `up` was ended at 11:55:10 UTC (process 7 on here): nothing")
     ill = {"name": "Prefect server", "why": "locked by process 7 (a; b); end it", "since": ago(seconds=9).isoformat()}
     [finding] = health.findings(NOW, replace(SEEN, beat=BEAT | {"ill": [ill]}))
     assert finding.sentence == "Prefect server: locked by process 7 (a; b), since 12:00:01 UTC"
