@@ -112,12 +112,7 @@ class Timetable:
             self._tell(f"nobody looked at the schedules for {_seconds(now - self._looked)}: this machine or `up` slept")
         self._looked = now
         for course in self._courses.values():
-            if course.coming and course.coming <= now:
-                due = course.stage.due(course.seen, now, MOST)
-                course.see(now)
-                self._take(course, due, now)
-            elif now > course.seen:
-                course.seen = now
+            self._see_to_due(course, now)
             self._begin_waiting(course)
 
     def coming(self) -> dict[str, datetime]:
@@ -134,8 +129,10 @@ class Timetable:
             return
         missed, course.missed = course.missed, []
         if missed is None:
+            self._see_to_due(course, now)  # a time that has come and was not looked at yet is its first run
             is_over = course.stage.next_run(now) is None
-            if course.stage.missed != "skip" and not course.has_begun and not is_over:
+            has_first = course.has_begun or course.waiting
+            if course.stage.missed != "skip" and not has_first and not is_over:
                 self._want(course, [now])
         else:
             self._take(course, missed, now, begun=course.has_begun)
@@ -153,6 +150,14 @@ class Timetable:
         """Say of what did not run that it did not."""
         for course in self._courses.values():
             self._close(course)
+
+    def _see_to_due(self, course: _Course, now: datetime) -> None:
+        if course.coming and course.coming <= now:
+            due = course.stage.due(course.seen, now, MOST)
+            course.see(now)
+            self._take(course, due, now)
+        elif now > course.seen:
+            course.seen = now
 
     def _take(self, course: _Course, times: list[datetime], now: datetime, begun: bool = False) -> None:
         """Begin, have wait or leave what was due, by the stage's `missed`."""

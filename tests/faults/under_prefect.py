@@ -12,6 +12,7 @@ import signal
 import tempfile
 import time
 import urllib.error
+from collections import Counter
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -152,7 +153,8 @@ def interrupted(n: int, seed: int) -> str:
     first, last = min(ran), max(ran)
     due = {first + timedelta(seconds=5 * number) for number in range(int((last - first).total_seconds() // 5) + 1)}
     said = {first + timedelta(seconds=5 * number) for first, count in left for number in range(count)}
-    assert len(ran) == len(set(ran)) and not said & set(ran), f"twice: {sorted(said & set(ran))}"
+    twice = sorted(time for time, count in Counter([*ran, *said]).items() if count > 1)
+    assert not twice, f"{', '.join(what)}: from {first} to {last} twice: {twice[:9]}"
     missing = sorted(due - set(ran) - said)
     assert not missing, f"{', '.join(what)}: {len(missing)} of {len(due)} have neither a run nor a word: {missing[:9]}"
     return f"{', '.join(what)}: {len(due)} times due, {len(ran)} runs, {len(said & due)} said not to run"
