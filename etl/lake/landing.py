@@ -250,7 +250,7 @@ def archive(
 def _archive(root: Root, file: File, sha256: str, date: str, require: Callable[[], None]) -> File:
     """Move a file; where it changed meanwhile it stays, and is returned with the reason."""
     crash_point(f"before the archive: {file.table}")
-    target = _free(root, file, date)
+    target = free(root, file, date)
     if not _is_moved_as_listed(root, file, target, require):
         entry = root.entry(file.landing)
         if entry and entry.mark != file.mark and not _is(root, file, sha256):
@@ -274,7 +274,7 @@ def _is_moved_as_listed(root: Root, file: File, target: str, require: Callable[[
         return False
 
 
-def _free(root: Root, file: File, date: str) -> str:
+def free(root: Root, file: File, date: str) -> str:
     """A path of the archive that has nothing yet: of a file under whose path others came before one of its own."""
     if not file.again:
         return file.archived(date)

@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,8 @@ def rebuild(lake: "Lake", run_id: str = "rebuild", accept_quarantine: bool = Fal
                 switch.finish(root, pointer, lease)
                 mark = root.mark(snapshot.POINTER)
         scratch = switch.scratch(lake, lease)
-        for part in _parts(lake):
+        parts = _parts(lake)
+        for part in parts:
             _again(lake, scratch, part, run_id)
         if not snapshot.published(scratch):
             root.remove_tree(switch.folder_of(lease))
@@ -75,6 +76,7 @@ def rebuild(lake: "Lake", run_id: str = "rebuild", accept_quarantine: bool = Fal
         compared = _compare(lake, scratch)
         before = f"lake-before-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
         least = max([_published_batch(root), *(manifest["batch"] for manifest in _manifests(root))])
+        _archive(lake, parts)
         switch.begin(lake, scratch, lease, mark, least, before)
         pointer = snapshot.read_pointer(root)
         if pointer and "under" in pointer:  # else another one took over and has done it
@@ -216,6 +218,15 @@ def _again(lake: "Lake", scratch: "Lake", part: Part, run_id: str) -> None:
         again=True,
     )
     scratch.root.remove_tree("archive")
+
+
+def _archive(lake: "Lake", parts: list[Part]) -> None:
+    """Copy to the archive what a batch left unfinished has in landing: once switched it is one that was ingested."""
+    for part in parts:
+        for path, (rel, size) in part.files.items():
+            if rel.startswith("landing/"):
+                file = replace(landing.of(lake, path, size or 0), again=True)
+                lake.root.write(landing.free(lake.root, file, part.date), lake.root.read(rel)[:size])
 
 
 def _compare(lake: "Lake", scratch: "Lake") -> pl.DataFrame:

@@ -13,7 +13,7 @@ from polars.testing import assert_frame_equal
 from support import AT, ingest_all
 
 from etl.findings import Finding
-from etl.lake import rebuild, switch
+from etl.lake import ingest, rebuild, switch
 from etl.lake import snapshot as snapshots
 from etl.lake.table import TEXT, Column
 from etl.questions import results
@@ -154,6 +154,17 @@ def test_a_line_that_was_not_kept_as_it_came_is_not_tried_again(root, stream, ma
     assert place.names("landing/orders") == []
 
 
+def test_what_a_batch_that_died_had_in_landing_is_made_again_once_more(lived, stream, made, monkeypatch):
+    source.land(Root.at(lived), stream, source.make_ticks(stream, range(3, 4)))
+    with monkeypatch.context() as patched, pytest.raises(Died):
+        patched.setattr(ingest, "crash_point", lambda name: name != "before it is published" or _die())
+        ingest_all(lived)
+    Lake(lived).rebuild()
+    ingest_all(lived)
+    assert not Root.at(lived).names("landing/orders")
+    assert Lake(lived).rebuild()["equal"].all()
+
+
 def _edit(path: Path, change) -> None:
     path.write_bytes(change(path.read_bytes()))
 
@@ -257,6 +268,10 @@ def test_doctor_names_what_is_planted_and_what_to_do(root, answered_once, what):
 
 class Died(BaseException):
     """As if the process had been killed."""
+
+
+def _die() -> None:
+    raise Died
 
 
 SWITCH = [
