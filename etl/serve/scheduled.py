@@ -168,6 +168,10 @@ class ScheduledRuns:
                 self._is_away = True
                 self._threads.submit(self._without, stage, turn)
             result = asyncio.wrap_future(turn.result)
+            while not asked and not result.done():  # Prefect shows what is under way, as soon as it can
+                if self._is_linked(stage.name):
+                    asked = asyncio.ensure_future(self._ask(stage.name, turn, flow_run))
+                await asyncio.wait({result}, timeout=FREE_S)
             await asyncio.wait({result})
             if asked and asked.done():
                 flow_run = asked.result()

@@ -3,24 +3,27 @@
 import asyncio
 import contextlib
 import json
-from datetime import timedelta
+import logging
+import threading
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from uuid import uuid4
 
 import pytest
 from faults.workers import EXPECTED, ended, failing, prefect_server
-from prefect import get_client
+from prefect import Flow, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.schedules import IntervalSchedule
-from prefect.client.schemas.sorting import DeploymentSort
+from prefect.client.schemas.sorting import DeploymentSort, FlowRunSort
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Running
 from support import WEBSOCKET, asked
 
 from etl import params
-from etl.serve import flows
+from etl.serve import flows, scheduled
 from etl.serve.scheduled import ScheduledRuns
-from etl.serve.worker import AT_ONCE, POOL
+from etl.serve.worker import AT_ONCE, POOL, InPlaceWorker, current_turn
 from etl.storage import Root
 
 ELSEWHERE = "http://evil.example"
@@ -139,3 +142,52 @@ def test_a_run_that_begins_while_stages_are_deployed_is_not_taken_for_one_that_w
     stages = len(params.load(project, "local").stages)
     deployed = f"{stages} deployments"
     assert told == [deployed, f"closed {stages} runs that an earlier process left, and 0 that were missed", deployed]
+
+
+def _lasts(begun: list[str], end: threading.Event) -> None:
+    begun.append("without")
+    end.wait(60)
+
+
+def test_a_run_that_began_without_the_server_is_under_way_there_once_it_answers(server, project, monkeypatch):
+    monkeypatch.setattr(scheduled, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(logging.getLogger(scheduled.__name__), "disabled", True)
+    begun, end = [], threading.Event()
+
+    def flow_of(stage, environment):
+        return Flow(lambda parameters=None: current_turn().run(lambda: begun.append("through")), name=stage.name)
+
+    async def went() -> set[str]:
+        with temporary_settings({PREFECT_API_URL: server["PREFECT_API_URL"]}):
+            async with get_client() as client:
+                loaded = params.load(project, "local", stage="generate")
+                work = partial(_lasts, begun, end)
+                runs = ScheduledRuns(client, lambda _, turn: turn.run(work), print, lambda _: Completed(), print)
+                runs.follow(loaded.stages)
+                runs._begin(loaded.stages["generate"], datetime.now(UTC))
+                while not begun:
+                    await asyncio.sleep(0.05)
+                deployed = {}
+                link = flows._Link(client, runs, deployed, flow_of, False, print)
+                link.wanted = loaded
+                await link.look()
+
+                async def states() -> set[str]:
+                    every = await client.read_flow_runs(sort=FlowRunSort.ID_DESC, limit=200)
+                    return {run.state.name for run in every if run.deployment_id == runs.ids["generate"]}
+
+                async def until(expected: set[str]) -> None:
+                    for _ in range(600):
+                        if await states() == expected:
+                            return
+                        await asyncio.sleep(0.1)
+                    pytest.fail(f"{await states()}, not {expected}")
+
+                async with InPlaceWorker(deployed, work_pool_name=POOL, name="here") as runs.worker:
+                    await until({"Running"})
+                    end.set()
+                    await until({"Completed"})
+                return {*runs.under_way}
+
+    assert asyncio.run(went()) == set()
+    assert begun == ["without"]
