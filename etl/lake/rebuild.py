@@ -74,10 +74,10 @@ def rebuild(lake: "Lake", run_id: str = "rebuild", accept_quarantine: bool = Fal
             root.remove_tree(switch.folder_of(lease))
             raise RowsWouldGo(f"{'; '.join(gone)}. Nothing was changed")
         compared = _compare(lake, scratch)
-        before = f"lake-before-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
+        now = datetime.now(UTC)
         least = max([_published_batch(root), *(manifest["batch"] for manifest in _manifests(root))])
-        _archive(lake, parts)
-        switch.begin(lake, scratch, lease, mark, least, before)
+        _archive(lake, parts, f"{now:%Y-%m-%d}")
+        switch.begin(lake, scratch, lease, mark, least, f"lake-before-{now:%Y%m%dT%H%M%S.%f}")
         pointer = snapshot.read_pointer(root)
         if pointer and "under" in pointer:  # else another one took over and has done it
             switch.finish(root, pointer, lease)
@@ -220,13 +220,14 @@ def _again(lake: "Lake", scratch: "Lake", part: Part, run_id: str) -> None:
     scratch.root.remove_tree("archive")
 
 
-def _archive(lake: "Lake", parts: list[Part]) -> None:
-    """Copy to the archive what a batch left unfinished has in landing: once switched it is one that was ingested."""
+def _archive(lake: "Lake", parts: list[Part], date: str) -> None:
+    """Copy to the archive, into the day `date`, what a batch left unfinished has in landing: once switched it is one
+    that was ingested."""
     for part in parts:
         for path, (rel, size) in part.files.items():
             if rel.startswith("landing/"):
                 file = replace(landing.of(lake, path, size or 0), again=True)
-                lake.root.write(landing.free(lake.root, file, part.date), lake.root.read(rel)[:size])
+                lake.root.write(landing.free(lake.root, file, date), lake.root.read(rel)[:size])
 
 
 def _compare(lake: "Lake", scratch: "Lake") -> pl.DataFrame:

@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,19 @@ def test_what_a_batch_that_died_had_in_landing_is_made_again_once_more(lived, st
     ingest_all(lived)
     assert not Root.at(lived).names("landing/orders")
     assert Lake(lived).rebuild()["equal"].all()
+
+
+def test_what_a_batch_of_long_ago_had_in_landing_is_archived_today(root, stream, made, monkeypatch):
+    source.land(Root.at(root), stream, {1: made[1]})
+    many = 1 << 40
+    with monkeypatch.context() as patched, pytest.raises(Died):
+        patched.setattr(ingest, "crash_point", lambda name: name != "before it is published" or _die())
+        limits = {"max_files": 9, "max_bytes": many, "max_bad_share": 1, "for_s": many}
+        ingest.drain(Lake(root), **limits, scheduled_for=AT, run_id="x", now=datetime(2026, 3, 1, tzinfo=UTC))
+    assert not any(Path(root, "archive").rglob("*.json"))
+    Lake(root).rebuild()
+    today = Path(root, "archive", f"{datetime.now(UTC):%Y-%m-%d}")
+    assert [*Path(root, "archive").rglob("*.json")] == [*today.rglob("*.json")]
 
 
 def _edit(path: Path, change) -> None:

@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -133,28 +134,30 @@ def test_a_service_that_says_nothing_any_more_is_said_to_hang(service, monkeypat
 
 
 def test_while_the_service_takes_nothing_the_door_answers_and_keeps_what_comes(service):
-    service.say(health=HEALTH)
-    sent = [b"GET /%03d HTTP/1.1\r\n" % number for number in range(600)]
-    with contextlib.ExitStack() as clients:
-        for each in sent:
-            clients.enter_context(service.ask(each))
-        assert service.asked().startswith(b"HTTP/1.1 200 ")
+    with asking(service, 600) as sent:
         assert sorted(taken(service, len(sent))) == sent
 
 
 def test_who_has_waited_longest_goes_when_there_are_more_than_there_may_be():
     service = Played(most=20)
-    service.say(health=HEALTH)
-    sent = [b"GET /%03d HTTP/1.1\r\n" % number for number in range(900)]
-    with contextlib.ExitStack() as clients:
-        for each in sent:
-            clients.enter_context(service.ask(each))
-        assert service.asked().startswith(b"HTTP/1.1 200 ")
+    with asking(service, 900) as sent:
         first = taken(service, 20)
         service.channel.settimeout(1)
         rest = taken(service, len(sent))
     assert {*first} <= {*sent[:100]} and {*sent[-10:]} <= {*rest} and len(first) + len(rest) < len(sent)
     service.end()
+
+
+@contextlib.contextmanager
+def asking(service: Played, count: int) -> Iterator[list[bytes]]:
+    """What so many clients have sent that wait for their answers; the door still gives its own."""
+    service.say(health=HEALTH)
+    sent = [b"GET /%03d HTTP/1.1\r\n" % number for number in range(count)]
+    with contextlib.ExitStack() as clients:
+        for each in sent:
+            clients.enter_context(service.ask(each))
+        assert service.asked().startswith(b"HTTP/1.1 200 ")
+        yield sent
 
 
 def taken(service: Played, most: int) -> list[bytes]:
