@@ -215,18 +215,22 @@ def _box(
     info = {"transport": "ipc", "ip": f"{folder}/kernel", "key": uuid.uuid4().hex, "signature_scheme": "hmac-sha256"}
     ports = {f"{name}_port": i for i, name in enumerate(("shell", "iopub", "stdin", "control", "hb"), 1)}
     (folder / "kernel.json").write_text(json.dumps(info | ports))
+    last_words, said = os.pipe()
     kernel = os.fork()
     if kernel == 0:
         lifeline.close()
+        os.close(last_words)
         watcher.become_kernel(str(folder / "pid"))
-        in_kernel.serve(folder, commands, late, imported)
+        in_kernel.serve(folder, commands, late, imported, said)
         return
     commands.close()
-    status, begun = watcher.watch(kernel, str(folder / "pid"), lifeline.fileno())
+    os.close(said)
+    status, begun = watcher.watch(kernel, str(folder / "pid"), lifeline.fileno(), last_words)
     if not begun:  # nobody else will
         shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):
         lifeline.sendall(f"{status}\n".encode())
+    watcher.end_all(kernel)
     os._exit(0)
 
 

@@ -14,6 +14,7 @@ import importlib
 import json
 import mmap
 import os
+import resource
 import signal
 import socket
 import sys
@@ -22,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from etl.kernels import sources
+from etl.kernels import sources, watcher
 
 BEGINS, STALE = b"\n", b"!"  # what a forked kernel says to its order
 FOLDER = "ETL_KERNEL_FOLDER"  # the variable that names the kernel's folder, for its sockets and stacks
@@ -104,12 +105,14 @@ def mark(folder: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 1)
 
 
-def serve(folder: Path, commands: socket.socket, modules: list[str], imported: sources.Imported) -> None:
+def serve(
+    folder: Path, commands: socket.socket, modules: list[str], imported: sources.Imported, last_words: int
+) -> None:
     """In a process forked from one that has the imports: be the kernel of the one run that `commands` will tell of.
 
     Comes up as far as a kernel can, notes in `folder` which own files it has imported, and waits. An order is one line
     of JSON: `env`, the whole environment, and `cwd`. It is answered by BEGINS once it is followed, or by STALE when one
-    of those files has changed; the end of `commands` ends the process.
+    of those files has changed; the end of `commands` ends the process. `last_words` leads to its black box.
     """
     began = time.time()
     os.environ[FOLDER] = str(folder)
@@ -162,18 +165,22 @@ def serve(folder: Path, commands: socket.socket, modules: list[str], imported: s
 
     loop.add_handler(commands, obey, loop.READ)
     app.start()  # the kernel is at work while it waits
-    leave()
+    leave(last_words)
 
 
-def leave() -> None:
+def leave(last_words: int | None = None) -> None:
     """End as a process of Python ends, but leave its memory to the operating system: to free all that was imported,
-    object by object, takes longer than most runs, and of a forked process first copies every page."""
+    object by object, takes longer than most runs, and of a forked process first copies every page. When nothing is left
+    but that, say to `last_words` what was used."""
     threading._shutdown()  # type: ignore[attr-defined]  # not public; waits for threads, as at any exit
     atexit._run_exitfuncs()
     for stream in (sys.__stdout__, sys.__stderr__):
         with contextlib.suppress(OSError, ValueError):
             if stream:
                 stream.flush()
+    if last_words is not None:
+        with contextlib.suppress(OSError):
+            os.write(last_words, json.dumps(watcher.used(resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)).encode())
     os._exit(0)
 
 

@@ -120,6 +120,7 @@ class Kernel:
         try:
             if polite and self.exit_status is None:
                 self.client.execute(EXIT, silent=True)
+                self.client.stop_channels()  # nobody listens any more; it takes as long as the kernel's last words
                 await self._gone_within(POLITE_S)
             self.signal(signal.SIGTERM)
             await self._gone_within(0.5)
@@ -141,7 +142,7 @@ class Kernel:
     async def _gone_within(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         while self.exit_status is None and time.monotonic() < until:
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(0.001)
 
 
 def new_folder() -> Path:

@@ -28,6 +28,7 @@ import time
 
 TYPE_CHECKING = False  # as in typing, which this small process does without
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
 LOOK_S = 0.2  # between two looks at the memory; a process takes about a gigabyte in that time
@@ -71,18 +72,22 @@ def become_kernel(pid_path: str) -> None:
         file.write(str(os.getpid()))
 
 
-def watch(kernel: int, pid_path: str, lifeline: int) -> tuple[int | None, bool]:
+def watch(kernel: int, pid_path: str, lifeline: int, last_words: int | None = None) -> tuple[int | None, bool]:
     """Watch the child `kernel` to its end, or end it when it is time.
 
-    (its status as in subprocess, whether it had a run)
+    (its status as in subprocess, whether it had a run). What comes through `last_words` says that all its code has
+    ended, and is what it has used; then, if it left nothing that runs, its end is told before it is gone: to give back
+    the memory of its imports takes longer than to write the report. Its caller waits for that: `end_all`.
     """
     ended, cause, begun = os.pidfd_open(kernel), "", b""
     run: _Run | None = None
     status: int | None = None
+    told: dict[str, Any] | None = None
     while status is None and not cause:
         # before the run begins there is nothing to look at
         runner = [run.runner] if run and run.runner is not None else []
-        ready = select.select([lifeline, ended, *runner], [], [], LOOK_S if run else None)[0]
+        words = [last_words] if last_words is not None else []
+        ready = select.select([lifeline, ended, *runner, *words], [], [], LOOK_S if run else None)[0]
         if lifeline in ready:
             said = _read(lifeline)
             *lines, begun = (begun + said).split(b"\n")
@@ -96,14 +101,20 @@ def watch(kernel: int, pid_path: str, lifeline: int) -> tuple[int | None, bool]:
             cause = "closed" if run.runner is None or run.runner in ready else cause
             cause = run.look() or cause
         status = _reap(kernel)
+        if last_words in ready:
+            said, last_words = _read(last_words), None
+            if said and run and status is None and not cause and _tree() == [kernel]:
+                status, told = 0, json.loads(said)
+                break
         if run and status is None and (cause == "memory" or not is_ending(kernel)):
             run.sample(cause)
-    last = _end_all(kernel)
-    status = last if status is None else status
+    if not told:
+        last = end_all(kernel)
+        status = last if status is None else status
     with contextlib.suppress(OSError):
         os.unlink(pid_path)
     if run:
-        run.tell_end(status, cause)
+        run.tell_end(status, cause, told)
     return status, run is not None
 
 
@@ -135,18 +146,18 @@ class _Run:
             self._next_sample = time.monotonic() + SAMPLE_S
             self._tell("sample", rss_mb=round(self._rss_mb), cpu_s=round(self._cpu_s, 2), cell=self.cell)
 
-    def tell_end(self, status: int | None, cause: str) -> None:
-        used, io = resource.getrusage(resource.RUSAGE_CHILDREN), fields("/proc/self/io")
+    def tell_end(self, status: int | None, cause: str, told: "dict[str, Any] | None") -> None:
+        """`told`: what the kernel says it has used, where it is not waited for yet."""
+        every = [used(resource.RUSAGE_CHILDREN), *([told] if told else [])]
         self._tell(
             "kernel_end",
             status=status,
             cause=cause,
             oom_kills=_oom_kills() - self._oom_kills,
-            cpu_s=round(used.ru_utime + used.ru_stime, 3),
-            # children that were waited for count as their parent's own, down to this process
-            bytes_read=io.get("rchar"),
-            bytes_written=io.get("wchar"),
-            peak_memory_mb=round(max(self._peak_mb, used.ru_maxrss * 1024 / MB)),
+            cpu_s=round(sum(each["cpu_s"] for each in every), 3),
+            bytes_read=_sum(each["bytes_read"] for each in every),
+            bytes_written=_sum(each["bytes_written"] for each in every),
+            peak_memory_mb=round(max(self._peak_mb, *(each["peak_memory_mb"] for each in every))),
         )
 
     def _tell(self, event: str, **fields: float | str | None) -> None:
@@ -158,6 +169,23 @@ class _Run:
         line = json.dumps({"event": event, "t": stamp, **fields, "limit_mb": round(self._limit_mb)}) + "\n"
         with contextlib.suppress(OSError):  # a full disk is no reason to stop watching
             os.write(self._journal, line.encode())
+
+
+def used(*whose: int) -> "dict[str, Any]":
+    """What this process and those that it waited for have used so far: RUSAGE_SELF, RUSAGE_CHILDREN or both."""
+    usages, io = [resource.getrusage(one) for one in whose], fields("/proc/self/io")
+    return {
+        "cpu_s": sum(each.ru_utime + each.ru_stime for each in usages),
+        # children that were waited for count as their parent's own
+        "bytes_read": io.get("rchar"),
+        "bytes_written": io.get("wchar"),
+        "peak_memory_mb": max(each.ru_maxrss for each in usages) * 1024 / MB,
+    }
+
+
+def _sum(numbers: "Iterable[int | None]") -> int | None:
+    """Their sum; None where one of them is not known."""
+    return sum(each) if None not in (each := [*numbers]) else None  # type: ignore[arg-type]
 
 
 def _tree() -> list[int]:
@@ -214,7 +242,7 @@ def _reap(kernel: int) -> int | None:
             status = os.waitstatus_to_exitcode(raw)
 
 
-def _end_all(kernel: int, within_s: float = 10) -> int | None:
+def end_all(kernel: int, within_s: float = 10) -> int | None:
     """Kill the tree until nothing is left of it; the kernel's status, if it ended here."""
     status, until = None, time.monotonic() + within_s
     while time.monotonic() < until:

@@ -142,6 +142,43 @@ def test_deadline_memory_and_samples_hold_for_it(server, tmp_path):
     assert record.receipt["peak_memory_mb"] > 450
 
 
+def test_what_it_used_is_told_before_it_is_gone(server, tmp_path):
+    child = "open('/dev/null', 'w').write('x' * 10**7)\nimport time\nprint(time.process_time())"
+    used = (
+        f"import subprocess, sys\nchild = subprocess.run([sys.executable, '-c', {child!r}], capture_output=True)\n"
+        "import resource\nwhole = [*map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))]\n"
+        "record(cpu_s=sum(each.ru_utime + each.ru_stime for each in whole), mb=whole[0].ru_maxrss / 1000)"
+    )
+    record = forked_run(tmp_path, used)
+    receipt = record.receipt
+    assert 0 <= receipt["cpu_s"] - record.metrics["cpu_s"] < 1 and receipt["peak_memory_mb"] > record.metrics["mb"]
+    assert receipt["bytes_written"] > 10**7 and receipt["bytes_read"] > 10**5
+
+
+@pytest.mark.parametrize(
+    ("last", "status"),
+    [
+        ("0", 0),
+        ("import atexit, os; atexit.register(os._exit, 3)", 3),
+        ("import atexit, os; atexit.register(os.abort)", -signal.SIGABRT),
+        ("import atexit, subprocess; atexit.register(subprocess.Popen, ['sleep', '1003'])", 0),
+    ],
+)
+def test_how_it_ends_is_told_as_it_was_and_nothing_runs_on(server, tmp_path, last, status):
+    async def ended() -> int | None:
+        env = os.environ | kernel_client.variables(PROJECT)
+        kernel = await launch.start("python3", lambda _: None, tmp_path, env)
+        assert isinstance(kernel._process, kernel_client.Forked)
+        await kernel.ready()
+        kernel.client.execute(last)
+        assert (await kernel.client.get_shell_msg(timeout=60))["content"]["status"] == "ok"
+        await kernel.close(polite=True)
+        return kernel.exit_status
+
+    assert asyncio.run(ended()) == status
+    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "1003"]]
+
+
 def test_when_the_runner_is_killed_nothing_is_left_of_it(server, tmp_path, spool):
     """Not the kernel, nor a child that it forked, nor one in a session of its own."""
     forks = "import os, subprocess, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(1000)\n"

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import threading
@@ -149,6 +150,7 @@ def _lasts(begun: list[str], end: threading.Event) -> None:
     end.wait(60)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # now and then Prefect leaves a socket
 def test_a_run_that_began_without_the_server_is_under_way_there_once_it_answers(server, project, monkeypatch):
     monkeypatch.setattr(scheduled, "PATIENCE_S", 0.2)
     monkeypatch.setattr(logging.getLogger(scheduled.__name__), "disabled", True)
@@ -192,3 +194,4 @@ def test_a_run_that_began_without_the_server_is_under_way_there_once_it_answers(
 
     asyncio.run(went())
     assert begun == ["without"]
+    gc.collect()
