@@ -55,6 +55,16 @@ class Picture:
         return self.png, {"width": WIDTH_PX, "height": HEIGHT_PX}
 
 
+class Nothing:
+    """In place of a chart that would be empty: a line, and no page of white."""
+
+    def __repr__(self) -> str:
+        return "nothing to draw: no rows"
+
+    def _repr_html_(self) -> str:
+        return f"<p><small>{self!r}</small></p>"
+
+
 class Live:
     """A Plotly figure, drawn by what the package plotly brings into JupyterLab: no script, nothing from a network."""
 
@@ -68,6 +78,7 @@ class Live:
 
 
 NOTE = 24  # letters, from which on a text is a note and no value
+RIGHT, TIME = ' align="right"', ' class="time"'
 
 
 class Grid:
@@ -82,7 +93,7 @@ class Grid:
     def _repr_html_(self) -> str:
         same = self._said_once()
         shown = self.frame.drop(same).head(self.rows)
-        sides = [' align="right"' if dtype.is_numeric() else "" for dtype in shown.dtypes]
+        sides = [RIGHT if dtype.is_numeric() else TIME if dtype.is_temporal() else "" for dtype in shown.dtypes]
         names = [html.escape(words(name)) for name in shown.columns]
         head = "".join(f"<th{side}>{name}</th>" for side, name in zip(sides, names, strict=True))
         cells = [[_text(*item) for item in zip(shown.columns, row, strict=True)] for row in shown.iter_rows()]
@@ -153,8 +164,10 @@ def in_units(frame: pl.DataFrame, column: str) -> tuple[pl.DataFrame, str]:
     return frame.with_columns((values / factor).alias(column)), unit
 
 
-def show(chart: Chart, frame: pl.DataFrame) -> Picture | Live:
-    """What a notebook shows: a Picture, or a live plot where ETL_CHARTS=plotly (JupyterLab)."""
+def show(chart: Chart, frame: pl.DataFrame) -> Picture | Live | Nothing:
+    """What a notebook shows: a Picture, or a live plot where ETL_CHARTS=plotly (JupyterLab); of no rows, a line."""
+    if frame.is_empty():
+        return Nothing()
     if os.environ.get("ETL_CHARTS") == "plotly":
         return Live(plotly(chart, frame))
     return Picture(png(chart, frame))

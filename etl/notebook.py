@@ -115,7 +115,7 @@ def _settle(result: Any) -> None:
     failed = [f"{c['name']} ({c['detail']})" if c["detail"] else c["name"] for c in checks if not c["ok"]]
     if failed and result.success:
         # IPython swallows what a callback raises, and ipykernel looks at the result after the callbacks
-        error = CheckFailed(f"{len(failed)} of {len(checks)} checks failed: {'; '.join(failed)}")
+        error = CheckFailed(f"{len(failed)} check{'s' * (len(failed) > 1)} failed: {'; '.join(failed)}")
         result.error_in_exec = error
         shell.showtraceback((CheckFailed, error, None))
 

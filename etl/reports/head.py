@@ -141,7 +141,7 @@ def costs(receipt: dict[str, Any]) -> Iterator[str]:
 def _figures(record: Any, before: Before) -> Iterator[tuple[str, str, str]]:
     then = (before.last_ok or {}).get("metrics") or {}
     for name, value in record.metrics.items():
-        if not isinstance(value, dict | list):
+        if not isinstance(value, dict | list) and (value is not None or then.get(name) is not None):
             yield words(name), figure(value, name), change(then.get(name), value, name)
 
 

@@ -38,7 +38,7 @@ def kernel(tmp_path_factory):
 def test_a_failed_check_stops_run_all_after_the_whole_cell(kernel):
     reply, shown = kernel("check('some', True, '3 > 2')\ncheck('few', 3 < 2, '3 < 2')\nreached = True")
     assert (reply["status"], reply["ename"]) == ("error", "CheckFailed")
-    assert reply["traceback"] == ["CheckFailed: 1 of 2 checks failed: few (3 < 2)"]
+    assert reply["traceback"] == ["CheckFailed: 1 check failed: few (3 < 2)"]
     table, error = shown
     assert [c["ok"] for c in table["data"][CHECK_MIME]["checks"]] == [True, False]
     assert table["data"]["text/html"].count("<tr") == 2
@@ -48,7 +48,7 @@ def test_a_failed_check_stops_run_all_after_the_whole_cell(kernel):
 
 def test_a_check_of_any_name_fails(kernel):
     reply, _ = kernel("check(5, False)")
-    assert (reply["status"], reply["evalue"]) == ("error", "1 of 1 checks failed: 5")
+    assert (reply["status"], reply["evalue"]) == ("error", "1 check failed: 5")
 
 
 def test_checks_that_hold_show_one_table_and_the_next_cell_none(kernel):

@@ -236,7 +236,7 @@ def test_the_head_says_what_came_of_it_and_what_is_new():
         Before(last_ok, previous, usual_s=8.04),
         cells=[shown],
         state="check_failed",
-        reason="1 of 2 checks failed: b (2 of <3>)",
+        reason="1 check failed: b (2 of <3>)",
         checks=checks,
         metrics={"rows": 1234},
         scheduled_for="2026-11-03T09:59:50+00:00",
@@ -246,7 +246,7 @@ def test_the_head_says_what_came_of_it_and_what_is_new():
     page, head = Page(made), Page(made.partition("</header>")[0])
     links = [(a["href"]) for tag, a in head.elements if tag == "a" and "class" not in a]
     assert links == ["../../2026-11-03/toy-1/report.html", "../../2026-11-02/toy-0/report.html", "report.ipynb"]
-    assert "\n1 of 2 checks failed: b (2 of <3>) (37 s, usually 8.0 s)." in head.text
+    assert "\n1 check failed: b (2 of <3>) (37 s, usually 8.0 s)." in head.text
     for text in ("Waited11 s", "Ran37 s, usually 8.0 s", "Deadline5 min", "Readorders@12", "Cost3.5 s of CPU"):
         assert text in head.text.replace("\n", "")
     assert "1,234was 1,000, +23.4 %" in head.text
@@ -271,6 +271,12 @@ def test_what_came_of_it_says_how_many_rows(changes, said):
     assert head.of(record(**changes), new_notebook(), report_page.NOTHING).outcome == said
 
 
+def test_a_figure_that_is_not_known_is_told_only_where_it_was_known():
+    before = Before({"run_id": "toy-0", "report": "reports/toy/2026-11-02/toy-0", "metrics": {"gap": 0.5}})
+    figures = head.of(record(metrics={"gap": None, "error": None, "rows": 1}), new_notebook(), before).figures
+    assert [name for name, *_ in figures] == ["gap", "rows"]
+
+
 def test_a_cost_of_nothing_is_not_told():
     receipt = {"cpu_s": 0.6, "bytes_read": 4e5, "bytes_written": 4e4, "rows_per_s": 0.0, "dollars": None}
     assert [*head.costs(receipt)] == ["0.6 s of CPU", "0.4 MB read"]
@@ -280,7 +286,7 @@ def test_a_failed_check_is_told_beside_its_cell_once_and_a_traceback_has_no_rule
     checks = [{"name": "few", "ok": False, "detail": "3"}]
     told = new_output("display_data", data={CHECK_MIME: {"checks": checks}})
     again = new_output(
-        "error", ename="CheckFailed", evalue="", traceback=["CheckFailed: 1 of 1 checks failed: few (3)"]
+        "error", ename="CheckFailed", evalue="", traceback=["CheckFailed: 1 check failed: few (3)"]
     )
     own = new_output("error", ename="CheckFailed", evalue="", traceback=["\x1b[31m" + "-" * 75 + "\x1b[39m", "mine: 1"])
     page = Page(report_page.html(record(), executed(new_code_cell("x", outputs=[told, again, own])))).text

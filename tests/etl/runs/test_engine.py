@@ -102,7 +102,7 @@ ENDS = {  # the cell it ends in, the run's state, part of the reason, the cell's
     "stop": ("from etl.notebook import stop\nstop('no new files')", "noop", "no new files", "ok"),
     "check": (
         "from etl.notebook import check\ncheck('few', rows < 3, '3 rows')\ncheck('some', True)",
-        *("check_failed", "1 of 2 checks failed: few (3 rows)", "failed"),
+        *("check_failed", "1 check failed: few (3 rows)", "failed"),
     ),
     "raise": ("1 / 0", "failed", "ZeroDivisionError: division by zero", "failed"),
     "namesake": ("class Stop(Exception): ...\nraise Stop('not ours')", "failed", "Stop: not ours", "failed"),

@@ -49,7 +49,7 @@ ENDS = {  # the last cell but one, what it ends in, what is said of it
     "raised": ("1 / 0", "failed", "ZeroDivisionError: division by zero"),
     "sys.exit(0)": ("import sys; sys.exit(0)", "failed", "SystemExit: 0"),
     "exit()": ("exit()", "failed", "called exit()"),
-    "check": ("from etl.notebook import check\ncheck('some', False)", "check_failed", "1 of 1 checks failed: some"),
+    "check": ("from etl.notebook import check\ncheck('some', False)", "check_failed", "1 check failed: some"),
 }
 
 
