@@ -285,9 +285,7 @@ def test_a_cost_of_nothing_is_not_told():
 def test_a_failed_check_is_told_beside_its_cell_once_and_a_traceback_has_no_rule_on_top():
     checks = [{"name": "few", "ok": False, "detail": "3"}]
     told = new_output("display_data", data={CHECK_MIME: {"checks": checks}})
-    again = new_output(
-        "error", ename="CheckFailed", evalue="", traceback=["CheckFailed: 1 check failed: few (3)"]
-    )
+    again = new_output("error", ename="CheckFailed", evalue="", traceback=["CheckFailed: 1 check failed: few (3)"])
     own = new_output("error", ename="CheckFailed", evalue="", traceback=["\x1b[31m" + "-" * 75 + "\x1b[39m", "mine: 1"])
     page = Page(report_page.html(record(), executed(new_code_cell("x", outputs=[told, again, own])))).text
     assert "FAILED: few" in page and "checks failed" not in page and "mine: 1" in page and "-----" not in page
