@@ -63,6 +63,14 @@ STYLE = f"""<style>
 @media (min-width: 40rem) {{ .etl td > a {{ white-space: nowrap; }} }}
 .etl .even {{ table-layout: fixed; }}
 .etl .even td {{ overflow-wrap: anywhere; }}
+/* on a phone, what is long stands below the rest of its row, and no column is a word wide */
+@media (max-width: 40rem) {{
+    .etl .folds thead {{ display: none; }}
+    .etl .folds tr {{ display: flex; flex-wrap: wrap; gap: 0 .9rem; padding: .35rem 0; border-bottom: 1px solid var(--line); }}
+    .etl .folds td {{ border: 0; padding: .1rem 0; }}
+    .etl .folds .below {{ order: 1; flex-basis: 100%; }}
+    .etl .folds td:empty {{ display: none; }}
+}}
 .etl .span {{ min-width: 8rem; }}
 .etl .span > span {{ display: block; height: 12px; background: var(--bar); border-radius: 2px; }}
 .etl .typed {{ background: light-dark(#eceef1, #272d36); border-radius: 6px; padding: .75rem .9rem; margin: 0;
@@ -124,14 +132,22 @@ def bars(values: Sequence[float], named: Sequence[str], about: str, colour: str 
     return f'<div class="bars" role="img" aria-label="{escape(about)}">{"".join(made)}</div>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = (), even: bool = False) -> str:
-    """Markup in rows; `right`: the columns that hold numbers; `even`: all columns are as wide."""
+def table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    right: Sequence[int] = (),
+    even: bool = False,
+    below: int | None = None,
+) -> str:
+    """Markup in rows; `right`: the columns that hold numbers; `even`: all columns are as wide; `below`: the column of
+    long texts, which on a phone stands below the others."""
 
     def cells(kind: str, row: Sequence[str]) -> str:
-        sides = (' class="right"' if at in right else "" for at in range(len(row)))
+        kinds = ("right" if at in right else "below" if at == below else "" for at in range(len(row)))
+        sides = (f' class="{name}"' if name else "" for name in kinds)
         return "".join(f"<{kind}{side}>{cell}</{kind}>" for side, cell in zip(sides, row, strict=True))
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     top = f"<thead><tr>{cells('th', [*map(escape, head)])}</tr></thead>"
-    kind = ' class="even"' if even else ""
+    kind = ' class="even"' if even else ' class="folds"' if below is not None else ""
     return f'<div class="wide"><table{kind}>{top}<tbody>{body}</tbody></table></div>'

@@ -41,9 +41,10 @@ def listed() -> None:
         rows = newest(root.url, stage, state, since, until, text or None, view.token)
         under_way = [] if state or text or day else [run for run in view.under_way if stage in (None, run["stage"])]
         made = [*map(_at_work, under_way), *map(_ended, rows)]
-        head = ["Started", "Stage", "State", "Seconds", "Why", ""]
+        head = ["Started", "Stage", "State", "Ran", "Why", ""]
         markup.show(
-            "<h2>The newest</h2>", markup.table(head, made, right=[3]) if made else "<p>There is no such run.</p>"
+            "<h2>The newest</h2>",
+            markup.table(head, made, right=[3], below=4) if made else "<p>There is no such run.</p>",
         )
         if len(rows) == RUNS:
             st.caption(f"The newest {RUNS}; a day or a text finds earlier ones.")
@@ -93,7 +94,7 @@ def grouped(known: list[failures.Group]) -> None:
         for group in known[:GROUPS]
     ]
     more = f"<p><small>and {len(known) - GROUPS} more kinds</small></p>" if len(known) > GROUPS else ""
-    table = markup.table(["Stage", "State", "Why", "How often", "Last"], rows)
+    table = markup.table(["Stage", "State", "Why", "How often", "Last"], rows, below=2)
     markup.show("<h2>Failures, by what they say</h2>", table, more)
 
 
@@ -103,7 +104,7 @@ def _ended(run: dict[str, Any]) -> tuple[str, ...]:
         markup.link(f"run?id={run['run_id']}", shown.at(datetime.fromisoformat(run["started_at"]))),
         markup.text(run["stage"]),
         markup.badge(words(run["state"]), markup.STATES.get(run["state"], "red")),
-        f"{run['seconds']:,.1f}",
+        f"{run['seconds']:,.1f} s",
         markup.text(shortened(run["reason"] or "", SAID)),
         report,
     )

@@ -21,6 +21,7 @@ SLOWLY_MS = 60_000  # until what is looked at less often has been looked at
 INKS = {"light": "rgb(51, 51, 51)", "dark": "rgb(215, 217, 221)"}  # of a chart's texts
 RULES = {"light": (), "dark": ("color-contrast",)}  # of axe, for which a theme makes a difference; none named: all
 WORD_JOINER = "\u2060"  # is not seen
+EDGES = "all => all.map(each => each.getBoundingClientRect().right)"
 
 
 def expect_answer(dashboard: Dashboard, name: str) -> None:
@@ -98,8 +99,7 @@ def test_a_report_can_be_read_on_a_phone_and_by_those_who_hear_it(browser_window
             assert tab.serious() == {}, scheme
             assert tab.faint() == {}, scheme
         tab.tab.set_viewport_size({"width": 390, "height": 900})
-        edges = "all => all.map(each => each.getBoundingClientRect().right)"
-        assert max(tab.tab.locator("td, dd, p").evaluate_all(edges)) <= 390
+        assert max(tab.tab.locator("td, dd, p").evaluate_all(EDGES)) <= 390
 
 
 def test_the_overview_says_what_is_wrong_as_it_happens(browser_window, served, root):
@@ -164,6 +164,9 @@ def test_the_overview_says_what_is_wrong_as_it_happens(browser_window, served, r
         expect(dashboard.tab.get_by_role("heading", name="Failures, by what they say")).to_be_visible()
         assert dashboard.serious() == {}
         assert dashboard.address == ("runs", {})
+        dashboard.tab.set_viewport_size({"width": 390, "height": 900})
+        dashboard.settle()
+        assert max(dashboard.tab.locator(".etl td").evaluate_all(EDGES)) <= 390, "nothing is out of sight"
 
 
 def test_a_map_is_drawn_without_a_network(dashboard, filled):
