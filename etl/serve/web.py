@@ -41,18 +41,16 @@ AT_ONCE = 64  # of them that are taken from the door, before the loop sees to th
 PAUSE_S = 0.01  # when there are as many as there may be
 MOMENT_S = 1  # after which a connection from which nothing came makes way for another
 MOST = 4000  # connections, however many files there may be
-READ_BYTES = 32_768  # at once
 STRAIGHT_BYTES = 32_000  # of a body that may be answered straight
 PLAIN = frozenset(  # headers that such a request may have, and no other
     {b"host", b"content-type", b"content-length", b"accept", b"accept-encoding", b"accept-language", b"user-agent"}
     | {b"connection", b"authorization", b"x-request-id"}
 )
-HEAD_READ = 4096  # of them where a request begins: of a large body nothing, before it has its turn
 SWITCH_S = 0.001  # between threads that want the interpreter: the loop waits for it as often as others work
 TOKEN = "ETL_API_TOKEN"
 GROWN = 16_000_000  # bytes more than there were, before what is free is given back to the system
-LARGE = 100_000  # bytes of a piece of memory that is given back as soon as it is free
-ARENA_MAX, MMAP_THRESHOLD = -8, -3  # of glibc's mallopt
+LARGE = 400_000  # bytes of a piece of memory that is given back as soon as it is free; a thousand rows have 200,000
+ARENA_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD = -8, -3, -1  # of glibc's mallopt
 
 
 class Connections:
@@ -66,7 +64,6 @@ class Connections:
         self.waiting: dict[Connection, float] = {}  # loop's time
         self._look: asyncio.TimerHandle | None = None
         self.memory = Memory()
-        self.buffer = memoryview(bytearray(READ_BYTES))  # of whichever is being read
 
     def add(self, connection: "Connection") -> None:
         self.count += 1
@@ -124,6 +121,7 @@ class Memory:
         if hasattr(self._libc, "mallopt"):
             self._libc.mallopt(ARENA_MAX, 2)
             self._libc.mallopt(MMAP_THRESHOLD, LARGE)
+            self._libc.mallopt(TRIM_THRESHOLD, GROWN)
 
 
 def _resident() -> int:
@@ -152,10 +150,8 @@ class Apart(Protocol):
         """That was answered. `took`: seconds; `sent`: bytes."""
 
 
-class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
-    """uvicorn's, which keeps its `Connections` up to date and ends when it asks for too much.
-
-    What comes is read in small pieces: two hundred large bodies at once kept the loop from all others for 80 ms."""
+class Connection(HttpToolsProtocol):
+    """uvicorn's, which keeps its `Connections` up to date and ends when it asks for too much."""
 
     def __init__(self, connections: Connections, **arguments: Any):
         super().__init__(**arguments)
@@ -176,12 +172,6 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.beside.remove(self)
         super().connection_lost(exc)
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self.beside.buffer if self.is_receiving else self.beside.buffer[:HEAD_READ]
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self.data_received(bytes(self.beside.buffer[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
         if self.is_ended:
