@@ -23,6 +23,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import httptools
 import uvicorn
 from uvicorn.importer import import_from_string
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -163,6 +164,7 @@ class Connection(HttpToolsProtocol):
         self.unsent = 0  # bytes of an answer, when it was looked at last
         self.is_kept = False  # for a next request, after one that was answered straight
         self.whole: bytes | None = None  # what came of a body that may be answered straight
+        self.came = b""  # last
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -176,7 +178,7 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.is_ended:
             return
-        self.is_first = False
+        self.is_first, self.came = False, data
         super().data_received(data)
         if self.is_receiving and self.whole is None and self.cycle is not None and self.cycle.body:
             self.flow.pause_reading()  # of what is large, more is read when the application asks for it
@@ -215,6 +217,23 @@ class Connection(HttpToolsProtocol):
             and (self.cycle is None or self.cycle.response_complete)
             and not self.flow.write_paused
         )
+
+    def _should_upgrade(self) -> bool:
+        return True
+
+    def handle_websocket_upgrade(self) -> None:
+        """No other protocol is spoken: the request is read again as one that asks for none.
+
+        Its parser takes a body for the other protocol's, and the request for one without."""
+        error, method = sys.exception(), self.parser.get_method()
+        if method == b"CONNECT" or not isinstance(error, httptools.HttpParserUpgrade):
+            self.send_400_response("")
+            return
+        lines = [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+        version = self.parser.get_http_version().encode()
+        head = b"\r\n".join([b" ".join([method, self.url, b"HTTP/" + version]), *lines, b"\r\n"])
+        self.parser = httptools.HttpRequestParser(self)
+        self.data_received(head + self.came[error.args[0] :])
 
     def on_body(self, body: bytes) -> None:
         self.surplus -= len(body)

@@ -155,6 +155,27 @@ def test_bodies_in_many_reads_are_no_head(port):
         assert to_the_end(client).endswith(b"3000000")
 
 
+@pytest.mark.parametrize("cut", [0, 40, 131, 133])
+def test_a_request_that_would_rather_have_another_protocol_is_answered_in_this_one(port, cut):
+    asked = b"Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n"
+    head = b"POST / HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\n%sContent-Length: 5\r\n\r\n" % asked
+    assert len(head) == 131
+    with connect(port) as client:
+        sent = head + b"12345" + GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+        client.sendall(sent[:cut])
+        if cut:
+            time.sleep(0.1)  # so that the server most likely reads twice; both ways hold
+        client.sendall(sent[cut:])
+        answers = to_the_end(client).split(b"HTTP/1.1 ")[1:]
+    assert [(answer[:3], answer[-1:]) for answer in answers] == [(b"200", b"5"), (b"200", b"0")]
+
+
+def test_nothing_is_passed_through(port):
+    with connect(port) as client:
+        client.sendall(b"CONNECT 127.0.0.1:80 HTTP/1.1\r\nHost: 127.0.0.1:80\r\n\r\n")
+        assert to_the_end(client).startswith(b"HTTP/1.1 400 ")
+
+
 def test_requests_are_not_taken_far_ahead(port):
     with connect(port) as client:
         client.sendall(GET * 5 + GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
