@@ -165,6 +165,7 @@ class Connection(HttpToolsProtocol):
         self.is_kept = False  # for a next request, after one that was answered straight
         self.whole: bytes | None = None  # what came of a body that may be answered straight
         self.came = b""  # last
+        self.is_last = False  # what is being received: the server ends
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -218,6 +219,13 @@ class Connection(HttpToolsProtocol):
             and not self.flow.write_paused
         )
 
+    def shutdown(self) -> None:
+        """As uvicorn's, but that a request which may be answered straight, and has come in part, is answered."""
+        if self.whole is None:
+            super().shutdown()
+        else:
+            self.is_last = True
+
     def _should_upgrade(self) -> bool:
         return True
 
@@ -251,6 +259,7 @@ class Connection(HttpToolsProtocol):
                 return
             super().on_headers_complete()
             super().on_body(body)
+            self.cycle.keep_alive = self.cycle.keep_alive and not self.is_last
         super().on_message_complete()
 
     def _answered(self, body: bytes) -> bool:
@@ -261,7 +270,7 @@ class Connection(HttpToolsProtocol):
             return False
         lines = [name + b": " + value + b"\r\n" for name, value in self.server_state.default_headers]
         head, content = answer
-        if not self.parser.should_keep_alive():
+        if self.is_last or not self.parser.should_keep_alive():
             lines.append(b"connection: close\r\n")
             self.is_ended = True
         length = b"content-length: %d\r\n\r\n" % len(content)

@@ -222,6 +222,38 @@ def test_what_comes_whole_and_is_plain_is_answered_by_one_call(monkeypatch):
         assert to_the_end(client).endswith(b"[3]")
 
 
+@pytest.mark.parametrize("body, answer", [(b"\1\2\3", b"[6]"), (b"odd", b"3")])
+def test_what_has_come_in_part_is_answered_when_the_server_ends(monkeypatch, body, answer):
+    class Summing:
+        urls = frozenset({b"/sum"})
+
+        def answer(self, scope, headers, body):
+            return (b"", b"[%d]" % sum(body)) if body != b"odd" else None
+
+    async def asked(scope, receive, send):
+        await application(scope, receive, send)
+
+    asked.state = SimpleNamespace(straight=Summing())
+    server = web.Server(web.config(asked, log_level="critical", lifespan="off"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        with connect(listening.getsockname()[1]) as client:
+            client.sendall(b"POST /sum HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\n" + body[:1])
+            while not any(connection.whole for connection in server.server_state.connections):
+                time.sleep(0.01)
+            server.should_exit = True
+            while server._channel.fileno() >= 0:
+                time.sleep(0.01)
+            time.sleep(0.2)  # it has most likely told its connections by then; both ways hold
+            client.sendall(body[1:])
+            answers = to_the_end(client)
+        thread.join()
+    assert answers.startswith(b"HTTP/1.1 200 ") and answers.endswith(b"\r\n\r\n" + answer), answers
+
+
 def test_without_a_token_it_listens_to_this_machine_alone():
     command = [sys.executable, "-m", "etl.serve.web", "app.api:app", "--port", str(free_port()), "--host", "0.0.0.0"]
     done = subprocess.run(command, cwd=PROJECT, env=environment(PROJECT), capture_output=True, text=True, timeout=60)
