@@ -197,17 +197,19 @@ async def watching(_: FastAPI) -> AsyncIterator[None]:
     global watched, readiness
     to_thread.current_default_thread_limiter().total_tokens = READERS
     APART.known = Known(settings())
-    try:
-        root = _root_at(settings().root)
-    except BadRoot:
-        yield
-        return
-    served = served_model(root)
-    with served.watched() if served else contextlib.nullcontext():
-        watched, readiness = served, Readiness(root)
-        yield
-        readiness.close()
-    watched = readiness = APART.known = None
+    with contextlib.ExitStack() as ending:
+        ending.callback(ENTRANCE.end)
+        try:
+            root = _root_at(settings().root)
+        except BadRoot:
+            yield
+            return
+        served = served_model(root)
+        with served.watched() if served else contextlib.nullcontext():
+            watched, readiness = served, Readiness(root)
+            yield
+            readiness.close()
+        watched = readiness = APART.known = None
 
 
 watched: ServedModel | None = None  # by the service that is up

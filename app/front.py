@@ -17,7 +17,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
@@ -41,6 +41,7 @@ READS = 4  # of larger ones, each time the loop comes round
 LINGER_S = 2  # a client that still sends its body is listened to for a little, so that it sees why it was refused
 CLIENTS = 10_000  # whose rates are known
 FLUSH_S = 0.2
+END_S = 2  # for the last lines of the log
 Message = dict[str, Any]
 
 
@@ -50,6 +51,7 @@ class Entrance:
     def __init__(self, settings: Callable[[], Settings], requests: Requests):
         """`settings`: gives the same ones until there are others."""
         self._settings, self._requests, self._log = settings, requests, Log()
+        self.end = self._log.end
         self._known: tuple[Settings, Known] | None = None
         self._ids, self._start = itertools.count(1), os.urandom(4).hex()
 
@@ -317,6 +319,7 @@ class Log:
         self._lines: list[bytes] = []
         self._writer = ThreadPoolExecutor(1, "log")  # a disk that is busy would keep the loop
         self._encode = msgspec.json.Encoder().encode
+        self._written: Future[None] | None = None  # by the last of all writes
         self._due = 0.0
 
     def add(self, scope: Message, request_id: str, status: int, took: float, sent: int) -> None:
@@ -328,16 +331,22 @@ class Log:
         at = datetime.fromtimestamp(now, UTC)
         line = Line(at, request_id, client, scope["method"], path, status, round(1000 * took, 2), sent)
         self._lines.append(self._encode(line))
-        if len(self._lines) >= 200 or now > self._due + 1:
-            self.flush()
-        elif len(self._lines) == 1:
+        if len(self._lines) == 1:
             self._due = now + FLUSH_S
             asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
+        elif len(self._lines) >= 200 or now > self._due + 1:
+            self.flush()
 
     def flush(self) -> None:
         lines, self._lines = self._lines, []
         if lines:
-            self._writer.submit(_write, b"\n".join([*lines, b""]))
+            self._written = self._writer.submit(_write, b"\n".join([*lines, b""]))
+
+    def end(self) -> None:
+        """Until all is written, or END_S: the process may be ended by a signal, which waits for no thread."""
+        self.flush()
+        if self._written:
+            wait([self._written], END_S)
 
 
 def _write(lines: bytes) -> None:

@@ -8,6 +8,7 @@ is missing, or is none of the choices, is NaN. Any other text stays one, in an a
 
 import datetime
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
@@ -85,10 +86,10 @@ class _Numbered(dict[Any, float]):
 
 def _days(values: Sequence[Any]) -> np.ndarray:
     try:
-        ordinals: list[Any] = [*map(datetime.date.toordinal, values)]
+        ordinals = np.fromiter(map(datetime.date.toordinal, values), np.float64, len(values))
     except TypeError:  # some are missing, or texts
-        ordinals = [None if value is None else _day(value).toordinal() for value in values]
-    return np.array(ordinals, np.float64) - EPOCH.toordinal()
+        ordinals = np.array([None if value is None else _day(value).toordinal() for value in values], np.float64)
+    return ordinals - EPOCH.toordinal()
 
 
 def _day(value: Any) -> datetime.date:
@@ -132,8 +133,10 @@ class Decoder:
     def decode(self, body: bytes) -> Columns | None:
         """The columns of the rows in a body, or None when something is odd."""
         try:
-            values = zip(*map(msgspec.structs.astuple, self._decoder.decode(body)), strict=True)
-            columns = {name: convert(each) for (name, convert), each in zip(self._columns, values, strict=True)}
+            # in one list, a column every so many: tuples that live on are looked through for garbage
+            values = [*chain.from_iterable(map(msgspec.structs.astuple, self._decoder.decode(body)))]
+            count = len(self._columns)
+            columns = {name: convert(values[at::count]) for at, (name, convert) in enumerate(self._columns)}
         except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError):
             return None
         return columns if self._are_kept(columns) else None

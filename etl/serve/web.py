@@ -23,6 +23,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import httptools
 import uvicorn
 from uvicorn.importer import import_from_string
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -41,18 +42,16 @@ AT_ONCE = 64  # of them that are taken from the door, before the loop sees to th
 PAUSE_S = 0.01  # when there are as many as there may be
 MOMENT_S = 1  # after which a connection from which nothing came makes way for another
 MOST = 4000  # connections, however many files there may be
-READ_BYTES = 32_768  # at once
 STRAIGHT_BYTES = 32_000  # of a body that may be answered straight
 PLAIN = frozenset(  # headers that such a request may have, and no other
     {b"host", b"content-type", b"content-length", b"accept", b"accept-encoding", b"accept-language", b"user-agent"}
     | {b"connection", b"authorization", b"x-request-id"}
 )
-HEAD_READ = 4096  # of them where a request begins: of a large body nothing, before it has its turn
 SWITCH_S = 0.001  # between threads that want the interpreter: the loop waits for it as often as others work
 TOKEN = "ETL_API_TOKEN"
 GROWN = 16_000_000  # bytes more than there were, before what is free is given back to the system
-LARGE = 100_000  # bytes of a piece of memory that is given back as soon as it is free
-ARENA_MAX, MMAP_THRESHOLD = -8, -3  # of glibc's mallopt
+LARGE = 400_000  # bytes of a piece of memory that is given back as soon as it is free; a thousand rows have 200,000
+ARENA_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD = -8, -3, -1  # of glibc's mallopt
 
 
 class Connections:
@@ -66,7 +65,6 @@ class Connections:
         self.waiting: dict[Connection, float] = {}  # loop's time
         self._look: asyncio.TimerHandle | None = None
         self.memory = Memory()
-        self.buffer = memoryview(bytearray(READ_BYTES))  # of whichever is being read
 
     def add(self, connection: "Connection") -> None:
         self.count += 1
@@ -124,6 +122,7 @@ class Memory:
         if hasattr(self._libc, "mallopt"):
             self._libc.mallopt(ARENA_MAX, 2)
             self._libc.mallopt(MMAP_THRESHOLD, LARGE)
+            self._libc.mallopt(TRIM_THRESHOLD, GROWN)
 
 
 def _resident() -> int:
@@ -152,10 +151,8 @@ class Apart(Protocol):
         """That was answered. `took`: seconds; `sent`: bytes."""
 
 
-class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
-    """uvicorn's, which keeps its `Connections` up to date and ends when it asks for too much.
-
-    What comes is read in small pieces: two hundred large bodies at once kept the loop from all others for 80 ms."""
+class Connection(HttpToolsProtocol):
+    """uvicorn's, which keeps its `Connections` up to date and ends when it asks for too much."""
 
     def __init__(self, connections: Connections, **arguments: Any):
         super().__init__(**arguments)
@@ -167,6 +164,8 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self.unsent = 0  # bytes of an answer, when it was looked at last
         self.is_kept = False  # for a next request, after one that was answered straight
         self.whole: bytes | None = None  # what came of a body that may be answered straight
+        self.came = b""  # last
+        self.is_last = False  # what is being received: the server ends
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -177,16 +176,10 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self.beside.remove(self)
         super().connection_lost(exc)
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self.beside.buffer if self.is_receiving else self.beside.buffer[:HEAD_READ]
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self.data_received(bytes(self.beside.buffer[:nbytes]))
-
     def data_received(self, data: bytes) -> None:
         if self.is_ended:
             return
-        self.is_first = False
+        self.is_first, self.came = False, data
         super().data_received(data)
         if self.is_receiving and self.whole is None and self.cycle is not None and self.cycle.body:
             self.flow.pause_reading()  # of what is large, more is read when the application asks for it
@@ -226,6 +219,30 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             and not self.flow.write_paused
         )
 
+    def shutdown(self) -> None:
+        """As uvicorn's, but that a request which may be answered straight, and has come in part, is answered."""
+        if self.whole is None:
+            super().shutdown()
+        else:
+            self.is_last = True
+
+    def _should_upgrade(self) -> bool:
+        return True
+
+    def handle_websocket_upgrade(self) -> None:
+        """No other protocol is spoken: the request is read again as one that asks for none.
+
+        Its parser takes a body for the other protocol's, and the request for one without."""
+        error, method = sys.exception(), self.parser.get_method()
+        if method == b"CONNECT" or not isinstance(error, httptools.HttpParserUpgrade):
+            self.send_400_response("")
+            return
+        lines = [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+        version = self.parser.get_http_version().encode()
+        head = b"\r\n".join([b" ".join([method, self.url, b"HTTP/" + version]), *lines, b"\r\n"])
+        self.parser = httptools.HttpRequestParser(self)
+        self.data_received(head + self.came[error.args[0] :])
+
     def on_body(self, body: bytes) -> None:
         self.surplus -= len(body)
         if self.whole is None:
@@ -242,6 +259,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
                 return
             super().on_headers_complete()
             super().on_body(body)
+            self.cycle.keep_alive = self.cycle.keep_alive and not self.is_last
         super().on_message_complete()
 
     def _answered(self, body: bytes) -> bool:
@@ -252,7 +270,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             return False
         lines = [name + b": " + value + b"\r\n" for name, value in self.server_state.default_headers]
         head, content = answer
-        if not self.parser.should_keep_alive():
+        if self.is_last or not self.parser.should_keep_alive():
             lines.append(b"connection: close\r\n")
             self.is_ended = True
         length = b"content-length: %d\r\n\r\n" % len(content)

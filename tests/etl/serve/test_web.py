@@ -155,6 +155,27 @@ def test_bodies_in_many_reads_are_no_head(port):
         assert to_the_end(client).endswith(b"3000000")
 
 
+@pytest.mark.parametrize("cut", [0, 40, 131, 133])
+def test_a_request_that_would_rather_have_another_protocol_is_answered_in_this_one(port, cut):
+    asked = b"Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n"
+    head = b"POST / HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\n%sContent-Length: 5\r\n\r\n" % asked
+    assert len(head) == 131
+    with connect(port) as client:
+        sent = head + b"12345" + GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+        client.sendall(sent[:cut])
+        if cut:
+            time.sleep(0.1)  # so that the server most likely reads twice; both ways hold
+        client.sendall(sent[cut:])
+        answers = to_the_end(client).split(b"HTTP/1.1 ")[1:]
+    assert [(answer[:3], answer[-1:]) for answer in answers] == [(b"200", b"5"), (b"200", b"0")]
+
+
+def test_nothing_is_passed_through(port):
+    with connect(port) as client:
+        client.sendall(b"CONNECT 127.0.0.1:80 HTTP/1.1\r\nHost: 127.0.0.1:80\r\n\r\n")
+        assert to_the_end(client).startswith(b"HTTP/1.1 400 ")
+
+
 def test_requests_are_not_taken_far_ahead(port):
     with connect(port) as client:
         client.sendall(GET * 5 + GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
@@ -199,6 +220,38 @@ def test_what_comes_whole_and_is_plain_is_answered_by_one_call(monkeypatch):
         monkeypatch.setattr(web, "IDLE_S", 0.5)
         client.sendall(post % (2, b"", b"\1\2"))
         assert to_the_end(client).endswith(b"[3]")
+
+
+@pytest.mark.parametrize("body, answer", [(b"\1\2\3", b"[6]"), (b"odd", b"3")])
+def test_what_has_come_in_part_is_answered_when_the_server_ends(monkeypatch, body, answer):
+    class Summing:
+        urls = frozenset({b"/sum"})
+
+        def answer(self, scope, headers, body):
+            return (b"", b"[%d]" % sum(body)) if body != b"odd" else None
+
+    async def asked(scope, receive, send):
+        await application(scope, receive, send)
+
+    asked.state = SimpleNamespace(straight=Summing())
+    server = web.Server(web.config(asked, log_level="critical", lifespan="off"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        with connect(listening.getsockname()[1]) as client:
+            client.sendall(b"POST /sum HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\n" + body[:1])
+            while not any(connection.whole for connection in server.server_state.connections):
+                time.sleep(0.01)
+            server.should_exit = True
+            while server._channel.fileno() >= 0:
+                time.sleep(0.01)
+            time.sleep(0.2)  # it has most likely told its connections by then; both ways hold
+            client.sendall(body[1:])
+            answers = to_the_end(client)
+        thread.join()
+    assert answers.startswith(b"HTTP/1.1 200 ") and answers.endswith(b"\r\n\r\n" + answer), answers
 
 
 def test_without_a_token_it_listens_to_this_machine_alone():
