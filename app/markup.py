@@ -66,7 +66,8 @@ STYLE = f"""<style>
 /* on a phone, what is long stands below the rest of its row, and no column is a word wide */
 @media (max-width: 40rem) {{
     .etl .folds thead {{ display: none; }}
-    .etl .folds tr {{ display: flex; flex-wrap: wrap; gap: 0 .9rem; padding: .35rem 0; border-bottom: 1px solid var(--line); }}
+    .etl .folds tr {{ display: flex; flex-wrap: wrap; gap: 0 .9rem; padding: .35rem 0;
+        border-bottom: 1px solid var(--line); }}
     .etl .folds td {{ border: 0; padding: .1rem 0; }}
     .etl .folds .below {{ order: 1; flex-basis: 100%; }}
     .etl .folds td:empty {{ display: none; }}
