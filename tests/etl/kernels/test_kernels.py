@@ -139,7 +139,7 @@ def test_deadline_memory_and_samples_hold_for_it(server, tmp_path):
     grow = "import time\nkept = []\nfor _ in range(60):\n    kept.append(bytearray(b'x' * 10**7))\n    time.sleep(0.02)"
     record = forked_run(tmp_path, grow, number=1, memory_mb=450)
     assert record.state == "killed" and "and may take 450" in record.reason
-    assert record.receipt["peak_memory_mb"] > 450
+    assert record.receipt["peak_memory_mb"] >= 450  # rounded
 
 
 def test_what_it_used_is_told_before_it_is_gone(server, tmp_path):
