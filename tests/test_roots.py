@@ -186,8 +186,10 @@ def test_one_pass_on_a_root_with_every_character(tmp_path, stream, made, monkeyp
     shown = orchestrate(PROJECT, "runs", "show", record["run_id"], "--root", root, "--json")
     assert json.loads(shown.stdout)["root"] == root
     url = services.database_url(Path(root)).replace("+aiosqlite", "")
-    with create_engine(url).connect():
+    engine = create_engine(url)
+    with engine.connect():
         assert Path(root, "prefect.db").exists() and len(os.listdir(tmp_path)) == 2
+    engine.dispose()
 
 
 def test_a_root_in_an_object_store_may_have_spaces_and_letters_of_any_language(s3_root, stream, made):

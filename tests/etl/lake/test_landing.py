@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -297,7 +298,7 @@ def test_an_archive_that_takes_nothing_is_told_before_anything_is_committed(root
 def test_a_file_that_cannot_be_taken_away_is_ingested_once(root):
     lake, path = Shop(root), Path(root, "landing/sales/1.json")
     lake.root.write("landing/sales/1.json", b'{"id": 1, "what": "a"}\n')
-    if subprocess.run(["chattr", "+i", path], capture_output=True).returncode:
+    if not shutil.which("chattr") or subprocess.run(["chattr", "+i", path], capture_output=True).returncode:
         pytest.skip("no file can be made immutable here")
     try:
         assert drained(lake) == [(1, 1, 0), (0, 0, 0)]
