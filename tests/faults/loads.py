@@ -98,7 +98,10 @@ def tailed(n: int, seed: int) -> str:
 
 
 def printed(n: int, seed: int) -> str:
-    """A cell prints `n` MB: report under 1 MB, all of the text kept, the runner under 300 MB of memory."""
+    """A cell prints `n` MB: report under 1 MB, all of the text kept, the runner under 200 MB of memory of its own.
+
+    How much is mapped of the packages' files besides is the system's choice: 50 MB more right after they were installed.
+    """
     lines = n * MB // 100
     code = f"for i in range({lines}):\n    print(f'{{i:09d}}', 'x' * 89)"
     with tempfile.TemporaryDirectory() as folder:
@@ -110,10 +113,10 @@ def printed(n: int, seed: int) -> str:
         while process.poll() is None:
             try:
                 fields = Path(f"/proc/{process.pid}/status").read_text()
-                peak = max(peak, int(fields.split("VmHWM:")[1].split()[0]) * 1024)
+                peak = max(peak, int(fields.split("RssAnon:")[1].split()[0]) * 1024)
             except (OSError, IndexError):
                 pass
-            time.sleep(0.1)
+            time.sleep(0.02)
         seconds = time.monotonic() - began
         assert process.returncode == 0, f"exit status {process.returncode}"
         [row] = index.newest(Root.at(str(root)))
@@ -124,7 +127,7 @@ def printed(n: int, seed: int) -> str:
         with whole.open() as text:
             numbers = sum(int(line[:9]) == i and len(line) == 100 for i, line in enumerate(text))
         assert numbers == lines and whole.stat().st_size == lines * 100, f"{numbers} of {lines} lines kept"
-    assert peak < 300 * MB, f"runner {peak / MB:.0f} MB"
+    assert 0 < peak < 200 * MB, f"runner {peak / MB:.0f} MB"
     return f"{n} MB in {seconds:.0f} s: all {lines:,} lines kept, runner at most {peak / MB:.0f} MB"
 
 
