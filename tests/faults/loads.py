@@ -100,7 +100,7 @@ def tailed(n: int, seed: int) -> str:
 def printed(n: int, seed: int) -> str:
     """A cell prints `n` MB: report under 1 MB, all of the text kept, the runner under 200 MB of memory of its own.
 
-    How much is mapped of the packages' files besides is the system's choice: 50 MB more right after they were installed.
+    How much is mapped of the packages' files besides is the system's choice: 50 MB more just after they were installed.
     """
     lines = n * MB // 100
     code = f"for i in range({lines}):\n    print(f'{{i:09d}}', 'x' * 89)"
