@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from time import monotonic
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, State
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 PATIENCE_S = 5  # with Prefect's server, when a run is due
 START_S = 30  # in which nobody wonders that it does not answer yet
 FREE_S = 0.2  # between two looks whether a stage is free, for a run that somebody asked for
+_Asked = tuple[FlowRun | None, bool]
 
 
 class ScheduledRuns:
@@ -59,6 +60,7 @@ class ScheduledRuns:
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_away = False
         self._has_warned = False  # that it is
+        self._own = uuid4().hex  # in the keys of its flow runs: one asked for twice is made once
         self._warns_from = monotonic() + START_S
 
     def busy(self, name: str) -> str:
@@ -138,9 +140,10 @@ class ScheduledRuns:
         task.add_done_callback(self._tasks.discard)
 
     async def _made(self, name: str, time: datetime) -> FlowRun:
-        return await self.client.create_flow_run_from_deployment(
-            self.ids[name], state=Scheduled(scheduled_time=time), tags=[SCHEDULED]
-        )
+        """The flow run of that time; the same one when it is there, for an answer may have been lost."""
+        about: dict[str, Any] = {"state": Scheduled(scheduled_time=time), "tags": [SCHEDULED]}
+        key = f"{self._own} {time.isoformat()}"
+        return await self.client.create_flow_run_from_deployment(self.ids[name], **about, idempotency_key=key)
 
     async def _through(self, stage: Stage, turn: Turn, flow_run: FlowRun | None) -> None:
         """The run through Prefect, or without it; to its end."""
@@ -155,7 +158,7 @@ class ScheduledRuns:
                 asked = asyncio.ensure_future(self._ask(stage.name, turn, flow_run))
                 either: set[asyncio.Future[Any]] = {asked, begun}
                 await asyncio.wait(either, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
-                if asked.done() and asked.result():
+                if asked.done() and asked.result()[1]:
                     await asyncio.wait({begun}, timeout=max(until - loop.time(), 1))
             if not begun.done() and flow_run and (why := await self._is_over(flow_run)):
                 self._leave_soon(stage, NotRun(turn.time, turn.time, 1, why))
@@ -167,19 +170,28 @@ class ScheduledRuns:
                     self._has_warned = True
                 self._is_away = True
                 self._threads.submit(self._without, stage, turn)
-            result = asyncio.wrap_future(turn.result)
-            while not asked and not result.done():  # Prefect shows what is under way, as soon as it can
-                if self._is_linked(stage.name):
-                    asked = asyncio.ensure_future(self._ask(stage.name, turn, flow_run))
-                await asyncio.wait({result}, timeout=FREE_S)
-            await asyncio.wait({result})
-            if asked and asked.done():
-                flow_run = asked.result()
-            if is_without and flow_run and not result.exception():
-                self._untold = [*self._untold, (flow_run.id, self._state_of(result.result()))][-MOST:]
+            flow_run = await self._shown(stage.name, turn, asked, flow_run)
+            if is_without and flow_run and not turn.result.exception():
+                self._untold = [*self._untold, (flow_run.id, self._state_of(turn.result.result()))][-MOST:]
         finally:
             if self.under_way.get(stage.name) is turn:
                 del self.under_way[stage.name]
+
+    async def _shown(
+        self, name: str, turn: Turn, asked: asyncio.Future[_Asked] | None, flow_run: FlowRun | None
+    ) -> FlowRun | None:
+        """The flow run of a run that has ended by now. Under way, Prefect shows it as soon as its server can."""
+        loop, result, ask_from = asyncio.get_running_loop(), asyncio.wrap_future(turn.result), 0.0
+        while not result.done():
+            if asked and asked.done() and not asked.result()[1]:
+                flow_run, asked, ask_from = asked.result()[0], None, loop.time() + PATIENCE_S
+            is_time = loop.time() >= ask_from and not (ask_from and self._is_away)
+            if not asked and is_time and self._is_linked(name):
+                asked = asyncio.ensure_future(self._ask(name, turn, None if ask_from else flow_run))
+            either: set[asyncio.Future[Any]] = {result, asked} if asked and not asked.done() else {result}
+            await asyncio.wait(either, timeout=None if asked else FREE_S, return_when=asyncio.FIRST_COMPLETED)
+        result.exception()  # asyncio would say that nobody has looked
+        return asked.result()[0] if asked and asked.done() else flow_run
 
     def _is_linked(self, name: str) -> bool:
         """Whether Prefect knows the stage, and the worker is at work."""
@@ -191,15 +203,16 @@ class ScheduledRuns:
         except BaseException:  # nobody else would see it
             log.exception("a run of %s was ended by an error", stage.name)
 
-    async def _ask(self, name: str, turn: Turn, flow_run: FlowRun | None) -> FlowRun | None:
-        """The flow run, on its way; None when the server does not want to know of it."""
+    async def _ask(self, name: str, turn: Turn, flow_run: FlowRun | None) -> _Asked:
+        """The flow run, None when the server does not want to know of it; and whether it is on its way."""
+        is_on_its_way = False
         try:
             assert turn.time and self.worker
             flow_run = flow_run or await self._made(name, turn.time)
-            await self.worker.begin(flow_run, turn)
+            is_on_its_way = await self.worker.begin(flow_run, turn)
         except Exception as error:
             log.info("no flow run of %s: %s: %s", name, type(error).__name__, error)
-        return flow_run
+        return flow_run, is_on_its_way
 
     async def _is_over(self, flow_run: FlowRun) -> str:
         """Why a flow run that did not begin will not; "" when that is not known, or not so."""

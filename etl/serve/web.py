@@ -454,7 +454,8 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # what is imported stays, and to look through it for garbage keeps the loop for 80 ms each time
     server = Server(configured)
-    server.run([configured.bind_socket()])
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it once more, when all is ended in order
+        server.run([configured.bind_socket()])
     sys.exit(0 if server.started and not server.has_failed else 3)
 
 

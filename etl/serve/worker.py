@@ -133,12 +133,12 @@ class InPlaceWorker(BaseWorker[BaseJobConfiguration, BaseVariables, BaseWorkerRe
         ours = (due for due in every if due.flow_run.deployment_id in self.flows)
         return [due for due in ours if SCHEDULED not in due.flow_run.tags]
 
-    async def begin(self, flow_run: FlowRun, turn: Turn) -> None:
-        """Begin it as if it had been asked for; returns when it is on its way, or cannot be, which is a warning."""
+    async def begin(self, flow_run: FlowRun, turn: Turn) -> bool:
+        """Begin it as if it had been asked for; whether it is on its way. That it cannot be is a warning."""
         self._begun_by_us[flow_run.id] = turn
         self._submitting_flow_run_ids.add(flow_run.id)
         await self._submit_run(flow_run)
-        self._begun_by_us.pop(flow_run.id, None)
+        return self._begun_by_us.pop(flow_run.id, None) is None
 
     async def _submit_run(self, flow_run: FlowRun) -> None:
         """As Prefect does it, but when the run is due: it asks once a second, and would be that late or too early."""

@@ -5,13 +5,14 @@ import json
 import os
 import resource
 import select
+import signal
 import socket
 import struct
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
 import pytest
@@ -258,6 +259,24 @@ def test_without_a_token_it_listens_to_this_machine_alone():
     command = [sys.executable, "-m", "etl.serve.web", "app.api:app", "--port", str(free_port()), "--host", "0.0.0.0"]
     done = subprocess.run(command, cwd=PROJECT, env=environment(PROJECT), capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "ETL_API_TOKEN" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_at_the_keyboard_it_ends_without_a_traceback(tmp_path):
+    (tmp_path / "small.py").write_text("async def app(scope, receive, send):\n    pass\n")
+    port, variables = free_port(), environment(PROJECT)
+    variables["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(PROJECT)])
+    command = [sys.executable, "-m", "etl.serve.web", "small:app", "--port", str(port)]
+    with subprocess.Popen(command, cwd=tmp_path, env=variables, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while process.poll() is None:
+                with suppress(ConnectionRefusedError), connect(port):
+                    break
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, said) == (0, "")
 
 
 def test_connections_leave_room_for_files(monkeypatch):

@@ -195,3 +195,58 @@ def test_a_run_that_began_without_the_server_is_under_way_there_once_it_answers(
     asyncio.run(went())
     assert begun == ["without"]
     gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # now and then Prefect leaves a socket
+@pytest.mark.parametrize(
+    "failed", [b"POST /api/deployments/[^/]*/create_flow_run", b"GET /api/deployments/[0-9a-f]{8}-"]
+)
+def test_a_run_that_began_while_the_server_was_away_is_under_way_there_once_it_answers(
+    server, project, monkeypatch, failed
+):
+    """It was told to it at its end only, and nobody could cancel it."""
+    monkeypatch.setattr(scheduled, "PATIENCE_S", 0.2)
+    for name in (scheduled.__name__, "etl.serve.worker"):
+        monkeypatch.setattr(logging.getLogger(name), "disabled", True)
+    begun, end = [], threading.Event()
+
+    def flow_of(stage, environment):
+        return Flow(lambda parameters=None: current_turn().run(lambda: begun.append("through")), name=stage.name)
+
+    async def states(client, time) -> list[str]:
+        every = await client.read_flow_runs(sort=FlowRunSort.ID_DESC, limit=200)
+        return [run.state.name for run in every if SCHEDULED in run.tags and run.expected_start_time == time]
+
+    async def went(way) -> None:
+        with temporary_settings({PREFECT_API_URL: way["PREFECT_API_URL"]}):
+            async with get_client() as client:
+                loaded, deployed, time = params.load(project, "local", stage="generate"), {}, datetime.now(UTC)
+                work = partial(_lasts, begun, end)
+                runs = ScheduledRuns(client, lambda _, turn: turn.run(work), print, lambda _: Completed(), print)
+                runs.follow(loaded.stages)
+                link = flows._Link(client, runs, deployed, flow_of, False, print)
+                link.wanted = loaded
+                await link.look()
+                async with InPlaceWorker(deployed, work_pool_name=POOL, name="here") as runs.worker:
+                    runs._begin(loaded.stages["generate"], time)
+                    while not begun:
+                        await asyncio.sleep(0.05)
+                    assert runs._is_away
+                    await asyncio.sleep(0.5)  # nobody asks while it is away
+                    assert "Running" not in await states(client, time)
+                    await runs.announce()
+                    for expected in (["Running"], ["Completed"]):
+                        for _ in range(600):
+                            if await states(client, time) == expected:
+                                break
+                            await asyncio.sleep(0.1)
+                        else:
+                            pytest.fail(f"{await states(client, time)}, not {expected}")
+                        end.set()
+                while runs.worker.turns or runs.under_way:
+                    await asyncio.sleep(0.05)
+
+    with failing(server, failed, times=1) as way:
+        asyncio.run(went(way))
+    assert begun == ["without"]
+    gc.collect()
