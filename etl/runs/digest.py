@@ -138,6 +138,7 @@ def _stage_day(stage: str, runs: "pl.DataFrame") -> StageDay:
 # --- as a page for mail ---
 
 _CELL = "padding:4px 12px 4px 0;border-bottom:1px solid #d5d9e0;vertical-align:top"
+_FAINT = "color:#555d68;font-size:13px;overflow-wrap:anywhere"
 _FONT = "font-family:Helvetica,Arial,sans-serif;font-size:14px;color:#101418"
 
 
@@ -171,28 +172,27 @@ def as_html(digest: Digest, title: str, link: Callable[[str], str | None] = lamb
     failures = [
         [
             f"{each.count:,}",
-            html.escape(each.stage),
-            html.escape(each.state.replace("_", " ")),
-            html.escape(shortened(each.reason or NO_REASON, REASON)),
-            f"{each.first_at:%H:%M} to {each.last_at:%H:%M}",
-            run(each.run_id),
+            f"{html.escape(each.stage)}<br>{html.escape(each.state.replace('_', ' '))}",
+            f'<div style="overflow-wrap:anywhere">{html.escape(shortened(each.reason or NO_REASON, REASON))}</div>'
+            f'<div style="{_FAINT}">{each.first_at:%H:%M} to {each.last_at:%H:%M}, last: {run(each.run_id)}</div>',
         ]
         for each in digest.failures
     ]
     outliers = [
         [f"{each.started_at:%H:%M:%S}", html.escape(each.stage), _seconds(each.seconds), _seconds(each.usual_s)]
-        + [run(each.run_id)]
+        + [f'<span style="overflow-wrap:anywhere">{run(each.run_id)}</span>']
         for each in digest.outliers
     ]
     parts = [
         ("Stages", ["Stage", "Runs", "Failed", "p50", "p99", "Seconds over the day", "Rows", "CPU", "US$"], stages),
-        ("What failed", ["Times", "Stage", "State", "Reason", "UTC", "The last"], failures),
+        ("What failed", ["Times", "Stage", "Why"], failures),
         ("Far longer than usual", ["UTC", "Stage", "Took", "Usually", "Run"], outliers),
     ]
     name = f"{html.escape(title)}, {digest.day:%-d %B %Y}"
     head = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title>'
-        f'<body style="margin:24px;background:#ffffff;{_FONT}"><h1 style="font-size:22px;margin:0 0 8px">{name}</h1>'
+        f'<meta name="viewport" content="width=device-width"><body style="margin:24px;background:#ffffff;{_FONT}">'
+        f'<h1 style="font-size:22px;margin:0 0 8px">{name}</h1>'
         f'<p style="margin:0 0 16px">{html.escape(digest.sentence)} Times are in UTC.</p>'
     )
     return head + "".join(_part(*part) for part in parts if part[2])
@@ -203,7 +203,8 @@ def _part(heading: str, names: list[str], rows: list[list[str]]) -> str:
     lines = ["".join(f'<td style="{_CELL}">{cell}</td>' for cell in row) for row in rows]
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     table = f'<table style="border-collapse:collapse;{_FONT}"><tr>{head}</tr>{body}</table>'
-    return f'<h2 style="font-size:17px;margin:24px 0 8px">{heading}</h2>{table}'
+    scrolls = f'<div style="overflow-x:auto">{table}</div>'  # on a phone; the page does not
+    return f'<h2 style="font-size:17px;margin:24px 0 8px">{heading}</h2>{scrolls}'
 
 
 def _alarming(count: int) -> str:
@@ -211,7 +212,7 @@ def _alarming(count: int) -> str:
 
 
 def _seconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.1f} s"
+    return "–" if value is None else f"{value:,.1f}&nbsp;s"
 
 
 def as_json(digest: Digest) -> dict[str, Any]:
