@@ -84,8 +84,20 @@ def problems_of(
             stages = project.stages
             problems += _of_machines(project, (root if env else None) or project.environment.root)
             problems += _of_alerts(project.environment, timetable)
+            problems += _of_home(project)
     problems += params.breaches(PROJECT, list(stages) or None, timetable.domain)
     return [*problems, *_of_domain(timetable)], list(stages)
+
+
+def _of_home(project: params.Project) -> Iterator[params.Problem]:
+    """A `deploy` block that asks for the home machine wrongly."""
+    if project.environment.deploy:
+        from etl.serve import deployed
+
+        try:
+            deployed.read(project)
+        except ValueError as error:
+            yield params.Problem(f"params/env/{project.environment.name}.yml", None, str(error))
 
 
 def _of_machines(project: params.Project, root: str) -> Iterator[params.Problem]:
