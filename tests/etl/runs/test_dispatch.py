@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -94,6 +95,9 @@ def test_a_local_cluster_listens_on_loopback_and_goes():
         assert address.startswith("tcp://127.0.0.1:")
         with Client(address) as client:
             assert client.submit(sum, [1, 2]).result(timeout=60) == 3
+            [blocked] = client.run(signal.pthread_sigmask, signal.SIG_BLOCK, ()).values()
+            assert signal.SIGINT in blocked  # the terminal's, which this process alone answers
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
     with pytest.raises(OSError), Client(address, timeout=1):
         pass
 
