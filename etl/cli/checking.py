@@ -112,6 +112,8 @@ def _of_machines(project: params.Project, root: str) -> Iterator[params.Problem]
             away += [name] if "ssh" not in machines.read(name, stage.machine).arguments else []
         except ValueError as error:
             yield params.Problem(path, None, f"{name}: {error}")
+        for why in machines.dask_problems(stage):
+            yield params.Problem(path, None, f"{name}: {why}")
     if away and "://" not in root:
         why = f"the root {root} is on this machine, and {', '.join(away)} on another; use an s3:// root"
         yield params.Problem(path, None, why)

@@ -276,9 +276,16 @@ def stage_problems(stage: Stage, root: str) -> list[str]:
         return []
     try:
         block, there = read(stage.name, stage.machine), Root.at(root)
-        return problems(block, there) or root_problems(there)
+        return dask_problems(stage) or problems(block, there) or root_problems(there)
     except ValueError as error:
         return [str(error)]
+
+
+def dask_problems(stage: Stage) -> list[str]:
+    """Why a stage's machine would not come to its cluster: a sentence, or none."""
+    if stage.machine and "dask" in stage.supplied and "n_workers" in (stage.dask or {}):
+        return ["dask: n_workers are processes of this machine, and the run is on another; use an address, or null"]
+    return []
 
 
 def root_problems(root: Root) -> list[str]:
