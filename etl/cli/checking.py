@@ -104,7 +104,7 @@ def _of_machines(project: params.Project, root: str) -> Iterator[params.Problem]
     """Machines that are asked for wrongly, and the stages that are to run on one which cannot reach the root."""
     path, away = f"params/env/{project.environment.name}.yml", []
     for name, stage in project.stages.items():
-        if not stage.machine:
+        if stage.machine is None:
             continue
         from etl.runs import machines
 
@@ -125,7 +125,7 @@ def _notes(env: str, overrides: Sequence[str]) -> list[str]:
     for name in [env] if env else params.environments(PROJECT):
         with contextlib.suppress(params.ParamsError):  # `problems_of` says so
             for stage in params.load(PROJECT, name, overrides).stages.values():
-                notes += [f"{stage.name}: {why}" for why in (secrets.missing(stage) if not stage.machine else ())]
+                notes += [f"{stage.name}: {why}" for why in (secrets.missing(stage) if stage.machine is None else ())]
     return list(dict.fromkeys(notes))
 
 

@@ -272,7 +272,7 @@ class Coiled:
 
 def stage_problems(stage: Stage, root: str) -> list[str]:
     """What is wrong with a stage's machine and the way to the root, before anything is asked for: a sentence each."""
-    if not stage.machine:
+    if stage.machine is None:
         return []
     try:
         block, there = read(stage.name, stage.machine), Root.at(root)
@@ -283,7 +283,7 @@ def stage_problems(stage: Stage, root: str) -> list[str]:
 
 def dask_problems(stage: Stage) -> list[str]:
     """Why a stage's machine would not come to its cluster: a sentence, or none."""
-    if stage.machine and "dask" in stage.supplied and "n_workers" in (stage.dask or {}):
+    if stage.machine is not None and "dask" in stage.supplied and "n_workers" in (stage.dask or {}):
         return ["dask: n_workers are processes of this machine, and the run is on another; use an address, or null"]
     return []
 

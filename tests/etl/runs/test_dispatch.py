@@ -82,6 +82,15 @@ def test_a_run_for_which_no_machine_is_to_be_had_fails_here_with_a_report(cloud,
     assert [row["run_id"] for row in index.newest(Root.at(tmp_path))] == [record.run_id]
 
 
+def test_a_block_without_a_key_is_a_machine_to_those_who_look_before_it_begins_too(cloud, tmp_path):
+    query = dataclasses.replace(cloud.stages["query"], machine={})
+    why = f"the root {tmp_path} is on this machine, and the run on another; use an s3:// root"
+    assert machines.stage_problems(query, str(tmp_path)) == [why]
+    project = dataclasses.replace(params.load(PROJECT, "local"), stages={"query": query})
+    [problem] = checking._of_machines(project, str(tmp_path))
+    assert "is on this machine, and query on another" in problem.message
+
+
 def test_a_machine_does_not_come_to_workers_of_this_one(cloud, tmp_path):
     machine = {"ssh": "etl@big.example.com", "project": "/srv/etl"}
     query = dataclasses.replace(cloud.stages["query"], machine=machine)
