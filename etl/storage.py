@@ -342,10 +342,13 @@ class Root:
         return hasattr(self._fs, "call_s3")
 
     def region(self) -> str | None:
-        """Of the bucket, where the store says it; None otherwise."""
+        """Of the bucket, where the store says it; None otherwise. Raises FileNotFoundError where there is no bucket."""
         if not self._is_s3:
             return None
-        answer = self._fs.call_s3("head_bucket", Bucket=self._fs.split_path(self._prefix)[0])
+        try:
+            answer = self._fs.call_s3("head_bucket", Bucket=self._fs.split_path(self._prefix)[0])
+        except PermissionError:  # of one who may list below a prefix alone
+            return None
         return str(answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region") or "") or None
 
     def _asked(self, method: str, rel: str, **asked: Any) -> dict[str, Any]:

@@ -84,15 +84,27 @@ def problems_of(
             stages = project.stages
             problems += _of_machines(project, (root if env else None) or project.environment.root)
             problems += _of_alerts(project.environment, timetable)
+            problems += _of_home(project)
     problems += params.breaches(PROJECT, list(stages) or None, timetable.domain)
     return [*problems, *_of_domain(timetable)], list(stages)
+
+
+def _of_home(project: params.Project) -> Iterator[params.Problem]:
+    """A `deploy` block that asks for the home machine wrongly."""
+    if project.environment.deploy:
+        from etl.serve import deployed
+
+        try:
+            deployed.read(project)
+        except ValueError as error:
+            yield params.Problem(f"params/env/{project.environment.name}.yml", None, str(error))
 
 
 def _of_machines(project: params.Project, root: str) -> Iterator[params.Problem]:
     """Machines that are asked for wrongly, and the stages that are to run on one which cannot reach the root."""
     path, away = f"params/env/{project.environment.name}.yml", []
     for name, stage in project.stages.items():
-        if not stage.machine:
+        if stage.machine is None:
             continue
         from etl.runs import machines
 
@@ -100,6 +112,8 @@ def _of_machines(project: params.Project, root: str) -> Iterator[params.Problem]
             away += [name] if "ssh" not in machines.read(name, stage.machine).arguments else []
         except ValueError as error:
             yield params.Problem(path, None, f"{name}: {error}")
+        for why in machines.dask_problems(stage):
+            yield params.Problem(path, None, f"{name}: {why}")
     if away and "://" not in root:
         why = f"the root {root} is on this machine, and {', '.join(away)} on another; use an s3:// root"
         yield params.Problem(path, None, why)
@@ -111,7 +125,7 @@ def _notes(env: str, overrides: Sequence[str]) -> list[str]:
     for name in [env] if env else params.environments(PROJECT):
         with contextlib.suppress(params.ParamsError):  # `problems_of` says so
             for stage in params.load(PROJECT, name, overrides).stages.values():
-                notes += [f"{stage.name}: {why}" for why in (secrets.missing(stage) if not stage.machine else ())]
+                notes += [f"{stage.name}: {why}" for why in (secrets.missing(stage) if stage.machine is None else ())]
     return list(dict.fromkeys(notes))
 
 

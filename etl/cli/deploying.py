@@ -25,6 +25,8 @@ def deploy(
     """`up` on a machine of Coiled's that is always on, as `deploy` in the env file says; again only when need be."""
     from etl.serve import deployed
 
+    if status and stop:
+        refuse("--status or --stop: only one of them", status=2)
     try:
         home = deployed.read(load(env, root=root))
     except ValueError as error:

@@ -103,7 +103,7 @@ def run(
 
 def _refuse_wrong_machines(stages: Sequence[Stage], root: str) -> None:
     """What can be known of a machine before it is asked for, or made anew, is a refusal."""
-    if away := [stage for stage in stages if stage.machine]:
+    if away := [stage for stage in stages if stage.machine is not None]:
         from etl.runs import machines
 
         if wrong := [f"{stage.name}: {why}" for stage in away for why in machines.stage_problems(stage, root)]:

@@ -309,11 +309,16 @@ def _until(text: str) -> str:
     return text
 
 
+_SCHEDULER = re.compile(r"(?!https?:)(?:[a-z]+://)?[^\s/]+:[0-9]+(?:/\S*)?")  # a browser's page is none
+
+
 def _one_dask(block: dict[str, Any]) -> dict[str, Any]:
     match block:
         case {"n_workers": int(n)} if n > 0 and n is not True and len(block) == 1:
             return block
-        case {"address": str(some)} | {"coiled": dict(some)} if some and len(block) == 1:
+        case {"address": str(address)} if _SCHEDULER.fullmatch(address) and len(block) == 1:
+            return block
+        case {"coiled": dict(some)} if some and len(block) == 1:
             return block
     raise ValueError("none of the three forms")
 
@@ -402,7 +407,7 @@ _EXPECTED = {
     "machine": "null or key: value lines",
     "deploy": "null or key: value lines",
     "machine_above": "null or {rows: a whole number}",
-    "dask": "null, {n_workers: 1 or more}, {address: URL} or {coiled: {...}}",
+    "dask": "null, {n_workers: 1 or more}, {address: tcp://host:port} or {coiled: {...}}",
     "retention": "numbers from 0 for all_hours, hourly_days, page_days and days, true or false for daily and slowest",
     "ready_kernels": "a whole number from 0 to 16",
     "alerts": "to, command, on and figures",

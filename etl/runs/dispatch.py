@@ -9,10 +9,12 @@ import hashlib
 import json
 import logging
 import secrets
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
+from multiprocessing import resource_tracker
 from typing import Any
 
 from etl.params import Environment, Stage
@@ -170,10 +172,24 @@ def cluster(dask: dict[str, Any] | None) -> Iterator[tuple[str | None, dict[str,
         logging.getLogger("distributed.shuffle._scheduler_plugin").setLevel(logging.ERROR)  # it warns of every shuffle
         workers = dask["n_workers"]
         # addresses default to every interface; 1 thread: the engines underneath have threads of their own
-        with LocalCluster(
-            n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
-        ) as processes:
+        with _no_interrupt():
+            processes = LocalCluster(
+                n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
+            )
+        with processes:
             yield processes.scheduler_address, {}
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """What is started meanwhile is not interrupted: a terminal's Ctrl-C goes to all of its processes, and Dask's tell
+    it with a traceback each. This thread hears of it afterwards."""
+    resource_tracker.ensure_running()  # which lets SIGINT through again in the thread that starts it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _kept(arguments: dict[str, Any]) -> dict[str, Any]:

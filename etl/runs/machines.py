@@ -6,6 +6,7 @@ values of secrets on its standard input. Coiled is imported only when one of its
 
 import contextlib
 import hashlib
+import http.client
 import inspect
 import json
 import logging
@@ -124,13 +125,15 @@ def coiled_problems() -> list[str]:
     server, token = dask.config.get("coiled.server"), dask.config.get("coiled.token")
     if not token:
         return ["Coiled's token is not set: run `coiled login`, or set DASK_COILED__TOKEN"]
-    asked = urllib.request.Request(f"{server}/api/v2/user/me", headers={"Authorization": f"ApiToken {token}"})
+    if not str(token).isprintable():  # what a header does not take is told with its value
+        return ["Coiled's token holds a line break or another control character"]
     try:
+        asked = urllib.request.Request(f"{server}/api/v2/user/me", headers={"Authorization": f"ApiToken {token}"})
         urllib.request.urlopen(asked, timeout=CONNECT_S).close()
     except urllib.error.HTTPError as error:
         refused = "does not take the token" if error.code in (401, 403) else f"answered {error.code}"
         return [f"Coiled's service at {server} {refused}"]
-    except OSError as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return [f"Coiled's service at {server} cannot be reached: {one_line(getattr(error, 'reason', error))}"]
     return []
 
@@ -269,19 +272,29 @@ class Coiled:
 
 def stage_problems(stage: Stage, root: str) -> list[str]:
     """What is wrong with a stage's machine and the way to the root, before anything is asked for: a sentence each."""
-    if not stage.machine:
+    if stage.machine is None:
         return []
     try:
         block, there = read(stage.name, stage.machine), Root.at(root)
-        return problems(block, there) or root_problems(there)
+        return dask_problems(stage) or problems(block, there) or root_problems(there)
     except ValueError as error:
         return [str(error)]
+
+
+def dask_problems(stage: Stage) -> list[str]:
+    """Why a stage's machine would not come to its cluster: a sentence, or none."""
+    if stage.machine is not None and "dask" in stage.supplied and "n_workers" in (stage.dask or {}):
+        return ["dask: n_workers are processes of this machine, and the run is on another; use an address, or null"]
+    return []
 
 
 def root_problems(root: Root) -> list[str]:
     """Why the way to a root is none: a sentence, or none."""
     try:
-        root.names("live")
+        if not root.names("live") and not isinstance(root, LocalRoot):
+            root.region()  # a bucket that is not there has no names either
+    except FileNotFoundError:
+        return [f"the root {root.url} cannot be read: there is no such bucket"]
     except Exception as error:
         return [f"the root {root.url} cannot be read: {re.sub(r'[.]$', '', one_line(error))}"]
     return []

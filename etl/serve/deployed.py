@@ -129,8 +129,14 @@ def read(project: Project, folder: Path = PROJECT) -> Home:
         boot_s = seconds(block["boot"]) if "boot" in block else BOOT_S
     except ValueError:
         raise ValueError('deploy: boot: expected a duration such as "15 minutes"') from None
+    size, kinds = block.get("disk_size", 1), block.get("vm_type", "any")
+    if type(size) is not int or size < 1:
+        raise ValueError(f"deploy: disk_size: expected a whole number of GB, got {size!r}")
+    named = kinds if isinstance(kinds, list) else [kinds]
+    if not named or not all(isinstance(kind, str) and kind for kind in named):
+        raise ValueError(f"deploy: vm_type: expected a name such as t3.medium, or a list of them, got {kinds!r}")
     tags, names, port = block.get("tags") or {}, block.get("secrets") or [], block.get("port")
-    if not isinstance(tags, dict):
+    if not isinstance(tags, dict) or any(isinstance(value, dict | list) for value in tags.values()):
         raise ValueError("deploy: tags: expected name: value lines, such as {project: etl}")
     if not isinstance(names, list) or not all(isinstance(name, str) and secrets.NAME.fullmatch(name) for name in names):
         raise ValueError("deploy: secrets: expected the names of secrets, such as [ETL_API_TOKEN]")
@@ -139,6 +145,8 @@ def read(project: Project, folder: Path = PROJECT) -> Home:
             f"deploy: port: the API's, {PORTS['api']}, is the only one that may be open to all, with a subdomain and "
             f"{TOKEN} among the secrets"
         )
+    if port is None and "subdomain" in block:
+        raise ValueError(f"deploy: subdomain: is for the API's port alone: port: {PORTS['api']} is missing")
     told = environment.alerts.to if environment.alerts else []
     handed = {*names, *(name for stage in project.stages.values() for name in stage.secrets)}
     handed |= {name for name in told if secrets.NAME.fullmatch(name)}

@@ -99,6 +99,7 @@ def test_what_a_run_here_would_lack_is_told_before_it_runs(tmp_path, monkeypatch
         "params/load.yml": STAGE + "  max_files: 1\n",
         "params/env/local.yml": LOCAL,
         "params/env/away.yml": LOCAL.replace("machine: null", "machine: {n_workers: 1}"),
+        "params/env/home.yml": LOCAL + "deploy: {vm_typ: t3.medium}\n",
     }.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
@@ -110,3 +111,7 @@ def test_what_a_run_here_would_lack_is_told_before_it_runs(tmp_path, monkeypatch
     ]
     assert not list(checking._of_machines(away, "s3://bucket/etl"))
     assert not list(checking._of_machines(params.load(tmp_path), "/outputs"))
+    assert list(map(str, checking._of_home(params.load(tmp_path, "home")))) == [
+        "params/env/home.yml: deploy: unknown key 'vm_typ'; did you mean 'vm_type'?"
+    ]
+    assert not list(checking._of_home(params.load(tmp_path)))

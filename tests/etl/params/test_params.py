@@ -317,6 +317,7 @@ stages:
     assert environments(folder) == ["fast", "local"]
 
 
+DASK = "2: dask: expected null, {n_workers: 1 or more}, {address: tcp://host:port} or {coiled: {...}}"
 BAD_ENVS = {
     "root: ''": "1: root: expected a folder or a URL, got str ''",
     "root: ~": "1: root: expected a folder or a URL, got null",
@@ -325,13 +326,12 @@ BAD_ENVS = {
     "root: s3:/bucket": "1: root: 's3:/bucket': a URL begins with s3://",
     "root: 5": "1: root: expected a folder or a URL, got int 5",
     "root: o\nmachine: big": "2: machine: expected null or key: value lines, got str 'big'",
-    "root: o\ndask: 2": "2: dask: expected null, {n_workers: 1 or more}, {address: URL} or {coiled: {...}}, got int 2",
-    "root: o\ndask: {n_workers: 0}": "2: dask: expected null, {n_workers: 1 or more}, {address: URL} or "
-    "{coiled: {...}}, got dict {'n_workers': 0}",
-    "root: o\ndask: {n_workers: true}": "2: dask: expected null, {n_workers: 1 or more}, {address: URL} or "
-    "{coiled: {...}}, got dict {'n_workers': True}",
-    "root: o\ndask: {n_workers: 1, address: x}": "2: dask: expected null, {n_workers: 1 or more}, {address: URL} "
-    "or {coiled: {...}}, got dict {'n_workers': 1, 'address': 'x'}",
+    "root: o\ndask: 2": f"{DASK}, got int 2",
+    "root: o\ndask: {address: nonsense}": f"{DASK}, got dict {{'address': 'nonsense'}}",
+    "root: o\ndask: {address: 'http://host:8787'}": f"{DASK}, got dict {{'address': 'http://host:8787'}}",
+    "root: o\ndask: {n_workers: 0}": f"{DASK}, got dict {{'n_workers': 0}}",
+    "root: o\ndask: {n_workers: true}": f"{DASK}, got dict {{'n_workers': True}}",
+    "root: o\ndask: {n_workers: 1, address: x}": f"{DASK}, got dict {{'n_workers': 1, 'address': 'x'}}",
     "root: o\nstages: [preprocess]": "2: stages: expected a stage's name and, under it, what to override, got list "
     "['preprocess']",
     "root: o\nstages:\n  preprocess: 5": "3: stages: expected a stage's name and, under it, what to override, got int "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import yaml
 from faults import machines as machine_faults
 
 from etl import params
+from etl.cli import checking
 from etl.runs import dispatch, index, machines
 from etl.runs.record import RunRecord
 from etl.storage import PROJECT, Root
@@ -80,6 +82,28 @@ def test_a_run_for_which_no_machine_is_to_be_had_fails_here_with_a_report(cloud,
     assert [row["run_id"] for row in index.newest(Root.at(tmp_path))] == [record.run_id]
 
 
+def test_a_block_without_a_key_is_a_machine_to_those_who_look_before_it_begins_too(cloud, tmp_path):
+    query = dataclasses.replace(cloud.stages["query"], machine={})
+    why = f"the root {tmp_path} is on this machine, and the run on another; use an s3:// root"
+    assert machines.stage_problems(query, str(tmp_path)) == [why]
+    project = dataclasses.replace(params.load(PROJECT, "local"), stages={"query": query})
+    [problem] = checking._of_machines(project, str(tmp_path))
+    assert "is on this machine, and query on another" in problem.message
+
+
+def test_a_machine_does_not_come_to_workers_of_this_one(cloud, tmp_path):
+    machine = {"ssh": "etl@big.example.com", "project": "/srv/etl"}
+    query = dataclasses.replace(cloud.stages["query"], machine=machine)
+    generate = dataclasses.replace(cloud.stages["generate"], machine=machine, dask={"n_workers": 2})  # asks no cluster
+    why = "dask: n_workers are processes of this machine, and the run is on another; use an address, or null"
+    here = dataclasses.replace(query, dask={"n_workers": 2})
+    assert machines.stage_problems(here, str(tmp_path)) == [why]
+    project = dataclasses.replace(params.load(PROJECT, "local"), stages={"query": here, "generate": generate})
+    assert list(map(str, checking._of_machines(project, str(tmp_path)))) == [f"params/env/local.yml: query: {why}"]
+    for dask in (None, {"address": "tcp://10.0.0.1:8786"}):
+        assert machines.stage_problems(dataclasses.replace(query, dask=dask), str(tmp_path)) == []
+
+
 def test_no_block_is_no_cluster_and_an_address_is_passed_on():
     with dispatch.cluster(None) as found:
         assert found == (None, {})
@@ -94,6 +118,9 @@ def test_a_local_cluster_listens_on_loopback_and_goes():
         assert address.startswith("tcp://127.0.0.1:")
         with Client(address) as client:
             assert client.submit(sum, [1, 2]).result(timeout=60) == 3
+            [blocked] = client.run(signal.pthread_sigmask, signal.SIG_BLOCK, ()).values()
+            assert signal.SIGINT in blocked  # the terminal's, which this process alone answers
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
     with pytest.raises(OSError), Client(address, timeout=1):
         pass
 

@@ -35,6 +35,12 @@ def home(block, root="s3://bucket/etl"):
         ({"boot": "soon"}, 'deploy: boot: expected a duration such as "15 minutes"'),
         ({"tags": ["etl"]}, "deploy: tags: expected name: value lines, such as {project: etl}"),
         ({"secrets": ["of mine"]}, "deploy: secrets: expected the names of secrets, such as [ETL_API_TOKEN]"),
+        ({"disk_size": "30 GB"}, "deploy: disk_size: expected a whole number of GB, got '30 GB'"),
+        ({"disk_size": 0}, "deploy: disk_size: expected a whole number of GB, got 0"),
+        ({"vm_type": 3}, "deploy: vm_type: expected a name such as t3.medium, or a list of them, got 3"),
+        ({"vm_type": []}, "deploy: vm_type: expected a name such as t3.medium, or a list of them, got []"),
+        ({"tags": {"project": {"of": "etl"}}}, "deploy: tags: expected name: value lines, such as {project: etl}"),
+        ({"subdomain": "ours"}, "deploy: subdomain: is for the API's port alone: port: 8000 is missing"),
         ({"port": 8000, "subdomain": "ours"}, "ETL_API_TOKEN among the secrets"),
         ({"port": 8501, "subdomain": "ours", "secrets": ["ETL_API_TOKEN"]}, "8000, is the only one that may be open"),
     ],
@@ -52,6 +58,40 @@ def test_nothing_is_asked_for_that_could_not_be_of_use(tmp_path, monkeypatch):
     assert "us-east-2 is not the bucket's, eu-central-1" in deployed.problems(home(BLOCK))[0]
     [missing] = deployed.problems(home({"secrets": ["NOT_SET_ANYWHERE"]}))
     assert "NOT_SET_ANYWHERE" in missing
+
+
+def deploy(project, *arguments, **variables):
+    return subprocess.run(
+        [sys.executable, "orchestrate.py", "deploy", *arguments],
+        env=environment(project) | variables,
+        cwd=project,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_bucket_a_token_and_a_service_that_are_none_are_a_sentence_each_and_nothing_is_asked_for(tmp_path):
+    pytest.importorskip("coiled")
+    with s3() as server:
+        variables = s3_variables(server) | {"DASK_COILED__SERVER": "nonsense", "DASK_COILED__TOKEN": "secret-of-mine"}
+        keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
+        boto3.client("s3", endpoint_url=server, region_name="us-east-1", **keys).create_bucket(Bucket="there")
+        told = {
+            "the root s3://nowhere/etl cannot be read: there is no such bucket": ("s3://nowhere/etl", {}),
+            "Coiled's service at nonsense cannot be reached: ValueError: unknown url type:": ("s3://there/etl", {}),
+            "Coiled's token holds a line break": ("s3://there/etl", {"DASK_COILED__TOKEN": "secret-of-mine\nagain"}),
+        }
+        for sentence, (root, others) in told.items():
+            done = deploy(PROJECT, "--root", root, **variables | others)
+            said = done.stdout + done.stderr
+            assert (done.returncode, said.count("\n")) == (2, 1), said
+            assert said.startswith(sentence) and "secret-of-mine" not in said
+
+
+def test_to_look_and_to_give_back_are_not_asked_at_once():
+    done = deploy(PROJECT, "--status", "--stop")
+    assert (done.returncode, done.stderr) == (2, "--status or --stop: only one of them\n")
 
 
 def test_coileds_command_takes_what_a_block_may_have():
