@@ -132,7 +132,7 @@ def split(
 
     Equal rows are always in the same part, so that no model is judged by what it, or the champion before it, has seen;
     of equal ones a model is judged by one. Of each row 29 bytes are held, 37 where it is judged by, until XGBoost has
-    its own copy of those to train on: 26 bytes each, and 30 more while it trains. At the most 55 bytes a row, of all.
+    its own copy of those to train on: 26 bytes each, and 30 more while it trains. At the most 59 bytes a row, of all.
 
     More than `dask_above_rows` are held by the workers of the Dask cluster at `dask`, if there is one, each its share.
     Raises OSError when nobody answers there.

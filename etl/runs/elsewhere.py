@@ -158,7 +158,7 @@ class Followed:
         elif self._silent_s > self.block.silence_s:
             reason = f"the machine was lost {self.progress.where}: not a word for {self.block.silence_s:g} s"
             self._end_run("killed", reason)
-        elif now > self._began_at + self.request.deadline_s + HELD_S / 2:  # the machine knows its deadline, too
+        elif now > self._began_at + self.request.deadline_s + HELD_S / 4:  # the machine knows its deadline, too
             self._tell_to_end("timed_out")
 
     def _take_parts(self) -> bool:

@@ -53,9 +53,18 @@ def asked(root: Root, run_id: str) -> dict[str, Any] | None:
 
 
 def claim(root: Root, run_id: str) -> bool:
-    """By the machine: whether the run is this process's. Of many that ask, once and again, it is for one."""
+    """By the machine: whether the run is this process's. Of many that ask, once and again, it is for one.
+
+    A second process may have read the request, and claim the run when home has just forgotten it, the first claim with
+    it: then the request is gone, for that goes first.
+    """
     who = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
-    return root.create(f"{folder(run_id)}/claim.json", json.dumps(who).encode())
+    if not root.create(f"{folder(run_id)}/claim.json", json.dumps(who).encode()):
+        return False
+    if asked(root, run_id) is not None:
+        return True
+    root.remove(f"{folder(run_id)}/claim.json")
+    return False
 
 
 def claimed(root: Root, run_id: str) -> dict[str, Any] | None:
@@ -74,6 +83,7 @@ def is_cancelled(root: Root, run_id: str) -> bool:
 
 def forget(root: Root, run_id: str, is_over: bool) -> None:
     """By home, when the record is written. Unless it `is_over` there, the word to end stays for who comes back."""
+    root.remove(f"{folder(run_id)}/request.json")  # before the claim: see there
     root.remove_tree(folder(run_id))
     if is_over:
         root.remove(f"cancel/{run_id}")

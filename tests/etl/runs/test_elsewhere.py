@@ -15,7 +15,7 @@ from test_engine import RUN_ID, cell_states, notebook, saved
 
 from etl.runs import delivery, elsewhere, index, journal, live, machines
 from etl.runs.record import RunRecord, RunRequest
-from etl.storage import Root
+from etl.storage import LocalRoot, Root
 
 pytestmark = pytest.mark.skipif(SSHD is None, reason="no sshd: Debian's package openssh-server has it")
 SLEEP = "import time\nfor i in range(6000):\n    print('line', i, flush=True)\n    time.sleep(0.1)"
@@ -124,7 +124,7 @@ def test_a_machine_that_hangs_is_ended_and_does_not_go_on(host, tmp_path):
 
 
 def test_home_keeps_the_deadline(host, tmp_path, monkeypatch):
-    monkeypatch.setattr(elsewhere, "HELD_S", -4)  # it is before the machine, which knows it, too
+    monkeypatch.setattr(elsewhere, "HELD_S", -8)  # it is before the machine, which knows it, too
     record = run(host, request(tmp_path, "# Work", "rows: int = 1", SLEEP, deadline_s=8))
     assert (record.state, record.reason[:12]) == ("timed_out", "deadline of ")
 
@@ -162,6 +162,29 @@ def test_a_run_id_runs_once(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         assert sorted(pool.map(lambda _: live.claim(Root.at(tmp_path), "toy-1"), range(8))) == [False] * 7 + [True]
     assert elsewhere.there(str(tmp_path), "toy-1") == 3 and elsewhere.there(str(tmp_path), "toy-2") == 2
+
+
+@pytest.mark.parametrize("amid", [False, True], ids=["forgotten", "half forgotten"])
+def test_who_asks_again_while_home_forgets_the_run_does_not_run_it_a_second_time(tmp_path, monkeypatch, amid):
+    """The first claim goes with the rest, and the request had been read before: it was claimed once more, and ran."""
+    root, whole, told = Root.at(tmp_path), LocalRoot.remove_tree, []
+    live.ask(root, {"run_id": "toy-1"})
+    assert live.claim(root, "toy-1")
+
+    def half(self, rel):
+        self.remove(f"{rel}/claim.json")
+        told.append(live.claim(self, "toy-1"))
+        whole(self, rel)
+
+    def forgotten_meanwhile(root, run_id):
+        if amid:
+            monkeypatch.setattr(LocalRoot, "remove_tree", half)
+        live.forget(root, run_id, is_over=True)
+        return False
+
+    monkeypatch.setattr(live, "is_cancelled", forgotten_meanwhile)
+    assert elsewhere.there(str(tmp_path), "toy-1") == 3
+    assert left(tmp_path) == [] and told == [False] * amid
 
 
 def test_a_run_elsewhere_goes_by_the_bucket_alone(host, s3_root, s3_server):
