@@ -31,7 +31,7 @@ def deploy(
         home = deployed.read(load(env, root=root))
     except ValueError as error:
         refuse(str(error), status=2)
-    if wrong := deployed.unreachable(home) if status or stop else deployed.problems(home):
+    if wrong := deployed.unreachable(home, needs_root=status) if status or stop else deployed.problems(home):
         refuse(wrong[0], status=2)
     try:
         if status:

@@ -10,12 +10,14 @@ import json
 import logging
 import secrets
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from multiprocessing import resource_tracker
 from typing import Any
+from urllib.parse import urlsplit
 
 from etl.params import Environment, Stage
 from etl.params.cell import BadNotebook, read_notebook
@@ -29,6 +31,7 @@ from etl.storage import Root
 log = logging.getLogger(__name__)
 RETRIED = ("failed", "timed_out", "killed")  # a failed check is no accident: the same data fails it again
 FIRST_DELAY_S = 5  # before the first retry; doubled before each further one
+ANSWER_S = 5  # of a Dask scheduler, to a connection
 
 
 def run_stage(
@@ -64,6 +67,8 @@ def run_stage(
         problem = refused
         wanted = stage.dask if "dask" in stage.supplied and not refused else None
         try:
+            if stage.machine is None and wanted and "address" in wanted:
+                _require_answer(wanted["address"])
             address, variables = opened.enter_context(cluster(wanted))
         except Exception as error:  # the run's report tells it
             problem = f"no Dask cluster: {type(error).__name__}: {error}"
@@ -178,6 +183,16 @@ def cluster(dask: dict[str, Any] | None) -> Iterator[tuple[str | None, dict[str,
             )
         with processes:
             yield processes.scheduler_address, {}
+
+
+def _require_answer(address: str) -> None:
+    """Raises OSError when nobody listens there, at once: Dask's own client asks for half a minute."""
+    parts = urlsplit(address if "://" in address else f"tcp://{address}")
+    if parts.scheme in ("tcp", "tls", "ws", "wss") and parts.port:
+        try:
+            socket.create_connection((parts.hostname, parts.port), timeout=ANSWER_S).close()
+        except OSError as error:
+            raise OSError(f"nobody answers at {address}: {error}") from None
 
 
 @contextlib.contextmanager

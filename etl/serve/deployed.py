@@ -164,11 +164,11 @@ def problems(home: Home) -> list[str]:
     return told
 
 
-def unreachable(home: Home) -> list[str]:
-    """Why nothing can be known or ended: a sentence, or none."""
+def unreachable(home: Home, needs_root: bool = True) -> list[str]:
+    """Why nothing can be known or, whatever became of the root, ended: a sentence, or none."""
     if isinstance(home.root, LocalRoot):
         return [f"the root {home.root.url} is on this machine, and home on another; use an s3:// root"]
-    return machines.root_problems(home.root) or machines.coiled_problems()
+    return (machines.root_problems(home.root) if needs_root else []) or machines.coiled_problems()
 
 
 def _of_region(home: Home) -> list[str]:
@@ -209,18 +209,23 @@ def deploy(home: Home, say: Callable[[str], None]) -> bool:
 
 
 def stop(home: Home) -> bool:
-    """Give the machine back, and wait until it has gone; False when there is none. Raises NotDeployed."""
-    state = look(home)
-    if state.cluster is None:
+    """Give the machine back, and wait until it has gone; False when there is none. Raises NotDeployed.
+
+    Also when the root cannot be read any more: the machine costs all the same.
+    """
+    state = None
+    with suppress(Exception):  # of Coiled's service: it is asked again
+        state = look(home)
+    if (cluster := state.cluster if state else _cluster(home)) is None:
         return False
     with _coiled(home) as cloud:
-        cloud.delete_cluster(state.cluster, workspace=home.block.get("workspace"), reason="etl deploy")
+        cloud.delete_cluster(cluster, workspace=home.block.get("workspace"), reason="etl deploy")
     until = time.monotonic() + GONE_S
     while _cluster(home) is not None:
         if time.monotonic() > until:
             raise NotDeployed(f"the machine {home.name} was told to end, and has not within {GONE_S:g} s")
         time.sleep(LOOK_S)
-    if state.is_ours and state.beat:
+    if state and state.is_ours and state.beat:
         heartbeat.end(home.root)
     return True
 

@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import yaml
 from faults import machines as machine_faults
+from support import free_port
 
 from etl import params
 from etl.cli import checking
@@ -109,6 +110,14 @@ def test_no_block_is_no_cluster_and_an_address_is_passed_on():
         assert found == (None, {})
     with dispatch.cluster({"address": "tcp://10.0.0.1:8786"}) as found:
         assert found == ("tcp://10.0.0.1:8786", {})
+
+
+def test_where_no_scheduler_listens_the_run_fails_at_once_and_says_so(cloud, tmp_path):
+    address = f"tcp://127.0.0.1:{free_port()}"
+    environment = dataclasses.replace(params.load(PROJECT, "local").environment, root=str(tmp_path))
+    query = dataclasses.replace(cloud.stages["query"], machine=None, dask={"address": address}, retries=0)
+    record = dispatch.run_stage(query, environment, scheduled_for=AT)
+    assert record.state == "failed" and record.reason.startswith("no Dask cluster: OSError: nobody answers at tcp://")
 
 
 def test_a_local_cluster_listens_on_loopback_and_goes():

@@ -1,5 +1,6 @@
 """The home machine at Coiled: its own client; a control plane and SSH on loopback, Docker played in a folder."""
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -92,6 +93,27 @@ def test_a_bucket_a_token_and_a_service_that_are_none_are_a_sentence_each_and_no
 def test_to_look_and_to_give_back_are_not_asked_at_once():
     done = deploy(PROJECT, "--status", "--stop")
     assert (done.returncode, done.stderr) == (2, "--status or --stop: only one of them\n")
+
+
+def test_a_machine_is_given_back_whatever_became_of_its_root(monkeypatch):
+    there, asked = [7], []
+
+    class Cloud:
+        def delete_cluster(self, cluster, **_):
+            asked.append(there.remove(cluster) or cluster)
+
+    def gone(*_):
+        raise FileNotFoundError("The specified bucket does not exist")
+
+    monkeypatch.setattr(deployed, "_coiled", lambda home: contextlib.nullcontext(Cloud()))
+    monkeypatch.setattr(deployed, "_cluster", lambda home: next(iter(there), None))
+    monkeypatch.setattr(deployed.heartbeat, "read", gone)
+    monkeypatch.setattr(deployed.Root, "read_json", gone)
+    monkeypatch.setattr(deployed.machines, "coiled_problems", list)
+    monkeypatch.setattr(deployed.machines, "root_problems", lambda root: ["there is no such bucket"])
+    asks = home(BLOCK)
+    assert deployed.unreachable(asks) and not deployed.unreachable(asks, needs_root=False)
+    assert deployed.stop(asks) and asked == [7] and not deployed.stop(asks)
 
 
 def test_coileds_command_takes_what_a_block_may_have():
