@@ -115,6 +115,8 @@ def watch(kernel: int, pid_path: str, lifeline: int, last_words: int | None = No
         os.unlink(pid_path)
     if run:
         run.tell_end(status, cause, told)
+        if run.is_left:
+            _remove(os.path.dirname(pid_path))
     return status, run is not None
 
 
@@ -133,6 +135,11 @@ class _Run:
         self._limit_mb = min(filter(None, [self.memory_mb, _machine_mb()]))
         self._oom_kills, self._next_sample = _oom_kills(), time.monotonic() + SAMPLE_S
         self._rss_mb = self._cpu_s = self._peak_mb = 0.0
+
+    @property
+    def is_left(self) -> bool:
+        """Whether the runner has gone, which would have removed the kernel's folder."""
+        return self.runner is None or bool(select.select([self.runner], [], [], 0)[0])
 
     def look(self) -> str:
         """Look at the memory; "memory" when it is too much."""
@@ -181,6 +188,14 @@ def used(*whose: int) -> "dict[str, Any]":
         "bytes_written": io.get("wchar"),
         "peak_memory_mb": max(each.ru_maxrss for each in usages) * 1024 / MB,
     }
+
+
+def _remove(folder: str) -> None:
+    """A folder of files; as far as it is there."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            os.unlink(f"{folder}/{name}")
+        os.rmdir(folder)
 
 
 def _sum(numbers: "Iterable[int | None]") -> int | None:

@@ -3,10 +3,13 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -187,13 +190,13 @@ time.sleep(600)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_outlives_a_runner_that_is_killed(tmp_path, spool, number):
-    """Not a child, not one in a session of its own, not a daemon that has lost its parent."""
-    pids = tmp_path / "pids"
+    """Not a child, not one in a session of its own, not a daemon that has lost its parent, and no kernel's folder."""
+    pids, temporary = tmp_path / "pids", Path(tempfile.mkdtemp())  # short: sockets are in it
     cells = ["# Title", "rows: int = 1", "# Work", f"PIDS = {str(pids)!r}\n{FAMILY}", "print('never')"]
     folders = [str(PROJECT / folder) for folder in (".", "tests", "tests/etl/runs")]
     code = f"import sys\nsys.path[:0] = {folders!r}\n"
     code += f"from test_engine import run\nrun({str(tmp_path)!r}, *{cells!r})"
-    with subprocess.Popen([sys.executable, "-c", code]) as process:
+    with subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(temporary)}) as process:
         while not (pids.exists() and pids.read_text().endswith("]")):
             assert process.poll() is None
             time.sleep(0.05)
@@ -201,9 +204,10 @@ def test_nothing_outlives_a_runner_that_is_killed(tmp_path, spool, number):
         assert process.wait(60) == -number
     family, until = json.loads(pids.read_text()), time.monotonic() + 5
     assert len(family) == 4
-    while [pid for pid in family if alive(pid)]:
+    while [pid for pid in family if alive(pid)] or [*temporary.glob("kernel-*")]:
         assert time.monotonic() < until
         time.sleep(0.05)
+    shutil.rmtree(temporary)
     assert delivery.reconcile() == ([RUN_ID % 0] if number == signal.SIGKILL else [])
     [row] = index.newest(Root.at(tmp_path))
     nb = nbformat.reads(Root.at(tmp_path).read(f"{row['report']}/report.ipynb").decode(), as_version=4)
