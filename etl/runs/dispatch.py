@@ -31,6 +31,8 @@ from etl.storage import Root
 log = logging.getLogger(__name__)
 RETRIED = ("failed", "timed_out", "killed")  # a failed check is no accident: the same data fails it again
 FIRST_DELAY_S = 5  # before the first retry; doubled before each further one
+# A worker that is about to be ended has a traceback of the scheduler that has gone before it.
+QUIET = "import logging; logging.getLogger('distributed.worker').addFilter(lambda said: 'heartbeat' not in said.msg)"
 ANSWER_S = 5  # of a Dask scheduler, to a connection
 
 
@@ -154,7 +156,7 @@ def _notebook(stage: Stage) -> tuple[dict[str, Any], str]:
 
 
 @contextlib.contextmanager
-def cluster(dask: dict[str, Any] | None) -> Iterator[tuple[str | None, dict[str, str]]]:
+def cluster(block: dict[str, Any] | None) -> Iterator[tuple[str | None, dict[str, str]]]:
     """Open the cluster that an env file's `dask` block asks for.
 
     The address of its scheduler, None without a block, and the variables that a process needs to speak to it.
@@ -162,24 +164,29 @@ def cluster(dask: dict[str, Any] | None) -> Iterator[tuple[str | None, dict[str,
     certificates, if it has any, are in Dask's own variables. `{coiled: {...}}`: machines, with the arguments of
     coiled.Cluster; gone with the block, too, but for those with an `idle_timeout`, which the next run finds again.
     """
-    if not dask:
+    if not block:
         yield None, {}
-    elif "address" in dask:
-        yield dask["address"], {}
-    elif "coiled" in dask:
+    elif "address" in block:
+        yield block["address"], {}
+    elif "coiled" in block:
         import coiled
 
-        with coiled.Cluster(**_kept(dask["coiled"])) as machines:
+        with coiled.Cluster(**_kept(block["coiled"])) as machines:
             yield machines.scheduler_address, _certificates(machines.security)
     else:
+        import dask.config
         from distributed import LocalCluster
 
         logging.getLogger("distributed.shuffle._scheduler_plugin").setLevel(logging.ERROR)  # it warns of every shuffle
-        workers = dask["n_workers"]
+        workers = block["n_workers"]
         # addresses default to every interface; 1 thread: the engines underneath have threads of their own
         with _no_interrupt():
             processes = LocalCluster(
-                n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
+                n_workers=workers,
+                threads_per_worker=1,
+                host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",
+                preload=[QUIET, *dask.config.get("distributed.worker.preload")],
             )
         with processes:
             yield processes.scheduler_address, {}

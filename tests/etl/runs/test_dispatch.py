@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -120,6 +121,18 @@ def test_where_no_scheduler_listens_the_run_fails_at_once_and_says_so(cloud, tmp
     assert record.state == "failed" and record.reason.startswith("no Dask cluster: OSError: nobody answers at tcp://")
 
 
+def _what_a_worker_tells() -> list[str]:
+    """On a worker."""
+    logger, told = logging.getLogger("distributed.worker"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logger.addHandler(handler)
+    for said in ("Failed to communicate with scheduler during heartbeat.", "Compute Failed"):
+        logger.error(said)
+    logger.removeHandler(handler)
+    return told
+
+
 def test_a_local_cluster_listens_on_loopback_and_goes():
     from distributed import Client
 
@@ -129,6 +142,8 @@ def test_a_local_cluster_listens_on_loopback_and_goes():
             assert client.submit(sum, [1, 2]).result(timeout=60) == 3
             [blocked] = client.run(signal.pthread_sigmask, signal.SIG_BLOCK, ()).values()
             assert signal.SIGINT in blocked  # the terminal's, which this process alone answers
+            [told] = client.run(_what_a_worker_tells).values()
+            assert told == ["Compute Failed"]
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
     with pytest.raises(OSError), Client(address, timeout=1):
         pass
