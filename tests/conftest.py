@@ -24,6 +24,7 @@ from pipeline import source
 # hundreds of processes import the project: what one has compiled is there for the next
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # without credentials nobody asks a cloud's metadata address
 
 SCALE, SLICES = 0.01, 40
 LONGEST = (
