@@ -195,7 +195,7 @@ def cluster(block: dict[str, Any] | None) -> Iterator[tuple[str | None, dict[str
 def _require_answer(address: str) -> None:
     """Raises OSError when nobody listens there, at once: Dask's own client asks for half a minute."""
     parts = urlsplit(address if "://" in address else f"tcp://{address}")
-    if parts.scheme in ("tcp", "tls", "ws", "wss") and parts.port:
+    if parts.scheme in ("tcp", "ws") and parts.port:  # a scheduler with TLS would warn of one that says nothing
         try:
             socket.create_connection((parts.hostname, parts.port), timeout=ANSWER_S).close()
         except OSError as error:
