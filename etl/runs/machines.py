@@ -231,14 +231,19 @@ class Coiled:
         self._is_released = False
 
     def begin(self) -> None:
-        import coiled
-
         extra = dict(self._arguments.pop("extra_kwargs", None) or {})
         # Dask runs what was lost a second time unless it may fail never; the configuration has the token in it
         extra["environ"] = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0"} | dict(extra.get("environ") or {})
         extra = {"send_dask_config": False} | extra
-        function = coiled.function(name=self.name, n_workers=1, extra_kwargs=extra, **self._arguments)(begin_there)
-        _ = function.cluster  # boots it
+        asked_for = {"name": self.name, "n_workers": 1, "extra_kwargs": extra} | self._arguments
+        try:
+            function = self._booted(asked_for)
+        except Exception as error:
+            if type(error).__name__ != "ClientConnectionError":  # aiohttp's, by which Coiled's client speaks
+                raise
+            # another run of this process has just closed Coiled's client, and with it the connections of all; what
+            # was asked for by then is found by its name
+            function = self._booted(asked_for)
         with self._lock:
             self._function = function
             is_late = self._is_released
@@ -249,6 +254,13 @@ class Coiled:
         status = function.submit(*asked, pure=False, retries=0).result()
         if status not in (0, 3):  # 3: another process has it
             raise OSError(f"the process on the machine ended with status {status}")
+
+    def _booted(self, asked_for: dict[str, Any]) -> Any:
+        import coiled
+
+        function = coiled.function(**asked_for)(begin_there)
+        _ = function.cluster  # boots it
+        return function
 
     def release(self, is_sound: bool) -> None:
         with self._lock:

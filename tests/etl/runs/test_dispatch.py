@@ -106,6 +106,27 @@ def test_a_machine_does_not_come_to_workers_of_this_one(cloud, tmp_path):
         assert machines.stage_problems(dataclasses.replace(query, dask=dask), str(tmp_path)) == []
 
 
+def test_a_machine_is_asked_for_again_when_another_run_closed_the_clients_connections(tmp_path, monkeypatch):
+    coiled, asked = pytest.importorskip("coiled"), []
+    ClientConnectionError = type("ClientConnectionError", (Exception,), {})
+
+    class Function:
+        client, submit = mock.Mock(), mock.Mock()
+        submit.return_value.result.return_value = 0
+
+        @property
+        def cluster(self):
+            if len(asked) == 1:
+                raise ClientConnectionError("Connector is closed.")
+
+    monkeypatch.setattr(coiled, "function", lambda **arguments: asked.append(arguments) or (lambda _: Function()))
+    block = machines.read("query", {"vm_type": "m7i.large", "extra_kwargs": {"unset_single_threading_variables": True}})
+    machine = machines.Coiled(block, mock.Mock(root=str(tmp_path), run_id="query-1"), {})
+    machine.begin()
+    first, second = asked
+    assert first == second and first["name"] == machine.name and first["extra_kwargs"]["send_dask_config"] is False
+
+
 def test_no_block_is_no_cluster_and_an_address_is_passed_on():
     with dispatch.cluster(None) as found:
         assert found == (None, {})
