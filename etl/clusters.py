@@ -8,8 +8,10 @@ import contextlib
 import functools
 import hashlib
 import io
+import logging
 import pickle
 import sys
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import distributed
+
+log = logging.getLogger(__name__)
+WORKER_S = 180  # for the first worker of a cluster to come: a cloud's machine boots in one or two minutes
 
 
 @contextlib.contextmanager
@@ -29,6 +34,25 @@ def connected(dask: "str | distributed.Client | None") -> "Iterator[distributed.
 
     with distributed.Client(dask, set_as_default=False) as client:
         yield client
+
+
+def require_worker(client: "distributed.Client") -> None:
+    """Wait for a cluster's first worker; once, as those that are lost later may come again. Raises OSError when none
+    comes within WORKER_S seconds."""
+    if client in _has_had_workers:
+        return
+    scheduler = client.scheduler_info(n_workers=1)
+    if not scheduler["workers"]:
+        address = scheduler["address"]
+        log.warning("the Dask scheduler at %s has no worker; waiting for one for %g s", address, WORKER_S)
+        try:
+            client.submit(abs, 1, pure=False).result(WORKER_S)  # an adaptive cluster has workers only for work
+        except TimeoutError:
+            raise OSError(f"the Dask scheduler at {address} had no worker for {WORKER_S:g} s") from None
+    _has_had_workers.add(client)
+
+
+_has_had_workers: "weakref.WeakSet[distributed.Client]" = weakref.WeakSet()
 
 
 class Sent:
@@ -53,7 +77,9 @@ def submit(client: "distributed.Client", function: Callable[..., Any], *argument
     """Have a worker call a function of a module with what can be pickled.
 
     A worker that is lost has it called a second time, by another one, and of what the first has written nobody learns.
+    Raises OSError when the cluster has no worker.
     """
+    require_worker(client)
     called = [function, *filter(callable, arguments)]
     sent = Sent(_called, tuple(each.__module__.partition(".")[0] for each in called))
     return client.submit(sent, pickle.dumps((function, arguments)), pure=False)

@@ -68,6 +68,10 @@ class Unreadable(ValueError):
     """What is there is no file that may be read: its message says what it is."""
 
 
+class Unreachable(OSError):
+    """An object store that does not answer, or for which there are no credentials: its message is a sentence."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """What is at a path, without having opened it. `mark`: changes when the content does."""
@@ -241,6 +245,31 @@ def _delta_table() -> "type[DeltaTable]":
     return Table
 
 
+class _WithOSErrors:
+    """A file system of S3's all of whose errors are OSErrors. Those that botocore has before there is any answer, such
+    as for want of a network or of credentials, come through s3fs as they are."""
+
+    def __init__(self, url: str, fs: "fsspec.AbstractFileSystem"):
+        self._url, self._fs = url, fs
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # asked for while it is unpickled
+            raise AttributeError(name)
+        attribute = getattr(self._fs, name)
+        if not callable(attribute):
+            return attribute
+        from botocore.exceptions import BotoCoreError
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            try:
+                return attribute(*arguments, **named)
+            except BotoCoreError as error:
+                why = re.sub(r"\?[^\"]*", "", str(error)).rstrip(".")  # without what was asked there
+                raise Unreachable(f"{self._url} cannot be reached: {why}") from error
+
+        return call
+
+
 class Root:
     """A root in an object store, through fsspec. One PUT makes an object appear whole."""
 
@@ -261,6 +290,8 @@ class Root:
             fs, prefix = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise BadRoot(f"{url!r}: {' '.join(str(error).split())}") from None
+        if hasattr(fs, "call_s3"):
+            fs = _WithOSErrors(url, fs)
         return Root(url, fs, prefix.rstrip("/"))
 
     def is_there(self) -> bool:
@@ -351,6 +382,14 @@ class Root:
             return None
         return str(answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region") or "") or None
 
+    def has_bucket(self) -> bool:
+        """Whether files can be put there at all: no run makes a bucket."""
+        try:
+            self.region()
+        except FileNotFoundError:
+            return False
+        return True
+
     def _asked(self, method: str, rel: str, **asked: Any) -> dict[str, Any]:
         """S3's answer to a request about a file, without any other before it. Raises OSError."""
         bucket, key, _ = self._fs.split_path(self._path(rel))
@@ -376,9 +415,9 @@ class Root:
                 return fsspec.asyn.sync(self._fs.loop, read, answer), answer["ETag"]
             except Unreadable:
                 raise
-            except Exception:  # of several libraries: what breaks a connection
+            except Exception as error:  # of several libraries: what breaks a connection
                 if attempt == CONFLICTS - 1:
-                    raise
+                    raise Unreachable(f"{self.url} breaks off: {type(error).__name__}: {error}") from error
         raise AssertionError("the last attempt returns or raises")
 
     def read_part(self, rel: str, start: int, stop: int) -> bytes:
@@ -673,6 +712,9 @@ class LocalRoot(Root):
 
     def is_there(self) -> bool:
         return os.path.isdir(self.url)
+
+    def has_bucket(self) -> bool:
+        return True
 
     def make(self) -> None:
         os.makedirs(self.url, exist_ok=True)

@@ -6,9 +6,10 @@ exit status 0 only on success, 1 for what failed, 2 for what was asked wrongly.
 
 import importlib.metadata
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from etl.cli import (
     checking,
@@ -25,14 +26,25 @@ from etl.cli import (
     trying,
     up,
 )
-from etl.cli.common import Timetable
+from etl.cli.common import Timetable, refuse
+from etl.storage import Unreachable
 
 __all__ = ["Timetable", "make"]
 
 
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, context: Any) -> Any:
+        """As any group; a root that cannot be reached is a sentence, whichever command it was for."""
+        try:
+            return super().invoke(context)
+        except Unreachable as error:
+            refuse(str(error), status=2)
+
+
 def make(timetable: Timetable, help_text: str) -> typer.Typer:
     """The command line of a project."""
-    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=help_text)
+    how: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "pretty_exceptions_enable": False}
+    app = typer.Typer(cls=_Commands, help=help_text, **how)
 
     @app.callback()
     def start(

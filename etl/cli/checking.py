@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 import traceback
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -102,7 +103,7 @@ def _of_home(project: params.Project) -> Iterator[params.Problem]:
 
 def _of_machines(project: params.Project, root: str) -> Iterator[params.Problem]:
     """Machines that are asked for wrongly, and the stages that are to run on one which cannot reach the root."""
-    path, away = f"params/env/{project.environment.name}.yml", []
+    path, away, wrong = f"params/env/{project.environment.name}.yml", [], defaultdict[str, list[str]](list)
     for name, stage in project.stages.items():
         if stage.machine is None:
             continue
@@ -111,9 +112,11 @@ def _of_machines(project: params.Project, root: str) -> Iterator[params.Problem]
         try:
             away += [name] if "ssh" not in machines.read(name, stage.machine).arguments else []
         except ValueError as error:
-            yield params.Problem(path, None, f"{name}: {error}")
+            wrong[str(error)].append(name)
         for why in machines.dask_problems(stage):
-            yield params.Problem(path, None, f"{name}: {why}")
+            wrong[why].append(name)
+    for why, names in wrong.items():  # a block for all stages is one mistake
+        yield params.Problem(path, None, f"{', '.join(names)}: {why}")
     if away and "://" not in root:
         why = f"the root {root} is on this machine, and {', '.join(away)} on another; use an s3:// root"
         yield params.Problem(path, None, why)

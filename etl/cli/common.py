@@ -17,7 +17,7 @@ from rich.markup import escape
 from etl import params
 from etl.figures import utc
 from etl.serve.services import PORTS, Service, api_url, usual
-from etl.storage import PROJECT, BadRoot, Root, root_url
+from etl.storage import PROJECT, BadRoot, Root, Unreachable, root_url
 
 if TYPE_CHECKING:
     from etl.lake import Lake
@@ -130,10 +130,19 @@ def root_at(url: str) -> Root:
 
 
 def announce_new(url: str, console: Console) -> None:
-    """Say that a root does not exist yet: it may be mistyped. An object store that is down is met later."""
-    with contextlib.suppress(OSError):
-        if not Root.at(url).is_there():
-            console.print(f"new root {url}", highlight=False, markup=False, soft_wrap=True)
+    """Say that a root does not exist yet: it may be mistyped. A bucket that does not exist is refused with exit status
+    2, as no run makes one. Raises Unreachable."""
+    root = Root.at(url)
+    try:
+        if root.is_there():
+            return
+        if not root.has_bucket():
+            refuse(f"the root {url} cannot be read: there is no such bucket", status=2)
+    except Unreachable:
+        raise
+    except OSError:
+        return
+    console.print(f"new root {url}", highlight=False, markup=False, soft_wrap=True)
 
 
 def what_is_missing(root: Root) -> str | None:

@@ -30,7 +30,7 @@ from etl.cli.common import (
 )
 from etl.cli.ports import with_ports
 from etl.cli.printing import Minutes
-from etl.storage import PROJECT, Root
+from etl.storage import PROJECT, Root, Unreachable
 
 if TYPE_CHECKING:
     from etl.params import Environment
@@ -60,7 +60,9 @@ def up(
     url = asked_root(env, root).url
     try:
         is_new = not live and not releases.moves(Root.at(url))
-    except Exception as error:  # what an object store raises is no OSError
+    except Unreachable as error:
+        refuse(f"`up` cannot begin: {error}")
+    except Exception as error:
         refuse(f"`up` cannot begin, as {url} cannot be read: {error}")
     project = load(env, root=root, may_be_unreadable=live) if live or is_new else None
     _log_to_terminal()
@@ -81,7 +83,9 @@ def up(
         held.take()
     except lease.Held as error:
         refuse(str(error))
-    except Exception as error:  # what an object store raises is no OSError
+    except Unreachable as error:
+        refuse(f"`up` cannot begin: {error}")
+    except Exception as error:  # what a store other than S3 raises need be no OSError
         refuse(f"`up` cannot begin, as {url} cannot be written: {error}")
     _log_to_file(logs / "up.log")
     close_lost_runs()

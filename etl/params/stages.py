@@ -484,7 +484,18 @@ def _read_environment(
         if stages is not None and name not in stages:
             message = f"unknown stage {short(name)}{nearest(name, stages)}"
             problems.append(doc.problem(("stages", name), message))
+    problems += _aimless(doc)
     return file, doc
+
+
+def _aimless(doc: Doc) -> Iterator[Problem]:
+    """Conditions for a machine that nobody asks for."""
+    everywhere = doc.value.get("machine")
+    of = {name: doc.block("stages", name).get("machine", everywhere) for name in doc.block("stages")}
+    machines = {(): everywhere or any(of.values())} | {("stages", name): machine for name, machine in of.items()}
+    for keys, machine in machines.items():
+        if doc.block(*keys).get("machine_above") and not machine:
+            yield doc.problem((*keys, "machine_above"), "machine_above goes with machine, and there is none")
 
 
 def _discover(project: Path, wanted: str | None, problems: list[Problem]) -> tuple[list[str], set[str]]:

@@ -74,6 +74,7 @@ def by_dask(
 
     They need this project's packages, in the same versions, and not the project itself.
     """
+    clusters.require_worker(client)
     _always_shuffle()
     with client.as_current():  # the scheduler of everything computed inside
         frames = {name: _dask_frame(snapshot, name, columns, window.get(name)) for name, columns in tables.items()}

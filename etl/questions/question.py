@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import narwhals as nw
 import polars as pl
 
-from etl.clusters import connected
+from etl.clusters import connected, require_worker
 from etl.questions import portions
 from etl.questions.engines import Window, by_dask, by_polars
 from etl.storage import Root
@@ -209,10 +209,12 @@ def ask_all(
     """Every question's answer, one after the other; one that fails is told, and the next is asked.
 
     `draw` makes a picture of a question's chart and its answer; an answer whose picture fails is an answer. `dask`: the
-    address of a cluster. `portions_in`: as of `ask`. Raises OSError when nobody answers at `dask`: then no question
-    would have an answer.
+    address of a cluster. `portions_in`: as of `ask`. Raises OSError when nobody answers at `dask`, or nobody works
+    there: then no question would have an answer.
     """
     with connected(dask) as client:
+        if client and asked:
+            require_worker(client)
         return [_answer(question, snapshot, draw, client, portions_in) for question in asked]
 
 

@@ -23,7 +23,7 @@ from etl.reports import page
 from etl.runs import index, journal, live, outputs
 from etl.runs.endings import one_line
 from etl.runs.record import Progress, RunRecord, RunRequest, now
-from etl.storage import LocalRoot, Root, no_panic
+from etl.storage import LocalRoot, Root, Unreachable, no_panic
 
 log = logging.getLogger(__name__)
 OF_HOME = 2  # events that home writes into the journal of a run elsewhere before its machine's: start, machine
@@ -115,20 +115,22 @@ def settle(within_s: float | None = None) -> None:
 
 def deliver(root: Root) -> list[str]:
     """Hand in the reports of ended runs that could not be written to this root then; their run_ids."""
-    delivered = []
+    delivered, waiting = [], _Waiting()
     for folder in journal.folders():
-        with _warned_of(folder), journal.locked(folder) as is_free:
+        with waiting.noted(folder), journal.locked(folder) as is_free:
             if is_free and _has_ended(folder) and _root_of(folder) == root.url:
+                waiting.require_reached(root.url)
                 _hand_in_from_journal(folder, root)
                 delivered.append(folder.name)
+    waiting.warn()
     return delivered
 
 
 def reconcile() -> list[str]:
     """Close every run whose process died with it: kernels and sockets gone, true state, report, row; their run_ids."""
-    closed = []
+    closed, waiting = [], _Waiting()
     for folder in journal.folders():
-        with _warned_of(folder), journal.locked(folder) as is_free:
+        with waiting.noted(folder), journal.locked(folder) as is_free:
             if not is_free:
                 continue
             if _is_empty(folder):  # it died before it began
@@ -136,13 +138,16 @@ def reconcile() -> list[str]:
                 continue
             for kernel in journal.read(folder / journal.JOURNAL, "kernel"):
                 launch.end_all_of(kernel["folder"])
-            root, is_elsewhere = Root.at(_root_of(folder)), _take_what_came(folder)
+            root = Root.at(_root_of(folder))
+            waiting.require_reached(root.url)
+            is_elsewhere = _take_what_came(folder)
             had_ended = _has_ended(folder)
             _hand_in_from_journal(folder, root)
             if is_elsewhere:
                 live.forget(root, folder.name, is_over=had_ended)
             if not had_ended:
                 closed.append(folder.name)
+    waiting.warn()
     return closed
 
 
@@ -164,15 +169,36 @@ def _take_what_came(folder: Path) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _warned_of(folder: Path) -> Iterator[None]:
-    """What goes wrong with one folder of the spool is a warning: the others, and the run that looks, go on."""
-    try:
-        with no_panic():
-            yield
-    except Exception as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        log.warning("the report of run %s still waits in %s: %s", folder.name, folder, why)
+class _Waiting:
+    """Folders of the spool with which something goes wrong: the others, and the run that looks, go on."""
+
+    def __init__(self) -> None:
+        self._by_reason: dict[str, list[Path]] = {}
+        self._unreachable: dict[str, Unreachable] = {}
+
+    def require_reached(self, root: str) -> None:
+        """Raises Unreachable when this root was not reached before: to ask once more takes ten seconds."""
+        if root in self._unreachable:
+            raise self._unreachable[root]
+
+    @contextlib.contextmanager
+    def noted(self, folder: Path) -> Iterator[None]:
+        try:
+            with no_panic():
+                yield
+        except Exception as error:
+            why = " ".join(
+                (str(error) if isinstance(error, Unreachable) else f"{type(error).__name__}: {error}").split()
+            )
+            self._by_reason.setdefault(why, []).append(folder)
+            if isinstance(error, Unreachable):
+                self._unreachable[_root_of(folder)] = error
+
+    def warn(self) -> None:
+        """A line for each reason: a root that is gone has many runs."""
+        for why, (first, *others) in self._by_reason.items():
+            more = f" and {len(others)} more beside it" if others else ""
+            log.warning("the report of run %s still waits in %s%s: %s", first.name, first, more, why)
 
 
 def _is_empty(folder: Path) -> bool:
@@ -197,7 +223,8 @@ def _has_ended(folder: Path) -> bool:
 
 def _hand_in_from_journal(folder: Path, root: Root) -> None:
     """Hand in the report of a run whose process is gone, as the journal tells it."""
-    if "://" not in root.url and not root.is_there():  # it was removed, or its disk is: do not make it again
+    # it was removed, or its disk is: do not make it again
+    if not (root.has_bucket() if "://" in root.url else root.is_there()):
         raise FileNotFoundError(f"its root {root.url} is gone; {UNWANTED}")
     progress = from_journal(folder)
     _save(root, progress.record, progress.nb, folder)

@@ -28,7 +28,7 @@ from etl.params.yaml import nearest
 from etl.runs import live
 from etl.runs.endings import one_line
 from etl.runs.record import RunRequest
-from etl.storage import LocalRoot, Root
+from etl.storage import LocalRoot, Root, Unreachable
 
 log = logging.getLogger(__name__)
 BOOT_S = 600.0  # until a machine has begun its run
@@ -73,7 +73,7 @@ def read(stage: str, machine: dict[str, Any]) -> Block:
         raise ValueError("machine: dollars_an_hour: expected a number from 0")
     if not isinstance(names, list) or not all(isinstance(name, str) and secrets.NAME.fullmatch(name) for name in names):
         raise ValueError("machine: secrets: expected the names of secrets, such as [AWS_SECRET_ACCESS_KEY]")
-    if "ssh" in arguments:
+    if {*OF_SSH} & arguments.keys():
         _of_ssh(arguments)
     return Block(stage, arguments, dollars_an_hour=dollars, secrets=tuple(names), **durations)
 
@@ -85,6 +85,8 @@ def _of_ssh(arguments: dict[str, Any]) -> None:
         is_right = isinstance(value, list) if name == "options" else isinstance(value, str) and value
         if not is_right or (name == "ssh" and value.startswith("-")):
             raise ValueError(f"machine: {name}: expected {'a list' if name == 'options' else 'text'}, got {value!r}")
+    if "ssh" not in arguments:
+        raise ValueError("machine: ssh is missing: the host that the rest is about")
     if "project" not in arguments:
         raise ValueError("machine: project is missing: the folder of this project on that host")
 
@@ -303,10 +305,10 @@ def dask_problems(stage: Stage) -> list[str]:
 def root_problems(root: Root) -> list[str]:
     """Why the way to a root is none: a sentence, or none."""
     try:
-        if not root.names("live") and not isinstance(root, LocalRoot):
-            root.region()  # a bucket that is not there has no names either
-    except FileNotFoundError:
-        return [f"the root {root.url} cannot be read: there is no such bucket"]
+        if not root.names("live") and not root.has_bucket():
+            return [f"the root {root.url} cannot be read: there is no such bucket"]
+    except Unreachable as error:
+        return [f"the root {error}"]
     except Exception as error:
         return [f"the root {root.url} cannot be read: {re.sub(r'[.]$', '', one_line(error))}"]
     return []

@@ -74,7 +74,7 @@ class Heart:
                 self._is_first = False
             self._root.write(PLACE, json.dumps(self._document() | ({"ended_at": now()} if ended else {})).encode())
             self._is_down = False
-        except Exception as error:  # what an object store raises is no OSError
+        except Exception as error:  # what a store other than S3 raises need be no OSError
             if not self._is_down:
                 log.warning("the heartbeat cannot be written: %s", error)
             self._is_down = True

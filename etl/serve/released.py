@@ -41,7 +41,7 @@ class Released:
                 raise Unreadable(f"release {id}: {'; '.join(map(str, error.problems))}") from None
             except (NoRelease, Damaged) as error:
                 raise Unreadable(str(error)) from None
-            except Exception as error:  # what an object store raises is no OSError
+            except Exception as error:  # what a store other than S3 raises need be no OSError
                 raise Unreadable(f"the release cannot be read: {type(error).__name__}: {error}") from None
             return self._tree
 

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -13,10 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
+import s3fs
 
 from etl import storage
 from etl.leases import LeaseHeld
-from etl.storage import PROJECT, Root
+from etl.storage import PROJECT, Root, Unreachable
 from pipeline import Lake
 
 
@@ -129,6 +131,52 @@ def test_an_object_that_comes_while_another_is_moved_stays(s3_root, faulty):
     assert (place.read("here"), place.read("there/it")) == (b"another", b"first")
 
 
+@pytest.fixture
+def unknown(s3_root, monkeypatch) -> Root:
+    """A root for which there are no credentials."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield Root.at(s3_root)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda place: place.names(""),
+        lambda place: place.read("a"),
+        lambda place: place.read_marked("a"),
+        lambda place: place.write("a", b"x"),
+        lambda place: place.create("a", b"x"),
+        lambda place: place.exists("a"),
+        lambda place: place.tree(""),
+        lambda place: place.move("a", "b", "mark"),
+        lambda place: place.remove("a"),
+        lambda place: place.has_bucket(),
+        lambda place: pickle.loads(pickle.dumps(place)).names(""),
+    ],
+)
+def test_a_store_that_cannot_be_asked_is_an_os_error(unknown, ask):
+    with pytest.raises(Unreachable) as raised:
+        ask(unknown)
+    assert str(raised.value) == f"{unknown.url} cannot be reached: Unable to locate credentials"
+
+
+def test_nobody_at_a_stores_address_is_told_without_what_was_asked(s3_root, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(Unreachable, match=r'Could not connect to the endpoint URL: "http://127.0.0.1:9/bucket-\d+"$'):
+        Root.at(s3_root).names("")
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_bucket_is_there_or_not(s3_root):
+    assert Root.at(s3_root).has_bucket() and not Root.at("s3://nobodys-bucket/etl").has_bucket()
+
+
 def test_remove_tree_removes_a_folder(place):
     place.write("days/monday/a", b"x")
     place.write("days/tuesday/a", b"x")
@@ -222,7 +270,7 @@ def test_a_release_whose_reply_was_lost_does_not_free_the_next_holders_lease(s3_
 
 def _reached_directly(place: Root, s3_server: str):
     """The next holder's lease, taken past the proxy."""
-    fs = type(place._fs)(endpoint_url=s3_server, use_listings_cache=False, skip_instance_cache=True)
+    fs = s3fs.S3FileSystem(endpoint_url=s3_server, use_listings_cache=False, skip_instance_cache=True)
     return Root(place.url, fs, place._prefix).lease("lock", "next", wait_s=5)
 
 

@@ -100,16 +100,22 @@ def test_what_a_run_here_would_lack_is_told_before_it_runs(tmp_path, monkeypatch
         "params/env/local.yml": LOCAL,
         "params/env/away.yml": LOCAL.replace("machine: null", "machine: {n_workers: 1}"),
         "params/env/home.yml": LOCAL + "deploy: {vm_typ: t3.medium}\n",
+        "notebooks/more.ipynb": notebook(CELL),
+        "params/more.yml": STAGE + "  max_files: 1\n",
+        "params/env/shh.yml": LOCAL.replace("machine: null", "machine: {shh: host, project: /x}"),
     }.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
-    lacking = "load: no secret API_KEY: set the variable API_KEY, or put the file API_KEY into ETL_SECRETS_DIR"
-    assert checking._notes("", ()) == [lacking] and checking._notes("away", ()) == []
+    lacking = "%s: no secret API_KEY: set the variable API_KEY, or put the file API_KEY into ETL_SECRETS_DIR"
+    assert checking._notes("", ()) == [lacking % "load", lacking % "more"] and checking._notes("away", ()) == []
     away = params.load(tmp_path, "away")
     assert list(map(str, checking._of_machines(away, "/outputs"))) == [
-        "params/env/away.yml: the root /outputs is on this machine, and load on another; use an s3:// root"
+        "params/env/away.yml: the root /outputs is on this machine, and load, more on another; use an s3:// root"
     ]
     assert not list(checking._of_machines(away, "s3://bucket/etl"))
+    assert list(map(str, checking._of_machines(params.load(tmp_path, "shh"), "/outputs"))) == [
+        "params/env/shh.yml: load, more: machine: unknown key 'shh'; did you mean 'ssh'?"
+    ]
     assert not list(checking._of_machines(params.load(tmp_path), "/outputs"))
     assert list(map(str, checking._of_home(params.load(tmp_path, "home")))) == [
         "params/env/home.yml: deploy: unknown key 'vm_typ'; did you mean 'vm_type'?"

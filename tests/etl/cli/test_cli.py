@@ -16,7 +16,7 @@ import polars as pl
 import pytest
 from deltalake import write_deltalake
 from rich.console import Console
-from support import AT, copy_project, environment, free_port, ingest_all, orchestrate, write_stage
+from support import AT, copy_project, environment, free_port, ingest_all, orchestrate, s3_variables, write_stage
 from typer.testing import CliRunner
 
 from etl.cli import printing, up
@@ -490,6 +490,23 @@ def test_a_root_that_is_not_there_is_said_to_be_not_there(project, tmp_path):
     (record,) = json.loads(done.stdout)
     assert done.stderr == f"new root {tmp_path}/newer\n{record['run_id']}\n" and record["state"] == "ok"
     assert "new root" not in orchestrate(project, "run", "greet", "--root", f"{tmp_path}/newer").stdout
+
+
+def test_a_root_in_a_store_that_cannot_be_asked_is_a_sentence(project, s3_server):
+    write_stage(project, "greet", "print('hello')")
+    with_store = s3_variables(s3_server)
+    stranger = with_store | {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
+    unknown, mistyped = (
+        "s3://mistyped/etl cannot be reached: Unable to locate credentials\n",
+        "there is no such bucket\n",
+    )
+    for command in (["run", "greet"], ["run", "all"], ["up"]):
+        done = orchestrate(project, *command, "--root", "s3://mistyped/etl", env=with_store)
+        assert (done.returncode, done.stdout) == (2, "") and done.stderr.endswith(mistyped), (command, done.stderr)
+    for command in (["run", "greet"], ["runs", "list"], ["status"], ["doctor"], ["digest"], ["up"]):
+        done = orchestrate(project, *command, "--root", "s3://mistyped/etl", env=stranger)
+        assert done.returncode == (1 if command == ["up"] else 2) and done.stdout == "", (command, done.stderr)
+        assert done.stderr.removeprefix("`up` cannot begin: ") == unknown, (command, done.stderr)
 
 
 def test_where_there_are_no_runs_the_roots_that_have_some_are_named(project):

@@ -4,11 +4,12 @@ import json
 import re
 from dataclasses import replace
 from datetime import UTC, datetime
+from threading import Timer
 from typing import ClassVar
 
 import polars as pl
 import pytest
-from distributed import Client
+from distributed import Client, LocalCluster
 from polars.testing import assert_frame_equal
 
 from etl import clusters
@@ -18,6 +19,14 @@ from etl.lake import workers
 from etl.lake.table import INT, TEXT, TIME, Column, Table
 
 AT = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+EMPTY = {
+    "n_workers": 0,
+    "processes": False,
+    "protocol": "tcp://",
+    "host": "127.0.0.1",
+    "dashboard_address": "127.0.0.1:0",
+}
 
 
 class Lake(lakes.Lake):
@@ -170,3 +179,19 @@ def test_a_file_that_changes_while_it_is_read_in_stretches_is_read_again(tmp_pat
     lake.commit(parsed, run_id="r")
     rows = lake.snapshot().frame("plain").collect()
     assert (rows.height, rows["note"].unique().to_list()) == (1000, ["y" * 90])
+
+
+def test_the_first_worker_of_a_cluster_is_waited_for(caplog):
+    with LocalCluster(**EMPTY) as late, clusters.connected(late.scheduler_address) as client:
+        Timer(0.3, late.scale, [1]).start()
+        assert clusters.submit(client, json.dumps, [1]).result() == "[1]"
+    said = [record.getMessage() for record in caplog.records if record.name == "etl.clusters"]
+    assert said == [f"the Dask scheduler at {late.scheduler_address} has no worker; waiting for one for 180 s"]
+
+
+def test_a_cluster_without_workers_is_an_error_and_not_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(clusters, "WORKER_S", 0.2)
+    lake = Lake(tmp_path)
+    fill(lake)
+    with LocalCluster(**EMPTY) as never, pytest.raises(OSError, match=r"had no worker for 0.2 s$"):
+        lake.read(batch_of(lake), dask=never.scheduler_address, dask_above_mb=0)

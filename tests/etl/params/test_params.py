@@ -585,6 +585,25 @@ def test_a_wrong_schedule_is_refused_with_its_line(project, line, expected):
     assert f": {expected}" in "\n".join(text for text in problems(path) if text.startswith("params/env/local.yml:"))
 
 
+@pytest.mark.parametrize(
+    ("env", "line"),
+    [
+        ("machine: null\nmachine_above: {rows: 5}\n", 3),
+        ("machine: null\nstages:\n  preprocess: {machine_above: {rows: 5}}\n", 4),
+        ("machine: {cpu: 2}\nstages:\n  preprocess: {machine: null, machine_above: {rows: 5}}\n", 4),
+        ("machine: {cpu: 2}\nmachine_above: {rows: 5}\nstages:\n  preprocess: {machine_above: {rows: 7}}\n", None),
+        ("machine_above: {rows: 5}\nstages:\n  preprocess: {machine: {cpu: 2}}\n", None),
+    ],
+)
+def test_a_condition_for_a_machine_that_nobody_asks_for_is_refused(project, env, line):
+    path = project({"params/preprocess.yml": STAGE, "params/env/local.yml": f"root: outputs\n{env}"})
+    if line is None:
+        assert load(path).stages["preprocess"].machine_above_rows in (5, 7)
+    else:
+        wanted = f"params/env/local.yml:{line}: machine_above goes with machine, and there is none"
+        assert problems(path) == [wanted]
+
+
 def test_loading_needs_no_heavy_import(project):
     code = "import sys; from etl import params; params.load(sys.argv[1]); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, project()], capture_output=True, text=True, check=True)

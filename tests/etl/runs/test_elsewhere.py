@@ -201,6 +201,8 @@ def test_a_run_elsewhere_goes_by_the_bucket_alone(host, s3_root, s3_server):
         ({"ssh": "-oProxyCommand=x", "project": "/x"}, "machine: ssh: expected text, got '-oProxyCommand=x'"),
         ({"ssh": "host"}, "machine: project is missing: the folder of this project on that host"),
         ({"ssh": "host", "project": "/x", "pyton": "x"}, "machine: unknown key 'pyton'; did you mean 'python'?"),
+        ({"shh": "host", "project": "/x"}, "machine: unknown key 'shh'; did you mean 'ssh'?"),
+        ({"project": "/x"}, "machine: ssh is missing: the host that the rest is about"),
         ({"ssh": "host", "project": "/x", "silence": 60}, 'machine: silence: expected a duration such as "60 seconds"'),
         ({"vm_type": "x", "secrets": ["abc"]}, "machine: secrets: expected the names of secrets, such as "),
     ],

@@ -1,6 +1,7 @@
 """The journal holds what the report will: live, after a crash, and while the place for reports is down."""
 
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from deltalake import write_deltalake
 from test_engine import RUN_ID, alive, as_run, cell_states, run, saved
 
 from etl.runs import delivery, driver, index, journal
-from etl.storage import LocalRoot, Root
+from etl.storage import LocalRoot, Root, Unreachable
 
 SHOWS = [
     "rows: int = 1",
@@ -152,13 +153,45 @@ def test_one_bad_entry_in_the_spool_stops_no_other(tmp_path, spool, monkeypatch,
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert delivery.reconcile() == []
-    for name, (_, why) in BAD.items():
-        (text,) = [text for text in caplog.messages if text.startswith(f"the report of run {name} still waits in ")]
-        assert why in text and "\n" not in text
+    for why, alike in itertools.groupby(BAD, lambda name: BAD[name][1]):
+        names = [*alike]
+        begin = tuple(f"the report of run {name} still waits in {spool / name}" for name in names)
+        (text,) = [text for text in caplog.messages if text.startswith(begin)]
+        assert why in text and (f" and {len(names) - 1} more beside it: " in text) == (len(names) > 1)
+        assert "\n" not in text
     assert {path.name for path in spool.iterdir()} == {*BAD, "pipe", "folder", "waits"}
     assert run(tmp_path / "root", "rows: int = 1", number=1).state == "ok"
     assert not os.path.exists("/dev/shm/gone")
     assert [event["event"] for event in delivery.follow("no-object", tmp_path / "root")] == ["end"]
+
+
+def test_reports_for_a_bucket_that_nobody_has_are_one_line(spool, s3_root, caplog):
+    for number in range(3):
+        run(s3_root.replace("//", "//un", 1), "rows: int = 1", number=number)
+    caplog.clear()
+    assert delivery.reconcile() == []
+    (text,) = caplog.messages
+    assert text.startswith("the report of run toy-") and " and 2 more beside it: " in text
+    assert text.endswith(" is gone; remove the folder when it is not wanted any more")
+    for path in spool.iterdir():
+        shutil.rmtree(path)
+
+
+def test_a_store_that_is_away_is_asked_once_for_all_that_waits(spool, tmp_path, caplog, monkeypatch):
+    asked = []
+
+    def away(root):
+        asked.append(root.url)
+        raise Unreachable(f"{root.url} cannot be reached")
+
+    monkeypatch.setattr(delivery, "_save", lambda *_: away(Root.at(tmp_path)))
+    for number in range(3):
+        run(tmp_path, "rows: int = 1", number=number)
+    monkeypatch.setattr(delivery, "_hand_in_from_journal", lambda _, root: away(root))
+    caplog.clear()
+    asked.clear()
+    assert delivery.reconcile() == delivery.deliver(Root.at(tmp_path)) == [] and asked == [str(tmp_path)] * 2
+    assert [text.rpartition(" beside it: ")[2] for text in caplog.messages] == [f"{tmp_path} cannot be reached"] * 2
 
 
 def test_what_another_user_left_in_the_spool_is_a_warning(spool, monkeypatch, caplog):
