@@ -292,16 +292,20 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path, tol
         write_stage(small, "comes", 'check("true", True)\nrecord(rows=2)')
         eventually(lambda: b"differs from the release: 6 files" in up.log.read_bytes(), 60, "the edits are told", up)
         since = now()
-        eventually(lambda: run_since(root, since, "works"), 60, "a run after the edit", up)
-        assert run_since(root, since, "works")["release"] == first.id
-        assert "edited" not in run_since(root, since, "works")["metrics"]
+        eventually(lambda: run_since(root, since, "works", state="ok"), 60, "a run after the edit", up)
+        assert run_since(root, since, "works", state="ok")["release"] == first.id
+        assert "edited" not in run_since(root, since, "works", state="ok")["metrics"]
         command = ("release", "--root", str(root), "--runs", "0")
         refused = orchestrate(small, *command)
         assert refused.returncode == 1 and "accept it with --accept breaks\n" in refused.stderr, refused
         moved = orchestrate(small, *command, "--accept", "breaks", "-m", "edited", "--json")
         second, since = json.loads(moved.stdout)["release"], now()
-        eventually(lambda: run_since(root, since, "comes", release=second), 90, "a run of the new stage", up)
-        edited = eventually(lambda: run_since(root, since, "works", release=second), 60, "a run of the edited one", up)
+        eventually(
+            lambda: run_since(root, since, "comes", release=second, state="ok"), 90, "a run of the new stage", up
+        )
+        edited = eventually(
+            lambda: run_since(root, since, "works", release=second, state="ok"), 60, "a run of the edited one", up
+        )
         assert edited["metrics"] == {"edited": 1}
         gone = lambda: {d["name"] for d in api_of(up, "/deployments/filter", {})} == {"works", "comes", "theirs"}  # noqa: E731
         eventually(gone, 60, "the stage that is gone has no deployment", up)
@@ -318,7 +322,7 @@ def test_schedules_fire_states_are_true_and_nothing_is_left(small, tmp_path, tol
         (root / "services/prefect/prefect.db").write_bytes(b"damaged" * 1000)
         os.kill(server, signal.SIGKILL)
         since = now()
-        eventually(lambda: run_since(root, since, "works", release=second), 60, "a run without Prefect", up)
+        eventually(lambda: run_since(root, since, "works", release=second, state="ok"), 60, "a run without Prefect", up)
         eventually(lambda: b"is damaged" in up.log.read_bytes(), 60, "the damage is told", up)
         eventually(lambda: up.flow_runs("works", state_name="Completed"), 120, "a run in the new database", up)
         up.end(signal.SIGTERM)  # its handler does what Ctrl-C does
