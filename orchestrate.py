@@ -17,8 +17,6 @@ from etl import interpreter
 if __name__ == "__main__":
     interpreter.ensure_packages()
 
-import sys
-
 from etl import cli
 from etl.cli.common import Timetable
 from etl.serve.services import PORTS
@@ -27,4 +25,4 @@ from etl.serve.services import usual as services  # Prefect's server, the API, t
 app = cli.make(Timetable("pipeline:Lake", "pipeline.model", services, ports=PORTS), help_text=__doc__)
 
 if __name__ == "__main__":
-    sys.exit(app())
+    cli.main(app)

@@ -15,7 +15,8 @@ def main() -> None:
         sys.exit(2)
     os.environ["ETL_PROJECT"] = str(project)  # before anything of the engine is imported
     sys.path.insert(0, str(project))
-    sys.exit(importlib.import_module("orchestrate").app())
+    app = importlib.import_module("orchestrate").app
+    importlib.import_module("etl.cli").main(app)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
-"""Which Python runs the command line: the one that has the packages."""
+"""Which Python runs the command line: the one that has the packages; and how it ends."""
 
+import atexit
+import contextlib
 import importlib.util
 import os
 import sys
+import threading
 from pathlib import Path
+from typing import Any, NoReturn
 
 PROJECT = Path(__file__).resolve().parent.parent  # etl.storage cannot be imported without the packages
 NEEDED = ("typer", "rich", "pydantic", "yaml", "cronsim", "polars", "deltalake", "papermill", "prefect")
@@ -22,3 +26,19 @@ def ensure_packages() -> None:
         print(f"{sys.executable} has no package {missing}: run `make setup`, which makes .venv", file=sys.stderr)
         sys.exit(2)
     os.execv(python, [str(python), *sys.argv])
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with an exit status when all that waits for its end is done; the interpreter is not taken down.
+
+    A thread of a library that wants the GIL meanwhile is ended by Python before 3.14 with pthread_exit, which frames of
+    Rust (Polars, deltalake) do not let through: "FATAL: exception not rethrown", and what went well ends with SIGABRT.
+    See https://github.com/python/cpython/issues/87135; multiprocessing ends its processes in the same way.
+    """
+    threads: Any = threading
+    threads._shutdown()  # all threads that are no daemons
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+            stream.flush()
+    os._exit(status)

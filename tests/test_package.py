@@ -1,10 +1,13 @@
 """What is installed: the engine alone in a wheel, and what notebooks import in an editable install."""
 
 import os
+import signal
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+import pytest
 
 import orchestrate
 from etl.storage import PROJECT
@@ -41,3 +44,34 @@ def test_api_and_dashboard_find_the_app_wherever_up_was_started(tmp_path):
     for service in orchestrate.services("r", orchestrate.PORTS, tmp_path)[1:]:
         done = elsewhere("import app; print(app.__file__)", tmp_path, **service.variables)
         assert done.stdout.strip() == str(PROJECT / "app/__init__.py"), done.stderr
+
+
+ENDS = """
+import sys, threading, time, types
+import polars as pl
+from etl import interpreter
+
+def slow(value):
+    time.sleep(0.5)
+    return value
+
+class Slow:
+    def __del__(self, sleep=time.sleep):  # while the interpreter is taken down
+        sleep(1)
+
+module = sys.modules["kept"] = types.ModuleType("kept")
+module.slow = Slow()
+del module
+threading.Thread(target=lambda: pl.Series([1]).map_elements(slow, return_dtype=pl.Int64), daemon=True).start()
+threading.Thread(target=lambda: (time.sleep(0.1), print("done"))).start()
+print("said")
+"""
+
+
+@pytest.mark.parametrize(("how", "status"), [("interpreter.leave(3)", 3), ("sys.exit(3)", -signal.SIGABRT)])
+def test_what_polars_still_does_at_the_end_changes_no_exit_status(how, status):
+    """The other way is what Python does by itself: where that is 3, too, `leave` is not needed any more."""
+    if status < 0 and sys.version_info >= (3, 14):
+        status = 3
+    done = subprocess.run([sys.executable, "-c", ENDS + how], cwd=PROJECT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (status, "said\ndone\n" if status == 3 else done.stdout), done.stderr

@@ -6,11 +6,12 @@ exit status 0 only on success, 1 for what failed, 2 for what was asked wrongly.
 
 import importlib.metadata
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 import typer.core
 
+from etl import interpreter
 from etl.cli import (
     checking,
     debugging,
@@ -29,7 +30,7 @@ from etl.cli import (
 from etl.cli.common import Timetable, refuse
 from etl.storage import Unreachable
 
-__all__ = ["Timetable", "make"]
+__all__ = ["Timetable", "main", "make"]
 
 
 class _Commands(typer.core.TyperGroup):
@@ -72,6 +73,19 @@ def make(timetable: Timetable, help_text: str) -> typer.Typer:
     lake.register(app, timetable)
     app.add_typer(lake.refused, name="quarantine")
     return app
+
+
+def main(app: typer.Typer) -> NoReturn:
+    """Be the command line's process: run the command that `sys.argv` names, and end with its exit status."""
+    try:
+        app()
+    except SystemExit as ended:
+        status = ended.code
+    else:
+        status = 0
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+    interpreter.leave(status if isinstance(status, int) else bool(status))
 
 
 def _finish_reports() -> None:

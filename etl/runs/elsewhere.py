@@ -16,7 +16,7 @@ import time
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from etl import secrets
+from etl import interpreter, secrets
 from etl.runs import delivery, endings, engine, live, machines, provenance, releases
 from etl.runs.driver import OnCell, collected_signals, mark_never_run, raise_again
 from etl.runs.endings import one_line
@@ -332,4 +332,5 @@ if __name__ == "__main__":
     os.environ |= json.loads(sys.stdin.readline() or "{}")
     with tempfile.TemporaryDirectory(prefix="etl-run-") as folder:
         os.environ["ETL_SPOOL"] = folder  # not home's, should it be this machine
-        sys.exit(there(*sys.argv[1:3]))
+        status = there(*sys.argv[1:3])
+    interpreter.leave(status)

@@ -20,12 +20,12 @@ import etl  # noqa: E402
 
 sys.path.append(str(Path(etl.__file__).resolve().parents[1]))  # last of all: app/, which shows any project, is there
 
-from etl.cli import Timetable, make  # noqa: E402
+from etl.cli import Timetable, main, make  # noqa: E402
 
 app = make(Timetable("pipeline:Lake"), help_text=__doc__)  # with a model: Timetable("pipeline:Lake", "pipeline.model")
 
 if __name__ == "__main__":
-    app()
+    main(app)
 '''
 DOMAIN = '''\
 """The domain: its tables, its questions."""
